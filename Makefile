@@ -1,0 +1,59 @@
+# Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
+#   make reproduce              train, quantize, measure, run every notebook       (SCALE=pocket)
+#   make test                   the test suite
+#   make figures SCALE=laptop   figures and HTML again from the tables of a scale, no training
+#   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
+#   make lab | make clean       JupyterLab | remove what can be made again
+
+SCALE  ?= pocket
+CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# One worker thread a process: parallelism comes from running jobs side by side.
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED  := 0
+export TOKENIZERS_PARALLELISM ?= true
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce figures plan test lint lab clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+env: $(READY)
+
+# The pip section of environment.yml, line by line, so that conda and pip users get the same versions.
+$(READY): environment.yml pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	sed -n 's/^      - \([^ ].*\)/\1/p' environment.yml > $(VENV)/pins.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/pins.txt
+	touch $@
+
+reproduce: $(READY)
+	$(BIN)/snakemake --cores $(CORES) --config scale=$(SCALE) --rerun-incomplete --quiet rules progress
+	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
+
+figures: $(READY)
+	$(BIN)/python -m beyond_outliers.study render --scale $(SCALE) --jobs $(CORES)
+
+plan: $(READY)
+	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf data/runs data/cache/corpus data/cache/compiled data/results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache
+
+distclean: clean
+	rm -rf $(VENV) data/cache *.egg-info lib/*.egg-info

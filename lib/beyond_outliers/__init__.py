@@ -1,0 +1,1 @@
+"""Optimizers under quantization: the definitions behind the notebooks of this compendium."""

@@ -1,0 +1,152 @@
+"""What a run is: frozen settings, JSON in and out, and a run id that is the hash of every setting that matters.
+
+Nothing here imports torch, so that the workflow engine can expand a study in milliseconds.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Olmo2Config:
+    """Shape of an `Olmo2`: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups."""
+
+    vocab_size: int = 32_000
+    width: int = 768
+    depth: int = 4
+    n_heads: int = 6
+    n_kv_heads: int | None = None  # None: as many as n_heads (no grouping)
+    mlp_ratio: int = 4
+    rope_base: float = 1024.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("vocab_size", "width", "depth", "n_heads", "n_kv_heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % (2 * self.n_heads):
+            raise ValueError(
+                f"width {self.width} does not divide into {self.n_heads} heads of even size (rotary pairs)"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
+        kv_width = self.n_kv_heads * self.head_size
+        attention = 2 * self.width**2 + 2 * self.width * kv_width + self.n_heads
+        block = attention + 2 * self.mlp_ratio * self.width**2 + 2 * self.width
+        return self.vocab_size * self.width + self.depth * block + self.width
+
+
+ModelConfig = Olmo2Config
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text, cut how. `source`: "embedded", "climbmix", or a path to .txt, .jsonl or .parquet files (or a folder).
+
+    `wheels` applies to the embedded corpus; `limit_mb` keeps that many megabytes of text, counted before duplicates
+    go; `validation_share` is the share of the groups (services, or documents where there are none) that is held out.
+    """
+
+    source: str = "embedded"
+    wheels: tuple[str, ...] = ("botocore", "google-api-python-client")
+    vocab_size: int = 2048
+    limit_mb: float | None = None
+    validation_share: float = 0.04
+
+    def __post_init__(self):
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
+        if not 258 <= self.vocab_size <= 65_535:
+            raise ValueError(
+                f"vocab_size must lie between 258 (bytes and the boundary) and 65535 (uint16), not {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, resolved: everything that decides its result, nothing about the machine that runs it.
+
+    Device, threads and compilation are arguments of `train`, and are recorded in its result.
+    """
+
+    scale: str
+    size: str
+    optimizer: str
+    lr: float
+    model: Olmo2Config
+    corpus: CorpusConfig
+    seed: int = 0
+    weight_decay: float = 0.0
+    hyper: dict = field(default_factory=dict)  # further hyperparameters of the optimizer
+    context: int = 128  # tokens a sequence
+    batch_size: int = 32  # sequences an optimizer step, over all workers
+    micro_batch: int = 32  # sequences a forward pass and worker; more are accumulated
+    tokens_per_parameter: float = 20.0
+    warmup: float = 0.05  # share of the steps, linear from 0
+    decay: float = 0.20  # share of the steps, linear to 0
+    clip: float | None = None  # largest gradient norm; None: no clipping
+    evaluations: int = 20  # fixed points along the run; the weights of each are kept
+    validation_tokens: int = 65_536
+    quantization: dict | None = None  # QAT: {"scheme": "quest", "weights": "int4", ...}; None: full precision
+
+    def __post_init__(self):
+        if not 1 <= self.evaluations <= 40:
+            raise ValueError(f"evaluations must lie between 1 and 40 (their weights are kept), not {self.evaluations}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
+            )
+        if self.model.vocab_size != self.corpus.vocab_size:
+            raise ValueError(
+                f"model.vocab_size {self.model.vocab_size} differs from corpus.vocab_size {self.corpus.vocab_size}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that come nearest to `tokens_per_parameter`."""
+        return max(1, round(self.tokens_per_parameter * self.model.n_parameters / self.tokens_per_step))
+
+    @property
+    def run_id(self) -> str:
+        """First 10 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Folder name of the run: readable first, unique last."""
+        precision = f"-{self.quantization['scheme']}" if self.quantization else ""
+        return f"{self.size}-{self.optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        raw = json.loads(text)
+        raw["model"] = Olmo2Config(**raw["model"])
+        raw["corpus"] = CorpusConfig(**{**raw["corpus"], "wheels": tuple(raw["corpus"]["wheels"])})
+        return cls(**raw)
+
+    def replace(self, **changes) -> "RunConfig":
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,414 @@
+"""Text -> documents -> BPE tokenizer -> memory-mapped uint16 tokens -> batches that depend on (seed, step) alone.
+
+`open_corpus(config)` returns the tokens of a `CorpusConfig`, building them first if they are not in data/cache. A build
+goes to a temporary folder and is renamed into place when complete, so that an interrupted one leaves nothing behind.
+"""
+
+import gzip
+import hashlib
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+
+from beyond_outliers import paths
+from beyond_outliers.config import CorpusConfig
+
+BOUNDARY = "<|endoftext|>"  # token 0; stands before every document
+BUILDER = 1  # raise when the same settings would give other tokens
+SHORTEST = 20  # characters; shorter documentation strings are labels, not prose
+CHECKSUM_UP_TO = 2**28  # bytes; larger token files are checked by size only when opened
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def sources() -> dict[str, dict]:
+    """The pinned sources of data/sources.toml."""
+    return tomllib.loads(paths.SOURCES.read_text())
+
+
+def fetch_source(name: str) -> Path:
+    """Path of a pinned wheel, downloaded once by pip and checked against its SHA-256.
+
+    Raises KeyError for a name that data/sources.toml does not list as a wheel, RuntimeError (with the remedy) when the
+    file cannot be had or is not the pinned one.
+    """
+    wheels = {key: source for key, source in sources().items() if "file" in source}
+    if name not in wheels:
+        raise KeyError(f"unknown source {name!r}; data/sources.toml lists the wheels {sorted(wheels)}")
+    source = wheels[name]
+    path = paths.CACHE / "wheels" / source["file"]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary=:all:", "--dest", folder, f"{name}=={source['version']}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not (Path(folder) / source["file"]).exists():
+                reason = done.stderr.strip().splitlines()[-1:] or ["pip said nothing"]
+                raise RuntimeError(
+                    f"could not download {name}=={source['version']} ({reason[0]}). Set pip to an index that has it, "
+                    f"or put the file {source['file']} into {path.parent} by hand; then run the same command again."
+                )
+            os.replace(Path(folder) / source["file"], path)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source["sha256"]:
+        raise RuntimeError(
+            f"{path} has SHA-256 {found}, but data/sources.toml pins {source['sha256']}. "
+            "Delete the file and run the same command again to download it anew."
+        )
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- documents
+
+_TAG = re.compile(r"<[^<>]*>")
+_LINK = re.compile(r"\[([^\[\]]*)\]\([^()]*\)")
+_SPACE = re.compile(r"\s+")
+
+
+def plain(text: str) -> str:
+    """Prose without HTML tags, entities, Markdown links and backticks, white space folded."""
+    text = _LINK.sub(r"\1", html.unescape(_TAG.sub(" ", text))).replace("`", "")
+    return _SPACE.sub(" ", text).replace(" .", ".").replace(" ,", ",").strip()
+
+
+def _strings(node, keys: frozenset[str]) -> Iterator[str]:
+    """Every string under one of `keys` anywhere in a parsed JSON document, in file order."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in keys and isinstance(value, str):
+                yield value
+            elif key in keys and isinstance(value, list):
+                yield from (item for item in value if isinstance(item, str))
+            else:
+                yield from _strings(value, keys)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _strings(item, keys)
+
+
+def _botocore(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    for name in sorted(n for n in archive.namelist() if n.endswith("/service-2.json.gz")):
+        service = name.split("/")[2]  # botocore/data/SERVICE/VERSION/service-2.json.gz
+        for text in _strings(json.loads(gzip.decompress(archive.read(name))), frozenset({"documentation"})):
+            yield f"botocore/{service}", text
+
+
+def _google(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    keys = frozenset({"description", "enumDescriptions"})
+    for name in sorted(n for n in archive.namelist() if "discovery_cache/documents/" in n and n.endswith(".json")):
+        service = Path(name).name.split(".")[0]  # documents/SERVICE.VERSION.json: versions belong together
+        for text in _strings(json.loads(archive.read(name)), keys):
+            yield f"google/{service}", text
+
+
+READERS = {"botocore": _botocore, "google-api-python-client": _google}
+
+
+def _embedded(wheels: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for wheel in wheels:
+        if wheel not in READERS:
+            raise ValueError(f"unknown corpus wheel {wheel!r}; valid: {sorted(READERS)}")
+        with zipfile.ZipFile(fetch_source(wheel)) as archive:
+            for group, text in READERS[wheel](archive):
+                text = plain(text)
+                if len(text) >= SHORTEST:
+                    yield group, text
+
+
+def climbmix(repository: str | None = None, *, tokenizer: Tokenizer | None = None) -> Iterator[tuple[str, str]]:
+    """Documents of ClimbMix, streamed: each row's GPT-2 ids (column `tokens`) turned back into text.
+
+    `repository`: None for the pinned revision on the hub; a local folder of the same jsonl files otherwise.
+    """
+    from datasets import load_dataset
+
+    pin = sources()["climbmix"]
+    if repository is None:
+        rows = load_dataset(
+            pin["repository"], data_files=pin["files"], revision=pin["revision"], split="train", streaming=True
+        )
+    else:
+        rows = load_dataset("json", data_files=str(Path(repository) / pin["files"]), split="train", streaming=True)
+    tokenizer = tokenizer or Tokenizer.from_pretrained(pin["tokenizer"], revision=pin["tokenizer_revision"])
+    for number, row in enumerate(rows):
+        yield f"row {number}", tokenizer.decode(row["tokens"])
+
+
+def local_text(path: Path) -> Iterator[tuple[str, str]]:
+    """Documents of .txt (one a file's paragraph), .jsonl or .parquet files (column `text`), or of a folder of them.
+
+    An optional column `group` says what belongs together, for the validation split; without it every document is
+    its own group.
+    """
+    from datasets import load_dataset
+
+    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+    if not path.exists():
+        raise FileNotFoundError(f"no such corpus file or folder: {path}")
+    files = sorted(f for f in path.rglob("*") if f.suffix in kinds) if path.is_dir() else [path]
+    if not files or any(f.suffix not in kinds for f in files):
+        raise ValueError(f"{path} holds no file of a known kind; valid: {sorted(kinds)}")
+    for file in files:
+        options = {"sample_by": "paragraph"} if file.suffix == ".txt" else {}
+        rows = load_dataset(kinds[file.suffix], data_files=str(file), split="train", streaming=True, **options)
+        for number, row in enumerate(rows):
+            if "text" not in row:
+                raise ValueError(f"{file} has the columns {sorted(row)}, none of them called text")
+            yield str(row.get("group", f"{file.name}:{number}")), row["text"]
+
+
+def documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
+    """(group, text) pairs of a corpus, in a fixed order, at most `limit_mb` megabytes of them.
+
+    With a limit, the embedded corpus is thinned evenly over its services rather than cut off: a fixed share of the
+    documents, picked by a hash of their text, so that the split by service still has services to split.
+    """
+    if config.source == "embedded":
+        stream = _embedded(config.wheels)
+        if config.limit_mb is not None:
+            share = config.limit_mb / 99  # the two wheels hold 99 MB of prose, duplicates included
+            stream = (pair for pair in stream if _uniform(pair[1]) < share)
+    elif config.source == "climbmix":
+        stream = climbmix()
+    else:
+        stream = local_text(Path(config.source))
+    room = float("inf") if config.limit_mb is None else config.limit_mb * 1e6
+    for group, text in stream:
+        room -= len(text.encode())
+        if room < 0:
+            return
+        yield group, text
+
+
+def _uniform(text: str) -> float:
+    """A number in [0, 1) that depends on `text` alone, the same on every platform."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def split(pairs: Iterable[tuple[str, str]], validation_share: float) -> tuple[list[str], list[str]]:
+    """(training, validation) texts, split by group; exact duplicates are dropped, also across the split.
+
+    Groups are picked by a hash of their name until they hold `validation_share` of the characters, at least one.
+    """
+    groups: dict[str, dict[str, None]] = {}
+    for group, text in pairs:
+        groups.setdefault(group, {})[text] = None
+    if len(groups) < 2:
+        raise ValueError(f"a split by group needs at least two groups, this corpus has {len(groups)}")
+    size = {group: sum(map(len, texts)) for group, texts in groups.items()}
+    held, room = set(), validation_share * sum(size.values())
+    for group in sorted(groups, key=_uniform):
+        if not held or size[group] <= room:
+            held.add(group)
+            room -= size[group]
+        if room <= 0 or len(held) == len(groups) - 1:
+            break
+    train = dict.fromkeys(itertools.chain.from_iterable(texts for g, texts in groups.items() if g not in held))
+    validation = dict.fromkeys(itertools.chain.from_iterable(texts for g, texts in groups.items() if g in held))
+    return list(train), [text for text in validation if text not in train]
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with `vocab_size` entries: the boundary (id 0), the 256 bytes, then merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOUNDARY], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
+    """(vocab_size,) int64: the UTF-8 bytes that each token stands for; 0 for the boundary."""
+    # the byte-level alphabet writes every byte as one printable character, so characters count bytes
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, index in vocabulary.items():
+        lengths[index] = 0 if token == BOUNDARY else len(token)
+    return lengths
+
+
+def write_tokens(path: Path, tokenizer: Tokenizer, texts: list[str], chunk: int = 4096) -> dict:
+    """Writes boundary + tokens of every text as uint16; returns counts and the checksum."""
+    checksum, n_tokens = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for start in tqdm(range(0, len(texts), chunk), desc=f"tokens {path.stem}", leave=False, disable=None):
+            encoded = tokenizer.encode_batch_fast(texts[start : start + chunk])
+            ids = list(itertools.chain.from_iterable([0, *line.ids] for line in encoded))
+            raw = np.asarray(ids, dtype="<u2").tobytes()
+            file.write(raw)
+            checksum.update(raw)
+            n_tokens += len(ids)
+    return {
+        "tokens": n_tokens,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "documents": len(texts),
+        "sha256": checksum.hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens of one corpus. `train` and `validation` are 1-D uint16 memory maps."""
+
+    folder: Path
+    meta: dict
+
+    @cached_property
+    def train(self) -> np.ndarray:
+        return np.memmap(self.folder / "train.bin", dtype="<u2", mode="r")
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        return np.memmap(self.folder / "validation.bin", dtype="<u2", mode="r")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        return bytes_per_token(self.tokenizer)
+
+    def heldout_documents(self) -> list[str]:
+        """The validation documents as text."""
+        tokens = np.asarray(self.validation)
+        pieces = np.split(tokens, np.flatnonzero(tokens == 0))
+        return self.tokenizer.decode_batch([piece[1:].tolist() for piece in pieces if len(piece) > 1])
+
+
+def _fingerprint(config: CorpusConfig) -> dict:
+    """Everything that decides the tokens: the settings and the pins (or contents) of what they point at."""
+    if config.source == "embedded":
+        contents = {wheel: sources()[wheel]["sha256"] for wheel in config.wheels if wheel in READERS}
+    elif config.source == "climbmix":
+        contents = sources()["climbmix"]
+    else:
+        path = Path(config.source)
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        contents = {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
+    return {"config": asdict(config), "contents": contents, "builder": BUILDER}
+
+
+def corpus_folder(config: CorpusConfig) -> Path:
+    """Where the tokens of these settings are, or will be: other settings, another folder."""
+    key = hashlib.sha256(json.dumps(_fingerprint(config), sort_keys=True).encode()).hexdigest()[:10]
+    source = config.source if config.source in ("embedded", "climbmix") else Path(config.source).stem
+    return paths.CACHE / "corpus" / f"{source}-{config.vocab_size}-{key}"
+
+
+def open_corpus(config: CorpusConfig) -> Corpus:
+    """The tokens of `config`, built if they are not there; a damaged token file is built again."""
+    folder = corpus_folder(config)
+    if (folder / "meta.json").exists():
+        corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
+        if _intact(corpus):
+            return corpus
+        print(f"{folder} is damaged; building it again", file=sys.stderr)
+        shutil.rmtree(folder)
+    return _build(config, folder)
+
+
+def _intact(corpus: Corpus) -> bool:
+    for part in ("train", "validation"):
+        path, expected = corpus.folder / f"{part}.bin", corpus.meta[part]
+        if not path.exists() or path.stat().st_size != 2 * expected["tokens"]:
+            return False
+        if path.stat().st_size <= CHECKSUM_UP_TO:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return False
+    return (corpus.folder / "tokenizer.json").exists()
+
+
+def _build(config: CorpusConfig, folder: Path) -> Corpus:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        pairs = tqdm(documents(config), desc="documents", unit=" texts", leave=False, disable=None)
+        train, validation = split(pairs, config.validation_share)
+        tokenizer = train_tokenizer(train, config.vocab_size)
+        if tokenizer.get_vocab_size() != config.vocab_size:
+            raise ValueError(
+                f"the corpus gives a vocabulary of {tokenizer.get_vocab_size()}, not {config.vocab_size}: "
+                "take more text or a smaller vocab_size"
+            )
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        meta = _fingerprint(config) | {
+            "train": write_tokens(temporary / "train.bin", tokenizer, train),
+            "validation": write_tokens(temporary / "validation.bin", tokenizer, validation),
+        }
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was faster; its folder is as good as this one
+            if not (folder / "meta.json").exists():
+                raise
+        return Corpus(folder, json.loads((folder / "meta.json").read_text()))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def heldout_documents(config: CorpusConfig | None = None) -> list[str]:
+    """Validation documents of a corpus, by default of the embedded one with its default settings."""
+    return open_corpus(config or CorpusConfig()).heldout_documents()
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+class Batches:
+    """Training batches that depend on (seed, step) alone: no state to save, nothing to replay on a resume.
+
+    Every epoch cuts the tokens into windows of `context` + 1 from a random offset and visits them in a random order.
+    The global batch of a step is the same for any number of workers; a worker takes its slice of it.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int):
+        if len(tokens) < 2 * context + 1:
+            raise ValueError(f"{len(tokens)} tokens are too few for windows of {context} tokens")
+        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
+        self.windows = (len(tokens) - 1) // context - 1  # an epoch; one window less leaves room for the offset
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            starts = rng.permutation(self.windows) * self.context + rng.integers(self.context)
+            self._epochs = {e: s for e, s in self._epochs.items() if e == epoch - 1} | {epoch: starts}
+        return self._epochs[epoch]
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, targets) of worker `rank`, each (batch_size / world, context) int64, targets one token ahead."""
+        if self.batch_size % world:
+            raise ValueError(f"batch_size {self.batch_size} does not divide among {world} workers")
+        share = self.batch_size // world
+        first = step * self.batch_size + rank * share
+        positions = range(first, first + share)
+        starts = np.array([self._starts(p // self.windows)[p % self.windows] for p in positions])
+        window = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
+        return window[:, :-1], window[:, 1:]

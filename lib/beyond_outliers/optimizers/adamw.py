@@ -1,0 +1,51 @@
+"""AdamW, and SGD with momentum as the study's floor: torch's own, with this package's groups and gradient check.
+
+Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), as `torch.optim.AdamW`
+computes it (fused kernel); Sutskever et al. 2013 as `torch.optim.SGD`.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from beyond_outliers.optimizers.common import RoleGroups, require_betas, require_common
+
+
+class _Checked(RoleGroups):
+    def step(self, closure: Callable | None = None):
+        """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.refuse_nonfinite_gradients()
+        super().step()
+        return loss
+
+
+class AdamW(_Checked, torch.optim.AdamW):
+    """p <- p (1 - lr wd);  p <- p - lr m_hat / (sqrt(v_hat) + eps), for every role alike.
+
+    m and v are EMAs (betas) of g and g^2, m_hat and v_hat their bias-corrected values. The betas default to
+    (0.9, 0.95), the habit of language-model training; torch's own default is (0.9, 0.999).
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        require_common(lr, weight_decay)
+        require_betas(betas)
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+class SGD(_Checked, torch.optim.SGD):
+    """b <- momentum b + g;  p <- p - lr (b + wd p at the gradient, as torch.optim.SGD does), for every role alike."""
+
+    def __init__(self, params, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0):
+        require_common(lr, weight_decay)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)

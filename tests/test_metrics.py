@@ -1,0 +1,155 @@
+"""MMR, kurtosis and the two predictors, against NumPy and SciPy in float64."""
+
+import weakref
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from beyond_outliers.metrics import activation_metrics, average, kurtosis, mmr
+from beyond_outliers.model import Olmo2, Olmo2Config
+from torch import nn
+
+
+def small_model(**changes) -> Olmo2:
+    torch.manual_seed(0)
+    return Olmo2(Olmo2Config(vocab_size=300, width=32, depth=2, n_heads=2, **changes))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33), (10,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_mmr_and_kurtosis_agree_with_numpy(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    size = np.abs(x.double().numpy()).reshape(-1, shape[-1])
+    assert float(mmr(x)) == pytest.approx((size.max(1) / np.median(size, axis=1)).mean(), rel=1e-6)
+    assert float(mmr(x, center="mean")) == pytest.approx((size.max(1) / size.mean(1)).mean(), rel=1e-6)
+    rows = x.double().numpy().reshape(-1, shape[-1])
+    assert float(kurtosis(x)) == pytest.approx(scipy.stats.kurtosis(rows, axis=1, fisher=False).mean(), rel=1e-6)
+
+
+def test_values_by_hand():
+    x = torch.tensor([[1.0, -2.0, 3.0, -10.0]])
+    assert float(mmr(x)) == 4.0  # 10 / 2.5
+    assert float(mmr(x, center="mean")) == 2.5  # 10 / 4
+    assert float(kurtosis(torch.tensor([[1.0, -1.0, 1.0, -1.0]]))) == 1.0
+    assert mmr(x).dtype == kurtosis(x).dtype == torch.float64
+
+
+def test_the_mean_is_over_rows_not_over_the_flattened_tensor():
+    x = torch.tensor([[1.0, 1.0, 4.0], [10.0, 10.0, 20.0]])
+    assert float(mmr(x)) == 3.0
+
+
+def test_rows_without_a_ratio_are_left_out_and_nan_is_not():
+    x = torch.tensor([[0.0, 0.0, 0.0, 8.0], [1.0, 1.0, 1.0, 3.0]])
+    assert float(mmr(x)) == 3.0
+    assert np.isnan(float(mmr(torch.zeros(2, 4))))
+    assert np.isnan(float(kurtosis(torch.full((2, 4), 0.1))))
+    assert np.isnan(float(mmr(torch.tensor([[1.0, float("nan"), 2.0], [1.0, 1.0, 2.0]]))))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"mode.*median"):
+        mmr(torch.ones(2, 2), center="mode")
+    with pytest.raises(ValueError, match="shape"):
+        kurtosis(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="no linear layer"):
+        activation_metrics(nn.Sequential(nn.ReLU()), [torch.ones(2, 2)])
+    with pytest.raises(ValueError, match="no batch"):
+        activation_metrics(small_model(), [])
+
+
+def test_table_agrees_with_captured_inputs_over_unequal_batches():
+    model = small_model()
+    batches = [torch.randint(0, 300, (n, 16), generator=torch.Generator().manual_seed(n)) for n in (1, 4, 2)]
+    captured = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: captured.setdefault(name, []).append((args[0][..., :], out))
+            )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    table = activation_metrics(model, iter(batches)).set_index("name")
+    assert list(table.index) == list(captured)
+    assert list(table["kind"].unique()) == ["q", "k", "v", "out", "up", "down", "head"]
+    for name, pairs in captured.items():
+        x = np.concatenate([p[0].detach().double().numpy().reshape(-1, p[0].shape[-1]) for p in pairs[:3]])
+        y = np.concatenate([p[1].detach().double().numpy().reshape(-1, p[1].shape[-1]) for p in pairs[:3]])
+        weight = model.get_submodule(name).weight.detach().double().numpy()
+        size, row = np.abs(x), table.loc[name]
+        median = np.median(size, axis=1)
+        kept = median > 0
+        assert row["n_tokens"] == len(x) == 7 * 16
+        assert row["skipped"] == (~kept).sum()
+        assert row["mmr"] == pytest.approx((size.max(1)[kept] / median[kept]).mean(), rel=1e-5)
+        assert row["mmr_mean"] == pytest.approx((size.max(1) / size.mean(1)).mean(), rel=1e-5)
+        assert row["kurtosis"] == pytest.approx(scipy.stats.kurtosis(x, axis=1, fisher=False).mean(), rel=1e-5)
+        scale = size.max(1, keepdims=True) / 7
+        rounded = np.round(x / np.where(scale == 0, 1, scale)) * scale
+        # a value that float32 rounds to the other neighbour moves the sum a little
+        assert row["input_error"] == pytest.approx(((rounded - x) ** 2).sum() / (x**2).sum(), rel=1e-3)
+        gain = (weight**2).sum() / weight.shape[1] / ((y**2).sum() / (x**2).sum())
+        assert row["noise_gain"] == pytest.approx(gain, rel=1e-5)
+        assert row["expected_error"] == pytest.approx(gain * (row["input_error"] + row["weight_error"]), rel=1e-5)
+    assert table.loc["blocks.0.mlp.down", "skipped"] > 0  # ReLU leaves rows whose median is zero
+    assert average(table)["mmr"] == pytest.approx(table["mmr"].mean())
+
+
+def test_noise_gain_is_the_gain_of_white_noise():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 48, generator=generator, dtype=torch.float64)
+    weight[:, 0] *= 10
+    x = torch.randn(4000, 48, generator=generator, dtype=torch.float64)
+    x[:, 0] *= 5  # the signal lies along the strong direction: noise is amplified less than it
+    layer = nn.Linear(48, 64, bias=True, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = weight, torch.full((64,), 3.0, dtype=torch.float64)
+    noise = torch.randn(4000, 48, generator=generator, dtype=torch.float64)
+
+    def square(t):
+        return float(t.square().sum())
+
+    measured = (square(noise @ weight.T) / square(noise)) / (square(x @ weight.T) / square(x))
+    found = activation_metrics(layer, [x])["noise_gain"][0]
+    assert measured < 0.5
+    assert found == pytest.approx(measured, rel=0.05)
+
+
+def test_expected_error_predicts_the_error_of_a_quantized_layer():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(256, 128, bias=False)
+    layer.weight.data = torch.randn(128, 256, generator=generator)
+    x = torch.randn(2000, 256, generator=generator)
+
+    def rounded(t):
+        scale = t.abs().amax(-1, keepdim=True) / 7
+        return (t / scale).round() * scale
+
+    exact, quantized = x @ layer.weight.data.T, rounded(x) @ rounded(layer.weight.data).T
+    measured = float((quantized - exact).square().sum() / exact.square().sum())
+    assert activation_metrics(layer, [x])["expected_error"][0] == pytest.approx(measured, rel=0.05)
+
+
+def test_nothing_stays_behind():
+    model = small_model()
+    model.train()
+    model.blocks[0].eval()
+    activation_metrics(model, torch.randint(0, 300, (2, 8)))
+    assert model.training and model.blocks[1].mlp.training and not model.blocks[0].training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_memory_does_not_grow_with_the_batches():
+    alive, most = [], 0
+
+    def stream():
+        nonlocal most
+        for _ in range(6):
+            most = max(most, sum(reference() is not None for reference in alive))
+            x = torch.randn(64, 16)
+            alive.append(weakref.ref(x))
+            yield x
+
+    activation_metrics(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), stream())
+    assert most <= 1  # the batch that the loop variables still name

@@ -1,0 +1,422 @@
+"""Registry, parameter groups, errors, state round trips and invariants of the optimizers."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from beyond_outliers.config import Olmo2Config
+from beyond_outliers.model import Olmo2
+from beyond_outliers.optimizers import (
+    OPTIMIZERS,
+    PSGD,
+    REGISTRY,
+    SOAP,
+    Muon,
+    NonFiniteGradientError,
+    Shampoo,
+    build_optimizer,
+    parameter_groups,
+)
+from beyond_outliers.optimizers.muon import newton_schulz
+from torch import nn
+
+# Refreshes fall inside a dozen steps.
+SHORT_CYCLE = {"shampoo": {"frequency": 3}, "soap": {"frequency": 3}, "psgd": {"update_probability": 0.4}}
+ODD_SHAPES = [(5, 7), (5, 7), (1, 9), (9, 1), (3, 200), (1, 1), (11,), (1,), ()]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return Olmo2(Olmo2Config(vocab_size=30, width=8, depth=2, n_heads=2))
+
+
+def set_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def odd_parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in ODD_SHAPES]
+
+
+# --- registry and groups ------------------------------------------------------------------------------------------
+
+
+def test_the_six_are_listed_in_the_papers_order():
+    assert list(OPTIMIZERS) == ["adamw", "muon", "psgd", "scion", "shampoo", "soap"]
+    assert [entry.label for entry in OPTIMIZERS.values()] == ["AdamW", "Muon", "PSGD", "Scion", "Shampoo", "SOAP"]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_groups_by_role(name):
+    model = small_model()
+    optimizer = build_optimizer(model, name, 0.01, weight_decay=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    groups = {group["role"]: group for group in optimizer.param_groups}
+    assert list(groups) == ["matrix", "embedding", "vector"]
+    assert groups["embedding"]["param_names"] == ["embedding.weight"]  # the tied head is the same tensor, once
+    assert all(name.rpartition(".")[2] in ("gain", "scale") for name in groups["vector"]["param_names"])
+    assert len(groups["matrix"]["params"]) == 2 * 6
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+    assert all(group["initial_lr"] == group["lr"] for group in groups.values())
+    assert groups["matrix"]["lr"] == 0.01
+    assert [groups[role]["weight_decay"] for role in groups] == [0.1, 0.1, 0.0]
+
+
+def test_an_untied_head_counts_as_embedding():
+    model = nn.Module()
+    model.table, model.hidden, model.lm_head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+    model.hidden.bias.requires_grad_(False)
+    roles = {g["role"]: [name for name, _ in g["params"]] for g in parameter_groups(model)}
+    assert roles == {"matrix": ["hidden.weight"], "embedding": ["table.weight", "lm_head.weight"]}
+
+
+def test_roles_have_their_own_learning_rates():
+    muon = {g["role"]: g["lr"] for g in build_optimizer(small_model(), "muon", 0.02, adamw_lr=0.004).param_groups}
+    assert muon == {"matrix": 0.02, "embedding": 0.004, "vector": 0.004}
+    scion = {g["role"]: g["lr"] for g in build_optimizer(small_model(), "scion", 0.02, embedding_lr=0.5).param_groups}
+    assert scion == {"matrix": 0.02, "embedding": 0.5, "vector": 3e-3}
+
+
+def test_unknown_names_are_refused_with_the_valid_ones():
+    with pytest.raises(ValueError, match=r"'adam'.*adamw, muon, psgd, scion, shampoo, soap, sgd"):
+        build_optimizer(small_model(), "adam", 0.01)
+    with pytest.raises(ValueError, match=r"Muon.*beta9.*momentum.*adamw_lr"):
+        build_optimizer(small_model(), "muon", 0.01, beta9=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper"),
+    [
+        ("adamw", {"betas": (0.9, 1.0)}),
+        ("muon", {"momentum": 1.0}),
+        ("muon", {"ns_steps": 0}),
+        ("psgd", {"update_probability": 0.0}),
+        ("psgd", {"weight_decay": -1.0}),
+        ("scion", {"embedding_lmo": "row"}),
+        ("scion", {"constrained": True, "weight_decay": 0.1}),
+        ("shampoo", {"frequency": 0}),
+        ("soap", {"lr": -0.1}),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name, hyper):
+    lr = hyper.pop("lr", 0.01)
+    with pytest.raises(ValueError, match=next(iter(hyper), "lr") if "constrained" not in hyper else "weight_decay"):
+        build_optimizer(small_model(), name, lr, **hyper)
+
+
+def test_unusable_parameters_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"kernel has shape \(2, 3, 4\)"):
+        Muon([("kernel", torch.zeros(2, 3, 4))])
+    with pytest.raises(ValueError, match=r"half is torch.bfloat16"):
+        Muon([("half", torch.zeros(2, 3, dtype=torch.bfloat16))])
+    with pytest.raises(ValueError, match=r"unknown role 'head'.*matrix, embedding, vector"):
+        Muon([{"params": [torch.zeros(2, 3)], "role": "head"}])
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_odd_shapes_move_and_gradients_stay(name, dtype):
+    params = odd_parameters(dtype)
+    optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+    before = [p.detach().clone() for p in params]
+    for seed in range(7):  # an odd number of sign steps cannot cancel
+        set_gradients(params, seed)
+        gradients = [p.grad.clone() for p in params]
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, gradients, strict=True))
+    for p, old in zip(params, before, strict=True):
+        assert p.isfinite().all() and p.dtype == dtype and (p != old).all()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_an_absent_gradient_leaves_its_parameter_alone_and_the_others_as_if_alone(name):
+    """The middle one of three same-shaped matrices pauses: the rest must match a run without it."""
+
+    def run(shapes, pausing):
+        params = [torch.full((4, 6), float(i + 1)).requires_grad_() for i in shapes]
+        optimizer = REGISTRY[name].optimizer(params, lr=0.01, **{**SHORT_CYCLE.get(name, {})})
+        for step in range(8):
+            for i, p in zip(shapes, params, strict=True):
+                p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + i))
+            if pausing is not None and step in (2, 3, 4):
+                params[pausing].grad = None
+                kept = params[pausing].detach().clone()
+            optimizer.step()
+            if pausing is not None and step in (2, 3, 4):
+                assert torch.equal(params[pausing], kept)
+        return [p.detach() for p in params]
+
+    if name == "psgd":  # its probes are drawn for the stack: another stack, other probes
+        assert all(p.isfinite().all() for p in run([0, 1, 2], 1))
+        return
+    full, alone = run([0, 1, 2], 1), run([0, 2], None)
+    torch.testing.assert_close(full[0], alone[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full[2], alone[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_non_finite_gradients_are_named_and_change_nothing(name, bad):
+    model = small_model()
+    optimizer = build_optimizer(model, name, 0.01, **SHORT_CYCLE.get(name, {}))
+    for seed in range(4):
+        set_gradients(model.parameters(), seed)
+        optimizer.step()
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    set_gradients(model.parameters(), 9)
+    model.blocks[1].mlp.up.weight.grad[2, 3] = bad
+    with pytest.raises(NonFiniteGradientError, match=r"gradient of blocks.1.mlp.up.weight$"):
+        optimizer.step()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert_states_equal(optimizer.state_dict(), state)
+
+
+def test_gradients_whose_square_overflows_are_not_called_infinite():
+    p = torch.ones(2, 2, requires_grad=True)
+    p.grad = torch.full((2, 2), 1e30)
+    Muon([p]).step()
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_closure_is_evaluated_with_gradients_on(name):
+    p = torch.ones(3, 3, requires_grad=True)
+    optimizer = REGISTRY[name].optimizer([p], lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 9
+
+
+# --- state --------------------------------------------------------------------------------------------------------
+
+
+def assert_states_equal(a, b):
+    assert a["state"].keys() == b["state"].keys()
+    for key, entry in a["state"].items():
+        assert entry.keys() == b["state"][key].keys()
+        for name, value in entry.items():
+            other = b["state"][key][name]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    assert ("generator" in a) == ("generator" in b)
+    if "generator" in a:
+        assert torch.equal(a["generator"], b["generator"])
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_state_resumes_bit_identically_at_every_step_of_a_cycle(name):
+    """Save after k steps, load into a fresh optimizer (through bytes), go on: all as in the run that never stopped."""
+
+    def build():
+        params = odd_parameters()
+        return params, REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+
+    params, straight = build()
+    snapshots = []
+    for step in range(9):
+        snapshots.append(([p.detach().clone() for p in params], saved(straight.state_dict())))
+        set_gradients(params, step)
+        straight.step()
+    final = [p.detach().clone() for p in params]
+    for step, (weights, state) in enumerate(snapshots):
+        resumed_params, resumed = build()
+        with torch.no_grad():
+            for p, w in zip(resumed_params, weights, strict=True):
+                p.copy_(w)
+        resumed.load_state_dict(torch.load(io.BytesIO(state)))
+        for later in range(step, 9):
+            set_gradients(resumed_params, later)
+            resumed.step()
+        assert all(torch.equal(p, w) for p, w in zip(resumed_params, final, strict=True)), f"resumed at {step}"
+        assert_states_equal(resumed.state_dict(), straight.state_dict())
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_copy_goes_the_same_way_and_leaves_the_original_alone(name):
+    params = odd_parameters()
+    optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+    for seed in range(4):
+        set_gradients(params, seed)
+        optimizer.step()
+    other_params, other = copy.deepcopy((params, optimizer))
+    before = [p.detach().clone() for p in params]
+    for seed in range(4, 8):
+        set_gradients(other_params, seed)
+        other.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    for seed in range(4, 8):
+        set_gradients(params, seed)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_two_runs_agree_to_the_bit(name):
+    results = []
+    for _ in range(2):
+        torch.rand(3)  # the global generator must not matter
+        model = small_model()
+        torch.rand(len(results) + 1)
+        optimizer = build_optimizer(model, name, 0.01, **SHORT_CYCLE.get(name, {}))
+        for seed in range(7):
+            set_gradients(model.parameters(), seed)
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_seed_of_psgd_matters():
+    results = []
+    for seed in (0, 1):
+        p = torch.ones(6, 6, requires_grad=True)
+        optimizer = PSGD([p], seed=seed)
+        for step in range(5):
+            set_gradients([p], step)
+            optimizer.step()
+        results.append(p.detach())
+    assert not torch.equal(*results)
+
+
+# --- invariants ---------------------------------------------------------------------------------------------------
+
+
+def test_newton_schulz_takes_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    u, _, vt = torch.linalg.svd(torch.randn(3, 32, 48, generator=generator), full_matrices=False)
+    values = torch.linspace(0.1, 1, 32)
+    found = torch.linalg.svdvals(newton_schulz((u * values) @ vt))
+    assert found.min() > 0.6 and found.max() < 1.3
+    assert torch.equal(newton_schulz(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+
+
+def test_shampoo_with_frequency_one_whitens_a_stationary_gradient():
+    """G = C^(1/2) Z with fixed C: P_L ~ C^(-1/4) and P_R ~ const, both sides of an equally scaled pair whiten."""
+    rng = np.random.default_rng(0)
+    scale_l, scale_r = np.linspace(1, 30, 12), np.linspace(1, 30, 12)
+    p = torch.zeros(12, 12, dtype=torch.float64, requires_grad=True)
+    optimizer = Shampoo([p], lr=0.0, betas=(0.0, 0.999), frequency=1)
+    draws = []
+    for _ in range(2000):
+        g = scale_l[:, None] ** 0.5 * rng.normal(size=(12, 12)) * scale_r**0.5
+        p.grad = torch.tensor(g)
+        optimizer.step()
+    state = optimizer.state[p]
+    for _ in range(4000):
+        g = scale_l[:, None] ** 0.5 * rng.normal(size=(12, 12)) * scale_r**0.5
+        draws.append((state["left_root0"].numpy() @ g @ state["right_root0"].numpy()).ravel())
+    # Covariance of g is diag(l_i r_j); the roots of L ~ l_i and R ~ r_j give the exponent -1/4 each, that is
+    # (l_i r_j)^(1/2) left of a spread of (l_i r_j): whitening of the matrix's two one-sided covariances.
+    spread = np.var(draws, axis=0).reshape(12, 12)
+    expected = np.sqrt(scale_l[:, None] * scale_r)
+    ratio = spread / expected
+    assert ratio.max() / ratio.min() < 1.5
+
+
+def test_shampoo_whitens_a_constant_gradient():
+    """With G constant, L = G G^T and R = G^T G: P_L G P_R is the orthogonal factor U V^T."""
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=(6, 6)) * np.logspace(0, 2, 6)
+    p = torch.zeros(6, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = Shampoo([p], lr=1.0, frequency=1, eps=1e-14)
+    p.grad = torch.tensor(g)
+    optimizer.step()
+    values = np.linalg.svd(p.detach().numpy(), compute_uv=False)
+    assert values.max() / values.min() < 1 + 1e-5
+
+
+def test_grafting_keeps_adams_step_length():
+    rng = np.random.default_rng(0)
+    shapes = [(6, 4), (5,)]
+    params = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    optimizer = Shampoo(params, lr=1.0, frequency=2)
+    moments = [[np.zeros(s), np.zeros(s)] for s in shapes]
+    for t in range(1, 8):
+        before = [p.detach().numpy().copy() for p in params]
+        grads = [rng.normal(size=s) for s in shapes]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        for p, old, g, moment in zip(params, before, grads, moments, strict=True):
+            moment[0] = 0.95 * moment[0] + 0.05 * g
+            moment[1] = 0.95 * moment[1] + 0.05 * g**2
+            adam = moment[0] / (1 - 0.95**t) / np.sqrt(moment[1] / (1 - 0.95**t))
+            np.testing.assert_allclose(np.linalg.norm(p.detach().numpy() - old), np.linalg.norm(adam), rtol=1e-6)
+
+
+def test_psgd_whitens_after_two_thousand_updates():
+    """G = S_L Z S_R, condition number 400 of the covariance's root: after preconditioning below 6."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    left = rotation @ torch.diag(torch.logspace(0, 1.3, 8, dtype=torch.float64)) @ rotation.T
+    right = torch.diag(torch.logspace(0, 1.3, 6, dtype=torch.float64))
+    p = torch.zeros(8, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = PSGD([p], lr=0.0, momentum=0.0, update_probability=1.0)
+    for _ in range(2000):
+        p.grad = left @ torch.randn(8, 6, generator=generator, dtype=torch.float64) @ right
+        optimizer.step()
+    q_left, q_right = optimizer.state[p]["left"], optimizer.state[p]["right"]
+
+    def condition(a, b):
+        return torch.linalg.cond(a).item() * torch.linalg.cond(b).item()
+
+    assert condition(left, right) > 350
+    # The preconditioner Q^T Q estimates the inverse root of the covariance, so Q^T Q S is the whitened square root.
+    assert condition(q_left.T @ q_left @ left, right @ q_right.T @ q_right) < 6
+
+
+def test_psgd_clips_the_update_at_rms_1_1():
+    p = torch.zeros(6, 6, requires_grad=True)
+    optimizer = PSGD([p], lr=1.0)
+    p.grad = torch.full((6, 6), 100.0)
+    optimizer.step()
+    assert p.detach().square().mean().sqrt().item() == pytest.approx(1.1, rel=1e-5)
+
+
+def test_soap_turns_its_bases_and_keeps_them_orthogonal():
+    p = torch.zeros(6, 9, dtype=torch.float64, requires_grad=True)
+    optimizer = SOAP([p], frequency=2)
+    set_gradients([p], 0)
+    optimizer.step()
+    assert torch.equal(p, torch.zeros_like(p))  # the first call only initialises
+    first = optimizer.state[p]["right_basis"].clone()
+    for seed in range(1, 8):
+        set_gradients([p], seed)
+        optimizer.step()
+    basis = optimizer.state[p]["right_basis"]
+    assert not torch.allclose(first, basis)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_training_a_small_model_lowers_the_loss(name):
+    model = small_model()
+    ids = torch.randint(0, 30, (4, 13), generator=torch.Generator().manual_seed(0))
+    lr = {"sgd": 0.1, "muon": 0.02, "scion": 0.05}.get(name, 0.01)
+    optimizer = build_optimizer(model, name, lr)
+    losses = []
+    for _ in range(40):
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
