@@ -3,12 +3,14 @@
 # Every file that decides what is done lies in data/runs/SCALE (git-ignored); committed tables and figures are written
 # beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
 # last evaluation of a run.
+from beyond_outliers import paths
 from beyond_outliers.protocol import Protocol, read_learning_rates
 from beyond_outliers.study import Study, notebooks
 
 SCALE = config.get("scale", "pocket")
 STUDY = Study(SCALE)
-WORK = f"data/runs/{SCALE}"
+WORK = paths.RUNS / SCALE
+FIGURES = paths.FIGURES / SCALE
 COMMAND = "python -m beyond_outliers.study"
 
 
@@ -31,7 +33,7 @@ def to_measure(wildcards):
 
 rule all:
     input:
-        expand("figures/{scale}/{notebook}.html", scale=SCALE, notebook=notebooks()),
+        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks()),
 
 
 rule corpus:
@@ -84,9 +86,9 @@ rule collect:
 rule notebook:
     input:
         rules.collect.output,
-        "notebooks/{notebook}.ipynb",
+        f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
     output:
-        f"figures/{SCALE}/{{notebook}}.html",
+        f"{FIGURES}/{{notebook}}.html",
         touch(f"{WORK}/notebooks/{{notebook}}.done"),
     shell:
         "{COMMAND} notebook --scale {SCALE} --name {wildcards.notebook} --tables-only"

@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 from beyond_outliers.metrics import activation_metrics, average, kurtosis, mmr
 from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.quantizers import QuantSpec, quantize_tensor
 from torch import nn
 
 
@@ -129,6 +130,28 @@ def test_expected_error_predicts_the_error_of_a_quantized_layer():
     exact, quantized = x @ layer.weight.data.T, rounded(x) @ rounded(layer.weight.data).T
     measured = float((quantized - exact).square().sum() / exact.square().sum())
     assert activation_metrics(layer, [x])["expected_error"][0] == pytest.approx(measured, rel=0.05)
+
+
+def test_errors_are_those_of_the_grid_and_basis_asked_for():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 32, bias=False), torch.randn(50, 64)
+    x[:, 0] *= 40  # an outlier feature, which the rotation spreads out
+    rows = {
+        name: activation_metrics(layer, x, spec).iloc[0]
+        for name, spec in {
+            "plain": QuantSpec(),
+            "rotated": QuantSpec(rotate=True),
+            "blocks": QuantSpec("int8", "int4", granularity="block", block=16),
+            "none": QuantSpec("none", "none"),
+        }.items()
+    }
+    assert rows["none"]["expected_error"] == 0
+    assert rows["rotated"]["input_error"] < 0.6 * rows["plain"]["input_error"]
+    assert rows["rotated"]["mmr"] == rows["plain"]["mmr"]  # of the input as it is
+    assert rows["blocks"]["weight_error"] < rows["plain"]["weight_error"] / 100
+    error = quantize_tensor(x, "int4", "block", 16) - x
+    expected = float(error.double().square().sum() / x.double().square().sum())
+    assert rows["blocks"]["input_error"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_stays_behind():

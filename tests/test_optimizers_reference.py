@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from beyond_outliers.optimizers import PSGD, SOAP, AdamW, Muon, Scion, Shampoo
+from beyond_outliers.optimizers.common import add_gram_
 from beyond_outliers.optimizers.muon import newton_schulz
+from beyond_outliers.optimizers.psgd import left_product, norm_lower_bound, right_product, update_factors
 
 SHAPES = [(8, 8), (6, 10), (10, 6), (6, 10), (1, 7), (7, 1), (5,), (1,)]
 SQUARE = [(8, 8), (5, 5), (8, 8), (1, 1), (6,)]
@@ -347,3 +349,40 @@ def test_newton_schulz_in_float32_stays_on_the_float64_curve():
         found = newton_schulz(torch.tensor(m, dtype=torch.float32)).numpy()
         expected = np.stack([orthogonalised(x) for x in m])
         assert np.abs(found - expected).max() < 2e-5
+
+
+# --- products that skip what structure makes known ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [5, 255, 257, 514, 1030])
+def test_structured_products_match_the_plain_ones(n):
+    """Sizes around the strip thresholds (256, 512), not divisible by the number of strips."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, n, 7, generator=generator, dtype=torch.float64)
+    symmetric = torch.randn(2, n, n, generator=generator, dtype=torch.float64)
+    symmetric = symmetric + symmetric.mT
+    expected = 0.3 * symmetric - 0.5 * x @ x.mT
+    torch.testing.assert_close(add_gram_(symmetric.clone(), x, beta=0.3, alpha=-0.5), expected)
+    fresh = add_gram_(torch.full_like(symmetric, float("nan")), x, beta=0, alpha=1)
+    torch.testing.assert_close(fresh, x @ x.mT)
+
+    q = symmetric.triu()
+    torch.testing.assert_close(left_product(q, x), q @ x)
+    torch.testing.assert_close(left_product(q, x, transposed=True), q.mT @ x)
+    torch.testing.assert_close(right_product(x.mT, q), x.mT @ q)
+    torch.testing.assert_close(right_product(x.mT, q, transposed=True), x.mT @ q.mT)
+
+
+def test_psgd_update_of_a_large_factor():
+    """The in-place product by strips, against the plain formula, where it has four strips."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.eye(514, dtype=torch.float64) + 0.01 * torch.randn(514, 514, generator=generator, dtype=torch.float64)
+    left, right = q.triu()[None], torch.eye(6, dtype=torch.float64)[None]
+    g, v = (torch.randn(1, 514, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    state = {"left": left.clone(), "right": right.clone()}
+    update_factors(state, g, v, 0.1)
+    a, b = left @ g, torch.linalg.inv(left).mT @ v
+    bound = norm_lower_bound(a @ a.mT + b @ b.mT)
+    torch.testing.assert_close(state["left"], left - 0.1 * (a @ a.mT - b @ b.mT).triu() @ left / bound)
+    assert torch.linalg.matrix_norm(a @ a.mT + b @ b.mT, 2) / 2**0.5 < bound
+    assert bound <= torch.linalg.matrix_norm(a @ a.mT + b @ b.mT, 2) * (1 + 1e-12)

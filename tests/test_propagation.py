@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from beyond_outliers.model import Olmo2, Olmo2Config, ReluSquared, ResidualAdd
 from beyond_outliers.propagation import decompose, relative_error, spectral_norm, summarise
+from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model
 from torch import nn
 
 COLUMNS = ["index", "name", "kind", "R", "A", "B", "C", "gain"]
@@ -168,6 +169,41 @@ def test_gain_identity_holds_with_a_bias():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     row = decompose(model, quantize(model, activations=False), torch.randn(5, 8).double()).iloc[1]
     assert row["gain"] == pytest.approx(row["spectral_ratio"] * row["alignment_ratio"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(activations="none"), QuantSpec("mxfp4", "none"), QuantSpec("int4", "none", rotate=True, head=True)],
+)
+def test_identities_on_this_projects_quantizers(spec):
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=200, width=32, depth=2, n_heads=2)).double()
+    table = decompose(model, quantize_model(model, spec), ids(3, 12), attention="open")
+    np.testing.assert_allclose(table["R"], table["A"] + table["B"] + table["C"], rtol=0, atol=1e-14)
+    linear = table[(table["kind"] == "linear") & (table["R_in"] > 0)]
+    assert len(linear) == 10
+    np.testing.assert_allclose(linear["gain"], linear["spectral_ratio"] * linear["alignment_ratio"], rtol=1e-9)
+
+
+def test_a_frozen_qat_model_is_a_quantized_model():
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=200, width=32, depth=1, n_heads=2))
+    trained = prepare_qat(model, QuantSpec())
+    trained.load_state_dict(model.state_dict())
+    table = decompose(model, freeze_qat(trained), ids(2, 12), attention="open")
+    np.testing.assert_allclose(table["R"], table["A"] + table["B"] + table["C"], rtol=0, atol=1e-14)
+    assert table["R"].iloc[-1] > 1e-3
+    assert (table.loc[table["kind"] == "linear", "spectral_ratio"] != 1).sum() == 6  # all but the head
+
+
+def test_half_precision_models():
+    model = olmo(torch.bfloat16)
+    table = decompose(model, quantize(model, activations=False), ids(3, 12), attention="open")
+    assert table[["R", "A", "B", "C"]].notna().all().all()
+    np.testing.assert_allclose(table["R"], table["A"] + table["B"] + table["C"], rtol=0, atol=1e-14)
+    exact = olmo(torch.bfloat16).double()
+    reference = decompose(exact, quantize(exact, activations=False), ids(3, 12), attention="open")
+    assert table["R"].iloc[-1] == pytest.approx(reference["R"].iloc[-1], rel=0.15)
 
 
 def test_unchanged_functions_and_unchanged_inputs():

@@ -60,7 +60,7 @@ def validation_loss(
     model: nn.Module,
     tokens: np.ndarray,
     context: int,
-    batch_size: int = 64,
+    batch_size: int = 32,
     max_tokens: int | None = None,
     token_bytes: np.ndarray | None = None,
 ) -> ValidationLoss:
@@ -268,16 +268,20 @@ def wheel_questions(task: str) -> tuple[Question, ...]:
 def cloze_questions(documents: Sequence[str], n: int = 2000, seed: int = 0) -> list[Question]:
     """Four-way continuation choice on running text: at most `n` questions, one a document, the same for the same seed.
 
-    A document of enough words is cut at a random place: the first 8 to 32 words are the context, the next 8 words the
-    true continuation. The three wrong ones are the continuations of other documents, cut the same way, drawn from the
-    40 that come nearest in number of characters. So no choice stands out by its length or by starting a sentence, and
-    what helps is what a language model learns first: grammar across the cut and the words of the topic.
+    A document of enough words is cut at a random place: the first 8 to 32 words are the context, the next 3 words the
+    true continuation. The three wrong ones are the true continuations of other questions, drawn from the 40 that come
+    nearest in number of characters. So no choice stands out by its length, by starting a sentence, or by being common:
+    each text is right once, and wrong about three times. What helps is grammar across the cut and the topic's words.
+    Three words, because in a longer text its own likelihood, whatever came before, drowns what a small model takes
+    from the context.
     Raises ValueError if fewer than four documents with different continuations are long enough.
     """
-    shortest, longest, words_ahead, neighbours = 8, 32, 8, 20
+    shortest, longest, words_ahead, neighbours = 8, 32, 3, 20
     rng = np.random.default_rng(seed)
     cuts: dict[str, str] = {}  # continuation -> context; the same continuation twice would make a wrong choice right
     for index in rng.permutation(len(documents)):
+        if len(cuts) == n:
+            break
         words = documents[index].split()
         latest = min(longest, len(words) - words_ahead)
         if latest >= shortest:
@@ -291,7 +295,7 @@ def cloze_questions(documents: Sequence[str], n: int = 2000, seed: int = 0) -> l
     by_length = sorted(cuts, key=lambda text: (len(text), text))
     rank = {text: position for position, text in enumerate(by_length)}
     questions = []
-    for truth, context in list(cuts.items())[:n]:
+    for truth, context in cuts.items():
         low = min(max(0, rank[truth] - neighbours), max(0, len(by_length) - 2 * neighbours - 1))
         near = [text for text in by_length[low : low + 2 * neighbours + 1] if text != truth]
         choices = [near[i] for i in rng.choice(len(near), 3, replace=False)]

@@ -32,7 +32,7 @@ def power_of_two_below(x: Tensor) -> Tensor:
 
 
 def round_to_float(x: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
-    """Nearest number of `mantissa_bits` explicit bits, subnormal below 2^smallest_exponent; exponents unbounded above."""
+    """Nearest number of `mantissa_bits` explicit bits, subnormal below 2^smallest_exponent; unbounded above."""
     step = power_of_two_below(x).clamp(min=2.0**smallest_exponent) * 2.0**-mantissa_bits
     return (x / step).round() * step
 
@@ -44,10 +44,11 @@ E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 def _absmax(x: Tensor, round_unit: Callable[[Tensor], Tensor], largest: float, group: int) -> Tensor:
     """The largest entry of a group goes to the level `largest`; `group`: trailing dimensions that share a scale."""
-    scale = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True) / largest
+    top = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True)
+    scale = top / largest
     scale = torch.where(scale < torch.finfo(x.dtype).tiny, 0.0, scale)
     levels = round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-largest, largest)
-    return levels * scale
+    return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
 
 
 def _mxfp4(x: Tensor) -> Tensor:
@@ -91,15 +92,16 @@ GRIDS = {
 def choose(kind: str, value: str, valid) -> None:
     """ValueError naming `value` and the valid ones unless it is one of them."""
     if value not in valid:
-        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")
 
 
 def check_width(width: int, grid: str, granularity: str = "row", block: int | None = None) -> None:
     """ValueError unless rows of `width` entries divide into the blocks that the grid or the granularity asks for."""
-    size = GRIDS[grid].block or (block if granularity == "block" and grid != "none" else None)
+    own = GRIDS[grid].block
+    size = own or (block if granularity == "block" and grid != "none" else None)
     if size is not None and width % size:
-        divisors = [2**i for i in range(1, width.bit_length()) if width % 2**i == 0]
-        valid = f"grids without blocks of their own, or {grid} on a multiple of {size}" if GRIDS[grid].block else divisors
+        divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+        valid = f"widths that are multiples of {own}" if own else f"blocks of {divisors}"
         raise ValueError(f"{grid}: blocks of {size} do not divide the width {width}; valid: {valid}")
 
 
@@ -164,7 +166,7 @@ class QuantSpec:
 
     @property
     def name(self) -> str:
-        """Short name for tables: W4A4, W4, A8, mxfp4, Wmxfp4, W4Afp8, W4A4+block32+rot+head; FP when nothing is rounded."""
+        """Short name for tables: W4A4, W4, A8, mxfp4, W4Afp8, W4A4+block32+rot+head; FP when nothing is rounded."""
         if self.weights == self.activations and not self.weights.startswith("int"):
             name = "FP" if self.weights == "none" else self.weights
         else:

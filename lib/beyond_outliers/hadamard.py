@@ -18,22 +18,22 @@ def hadamard_block(width: int) -> int:
 _MATRICES: dict = {}
 
 
-@torch.compiler.assume_constant_result
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's (size, size) matrix over sqrt(size), `size` a power of two: symmetric and its own inverse."""
     key = (size, dtype, device)
     if key not in _MATRICES:
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        _MATRICES[key] = (matrix / size**0.5).to(device, dtype)
+        with torch.inference_mode(False):  # training may want the matrix of an earlier inference
+            matrix = torch.ones(1, 1, dtype=torch.float64)
+            while len(matrix) < size:
+                matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+            _MATRICES[key] = (matrix / size**0.5).to(device, dtype)
     return _MATRICES[key]
 
 
 def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
-    """x (..., width) times the block-diagonal Hadamard matrix; applied twice it gives x back. `block` must divide width.
+    """x (..., width) times the block-diagonal Hadamard matrix; applied twice it gives x back.
 
-    One small matmul over all blocks.
+    `block` is a power of two that divides the width, `hadamard_block(width)` by default; ValueError otherwise.
     """
     block = block or hadamard_block(x.shape[-1])
     if block & (block - 1) or x.shape[-1] % block:

@@ -133,20 +133,14 @@ def _units(model: nn.Module, granularity: str, attention: str) -> Iterator[nn.Mo
     yield from walk(model, 0)
 
 
+_OWN_KINDS = {"residualadd": "residual add", "attentionmix": "mixing", "mix": "mixing"}
+_KINDS = {"norm": "norm", "attention": "attention", "attn": "attention", "mlp": "mlp", "rotary": "rotary"}
+_KINDS |= {"relu": "activation", "activation": "activation", "block": "block", "layer": "block"}
+
+
 def _kind(name: str, module: nn.Module) -> str:
+    """What the table calls a module: by its type, else by a word in its class name, else that name in lower case."""
     label = type(module).__name__.lower()
-    words = {
-        "norm": "norm",
-        "attention": "attention",
-        "attn": "attention",
-        "mlp": "mlp",
-        "residualadd": "residual add",
-        "relu": "activation",
-        "activation": "activation",
-        "block": "block",
-        "layer": "block",
-        "rotary": "rotary",
-    }
     if isinstance(module, nn.Embedding):
         return "embedding"
     if is_linear(module):
@@ -155,9 +149,7 @@ def _kind(name: str, module: nn.Module) -> str:
         return "model"
     if type(module).__module__ == nn.ReLU.__module__ and not _is_attention(module):
         return "activation"
-    if label == "attentionmix":  # what mixes values, not the attention module around it
-        return "mixing"
-    return next((kind for word, kind in words.items() if word in label), "mixing" if label == "mix" else label)
+    return _OWN_KINDS.get(label) or next((kind for word, kind in _KINDS.items() if word in label), label)
 
 
 def watched(model: nn.Module, batch, granularity: str, attention: str) -> dict[str, str]:

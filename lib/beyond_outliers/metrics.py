@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.quantizers import QuantSpec, quantize_tensor
+from beyond_outliers.grids import QuantSpec, quantize_tensor
+from beyond_outliers.hadamard import hadamard_block, hadamard_transform
 
 CENTERS = ("median", "mean")
 METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_gain", "expected_error"]
@@ -44,10 +45,14 @@ def _rows(x: Tensor) -> Tensor:
 
 def _absolute(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """max, median and mean of |x| in every row, float64; the median of an even count is the mean of the middle two."""
-    size = x.abs().sort(dim=-1).values
-    n = size.shape[-1]
-    median = (size[:, (n - 1) // 2].double() + size[:, n // 2].double()) / 2
-    return size[:, -1].double(), median, size.mean(-1, dtype=torch.float64)
+    size = x.abs()
+    middle = upper = size.median(-1, keepdim=True).values  # torch gives the lower of the middle two
+    if size.shape[-1] % 2 == 0:  # a third of the time of sorting
+        below = size <= middle
+        following = size.masked_fill(below, float("inf")).amin(-1, keepdim=True)
+        upper = torch.where(below.sum(-1, keepdim=True) > size.shape[-1] // 2, middle, following)
+    median = (middle.double() + upper.double()).squeeze(-1) / 2
+    return size.amax(-1).double(), median, size.mean(-1, dtype=torch.float64)
 
 
 def _mean_ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +64,10 @@ def _mean_ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Fourth central moment and squared variance (population) of every row, float64.
 
-    The float64 copy of x is made in pieces: a wide layer's input would otherwise double the peak memory.
+    The float64 copy of x is made in pieces: a cache's worth, or enough to keep a GPU busy.
     """
     fourth, second = [], []
-    for piece in x.split(max(1, 2**22 // x.shape[-1])):
+    for piece in x.split(max(1, (2**16 if x.device.type == "cpu" else 2**24) // x.shape[-1])):
         # a constant row must come out as exactly zero, which its mean in floating point need not give
         piece = piece.double() - piece[:, :1].double()
         square = (piece - piece.mean(-1, keepdim=True)).square()
@@ -138,11 +143,18 @@ def is_linear(module: nn.Module) -> bool:
     return "Linear" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 2
 
 
+def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:
+    """||Q(x) - x||^2 over all of x (..., features), 0-d float64, in the basis in which `spec` rounds."""
+    if spec.rotate:
+        x = hadamard_transform(x, hadamard_block(x.shape[-1]))
+    return (quantize_tensor(x, grid, spec.granularity, spec.block) - x).square().sum(dtype=torch.float64)
+
+
 def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
     """(9,) float64: what is summed over the rows of a linear layer's input."""
     x = _rows(x)
     largest, median, mean = _absolute(x)
-    error = quantize_tensor(x, spec.activations, spec.granularity) - x
+    error = _rounding_error(x, spec.activations, spec)
     return torch.stack(
         [
             torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
@@ -150,7 +162,7 @@ def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
             *_mean_ratio(largest, mean),
             *_mean_ratio(*_moments(x)),
             x.square().sum(dtype=torch.float64),
-            error.square().sum(dtype=torch.float64),
+            error,
         ]
     )
 
@@ -158,8 +170,9 @@ def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
 def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None) -> pd.DataFrame:
     """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
 
-    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64 sums are
-    kept, whatever the number of batches. `spec` names the grids whose rounding the errors describe (default W4A4).
+    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64
+    sums are kept, whatever the number of batches. `spec` names the grids and the basis whose rounding the errors
+    describe (default W4A4); a head that `spec` leaves alone has its row all the same.
 
     Columns: index, name, kind (last part of the name: q, up, ...), mmr (median), mmr_mean, kurtosis (means over
     tokens), n_tokens, skipped (tokens left out of mmr because the median of |x| is zero: ReLU leaves many), and the
@@ -200,8 +213,7 @@ def _row(index: int, name: str, sums: Tensor, weight: Tensor, spec: QuantSpec) -
     """Table row of one layer from its ten sums."""
     n, mmr_sum, mmr_rows, mean_sum, mean_rows, fourth_sum, fourth_rows, signal, error, output = sums.tolist()
     size = weight.double().square().sum().item()
-    rounded = quantize_tensor(weight, spec.weights, spec.granularity)
-    weight_error = _divide((rounded - weight).double().square().sum().item(), size)
+    weight_error = _divide(_rounding_error(weight, spec.weights, spec).item(), size)
     input_error = _divide(error, signal)
     noise_gain = _divide(size / weight.shape[1] * signal, output)
     return {

@@ -1,5 +1,6 @@
 """What every notebook does first: check its parameters, say what it runs with, set the theme."""
 
+import inspect
 import json
 import numbers
 
@@ -11,12 +12,12 @@ from beyond_outliers import paths
 _NOT_PARAMETERS = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 
-def begin(namespace: dict):
+def begin(namespace: dict, study: bool = True):
     """Call as `study = begin(globals())` right after the parameters cell.
 
     The valid parameters are the annotated names of that cell (`scale: str = "pocket"`). Any other public name in the
     namespace came from outside, misspelt: ValueError with the valid ones, as for a value of the wrong type. Shows a
-    table of the parameters, versions and commit, and returns the `Study` of the parameter `scale`.
+    table of the parameters, versions and commit, and returns the `Study` of the parameter `scale` (None: study=False).
     """
     from beyond_outliers.plots import set_theme
     from beyond_outliers.study import Study
@@ -24,14 +25,14 @@ def begin(namespace: dict):
     parameters = check_parameters(namespace)
     set_theme()
     _show(parameters)
-    return Study(parameters["scale"]) if "scale" in parameters else None
+    return Study(parameters["scale"]) if study else None
 
 
 def check_parameters(namespace: dict) -> dict:
     """The notebook's parameters, name -> value, after checking names and types."""
     declared = namespace.get("__annotations__", {})
     public = {n for n in namespace if not n.startswith("_")} - _NOT_PARAMETERS
-    public = {n for n in public if not getattr(namespace[n], "__module__", "").startswith("IPython")}
+    public = {n for n in public if not (inspect.ismodule(namespace[n]) or callable(namespace[n]))}  # earlier imports
     if unknown := sorted(public - set(declared)):
         valid = ", ".join(f"{name} ({kind.__name__})" for name, kind in declared.items())
         raise ValueError(f"unknown notebook parameters: {', '.join(unknown)}; valid: {valid}")

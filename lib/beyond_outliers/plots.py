@@ -138,3 +138,178 @@ def heatmap(table: pd.DataFrame, row: str, column: str, value: str, label: str, 
     ax.tick_params(axis="x", rotation=60)
     ax.tick_params(axis="y", rotation=0)
     return figure
+
+
+def depth_profile(table: pd.DataFrame, title: str) -> plt.Figure:
+    """R_l along the depth (log scale), a line an optimizer; RMSNorms shaded, module kinds along the axis."""
+    figure, ax = plt.subplots(figsize=(9, 3.6))
+    for optimizer, rows in table.groupby("optimizer", sort=False):
+        curve = rows.groupby("index").R.mean()
+        curve = curve[curve > 0]
+        ax.plot(curve.index, curve, color=COLOURS[optimizer], label=LABELS[optimizer], marker=".", lw=1.2)
+    modules = table.drop_duplicates("index").set_index("index")
+    for index in modules.index[modules.kind == "norm"]:
+        ax.axvspan(index - 0.5, index + 0.5, color="grey", alpha=0.15, lw=0)
+    ax.set_xticks(modules.index, [name.replace("blocks.", "") for name in modules.name], rotation=90, fontsize=7)
+    ax.set(yscale="log", ylabel="$R_l$ (relative squared error)", title=f"{title}; RMSNorms shaded")
+    _legend(figure, ax)
+    return figure
+
+
+def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
+    """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
+    optimizers = [name for name in LABELS if name in set(table.optimizer)]
+    rows = -(-len(optimizers) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
+    for ax, optimizer in zip(axes.flat, optimizers, strict=False):
+        means = table[(table.optimizer == optimizer) & (table.R > 0)].groupby("index")[["R", "A", "B", "C"]].mean()
+        bottom = np.zeros(len(means))
+        for part, colour in zip("AB", ["#0072B2", "#E69F00"], strict=True):
+            ax.bar(means.index, means[part] / means.R, bottom=bottom, color=colour, width=0.9, label=part)
+            bottom = bottom + means[part] / means.R
+        ax.plot(means.index, means.C / means.R, color="#D55E00", lw=1, marker=".", ms=3, label="C")
+        ax.axhline(1, color="black", lw=0.6)
+        ax.set_title(LABELS[optimizer])
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of $R_l$")
+    for ax in axes[-1]:
+        ax.set_xlabel("module $l$")
+    figure.suptitle(title)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> plt.Figure:
+    """The target against every candidate, a panel each (log axis), Pearson and interval in the title."""
+    found = correlations[correlations.target == target].set_index("candidate")
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
+    sizes = list(dict.fromkeys(table["size"]))
+    for ax, (candidate, r) in zip(axes.flat, found.iterrows(), strict=False):
+        for optimizer, points in table.groupby("optimizer", sort=False):
+            area = 14 + 14 * points["size"].map(sizes.index)
+            style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
+            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
+        ax.set(xscale="log", xlabel=candidate)
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(label)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> plt.Figure:
+    """Pearson (filled) and Spearman (open) correlation of every candidate with its interval."""
+    found = correlations[correlations.target == target].reset_index(drop=True)
+    figure, ax = plt.subplots(figsize=(5.4, 0.42 * len(found) + 1))
+    for name, offset, fill in (("pearson", -0.13, "black"), ("spearman", 0.13, "white")):
+        y, value = np.arange(len(found)) + offset, found[name]
+        spread = [value - found[f"{name}_low"], found[f"{name}_high"] - value]
+        ax.errorbar(value, y, xerr=np.abs(spread), fmt="o", color="black", mfc=fill, ms=5, lw=1, capsize=2, label=name)
+    ax.axvline(0, color="grey", lw=1)
+    ax.set_yticks(range(len(found)), found.candidate)
+    ax.set(xlim=(-1.05, 1.05), xlabel="correlation", title=title)
+    ax.invert_yaxis()
+    ax.legend(loc="best", fontsize=8)
+    return figure
+
+
+def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> plt.Figure:
+    """Forward staircase (top) and gradient (bottom) of every quantization-aware training scheme, side by side."""
+    figure, axes = plt.subplots(
+        2, len(schemes), figsize=(3 * len(schemes), 4), sharex=True, sharey="row", squeeze=False
+    )
+    for column, (scheme, title) in enumerate(schemes.items()):
+        rows = table[table.scheme == scheme]
+        axes[0, column].plot(rows.x, rows.x, color="grey", lw=0.8)
+        axes[0, column].plot(rows.x, rows.y, color="#0072B2", lw=1.4)
+        axes[0, column].set_title(title)
+        axes[1, column].plot(rows.x, rows.gradient, color="#D55E00", lw=1.4)
+        axes[1, column].set_xlabel("x")
+    axes[0, 0].set_ylabel("quantized x")
+    axes[1, 0].set_ylabel("gradient passed on")
+    return figure
+
+
+def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
+    """Loss against parameters, a panel an optimizer: full precision (filled) and QAT (open), with the fitted laws."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey=True)
+    grid = np.geomspace(runs.N.min() / 1.3, runs.N.max() * 1.3, 60)
+    for ax, optimizer in zip(axes.flat, LABELS, strict=True):
+        rows = runs[runs.optimizer == optimizer]
+        for bits, fill, style, label in (
+            (16, COLOURS[optimizer], "-", "full precision"),
+            (4, "white", "--", "4-bit QAT"),
+        ):
+            points = rows[rows.bits == bits]
+            ax.plot(points.N, points.loss, "o", color=COLOURS[optimizer], mfc=fill, ms=5, label=label)
+            if optimizer in laws and bits in laws[optimizer].rho:
+                ax.plot(grid, laws[optimizer].predict(grid, bits=bits), style, color=COLOURS[optimizer], lw=1)
+        ax.set(title=LABELS[optimizer], xscale="log", yscale="log")
+    for ax in axes[-1]:
+        ax.set_xlabel("parameters $N$")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("loss (nats a token)")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def efficiencies(table: pd.DataFrame) -> plt.Figure:
+    """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
+    figure, ax = plt.subplots(figsize=(5, 3))
+    for position, row in enumerate(table.itertuples()):
+        spread = [[max(0.0, row.rho - row.low)], [max(0.0, row.high - row.rho)]]
+        colour = COLOURS[row.optimizer]
+        fill = colour if row.identified else "white"
+        ax.errorbar(position, row.rho, yerr=spread, fmt="o", color=colour, mfc=fill, capsize=3)
+        ax.plot(position, row.paper, "x", color="grey", label="paper (50M to 1.5B)")
+    ax.set_xticks(range(len(table)), [LABELS[name] for name in table.optimizer], rotation=30)
+    ax.set_ylabel(r"parameter efficiency $\rho_{4\,bit}$")
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[:1], labels[:1], fontsize=8)
+    return figure
+
+
+def claims_ledger(table: pd.DataFrame) -> plt.Figure:
+    """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
+    colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
+    figure, ax = plt.subplots(figsize=(9.5, 0.42 * len(table) + 0.9))
+    for position, row in enumerate(table.itertuples()):
+        side, threshold = row.holds.split()
+        colour = colours[row.verdict]
+        ax.axhspan(position - 0.4, position + 0.4, color=colour, alpha=0.12, lw=0)
+        if np.isfinite(row.value):
+            low, high = (row.low, row.high) if np.isfinite(row.low) else (row.value, row.value)
+            ax.plot([np.clip(low, -1, 1), np.clip(high, -1, 1)], [position, position], color=colour, lw=2)
+            ax.plot(np.clip(row.value, -1, 1), position, "o", color=colour)
+        marker = ">" if side == "above" else "<"
+        ax.plot(float(threshold), position, marker, color="black", ms=5, mfc="none")
+        ax.text(1.08, position, f"{row.verdict}, n {row.n}", va="center", fontsize=8)
+    ax.set_yticks(range(len(table)), [f"{row.id}  {_short(row.claim)}" for row in table.itertuples()], fontsize=8)
+    ax.set(
+        xlim=(-1.05, 1.05), xlabel="statistic of data/claims.toml, 95 % interval; triangle: threshold and claimed side"
+    )
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def _short(text: str, length: int = 62) -> str:
+    return text if len(text) <= length else text[: length - 1].rsplit(" ", 1)[0] + " ..."
+
+
+def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
+    """R and its parts A and B along the depth of any model, one point a module, coloured by kind."""
+    figure, ax = plt.subplots(figsize=(9, 3.4))
+    shown = modules[modules.R > 0]
+    ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
+    for (kind, rows), colour in zip(
+        shown.groupby("kind", sort=False), sns.color_palette("colorblind", 12), strict=False
+    ):
+        ax.scatter(rows["index"], rows.R, s=14, color=colour, label=kind, zorder=2)
+    ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
+    _legend(figure, ax)
+    return figure

@@ -45,17 +45,41 @@ REDUCTIONS = ("global", "token")
 # ---------------------------------------------------------------------------------------------- the four evaluations
 
 
-def _pieces(tensors: tuple[Tensor, ...], size: int = 2**22) -> Iterator[list[Tensor]]:
-    """float64 copies (rows, features) of tensors of one shape, a bounded number of elements at a time."""
-    rows = [x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in tensors]
-    for piece in zip(*(x.split(max(1, size // max(1, x.shape[-1]))) for x in rows), strict=True):
-        piece = [x.double() for x in piece]
-        finite = piece[0].isfinite()
-        yield piece if finite.all() else [x.where(finite, torch.zeros_like(x)) for x in piece]
+def _pieces(tensors: tuple[Tensor, ...], reduction: str) -> Iterator[list[Tensor]]:
+    """float64 copies of tensors of one shape, a bounded number of elements at a time.
+
+    (rows, features) for the reduction "token"; (1, elements) for "global", where rows do not matter. Positions where
+    the first tensor is not finite are zero in all.
+    """
+    size = 2**16 if tensors[0].device.type == "cpu" else 2**24  # a cache's worth, or enough to keep a GPU busy
+    features = tensors[0].shape[-1] if reduction == "token" and tensors[0].ndim else tensors[0].numel()
+    if not features:
+        return
+    rows = [x.reshape(-1, features) for x in tensors]
+    dim = 0 if reduction == "token" else 1
+    step = max(1, size // features) if reduction == "token" else size
+    clean = bool(tensors[0].sum().isfinite())  # a sum that overflows only costs the look below
+    for piece in zip(*(x.split(step, dim) for x in rows), strict=True):
+        if clean:
+            yield [x.double() for x in piece]
+        else:
+            finite = piece[0].isfinite()
+            yield [x.double().masked_fill(~finite, 0.0) for x in piece]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """(rows,): inner products of the rows of two (rows, features) tensors."""
+    return torch.dot(x[0], y[0])[None] if len(x) == 1 else (x * y).sum(-1)
+
+
+def _norms(x: Tensor, reduction: str) -> Tensor:
+    """Squared norms, float64: (rows,) for "token", of the whole tensor, (1,), for "global"."""
+    norms = [_dot(piece, piece) for (piece,) in _pieces((x,), reduction)]
+    return torch.cat(norms) if reduction == "token" else torch.stack(norms).sum(0)
 
 
 class _Ratios:
-    """Sums of `numerators` over a `denominator`, both (rows,) squared norms: over all rows, or of each row's ratio."""
+    """Sums of `numerators` over a `denominator`, (rows,) squared norms: "global" over all rows, "token" of ratios."""
 
     def __init__(self, reduction: str):
         self.reduction, self.sums = reduction, 0.0
@@ -73,15 +97,11 @@ class _Ratios:
             return sums[1:] / sums[0]
 
 
-def _squares(x: Tensor) -> Tensor:
-    return x.square().sum(-1)
-
-
 class _Row:
     """Sums of one module's calls over the batches, and the table row that they give."""
 
     def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], reduction: str):
-        self.name, self.kind, (self.module, self.quantized) = name, kind, pair
+        self.name, self.kind, (self.module, self.quantized), self.reduction = name, kind, pair, reduction
         self.output = _Ratios(reduction)
         self.inputs: dict[int, _Ratios] = defaultdict(lambda: _Ratios(reduction))
         self.phi, self.psi = _Ratios(reduction), _Ratios(reduction)
@@ -99,21 +119,30 @@ class _Row:
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"module {self.name!r} returns other shapes in the quantized model: {shapes}")
         for outputs in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
-            for x, xq, moved, replaced in _pieces(outputs):
-                a = (xq - replaced + moved - x) / 2
-                b = (xq - moved + replaced - x) / 2
-                self.output.add(_squares(x), _squares(xq - x), _squares(a), _squares(b), 2 * (a * b).sum(-1))
+            self._add_output(*outputs)
         for position, inputs in enumerate(zip(h, hq, strict=True)):
-            for x, xq in _pieces(inputs):
-                self.inputs[position].add(_squares(x), _squares(xq - x))
+            for x, xq in _pieces(inputs, self.reduction):
+                d = xq - x
+                self.inputs[position].add(_dot(x, x), _dot(d, d))
         if self.kind == "linear":
             wide = torch.promote_types(h[0].dtype, torch.float32)
             middle = (self.module.weight.to(wide) + self.quantized.weight.to(wide)) / 2
             error = hq[0].to(wide) - h[0].to(wide)
-            for de, image in _pieces_of_two(error, F.linear(error, middle)):
-                self.phi.add(_squares(de), _squares(image))
-            for x, image in _pieces_of_two(h[0], f_h[0]):
-                self.psi.add(_squares(x), _squares(image))
+            self.phi.add(_norms(error, self.reduction), _norms(F.linear(error, middle), self.reduction))
+            self.psi.add(_norms(h[0], self.reduction), _norms(f_h[0], self.reduction))
+
+    def _add_output(self, x: Tensor, xq: Tensor, moved: Tensor, replaced: Tensor):
+        """Adds f(h), fq(hq), f(hq), fq(h): with d = dh and t = f(hq) - fq(h), a = (d + t) / 2 and b = (d - t) / 2."""
+        if torch.equal(moved, xq) and torch.equal(replaced, x):  # the function has not changed: b = 0
+            for h, hq in _pieces((x, xq), self.reduction):
+                d = hq - h
+                r = _dot(d, d)
+                self.output.add(_dot(h, h), r, r, torch.zeros_like(r), torch.zeros_like(r))
+            return
+        for h, hq, f_hq, fq_h in _pieces((x, xq, moved, replaced), self.reduction):
+            d, t = hq - h, f_hq - fq_h
+            a, b = d + t, d - t
+            self.output.add(_dot(h, h), _dot(d, d), _dot(a, a) / 4, _dot(b, b) / 4, _dot(a, b) / 2)
 
     def as_dict(self) -> dict:
         r, a, b, c = self.output.values()
@@ -130,13 +159,6 @@ class _Row:
             row["cos_psi"] = float(self.psi.values()[0] ** 0.5 / norm)
             row["alignment_ratio"] = (row["cos_phi"] / row["cos_psi"]) ** 2
         return row | {"R_in": r_in}
-
-
-def _pieces_of_two(x: Tensor, y: Tensor) -> Iterator[list[Tensor]]:
-    """`_pieces` for two tensors with the same rows and different numbers of features."""
-    size = max(1, 2**22 // max(x.shape[-1], y.shape[-1]))
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    yield from ([p.double(), q.double()] for p, q in zip(x.split(size), y.split(size), strict=True))
 
 
 def spectral_norm(weight: Tensor) -> float:
@@ -161,9 +183,10 @@ def decompose(
 ) -> pd.DataFrame:
     """R, A, B, C, gain and the linear layers' spectral and alignment ratios of every module (module docstring).
 
-    `quantized` has modules of the same names as `model` (`quantize_model` and `prepare_qat` see to that); a quantized
-    linear layer offers its dequantized weight as `.weight`. `batches`: an iterable of inputs (a tensor, a tuple of
-    positional or a mapping of keyword arguments each), or one tensor or mapping.
+    `quantized` has modules of the same names as `model`, as `quantize_model` and `freeze_qat` give it; its linear
+    layers offer their dequantized weight W + E as `.weight` (so a `prepare_qat` model goes through `freeze_qat` first).
+    `batches`: an iterable of inputs (a tensor, a tuple of positional or a mapping of keyword arguments each), or one
+    tensor or mapping.
 
     granularity "module": every module without children (linear, norm, activation, residual add, ...); "sublayer": the
         children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
@@ -304,10 +327,11 @@ def relative_error(
             first = pairs[0][0]
             n_tokens += first[..., 0].numel()
             for i in range(len(first)):
-                sums = [
-                    (_squares(xq - x).sum(), _squares(x).sum()) for p in pairs for x, xq in _pieces((p[0][i], p[1][i]))
-                ]
-                error, signal = map(sum, zip(*sums, strict=True))
+                error = signal = 0.0
+                for x, xq in pairs:
+                    for h, hq in _pieces((x[i], xq[i]), "global"):
+                        d = hq - h
+                        error, signal = error + _dot(d, d), signal + _dot(h, h)
                 errors.append(float(error))
                 signals.append(float(signal))
     if not errors:

@@ -9,7 +9,7 @@ starts otherwise. Everything it knows is in the run's folder:
     result.json                one flat row, written when the run ends: finished or diverged
     state.pt                   optimizer state of the last evaluation, removed when the run ends
 
-From a shell: `python -m beyond_outliers.train --scale pocket --size 0.05M --optimizer adamw --lr 0.01`, or the same
+From a shell: `python -m beyond_outliers.train --scale pocket --size 0.04M --optimizer adamw --lr 0.01`, or the same
 under torchrun for data parallelism.
 """
 
@@ -433,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.train", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", required=True, help="a protocol of data/scales, for instance pocket")
-    parser.add_argument("--size", required=True, help="a size of that protocol, for instance 0.05M")
+    parser.add_argument("--size", required=True, help="a size of that protocol, for instance 0.04M")
     parser.add_argument("--optimizer", required=True)
     parser.add_argument("--lr", type=float, help="default: the chosen one, or the middle of the protocol's grid")
     parser.add_argument("--seed", type=int, default=0)

@@ -44,7 +44,7 @@ class AdamW(_Checked, torch.optim.AdamW):
 
 
 class SGD(_Checked, torch.optim.SGD):
-    """b <- momentum b + g;  p <- p - lr (b + wd p at the gradient, as torch.optim.SGD does), for every role alike."""
+    """b <- momentum b + g + wd p;  p <- p - lr b, for every role alike: the decay is not decoupled, as in torch.optim."""
 
     def __init__(self, params, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0):
         require_common(lr, weight_decay)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+CPU_STACK_ELEMENTS = 2**18  # of the largest stacked tensor: 1 MiB in float32
 ROLES = ("matrix", "embedding", "vector")
 
 
@@ -149,7 +150,8 @@ class StackedOptimizer(RoleGroups, torch.optim.Optimizer):
                 counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
                 key = (p.shape, p.dtype, p.device, *counts)
                 buckets.setdefault(key, []).append(p)
-            found = [Stack(params, [self.state[p] for p in params]) for params in buckets.values()]
+            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]])]
+            found = [Stack(part, [self.state[p] for p in part]) for part in parts]
             self._stacks[id(group)] = cached = (signature, found)
         return cached[1]
 
@@ -165,6 +167,38 @@ class StackedOptimizer(RoleGroups, torch.optim.Optimizer):
             for stack in self.stacks(group):
                 self.update(group, stack)
         return loss
+
+
+def cut_to_cache(params: list[Tensor], state: dict) -> list[list[Tensor]]:
+    """Same-shaped parameters in parts that are worth stacking: all at once, but on CPUs only what stays in cache.
+
+    There, stacking saves the overhead of many small calls; temporaries beyond the cache cost more than that.
+    `state` is one parameter's: its largest tensor counts.
+    """
+    if params[0].device.type != "cpu":
+        return [params]
+    largest = max([1] + [value.numel() for value in state.values() if isinstance(value, Tensor)])
+    count = max(1, CPU_STACK_ELEMENTS // largest)
+    return [params[start : start + count] for start in range(0, len(params), count)]
+
+
+def strips(n: int) -> list[slice]:
+    """Cuts of 0..n for products with structure: more of them save more work, but small products run slower."""
+    count = 1 if n < 256 else 2 if n < 512 else 4
+    size = -(-n // count)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def add_gram_(out: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
+    """out <- beta out + alpha x x^T in place, for symmetric out: (N, n, n) and (N, n, k); beta 0 ignores old content.
+
+    Only strips up to the diagonal are computed, the rest is mirrored.
+    """
+    for r in strips(x.shape[1]):
+        out[:, r, : r.stop].baddbmm_(x[:, r], x[:, : r.stop].mT, beta=beta, alpha=alpha)
+        if r.start:
+            out[:, : r.start, r] = out[:, r, : r.start].mT
+    return out
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:

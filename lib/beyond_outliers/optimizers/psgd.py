@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import Stack, StackedOptimizer, require, require_common
+from beyond_outliers.optimizers.common import Stack, StackedOptimizer, add_gram_, require, require_common, strips
 
 DAMPING = 2.0**-13
 BALANCE_EVERY = 100
@@ -93,7 +93,7 @@ class PSGD(StackedOptimizer):
         if self.due(group, stack, step - 1):
             probe = torch.randn(momentum.shape, generator=self.generator, dtype=momentum.dtype, device=momentum.device)
             momentum = momentum + DAMPING * momentum.abs().mean((1, 2), keepdim=True) * probe
-            if momentum.shape[2] > 1 and stack.count("updates") % BALANCE_EVERY == 0 and "right" in state:
+            if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
             update_factors(state, momentum, probe, group["preconditioner_lr"])
             stack.derived.clear()
@@ -117,32 +117,47 @@ class PSGD(StackedOptimizer):
         return due
 
 
-def apply_left(q: Tensor, x: Tensor) -> Tensor:
-    """q x, with q (N, m, m), or (N, m) for a diagonal."""
-    return q @ x if q.ndim == 3 else q.unsqueeze(-1) * x
+def left_product(q: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """q x or q^T x, with q upper triangular (N, m, m), whose zeros are skipped by strips, or a diagonal (N, m)."""
+    if q.ndim == 2:
+        return q.unsqueeze(-1) * x
+    out = torch.empty_like(x)
+    for r in strips(q.shape[1]):
+        if transposed:
+            torch.bmm(q[:, : r.stop, r].mT, x[:, : r.stop], out=out[:, r])
+        else:
+            torch.bmm(q[:, r, r.start :], x[:, r.start :], out=out[:, r])
+    return out
 
 
-def apply_right(x: Tensor, q: Tensor) -> Tensor:
-    """x q^T, with q (N, n, n), or (N, n) for a diagonal."""
-    return x @ q.mT if q.ndim == 3 else x * q.unsqueeze(-2)
+def right_product(x: Tensor, q: Tensor, transposed: bool = False) -> Tensor:
+    """x q or x q^T, as above."""
+    if q.ndim == 2:
+        return x * q.unsqueeze(-2)
+    out = torch.empty_like(x)
+    for r in strips(q.shape[1]):
+        if transposed:
+            torch.bmm(x[:, :, r.start :], q[:, r, r.start :].mT, out=out[:, :, r])
+        else:
+            torch.bmm(x[:, :, : r.stop], q[:, : r.stop, r], out=out[:, :, r])
+    return out
 
 
 def inverse_left(q: Tensor, x: Tensor) -> Tensor:
-    """q^-T x for upper triangular q."""
+    """q^-T x."""
     return torch.linalg.solve_triangular(q.mT, x, upper=False) if q.ndim == 3 else x / q.unsqueeze(-1)
 
 
 def inverse_right(x: Tensor, q: Tensor) -> Tensor:
-    """x q^-1 for upper triangular q."""
+    """x q^-1."""
     return torch.linalg.solve_triangular(q, x, upper=True, left=False) if q.ndim == 3 else x / q.unsqueeze(-2)
 
 
 def precondition(state: dict[str, Tensor], x: Tensor) -> Tensor:
     """Q_L^T Q_L x Q_R^T Q_R, (N, m, n) -> (N, m, n)."""
-    x = apply_left(state["left"].mT if state["left"].ndim == 3 else state["left"], apply_left(state["left"], x))
+    x = left_product(state["left"], left_product(state["left"], x), transposed=True)
     if "right" in state:
-        right = state["right"]
-        x = apply_right(apply_right(x, right), right.mT if right.ndim == 3 else right)
+        x = right_product(right_product(x, state["right"], transposed=True), state["right"])
     return x
 
 
@@ -152,28 +167,35 @@ def precondition_with_products(state: dict[str, Tensor], products: dict[str, Ten
         for side in ("left", "right"):
             if side in state:
                 q = state[side]
-                products[side] = q.mT @ q if q.ndim == 3 else q.square()
-    x = apply_left(products["left"], x)
-    return apply_right(x, products["right"]) if "right" in products else x  # symmetric
+                products[side] = left_product(q, q, transposed=True) if q.ndim == 3 else q.square()
+    left, right = products["left"], products.get("right")
+    x = left @ x if left.ndim == 3 else left.unsqueeze(-1) * x
+    if right is not None:
+        x = x @ right if right.ndim == 3 else x * right.unsqueeze(-2)
+    return x
 
 
 def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr: float) -> None:
     """One step of both factors, in place, from a gradient and a standard normal probe, (N, m, n) each."""
     left, right = state["left"], state.get("right")
-    a, b = apply_left(left, gradient), inverse_left(left, probe)
+    a, b = left_product(left, gradient), inverse_left(left, probe)
     if right is not None:
-        a, b = apply_right(a, right), inverse_right(b, right)
+        a, b = right_product(a, right, transposed=True), inverse_right(b, right)
     for q, x, y in ((left, a, b), (right, a.mT, b.mT)):
         if q is None:
             continue
-        if q.ndim == 3:
-            term1, term2 = x @ x.mT, y @ y.mT
-            step = lr / norm_lower_bound(term1 + term2)
-            q.sub_(step * ((term1 - term2).triu_() @ q))
-        else:
+        if q.ndim == 2:
             term1, term2 = x.square().sum(-1), y.square().sum(-1)
             largest = (term1 + term2).amax(-1, keepdim=True) + torch.finfo(q.dtype).tiny
             q.sub_(lr * (term1 - term2) * q / largest)
+            continue
+        total = add_gram_(torch.empty_like(q), x, beta=0, alpha=1)
+        difference = total.clone()
+        add_gram_(total, y, beta=1, alpha=1)
+        add_gram_(difference, y, beta=1, alpha=-1)
+        difference.triu_().mul_(lr / norm_lower_bound(total))
+        for r in strips(q.shape[1]):  # downwards: a strip of the product reads only its own and later rows of q
+            q[:, r, r.start :] -= difference[:, r, r.start :] @ q[:, r.start :, r.start :]
 
 
 def norm_lower_bound(a: Tensor) -> Tensor:

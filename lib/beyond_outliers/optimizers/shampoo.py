@@ -25,6 +25,7 @@ from torch import Tensor
 from beyond_outliers.optimizers.common import (
     Stack,
     StackedOptimizer,
+    add_gram_,
     eigh,
     require,
     require_betas,
@@ -86,9 +87,9 @@ class Shampoo(StackedOptimizer):
             for side in ("left", "right")[:order]:
                 factor, root = state[f"{side}{b}"], state[f"{side}_root{b}"]
                 x = g if side == "left" else g.mT
-                factor.baddbmm_(x, x.mT, beta=beta2, alpha=1 - beta2)
+                add_gram_(factor, x, beta=beta2, alpha=1 - beta2)
                 if step % group["frequency"] == 0:
-                    root.copy_(inverse_root(factor / correction2, 2 * order, group["eps"]))
+                    inverse_root(factor, correction2, 2 * order, group["eps"], out=root)
                 if step >= group["frequency"]:
                     direction = root @ direction if side == "left" else direction @ root
             if step >= group["frequency"]:
@@ -100,11 +101,12 @@ class Shampoo(StackedOptimizer):
         stack.descend(adam.view(-1, *stack.params[0].shape), group["lr"])
 
 
-def inverse_root(factor: Tensor, root: int, eps: float) -> Tensor:
-    """(factor + eps I)^(-1/root) of symmetric positive semi-definite matrices (N, n, n)."""
-    values, vectors = eigh(factor)
-    values = values - values.amin(-1, keepdim=True).clamp(max=0) + eps
-    return (vectors * values.pow(-1 / root).unsqueeze(-2)) @ vectors.mT
+def inverse_root(factor: Tensor, correction: float, root: int, eps: float, out: Tensor) -> None:
+    """out <- (factor / correction + eps I)^(-1/root) for symmetric positive semi-definite matrices (N, n, n)."""
+    for one, result in zip(factor.split(1), out.split(1), strict=True):  # one by one: LAPACK gains nothing by batching
+        values, vectors = eigh(one / correction)
+        values = values - values.amin(-1, keepdim=True).clamp(max=0) + eps
+        add_gram_(result, vectors * values.pow(-0.5 / root).unsqueeze(-2), beta=0, alpha=1)
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from beyond_outliers.optimizers.common import (
     Stack,
     StackedOptimizer,
+    add_gram_,
     eigh,
     require,
     require_betas,
@@ -84,29 +85,25 @@ class SOAP(StackedOptimizer):
         for side in ("left", "right"):
             if side in state:
                 x = gradient if side == "left" else gradient.mT
-                state[side].baddbmm_(x, x.mT, beta=beta, alpha=1 - beta)
+                add_gram_(state[side], x, beta=beta, alpha=1 - beta)
                 if step == 0:
                     state[f"{side}_basis"].copy_(eigh(state[side])[1].flip(-1))
         if step > 0 and step % group["frequency"] == 0:
             self.turn_bases(state)
 
     def turn_bases(self, state: dict[str, Tensor]) -> None:
-        """One power iteration and QR per factor; V follows the sorting, M the rotation."""
-        for side in ("left", "right"):
+        """One power iteration and QR per factor; V follows the sorting, M goes back and forth."""
+        state["exp_avg"].copy_(rotate_back(state["exp_avg"], state))
+        for axis, side in enumerate(("left", "right")):
             if side not in state:
                 continue
-            basis = state[f"{side}_basis"]
-            power = state[side] @ basis
-            order = (basis * power).sum(-2).argsort(dim=-1, descending=True, stable=True)  # (N, n)
-            turned = torch.linalg.qr(power.take_along_dim(order.unsqueeze(-2), -1)).Q
-            change = turned.mT @ basis
-            if side == "left":
-                state["exp_avg_sq"].copy_(state["exp_avg_sq"].take_along_dim(order.unsqueeze(-1), -2))
-                state["exp_avg"].copy_(change @ state["exp_avg"])
-            else:
-                state["exp_avg_sq"].copy_(state["exp_avg_sq"].take_along_dim(order.unsqueeze(-2), -1))
-                state["exp_avg"].copy_(state["exp_avg"] @ change.mT)
-            basis.copy_(turned)
+            # One matrix at a time: LAPACK gains nothing by batching, and large temporaries cost page faults.
+            for factor, basis, square in zip(state[side], state[f"{side}_basis"], state["exp_avg_sq"], strict=True):
+                power = factor @ basis
+                order = (basis * power).sum(0).argsort(descending=True, stable=True)
+                basis.copy_(torch.linalg.householder_product(*torch.geqrf(power[:, order])))  # Q of QR, without R
+                square.copy_(square.index_select(axis, order))
+        state["exp_avg"].copy_(rotate(state["exp_avg"], state))
 
 
 def rotate(x: Tensor, state: dict[str, Tensor]) -> Tensor:

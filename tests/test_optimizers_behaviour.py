@@ -157,9 +157,9 @@ def test_an_absent_gradient_leaves_its_parameter_alone_and_the_others_as_if_alon
     if name == "psgd":  # its probes are drawn for the stack: another stack, other probes
         assert all(p.isfinite().all() for p in run([0, 1, 2], 1))
         return
-    full, alone = run([0, 1, 2], 1), run([0, 2], None)
-    torch.testing.assert_close(full[0], alone[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(full[2], alone[1], rtol=1e-5, atol=1e-6)
+    full, others, paused = run([0, 1, 2], 1), run([0, 2], None), run([1], 0)
+    for found, expected in zip(full, [others[0], paused[0], others[1]], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -185,6 +185,22 @@ def test_gradients_whose_square_overflows_are_not_called_infinite():
     p.grad = torch.full((2, 2), 1e30)
     Muon([p]).step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_gradients_of_any_strides_count_alike(name):
+    """A transposed gradient and an expanded one (all strides zero, as `p.sum().backward()` leaves it)."""
+    results = []
+    for same in (lambda g: g, torch.Tensor.contiguous):
+        params = [torch.ones(4, 6).requires_grad_(), torch.ones(5, 3).requires_grad_(), torch.ones(7).requires_grad_()]
+        optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+        for seed in range(4):
+            params[0].grad = same(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)).mT)
+            params[1].grad, params[2].grad = same(torch.ones(1, 1).expand(5, 3)), same(torch.ones(1).expand(7))
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -381,6 +397,21 @@ def test_psgd_whitens_after_two_thousand_updates():
     assert condition(left, right) > 350
     # The preconditioner Q^T Q estimates the inverse root of the covariance, so Q^T Q S is the whitened square root.
     assert condition(q_left.T @ q_left @ left, right @ q_right.T @ q_right) < 6
+
+
+def test_psgd_balances_its_factors_at_every_hundredth_update():
+    p = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = PSGD([p], lr=0.0)
+    for step in range(100):
+        left, right = optimizer.state[p].get("left"), optimizer.state[p].get("right")
+        if step in (50, 99):
+            left.mul_(64)
+            right.div_(64)
+        set_gradients([p], step)
+        optimizer.step()
+        if step == 50:
+            assert left.abs().max() > 1000 * right.abs().max()
+    assert 0.5 < left.abs().max() / right.abs().max() < 2
 
 
 def test_psgd_clips_the_update_at_rms_1_1():

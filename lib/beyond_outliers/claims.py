@@ -1,0 +1,250 @@
+"""The paper's fourteen claims against a study's tables: a number, an interval, and a verdict by a rule set beforehand.
+
+data/paper/claims.csv has the claims, data/claims.toml the rule of each. One function a claim below returns an
+`Estimate`; `verdicts(study)` applies the rules.
+"""
+
+import tomllib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, spearmanr
+
+from beyond_outliers import paths
+from beyond_outliers.predictors import correlations, predictor_table
+
+LEAST_UNITS = 3
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its interval and the number of units behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def share(hits) -> Estimate:
+    """Share of true values with its Wilson interval."""
+    hits = np.asarray(list(hits), dtype=bool)
+    n = len(hits)
+    if n == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    p, z = hits.mean(), norm.ppf((1 + CONFIDENCE) / 2)
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(float(p), float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n)), n)
+
+
+def mean(values, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Mean with its percentile bootstrap interval; no interval for fewer than two values."""
+    values = np.asarray(list(values), dtype=float)
+    n = len(values)
+    if n < 2:
+        return Estimate(float(values.mean()) if n else np.nan, np.nan, np.nan, n)
+    means = values[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    return Estimate(float(values.mean()), *map(float, np.percentile(means, [tail, 100 - tail])), n)
+
+
+def verdict(estimate: Estimate, side: str, threshold: float) -> str:
+    """ "reproduced", "not reproduced" or "undecided", by the rule at the top of data/claims.toml."""
+    if estimate.n < LEAST_UNITS or not np.isfinite([estimate.low, estimate.high]).all():
+        return "undecided"
+    above, below = estimate.low > threshold, estimate.high < threshold
+    holds, fails = (above, below) if side == "above" else (below, above)
+    return "reproduced" if holds else "not reproduced" if fails else "undecided"
+
+
+# ------------------------------------------------------------------------------------------------------- one a claim
+
+
+def _ranked(table: pd.DataFrame, value: str) -> list[list[str]]:
+    """Optimizers from the lowest to the highest `value`, one list a (size, seed) that has all of them."""
+    count = table.optimizer.nunique()
+    units = [rows.sort_values(value).optimizer.tolist() for _, rows in table.groupby(["size", "seed"], sort=False)]
+    return [order for order in units if len(order) == count]
+
+
+def _average(study, table: str, value: str, purpose: str = "full_precision") -> pd.DataFrame:
+    rows = study.measured(table, purpose)
+    rows = rows[rows.checkpoint == "final"]
+    return rows.groupby(["run", "size", "optimizer", "seed", "lr"], sort=False)[value].mean().reset_index()
+
+
+def c1(study) -> Estimate:
+    return share(order[0] == "muon" for order in _ranked(study.runs("full_precision"), "val_loss"))
+
+
+def c2(study) -> Estimate:
+    sweeps = _average(study, "outliers", "mmr", "sweep").groupby(["optimizer", "size", "seed"], sort=False)
+    rho = sweeps.apply(lambda rows: spearmanr(rows.lr, rows.mmr).statistic, include_groups=False)
+    return min((mean(values) for _, values in rho.groupby("optimizer")), key=lambda estimate: estimate.value)
+
+
+def c3(study) -> Estimate:
+    orders = _ranked(_average(study, "outliers", "mmr"), "mmr")
+    return share(order[0] == "muon" and order[-1] == "shampoo" for order in orders)
+
+
+def _damage(study) -> list[list[str]]:
+    ptq = study.measured("ptq").query("checkpoint == 'common' and spec == 'W4A4'")
+    return _ranked(ptq, "increase")
+
+
+def c4(study) -> Estimate:
+    return share(order[0] == "shampoo" for order in _damage(study))
+
+
+def c5(study) -> Estimate:
+    return share(order[-1] == "muon" for order in _damage(study))
+
+
+def _correlation(study, target: str, candidates: tuple[str, ...]) -> list[Estimate]:
+    found = correlations(predictor_table(study), within="size", candidates=candidates, targets=(target,))
+    return [Estimate(row.pearson, row.pearson_low, row.pearson_high, row.n) for row in found.itertuples()]
+
+
+def c6(study) -> Estimate:
+    return max(_correlation(study, "increase", ("mmr", "kurtosis")), key=lambda estimate: estimate.value)
+
+
+def c7(study) -> Estimate:
+    return _correlation(study, "accuracy", ("R_L",))[0]
+
+
+def _modules(study) -> pd.DataFrame:
+    table = study.measured("propagation").query("checkpoint == 'final'")
+    return table[(table.R_in > 0) & (table.R > 0)]
+
+
+def c8(study) -> Estimate:
+    modules = _modules(study)
+    return mean(((modules.A > modules.B) & (modules.A > modules.C.abs())).groupby(modules.run).mean())
+
+
+def c9(study) -> Estimate:
+    norms = _modules(study).query("kind == 'norm'")
+    return mean((norms.R < norms.R_in).groupby(norms.run).mean())
+
+
+def _linear(study) -> pd.DataFrame:
+    return _modules(study).query("kind == 'linear' and name != 'head'").dropna(subset="gain")
+
+
+def c10(study) -> Estimate:
+    linear = _linear(study)
+    distance = (linear.spectral_ratio - 1).abs().groupby([linear.optimizer, linear.run]).mean()
+    return max((mean(values) for _, values in distance.groupby("optimizer")), key=lambda estimate: estimate.value)
+
+
+def c11(study) -> Estimate:
+    gain = _linear(study).groupby(["run", "size", "optimizer", "seed"], sort=False).gain.mean().reset_index()
+    orders = _ranked(gain, "gain")
+    return share(order[-1] == "muon" and set(order[:2]) == {"adamw", "shampoo"} for order in orders)
+
+
+def _fp_and_qat(study) -> pd.DataFrame:
+    keys = ["size", "optimizer", "seed"]
+    full, qat = (study.runs(purpose)[[*keys, "val_loss"]] for purpose in ("full_precision", "qat"))
+    both = full.merge(qat, on=keys, suffixes=("", "_qat"))
+    return both.assign(drop=(both.val_loss_qat - both.val_loss) / both.val_loss)
+
+
+def c12(study) -> Estimate:
+    both = _fp_and_qat(study)
+    pairs = zip(_ranked(both, "val_loss"), _ranked(both, "val_loss_qat"), strict=True)
+    return share(full[0] != qat[0] for full, qat in pairs)
+
+
+def c13(study) -> Estimate:
+    return share(order[0] == "shampoo" for order in _ranked(_fp_and_qat(study), "drop"))
+
+
+def c14(study) -> Estimate:
+    from beyond_outliers.scaling import IdentificationWarning, fit_scaling_law
+
+    runs = scaling_runs(study)
+    sizes = runs.N.nunique()
+    if sizes < LEAST_UNITS:
+        return Estimate(np.nan, np.nan, np.nan, sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdentificationWarning)
+        laws = {name: fit_scaling_law(rows) for name, rows in runs.groupby("optimizer")}
+    if not all(law.identified["rho"][4] for law in laws.values()):
+        return Estimate(np.nan, np.nan, np.nan, sizes)
+    ours = laws.pop("shampoo")
+    rival = max(laws.values(), key=lambda law: law.rho[4])
+    (low, high), (rival_low, rival_high) = ours.intervals["rho"][4], rival.intervals["rho"][4]
+    difference = ours.rho[4] - rival.rho[4]
+    down = np.hypot(ours.rho[4] - low, rival_high - rival.rho[4])
+    up = np.hypot(high - ours.rho[4], rival.rho[4] - rival_low)
+    return Estimate(difference, difference - down, difference + up, sizes)
+
+
+def scaling_runs(study) -> pd.DataFrame:
+    """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed."""
+    parts = [study.runs("full_precision").assign(bits=16), study.runs("qat").assign(bits=4)]
+    runs = pd.concat(parts, ignore_index=True).query("status == 'finished'")
+    runs = runs.rename(columns={"n_parameters": "N", "tokens": "D", "val_loss": "loss"})
+    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed"]].reset_index(drop=True)
+
+
+CLAIMS: dict[str, Callable[..., Estimate]] = {
+    f"C{i}": f for i, f in enumerate((c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14), start=1)
+}
+
+
+def rules() -> dict[str, dict]:
+    """The rule of every claim, from data/claims.toml."""
+    return tomllib.loads((paths.DATA / "claims.toml").read_text())
+
+
+def verdicts(study) -> pd.DataFrame:
+    """One row a claim: id, section, claim, statistic, paper, value, low, high, n, unit, threshold, verdict, comment,
+    notebook; also written to data/results/SCALE/claims.csv."""
+    texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id")
+    rows = []
+    for name, rule in rules().items():
+        found = CLAIMS[name](study)
+        judged = verdict(found, rule["side"], rule["threshold"])
+        rows.append(
+            {
+                "id": name,
+                "section": texts.section[name],
+                "claim": texts.claim[name],
+                "statistic": rule["statistic"],
+                "paper": rule["paper"],
+                "value": found.value,
+                "low": found.low,
+                "high": found.high,
+                "n": found.n,
+                "unit": rule["unit"],
+                "holds": f"{rule['side']} {rule['threshold']:g}",
+                "verdict": judged,
+                "comment": _comment(found, rule, judged),
+                "notebook": rule["notebook"],
+            }
+        )
+    table = pd.DataFrame(rows)
+    study.results.mkdir(parents=True, exist_ok=True)
+    table.to_csv(study.results / "claims.csv", index=False)
+    return table
+
+
+def _comment(found: Estimate, rule: dict, judged: str) -> str:
+    """One sentence on why the verdict is what it is."""
+    if found.n < LEAST_UNITS:
+        return f"Only {found.n} of the {LEAST_UNITS} units ({rule['unit']}) that a verdict needs."
+    if not np.isfinite(found.value):
+        return "The data do not identify this number."
+    leans = (found.value > rule["threshold"]) == (rule["side"] == "above")
+    if judged == "undecided":
+        return f"The number itself {'agrees' if leans else 'disagrees'}, but its interval reaches across the threshold."
+    side = "claimed" if judged == "reproduced" else "other"
+    return f"The whole interval lies on the {side} side of {rule['threshold']:g}."

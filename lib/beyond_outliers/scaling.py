@@ -1,0 +1,483 @@
+"""Scaling laws of loss against size, with a parameter efficiency for every precision, and what the runs tell of them.
+
+    fixed_ratio    L(N, bits)    = A / (N rho_bits)^alpha + E
+    full           L(N, D, bits) = A / (N rho_bits)^alpha + B / D^beta + E
+
+N parameters, D training tokens, L nats a token; rho is 1 at 16 bits (full precision), so that a model of N parameters
+trained at b bits is worth a full-precision one of rho_b N. arXiv 2509.23500, section 6, fits the first at D/N = 20
+for every optimizer; the second is Hoffmann et al. (arXiv 2203.15556, section 3.3) with rho, as in arXiv 2502.05003.
+
+The objective is Hoffmann's: the Huber loss (delta 1e-3) of log L - log prediction, over all precisions jointly, from
+many starts. All starts, all bootstrap resamples and all profiles are minimised side by side as one batch.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.stats import f as f_distribution
+
+FORMS = {"fixed_ratio": ("A", "alpha", "E"), "full": ("A", "alpha", "E", "B", "beta")}
+FULL_PRECISION = 16
+SIZES_NEEDED = 3  # three numbers, A, alpha and E, describe a curve over N
+RUNS_NEEDED = 3  # at a precision, for its rho: the spread of fewer is not known
+NOISE_FLOOR = 1e-4  # relative; residuals below are taken for noise of this size when a profile is judged
+LIMITS = {"alpha": (0.01, 5.0), "beta": (0.01, 5.0), "rho": (1e-3, 1e2)}
+
+
+class IdentificationWarning(UserWarning):
+    """The runs do not determine a parameter of the scaling law."""
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """A fitted law. `intervals` and `identified` mirror `parameters`, with one entry "rho" that is a dict by bits.
+
+    parameters: A, alpha, E (and B, beta). rho: by bits, 1 at 16. intervals: (low, high). identified: False where the
+    runs leave a parameter open; `warnings` says why, in words. objective: the Huber loss; n: the number of runs.
+    """
+
+    form: str
+    parameters: dict[str, float]
+    rho: dict[float, float]
+    intervals: dict = field(repr=False)
+    identified: dict
+    warnings: list[str]
+    objective: float
+    n: int
+
+    def predict(self, N, D=None, bits=FULL_PRECISION) -> np.ndarray:
+        """Loss in nats a token; N, D and bits broadcast. ValueError for bits without a rho, or D missing in "full"."""
+        unknown = sorted(set(np.unique(bits).tolist()) - set(self.rho))
+        if unknown:
+            raise ValueError(f"no rho was fitted for bits {unknown}; fitted: {sorted(self.rho)}")
+        p, bits = self.parameters, np.asarray(bits)
+        rho = np.select([bits == b for b in self.rho], list(self.rho.values()))
+        loss = p["A"] / (np.asarray(N, dtype=float) * rho) ** p["alpha"] + p["E"]
+        if self.form == "full":
+            if D is None:
+                raise ValueError('the form "full" needs D, the number of training tokens')
+            loss = loss + p["B"] / np.asarray(D, dtype=float) ** p["beta"]
+        return loss
+
+    def table(self) -> pd.DataFrame:
+        """One row a parameter: parameter, bits (rho only), value, low, high, identified."""
+        rows = [
+            (name, None, value, self.intervals[name], self.identified[name]) for name, value in self.parameters.items()
+        ]
+        rows += [
+            ("rho", bits, value, self.intervals["rho"][bits], self.identified["rho"][bits])
+            for bits, value in self.rho.items()
+        ]
+        return pd.DataFrame(
+            [(name, bits, value, *interval, found) for name, bits, value, interval, found in rows],
+            columns=["parameter", "bits", "value", "low", "high", "identified"],
+        )
+
+
+def fit_scaling_law(
+    runs: pd.DataFrame,
+    form: str = "fixed_ratio",
+    delta: float = 1e-3,
+    bootstrap: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ScalingLaw:
+    """Fits one law to `runs`: columns N, bits, loss and, for "full", D; one row a run; further columns are ignored.
+
+    Intervals are percentiles over `bootstrap` resamples of the runs, drawn within each precision, widened about the
+    estimate by sqrt(n / (n - parameters)), the usual correction of residuals for the parameters that they were
+    fitted with; `bootstrap=0` gives NaN.
+    A parameter counts as not identified, with an `IdentificationWarning`, if there are no more runs than parameters;
+    if fewer than three sizes were trained (for "full" also: only one ratio D/N; for "fixed_ratio" with a column D:
+    ratios that differ by more than a fifth); if a rho rests on fewer than three runs; if it ends at a limit of the
+    search; or if its profile is flat: with it held at half or at double its value and all others fitted anew, an
+    F test at 5 % cannot tell the fits apart. A and B, which shift with their exponents, are identified when those are.
+    Raises ValueError for an unknown form, missing columns, no rows, no runs at 16 bits, and for values that are not
+    finite and positive (diverged runs must be left out).
+    """
+    return _fit(_checked(runs, form, None), form, None, (), delta, bootstrap, confidence, seed)[None]
+
+
+def fit_shared(
+    runs: pd.DataFrame,
+    by: str = "optimizer",
+    share: Sequence[str] = ("E",),
+    form: str = "fixed_ratio",
+    delta: float = 1e-3,
+    bootstrap: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, ScalingLaw]:
+    """One law for every value of the column `by`, fitted jointly, with the parameters in `share` common to all.
+
+    rho is always each one's own. `objective` and `n` of every law are those of the joint fit. Otherwise as
+    `fit_scaling_law`; raises ValueError also for a parameter in `share` that the form does not have.
+    """
+    return _fit(_checked(runs, form, by), form, by, share, delta, bootstrap, confidence, seed)
+
+
+def compare_forms(
+    runs: pd.DataFrame,
+    by: str = "optimizer",
+    forms: Sequence[str] = ("fixed_ratio",),
+    shares: Sequence[Sequence[str]] = ((), ("E",), ("alpha",), ("E", "alpha")),
+    delta: float = 1e-3,
+) -> pd.DataFrame:
+    """Fits every form with every choice of shared parameters to all sizes but the largest, and predicts that one.
+
+    Returns one row a variant, the best first: form, share, n_parameters, n_fit, n_heldout, fit_error and
+    heldout_error (mean |log loss - log prediction|, about the relative error), heldout_bias (its signed mean:
+    positive where losses are worse than predicted), identified (every parameter).
+    Raises ValueError as `fit_shared`, and if there are not two sizes or a law has no run below the largest.
+    """
+    largest = _checked(runs, forms[0], by)["N"].max()
+    rest, heldout = runs[runs["N"] < largest], runs[runs["N"] == largest]
+    if rest.empty:
+        raise ValueError(f"all runs have N = {largest:g}: there is no larger size to predict")
+    lacking = sorted({*zip(heldout[by], heldout["bits"], strict=True)} - {*zip(rest[by], rest["bits"], strict=True)})
+    if lacking:
+        raise ValueError(f"no run below the largest size N = {largest:g} for ({by}, bits) in {lacking}")
+    rows = []
+    for form, share in itertools.product(forms, shares):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IdentificationWarning)  # told by the column `identified`
+            laws = fit_shared(rest, by, share, form, delta, bootstrap=0)
+        fit_errors, errors = _log_errors(laws, rest, by), _log_errors(laws, heldout, by)
+        own = len(FORMS[form]) - len(share)
+        n_rho = sum(len(law.rho) - 1 for law in laws.values())
+        rows.append(
+            {
+                "form": form,
+                "share": ", ".join(share) or "nothing",
+                "n_parameters": len(laws) * own + len(share) + n_rho,
+                "n_fit": len(rest),
+                "n_heldout": len(heldout),
+                "fit_error": np.abs(fit_errors).mean(),
+                "heldout_error": np.abs(errors).mean(),
+                "heldout_bias": errors.mean(),
+                "identified": not any(law.warnings for law in laws.values()),
+            }
+        )
+    return pd.DataFrame(rows).sort_values("heldout_error", ignore_index=True)
+
+
+def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.ndarray:
+    parts = []
+    for name, part in runs.groupby(by):
+        predicted = laws[name].predict(part["N"], part.get("D"), part["bits"])
+        parts.append(np.log(part["loss"]) - np.log(predicted))
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ the problem
+
+
+def _checked(runs: pd.DataFrame, form: str, by: str | None) -> pd.DataFrame:
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; valid: {', '.join(FORMS)}")
+    numeric = ["N", "bits", "loss"] + ["D"] * (form == "full" or "D" in runs)
+    needed = numeric + [by] * (by is not None)
+    missing = [name for name in needed if name not in runs]
+    if missing:
+        raise ValueError(f"runs lacks the columns {missing}; needed: {needed}; there are: {list(runs.columns)}")
+    if runs.empty:
+        raise ValueError("runs has no rows")
+    if "diverged" in runs and runs["diverged"].any():
+        raise ValueError(f"diverged runs cannot be fitted, leave out the rows {runs.index[runs['diverged']].tolist()}")
+    for name in numeric:
+        values = pd.to_numeric(runs[name], errors="coerce").to_numpy(dtype=float)
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise ValueError(
+                f"column {name} must be finite and positive, but is {runs[name].iloc[bad[0]]} in row "
+                f"{runs.index[bad[0]]} ({len(bad)} such rows); leave diverged runs out"
+            )
+    if by is not None and runs[by].isna().any():
+        raise ValueError(f"column {by} is empty in the rows {runs.index[runs[by].isna()].tolist()}")
+    for name, part in [("", runs)] if by is None else runs.groupby(by):
+        if not (part["bits"] == FULL_PRECISION).any():
+            raise ValueError(
+                f"no run {f'of {name} ' if by else ''}has bits {FULL_PRECISION}, which rho is relative to; "
+                f"there are: {sorted(set(part['bits']))}"
+            )
+    return runs
+
+
+@dataclass
+class _Problem:
+    """Runs and, for every role in the law, which column of theta each run takes it from (n,).
+
+    theta holds logarithms, (S, P) for S problems at once. N and D are relative to their geometric means, so that a
+    and alpha are nearly uncorrelated: T1 = exp(a - alpha (log N - mean + log rho)).
+    """
+
+    keys: list[tuple]  # of every column: (parameter, group or None, bits or None)
+    columns: dict[str, np.ndarray]  # -1 in "rho": rho is 1
+    x: np.ndarray  # log N, centred
+    y: np.ndarray | None  # log D, centred; None without that term
+    centre: dict[str, float]
+    log_loss: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    delta: float
+
+    def residuals(self, theta: np.ndarray, jacobian: bool = False):
+        """log loss - log prediction (S, n), and its derivatives by theta (S, n, P)."""
+        c, rows = self.columns, np.arange(len(self.x))
+        alpha = np.exp(theta[:, c["alpha"]])
+        log_rho = np.where(c["rho"] >= 0, theta[:, c["rho"]], 0.0)
+        log_size = self.x + log_rho
+        size_term = np.exp(theta[:, c["A"]] - alpha * log_size)
+        floor = np.exp(theta[:, c["E"]])
+        prediction = size_term + floor
+        if self.y is not None:
+            beta = np.exp(theta[:, c["beta"]])
+            data_term = np.exp(theta[:, c["B"]] - beta * self.y)
+            prediction = prediction + data_term
+        r = self.log_loss - np.log(prediction)
+        if not jacobian:
+            return r
+        j = np.zeros((*r.shape, theta.shape[1]))
+        share = size_term / prediction
+        quantized = np.flatnonzero(c["rho"] >= 0)
+        j[:, rows, c["A"]] = -share
+        j[:, rows, c["alpha"]] = share * alpha * log_size
+        j[:, rows, c["E"]] = -floor / prediction
+        j[:, quantized, c["rho"][quantized]] = (share * alpha)[:, quantized]
+        if self.y is not None:
+            j[:, rows, c["B"]] = -data_term / prediction
+            j[:, rows, c["beta"]] = data_term / prediction * beta * self.y
+        return r, j
+
+    def cost(self, r: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Weighted Huber loss, (S, n) -> (S,)."""
+        size = np.abs(r)
+        return (weights * np.where(size <= self.delta, r * r / 2, self.delta * (size - self.delta / 2))).sum(1)
+
+
+def _problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence[str], delta: float) -> _Problem:
+    unknown = [name for name in share if name not in FORMS[form]]
+    if unknown:
+        raise ValueError(f"cannot share {unknown} in the form {form!r}; valid: {', '.join(FORMS[form])}")
+    groups = runs[by].tolist() if by else [None] * len(runs)
+    bits = runs["bits"].tolist()
+    roles = {name: [(name, None if name in share else g, None) for g in groups] for name in FORMS[form]}
+    roles["rho"] = [None if b == FULL_PRECISION else ("rho", g, b) for g, b in zip(groups, bits, strict=True)]
+    keys = list(dict.fromkeys(key for name in roles for key in roles[name] if key is not None))
+    position = {key: column for column, key in enumerate(keys)} | {None: -1}
+    log_n = np.log(runs["N"].to_numpy(dtype=float))
+    log_d = np.log(runs["D"].to_numpy(dtype=float)) if form == "full" else None
+    loss = runs["loss"].to_numpy(dtype=float)
+    limits = {"E": (1e-3 * loss.min(), loss.max()), "A": (1e-12, 1e12), "B": (1e-12, 1e12)} | LIMITS
+    return _Problem(
+        keys=keys,
+        columns={name: np.array([position[key] for key in roles[name]]) for name in roles},
+        x=log_n - log_n.mean(),
+        y=None if log_d is None else log_d - log_d.mean(),
+        centre={"A": log_n.mean()} | ({} if log_d is None else {"B": log_d.mean()}),
+        log_loss=np.log(loss),
+        lower=np.log([limits[key[0]][0] for key in keys]),
+        upper=np.log([limits[key[0]][1] for key in keys]),
+        delta=delta,
+    )
+
+
+def _starts(problem: _Problem) -> np.ndarray:
+    """A grid over alpha, the share of the smallest loss that is E, and beta; amplitudes from the data. (S, P)."""
+    loss, c = np.exp(problem.log_loss), problem.columns
+    full = problem.y is not None
+    grid = itertools.product(
+        (0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95), (0.15, 0.4, 0.9) if full else (1.0,)
+    )
+    starts = []
+    for alpha, share, beta in grid:
+        theta = np.zeros(len(problem.keys))  # rho starts at 1
+        for column, (name, _, _) in enumerate(problem.keys):
+            members = c[name] == column
+            if name == "alpha":
+                theta[column] = np.log(alpha)
+            elif name == "beta":
+                theta[column] = np.log(beta)
+            elif name == "E":
+                theta[column] = np.log(share * loss[members].min())
+            elif name in ("A", "B"):
+                slope, where = (alpha, problem.x) if name == "A" else (beta, problem.y)
+                excess = (loss - share * loss[members].min())[members] / (2 if full else 1)
+                theta[column] = np.log(np.median(excess * np.exp(slope * where[members])))
+        starts.append(theta)
+    return np.array(starts)
+
+
+def _minimise(
+    problem: _Problem, theta: np.ndarray, weights: np.ndarray, frozen: np.ndarray | None = None, iterations: int = 400
+) -> tuple[np.ndarray, np.ndarray]:
+    """Levenberg-Marquardt on reweighted least squares, S problems at once. Returns theta (S, P) and costs (S,).
+
+    weights (S, n) multiply the runs; `frozen` (S, P) marks parameters that stay. Reweighting by min(1, delta / |r|)
+    gives a quadratic that touches the Huber loss from above, so that each accepted step lowers it.
+    """
+    theta = np.clip(theta, problem.lower, problem.upper)
+    frozen = np.zeros(theta.shape, dtype=bool) if frozen is None else frozen
+    diagonal = np.arange(theta.shape[1])
+    cost = problem.cost(problem.residuals(theta), weights)
+    damping, stalled = np.full(len(theta), 1e-2), np.zeros(len(theta), dtype=int)
+    for _ in range(iterations):
+        active = np.flatnonzero((stalled < 5) & (damping < 1e10))
+        if not len(active):
+            break
+        now, w = theta[active], weights[active]
+        r, j = problem.residuals(now, jacobian=True)
+        j = np.where(frozen[active][:, None, :], 0.0, j)
+        weighted = j * (w * problem.delta / np.maximum(np.abs(r), problem.delta))[..., None]
+        gradient = (weighted * r[..., None]).sum(1)
+        hessian = np.swapaxes(weighted, 1, 2) @ j
+        # the floor keeps a parameter without influence (frozen, or no run drawn) from making the matrix singular
+        hessian[:, diagonal, diagonal] += damping[active, None] * hessian[:, diagonal, diagonal] + 1e-12
+        step = np.clip(-np.linalg.solve(hessian, gradient[..., None])[..., 0], -2.0, 2.0)
+        tried = np.clip(now + step, problem.lower, problem.upper)
+        new = problem.cost(problem.residuals(tried), w)
+        better = new < cost[active]
+        small = ~better | (cost[active] - new < 1e-9 * cost[active] + 1e-30)
+        theta[active] = np.where(better[:, None], tried, now)
+        cost[active] = np.where(better, new, cost[active])
+        stalled[active] = np.where(small, stalled[active] + 1, 0)
+        damping[active] *= np.where(better, 0.2, 5.0)
+    return theta, cost
+
+
+# ----------------------------------------------------------------------------------------------------------- the fit
+
+
+def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    problem = _problem(runs, form, by, share, delta)
+    n, p = len(runs), len(problem.keys)
+    starts = _starts(problem)
+    fits, costs = _minimise(problem, starts, np.ones((len(starts), n)))
+    best, objective = fits[np.argmin(costs)], costs.min()
+
+    strata = runs.groupby([by, "bits"] if by else "bits").ngroup().to_numpy()
+    weights = _resamples(strata, bootstrap, np.random.default_rng(seed))
+    draws = _minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
+
+    reasons = _unidentified(problem, runs, form, by, best, objective)
+    for message in dict.fromkeys(itertools.chain.from_iterable(reasons.values())):
+        warnings.warn(message, IdentificationWarning, stacklevel=3)
+
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    widening = np.sqrt(n / max(1, n - p))
+    laws = {}
+    for group in [None] if by is None else sorted(set(runs[by])):
+        own = [key for key in problem.keys if key[1] in (None, group)]
+        values = {key: float(_natural(problem, key, best[None], group)[0]) for key in own}
+        intervals = {}
+        for key in own:
+            sample = np.log(_natural(problem, key, draws, group))
+            centre = np.log(values[key])
+            ends = np.quantile(centre + widening * (sample - centre), tails) if bootstrap else (np.nan, np.nan)
+            intervals[key] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
+        open_questions = {key: reasons[key] for key in own}
+        laws[group] = ScalingLaw(
+            form=form,
+            parameters={key[0]: values[key] for key in own if key[0] != "rho"},
+            rho=_mirror(values, 1.0)["rho"],
+            intervals=_mirror(intervals, (1.0, 1.0)),
+            identified=_mirror({key: not found for key, found in open_questions.items()}, True),
+            warnings=list(dict.fromkeys(itertools.chain.from_iterable(open_questions.values()))),
+            objective=float(objective),
+            n=n,
+        )
+    return laws
+
+
+def _mirror(of: dict[tuple, object], full_precision) -> dict:
+    """Column keys -> names, "rho" a dict by bits with `full_precision` at 16."""
+    rho = {key[2]: of[key] for key in sorted((k for k in of if k[0] == "rho"), key=lambda k: k[2])}
+    return {key[0]: of[key] for key in of if key[0] != "rho"} | {"rho": {FULL_PRECISION: full_precision} | rho}
+
+
+def _natural(problem: _Problem, key: tuple, theta: np.ndarray, group) -> np.ndarray:
+    """The values of a parameter (S,) out of theta (S, P), A and B no longer relative to the mean N and D."""
+    value = theta[:, problem.keys.index(key)]
+    if key[0] in problem.centre:
+        exponent = "alpha" if key[0] == "A" else "beta"
+        column = next(i for i, k in enumerate(problem.keys) if k[0] == exponent and k[1] in (None, group))
+        value = value + np.exp(theta[:, column]) * problem.centre[key[0]]
+    return np.exp(value)
+
+
+def _resamples(strata: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is drawn, with replacement within its stratum, (times, n)."""
+    weights = np.zeros((times, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=times)
+    return weights
+
+
+def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[str]]:
+    """Why each parameter is not identified; an empty list where it is."""
+    n, p = problem.log_loss.shape[0], len(problem.keys)
+    reasons: dict[tuple, list[str]] = {key: [] for key in problem.keys}
+
+    def mark(keys: Iterable[tuple], message: str):
+        for key in keys:
+            reasons[key].append(message)
+
+    if n <= p:
+        mark(problem.keys, f"{n} runs cannot determine {p} parameters and their uncertainty: every estimate is open")
+    sizes = runs["N"].nunique()
+    if sizes < SIZES_NEEDED:
+        mark(
+            problem.keys,
+            f"{sizes} size{'s' * (sizes != 1)} cannot determine a curve of three parameters (A, alpha, E), nor rho, "
+            f"which is read off it: at least {SIZES_NEEDED} are needed",
+        )
+    for key in problem.keys:
+        n_runs = int((problem.columns["rho"] == problem.keys.index(key)).sum())
+        if key[0] == "rho" and n_runs < RUNS_NEEDED:
+            mark([key], f"{_label(key)} rests on {n_runs} run{'s' * (n_runs != 1)}: at least {RUNS_NEEDED} are needed")
+    if form == "full" or "D" in runs:
+        ratios = runs["D"] / runs["N"]
+        if form == "full" and ratios.max() < 1.05 * ratios.min():
+            message = f"all runs have the same D/N ({ratios.mean():.3g}): the terms in N and in D cannot be told apart"
+            mark(problem.keys, message)
+        if form == "fixed_ratio" and ratios.max() > 1.2 * ratios.min():
+            message = f'D/N varies from {ratios.min():.3g} to {ratios.max():.3g}, but "fixed_ratio" has no term for it'
+            mark(problem.keys, message + ': use form="full"')
+
+    judged = [c for c, key in enumerate(problem.keys) if key[0] not in ("A", "B")]
+    theta = np.tile(best, (2 * len(judged), 1))
+    frozen = np.zeros(theta.shape, dtype=bool)
+    for row, column in enumerate(np.repeat(judged, 2)):
+        theta[row, column] += np.log(2) * (1 if row % 2 else -1)
+        frozen[row, column] = True
+    costs = _minimise(problem, theta, np.ones((len(theta), n)), frozen)[1].reshape(-1, 2)
+    noise = max(objective, n * NOISE_FLOOR**2 / 2) / max(1, n - p)
+    flat = (costs - objective) / noise < f_distribution.ppf(0.95, 1, max(1, n - p))
+    for row, column in enumerate(judged):
+        key, value = problem.keys[column], np.exp(best[column])
+        label = _label(key)
+        if best[column] <= problem.lower[column] + 1e-6 or best[column] >= problem.upper[column] - 1e-6:
+            mark([key], f"{label} = {value:.3g} lies at the limit of the search: the runs do not bound it")
+        elif flat[row].any():
+            sides = " and ".join(
+                f"{value * factor:.3g}" for factor, hit in zip((0.5, 2), flat[row], strict=True) if hit
+            )
+            mark([key], f"the profile of {label} = {value:.3g} is flat: {sides} fits about as well")
+    for column, key in enumerate(problem.keys):
+        if key[0] in ("A", "B"):
+            exponents = problem.columns["alpha" if key[0] == "A" else "beta"][problem.columns[key[0]] == column]
+            for message in itertools.chain.from_iterable(reasons[problem.keys[e]] for e in np.unique(exponents)):
+                reasons[key] += [message] if message not in reasons[key] else []
+    return reasons
+
+
+def _label(key: tuple) -> str:
+    name, group, bits = key
+    return name + (f" at {bits} bits" if bits is not None else "") + (f" of {group}" if group is not None else "")

@@ -1,0 +1,356 @@
+"""Quantizers that train: forward staircases, gradient masks, whole models."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.optimizers import build_optimizer
+from beyond_outliers.qat import AbsMaxQuantizer, QATLinear
+from beyond_outliers.quantizers import (
+    SCHEMES,
+    LSQQuantizer,
+    QuantizedLinear,
+    QuantSpec,
+    QuestQuantizer,
+    freeze_qat,
+    hadamard_transform,
+    optimal_gaussian_scale,
+    prepare_qat,
+    quantize_model,
+    quantize_tensor,
+    staircase,
+    weights_held,
+)
+from scipy.stats import norm
+from torch import nn
+
+IDS = torch.arange(64).reshape(4, 16) * 7 % 96
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Olmo2(Olmo2Config(vocab_size=96, width=32, depth=2, n_heads=2))
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(6, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------- QuEST
+
+
+def test_the_optimal_gaussian_scale_is_optimal():
+    assert optimal_gaussian_scale(4) == pytest.approx(2.5139, abs=2e-4)
+    assert optimal_gaussian_scale(1) == pytest.approx(math.sqrt(2 / math.pi), abs=1e-7)  # E|x|, known in closed form
+    x = norm.ppf((np.arange(400_000) + 0.5) / 400_000)
+
+    def error(scale: float, bits: int) -> float:
+        step = 2 * scale / (2**bits - 1)
+        level = np.clip(np.floor(x / step) + 0.5, 0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
+        return np.mean((x - level * step) ** 2)
+
+    for bits in range(1, 9):
+        best = optimal_gaussian_scale(bits)
+        assert error(best, bits) < min(error(best * 0.98, bits), error(best * 1.02, bits))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_quest_against_numpy(rows, bits):
+    from scipy.linalg import hadamard
+
+    rows[0] *= 100
+    rows[1, 3] = 40.0
+    matrix = hadamard(64) / 8
+    rotated = rows.numpy() @ matrix
+    step = 2 * optimal_gaussian_scale(bits) * np.sqrt((rotated**2).mean(-1, keepdims=True)) / (2**bits - 1)
+    levels = (np.arange(2**bits) - (2**bits - 1) / 2) * step[..., None]
+    nearest = np.abs(levels - rotated[..., None]).argmin(-1)
+    rounded = np.take_along_axis(levels, nearest[..., None], -1)[..., 0]
+    trusted = np.abs(rounded - rotated) <= step / 2 * (1 + 1e-12)
+
+    x = rows.clone().requires_grad_()
+    y = QuestQuantizer(bits)(x)
+    np.testing.assert_allclose(y.detach().numpy(), rounded @ matrix, atol=1e-10)
+    weights = torch.randn(6, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y * weights).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), ((weights.numpy() @ matrix) * trusted) @ matrix, atol=1e-10)
+    assert 0 < (~trusted).mean() < 0.5 or bits == 8
+
+
+def test_quest_without_rotation_shows_the_mask():
+    x = torch.tensor([[4.0, 0.3, -0.2, 0.1, -1.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    QuestQuantizer(2, hadamard=False)(x).sum().backward()
+    # rms 1.465, step 1.459: levels +-0.729 and +-2.188, trusted up to 2.918
+    assert x.grad.tolist() == [[0.0] + [1.0] * 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quest_on_zero_and_non_finite_rows(dtype):
+    x = torch.zeros(3, 8, dtype=dtype)
+    x[1, 2], x[2] = torch.nan, torch.arange(8)
+    y = QuestQuantizer(4)(x)
+    assert y.dtype == dtype
+    assert torch.equal(y[0], torch.zeros(8, dtype=dtype)) and y[1].isnan().all() and y[2].isfinite().all()
+
+
+def test_rounding_in_the_rotated_basis_agrees_with_rotating_back():
+    linear = nn.Linear(96, 24)
+    layer = QATLinear(linear, QuantSpec(), "quest")
+    quantizer = QuestQuantizer(4)
+    results = []
+    for through_layer in (True, False):
+        x = torch.randn(10, 96, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        linear.zero_grad()
+        weight = None if through_layer else quantizer(linear.weight)
+        y = layer(x) if through_layer else nn.functional.linear(quantizer(x), weight, linear.bias)
+        y.square().sum().backward()
+        results.append((y, x.grad, linear.weight.grad.clone(), linear.bias.grad.clone()))
+    for rotated, back in zip(*results, strict=True):
+        torch.testing.assert_close(rotated, back, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- the other schemes
+
+
+@pytest.mark.parametrize("grid", ["int4", "mxfp4", "fp8"])
+def test_ste_rounds_as_after_training_and_passes_every_gradient(rows, grid):
+    x = rows.clone().requires_grad_()
+    y = AbsMaxQuantizer(grid)(x)
+    assert torch.equal(y, quantize_tensor(rows, grid))
+    (y * rows).sum().backward()
+    assert torch.equal(x.grad, rows)
+
+
+def test_lsq_by_the_papers_formulas(rows):
+    """Equations 1 to 3 of arXiv 1902.08153, written out in NumPy."""
+    quantizer = LSQQuantizer(4, initial=rows).double()
+    assert quantizer.step.item() == pytest.approx(2 * rows.abs().mean().item() / math.sqrt(7), rel=1e-6)
+    with torch.no_grad():
+        quantizer.log_step -= 1.0  # a smaller step, so that both ends clip
+    step = quantizer.step.item()
+    x, upstream = rows.clone().requires_grad_(), rows.flip(0)
+    y = quantizer(x)
+    (y * upstream).sum().backward()
+    v = rows.numpy() / step
+    low, high = v <= -8, v >= 7
+    assert low.any() and high.any()
+    np.testing.assert_allclose(y.detach().numpy(), np.rint(np.clip(v, -8, 7)) * step, rtol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), np.where(low | high, 0, upstream.numpy()), rtol=1e-12)
+    by_step = np.where(low, -8, np.where(high, 7, np.rint(v) - v))
+    expected = (by_step * upstream.numpy()).sum() / math.sqrt(rows.numel() * 7)
+    assert quantizer.log_step.grad.item() == pytest.approx(expected * step, rel=1e-9)
+
+
+def test_lsq_starts_from_its_first_batch_and_only_then(rows):
+    quantizer = LSQQuantizer(4)
+    quantizer(rows)
+    step = quantizer.step.item()
+    assert step == pytest.approx(2 * rows.abs().mean().item() / math.sqrt(7), rel=1e-5)
+    quantizer(100 * rows)
+    assert quantizer.step.item() == step
+    fresh = LSQQuantizer(4)
+    fresh.load_state_dict(quantizer.state_dict())
+    fresh(100 * rows)
+    assert fresh.step.item() == step
+
+
+# ------------------------------------------------------------------------------------------------- staircases
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_staircases(scheme, bits):
+    table = staircase(scheme, bits)
+    x, y, gradient = (table[column].to_numpy() for column in ("x", "y", "gradient"))
+    assert (np.diff(x) > 0).all() and (np.diff(y) >= 0).all()
+    levels = np.unique(y.round(9))
+    step = np.diff(levels)
+    np.testing.assert_allclose(step, step[0], rtol=1e-6)
+    if scheme == "quest":
+        scale = optimal_gaussian_scale(bits) * np.sqrt((x**2).mean())
+        assert len(levels) == 2**bits and levels[-1] == pytest.approx(scale)
+        assert levels[2 ** (bits - 1)] == pytest.approx(step[0] / 2)  # mid-rise: no zero
+        assert (gradient == (np.abs(x) <= scale + step[0] / 2)).all() and gradient.min() == 0
+    elif scheme == "ste":
+        assert len(levels) == 2**bits - 1 and levels[-1] == pytest.approx(x[-1]) and 0 in levels
+        assert (gradient == 1).all()
+    else:
+        learned = 2 * np.abs(x).mean() / math.sqrt(2 ** (bits - 1) - 1)
+        assert step[0] == pytest.approx(learned, rel=1e-5) and 0 in levels
+        inside = (x / learned > -(2 ** (bits - 1))) & (x / learned < 2 ** (bits - 1) - 1)
+        assert (gradient == inside).all()
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_qat_model_keeps_names_ties_and_the_original(model, scheme, head):
+    before = copy.deepcopy(model.state_dict())
+    qat = prepare_qat(model, QuantSpec(head=head), scheme)
+    assert qat.head.weight is qat.embedding.weight and qat.embedding.weight is not model.embedding.weight
+    assert isinstance(qat.head, QATLinear) == head
+    qat.loss(IDS, IDS).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in qat.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    extra = {name for name, _ in qat.named_parameters()} - {name for name, _ in model.named_parameters()}
+    assert all(name.endswith("log_step") for name in extra) and bool(extra) == (scheme == "lsq")
+
+    torch.manual_seed(9)
+    other = prepare_qat(Olmo2(model.config), QuantSpec(head=head), scheme)
+    other.load_state_dict(qat.state_dict())
+    assert torch.equal(other(IDS), qat(IDS))
+    assert not qat.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+
+
+def test_the_ste_forward_is_post_training_quantization(model):
+    for spec in (QuantSpec(), QuantSpec("nvfp4", "mxfp4", head=True), QuantSpec("int3", "none", rotate=True)):
+        assert torch.equal(prepare_qat(model, spec, "ste")(IDS), quantize_model(model, spec)(IDS))
+
+
+def test_optimizers_see_matrices_and_steps_as_vectors(model):
+    qat = prepare_qat(model, QuantSpec(head=True), "lsq")
+    qat(IDS)
+    roles = {}
+    for group in build_optimizer(qat, "muon", 1e-3).param_groups:
+        roles[group["role"]] = [tuple(p.shape) for p in group["params"]]
+    plain = {
+        g["role"]: [tuple(p.shape) for p in g["params"]] for g in build_optimizer(model, "muon", 1e-3).param_groups
+    }
+    assert roles["matrix"] == plain["matrix"] and roles["embedding"] == plain["embedding"]
+    assert len(roles["vector"]) == len(plain["vector"]) + 2 * 13
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_held_weights_accumulate_the_same_gradients(model, scheme):
+    qat = prepare_qat(model, QuantSpec(head=True), scheme)
+    qat(IDS)
+    collected = []
+    for held in (False, True):
+        qat.zero_grad()
+        with weights_held(qat) if held else torch.enable_grad():
+            for part in IDS.split(1):
+                qat.loss(part, part).backward()
+        collected.append(gradients(qat))
+    for name, grad in collected[0].items():
+        assert torch.equal(grad, collected[1][name]), name
+
+
+def test_held_weights_are_rounded_once_and_released(model, monkeypatch):
+    calls = []
+    round_ = QuestQuantizer.round
+    monkeypatch.setattr(QuestQuantizer, "round", lambda self, x: calls.append(x.shape) or round_(self, x))
+    qat = prepare_qat(model, QuantSpec(activations="none"))
+    with weights_held(qat):
+        for part in IDS.split(1):
+            qat(part)
+        assert len(calls) == 12  # layers, not layers times micro-batches
+    before = qat(IDS)
+    with torch.no_grad():
+        qat.blocks[0].mlp.up.weight.mul_(-1)
+    assert not torch.equal(qat(IDS), before)
+
+
+def test_changing_a_held_weight_is_an_error(model):
+    qat = prepare_qat(model, QuantSpec())
+    optimizer = torch.optim.SGD(qat.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="outside"), weights_held(qat):
+        qat.loss(IDS, IDS).backward()
+        optimizer.step()
+
+
+def test_the_mask_cuts_a_weights_gradient():
+    linear = nn.Linear(64, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(0.1)
+        linear.weight[0] = hadamard_transform(torch.eye(64)[:1] * 5 + 0.1)  # one rotated entry far off the grid
+    layer = QATLinear(linear, QuantSpec("int4", "none"), "quest")
+    layer(torch.randn(7, 64)).sum().backward()
+    in_basis = hadamard_transform(linear.weight.grad)
+    assert abs(in_basis[0, 0]) < 1e-5 * in_basis.abs().max() and (in_basis[0, 1:].abs() > 1e-4).sum() > 50
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_freezing_keeps_the_function(model, scheme):
+    qat = prepare_qat(model, QuantSpec(), scheme).eval()
+    qat(IDS)
+    frozen = freeze_qat(qat)
+    assert torch.equal(frozen(IDS), qat(IDS))
+    layer = frozen.blocks[1].mlp.down
+    assert isinstance(layer, QuantizedLinear) and not any(isinstance(m, QATLinear) for m in frozen.modules())
+    assert 0 < (layer.weight - model.blocks[1].mlp.down.weight).norm() < 0.5 * layer.weight.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_training_learns(model, scheme):
+    """A memorisation task: 4-bit training must come most of the way, and beat rounding afterwards."""
+    qat = prepare_qat(model, QuantSpec(), scheme)
+    qat(IDS)
+    optimizer = torch.optim.AdamW(qat.parameters(), lr=1e-2)
+    start = qat.loss(IDS[:, :-1], IDS[:, 1:]).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = qat.loss(IDS[:, :-1], IDS[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3 * start
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m: prepare_qat(m, QuantSpec(), "pact"), ["pact", "quest, ste, lsq"]),
+        (lambda m: prepare_qat(m, QuantSpec("mxfp4", "int4"), "quest"), ["mxfp4", "int2 .. int8"]),
+        (lambda m: prepare_qat(m, QuantSpec("int4", "fp8"), "lsq"), ["fp8", "int2 .. int8"]),
+        (lambda m: prepare_qat(m, QuantSpec(granularity="tensor"), "quest"), ["tensor", "row"]),
+        (lambda m: prepare_qat(m, QuantSpec(granularity="block", block=48), "ste"), ["48", "32"]),
+        (lambda m: prepare_qat(prepare_qat(m, QuantSpec()), QuantSpec()), ["already"]),
+        (lambda m: quantize_model(prepare_qat(m, QuantSpec()), QuantSpec()), ["already"]),
+        (lambda m: QuestQuantizer(9), ["9", "1, 2, 3, 4, 5, 6, 7, 8"]),
+        (lambda m: LSQQuantizer(1), ["1", "2, 3, 4, 5, 6, 7, 8"]),
+    ],
+)
+def test_bad_requests_are_refused_by_name(model, call, words):
+    with pytest.raises(ValueError) as refusal:
+        call(model)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+@pytest.mark.slow
+def test_compiled_training_steps_agree_with_eager(model):
+    """One compiled function through three steps of two micro-batches, weights held or not."""
+    for held in (False, True):
+        eager = prepare_qat(model, QuantSpec())
+        compiled = copy.deepcopy(eager)
+        torch.compiler.reset()
+        losses = {}
+        for name, qat, loss in (("eager", eager, eager.loss), ("compiled", compiled, torch.compile(compiled.loss))):
+            optimizer = torch.optim.SGD(qat.parameters(), lr=0.5)
+            losses[name] = []
+            for _ in range(3):
+                optimizer.zero_grad()
+                with weights_held(qat) if held else torch.enable_grad():
+                    for part in IDS.split(2):
+                        value = loss(part, part)
+                        value.backward()
+                        losses[name].append(value.item())
+                if len(losses[name]) == 2:
+                    first = gradients(qat)
+                    if name == "eager":
+                        reference = first
+                    # entries at rounding ties may fall either way: compare in norm
+                    for key, grad in first.items():
+                        assert (grad - reference[key]).norm() < 0.1 * reference[key].norm() + 1e-4, key
+                optimizer.step()
+        np.testing.assert_allclose(losses["compiled"], losses["eager"], rtol=0.02)
+        assert losses["eager"][-1] < losses["eager"][1] - 0.05
