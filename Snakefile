@@ -3,6 +3,8 @@
 # Every file that decides what is done lies in data/runs/SCALE (git-ignored); committed tables and figures are written
 # beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
 # last evaluation of a run.
+import sys
+
 from beyond_outliers import paths
 from beyond_outliers.protocol import Protocol, read_learning_rates
 from beyond_outliers.study import Study, notebooks
@@ -11,7 +13,7 @@ SCALE = config.get("scale", "pocket")
 STUDY = Study(SCALE)
 WORK = paths.RUNS / SCALE
 FIGURES = paths.FIGURES / SCALE
-COMMAND = "python -m beyond_outliers.study"
+COMMAND = f"{sys.executable} -m beyond_outliers.study"
 
 
 def result(planned):

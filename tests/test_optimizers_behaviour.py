@@ -189,7 +189,7 @@ def test_gradients_whose_square_overflows_are_not_called_infinite():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_gradients_of_any_strides_count_alike(name):
-    """A transposed gradient and an expanded one (all strides zero, as `p.sum().backward()` leaves it)."""
+    """Transposed and expanded (stride zero) gradients: torch's fused AdamW alone would read past their memory."""
     results = []
     for same in (lambda g: g, torch.Tensor.contiguous):
         params = [torch.ones(4, 6).requires_grad_(), torch.ones(5, 3).requires_grad_(), torch.ones(7).requires_grad_()]

@@ -51,4 +51,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+    return cross_entropy(F.linear(hidden, weight), targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy (nats) of logits (..., V) and targets (...), taken in float32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

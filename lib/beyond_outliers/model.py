@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config import Olmo2Config as Olmo2Config
-from beyond_outliers.losses import linear_cross_entropy
+from beyond_outliers.losses import cross_entropy, linear_cross_entropy
 
 
 class RMSNorm(nn.Module):
@@ -217,4 +217,4 @@ class Olmo2(nn.Module):
         """Mean next-token cross-entropy in nats; `ids` and `targets` (B, T) int64."""
         if type(self.head) is nn.Linear and ids.device.type == "cpu":
             return linear_cross_entropy(self.hidden(ids), self.head.weight, targets)
-        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten())
+        return cross_entropy(self(ids), targets)

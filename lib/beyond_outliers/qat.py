@@ -40,7 +40,7 @@ def optimal_gaussian_scale(bits: int) -> float:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward the rounded tensor in place of x; backward the gradient where `mask` is true, everywhere without one."""
+    """Forward the rounded tensor in place of x; backward the gradient times `mask` (uint8), or all of it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rounded: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,13 +74,15 @@ class QuestQuantizer(nn.Module):
 
     @torch.no_grad()
     def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rounded x, in the basis that it comes in, and the trust mask."""
+        """Rounded x, in the basis that it comes in, and the trust mask (uint8, 1 where trusted)."""
         wide = x if x.dtype == torch.float64 else x.float()
         step = wide.square().mean(-1, keepdim=True).sqrt() * self.step_over_rms
-        scaled = wide / torch.where(step == 0, 1.0, step)
+        scaled = wide * torch.where(step == 0, 0.0, 1 / step)
         half = 2.0 ** (self.bits - 1)
         rounded = (scaled.floor() + 0.5).clamp(0.5 - half, half - 0.5) * step
-        return rounded.to(x.dtype), scaled.abs() <= half
+        # bytes by way of floats: compiled for CPUs, storing booleans alone took ten times as long as all the rest
+        trusted = (scaled.abs() <= half).to(wide.dtype).to(torch.uint8)
+        return rounded.to(x.dtype), trusted
 
     def forward(self, x: Tensor, held: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`held`: what `round` gave for this x before, to be used again."""

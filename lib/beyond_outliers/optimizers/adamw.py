@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from beyond_outliers.optimizers.common import RoleGroups, require_betas, require_common
+from beyond_outliers.optimizers.common import RoleGroups, laid_out_like, require_betas, require_common
 
 
 class _Checked(RoleGroups):
@@ -19,6 +19,10 @@ class _Checked(RoleGroups):
             with torch.enable_grad():
                 loss = closure()
         self.refuse_nonfinite_gradients()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = laid_out_like(p)
         super().step()
         return loss
 
@@ -44,7 +48,7 @@ class AdamW(_Checked, torch.optim.AdamW):
 
 
 class SGD(_Checked, torch.optim.SGD):
-    """b <- momentum b + g + wd p;  p <- p - lr b, for every role alike: the decay is not decoupled, as in torch.optim."""
+    """b <- momentum b + g + wd p;  p <- p - lr b, for every role alike; the decay is not decoupled, as in torch."""
 
     def __init__(self, params, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0):
         require_common(lr, weight_decay)

@@ -210,6 +210,11 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(x.dtype), vectors.to(x.dtype)
 
 
+def laid_out_like(p: Tensor) -> Tensor:
+    """p's gradient with p's strides: a copy if it has others, which torch's fused kernels would read in wrong order."""
+    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+
+
 def require(valid: bool, name: str, value, expected: str) -> None:
     """ValueError naming the hyperparameter, its value and what is valid, unless `valid`."""
     if not valid:

@@ -18,7 +18,14 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import Stack, StackedOptimizer, require, require_betas, require_common
+from beyond_outliers.optimizers.common import (
+    Stack,
+    StackedOptimizer,
+    laid_out_like,
+    require,
+    require_betas,
+    require_common,
+)
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -102,7 +109,7 @@ def adamw_step(group: dict, stack: Stack, step: int) -> None:
     counts = [torch.full((), step, dtype=torch.float32, device=stack.params[0].device)] * len(stack.params)
     torch._fused_adamw_(
         stack.params,
-        [p.grad for p in stack.params],
+        [laid_out_like(p) for p in stack.params],
         stack.state["exp_avg"].unbind(),
         stack.state["exp_avg_sq"].unbind(),
         [],

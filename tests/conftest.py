@@ -1,0 +1,55 @@
+"""Shared fixtures: a corpus of made-up prose, and a tiny run configuration, so that most tests need no download."""
+
+import os
+import random
+
+# before torch is imported anywhere: single-threaded kernels, so that results and timings do not depend on neighbours
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A .jsonl corpus of 40 groups of random sentences over a small vocabulary."""
+    import json
+
+    rng = random.Random(0)
+    words = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "", "l")]
+    path = tmp_path_factory.mktemp("corpus") / "prose.jsonl"
+    with path.open("w") as file:
+        for group in range(40):
+            topic = rng.sample(words, 30)
+            for _ in range(30):
+                text = " ".join(rng.choices(topic, k=rng.randint(8, 40))) + "."
+                file.write(json.dumps({"text": text, "group": f"g{group}"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_config(text_file):
+    return CorpusConfig(source=str(text_file), vocab_size=320, validation_share=0.1)
+
+
+@pytest.fixture
+def run_config(corpus_config):
+    """A run of about thirty steps."""
+    return RunConfig(
+        scale="test",
+        size="tiny",
+        optimizer="adamw",
+        lr=5e-3,
+        model=Olmo2Config(vocab_size=320, width=32, depth=1, n_heads=2),
+        corpus=corpus_config,
+        context=32,
+        batch_size=8,
+        micro_batch=8,
+        tokens_per_parameter=0.35,
+        evaluations=3,
+        validation_tokens=1024,
+    )

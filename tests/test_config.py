@@ -1,0 +1,110 @@
+"""Configurations, protocols and the choice of learning rates."""
+
+import math
+
+import pytest
+
+from beyond_outliers.config import CorpusConfig, RunConfig
+from beyond_outliers.optimizers import OPTIMIZERS
+from beyond_outliers.plots import LABELS
+from beyond_outliers.protocol import OPTIMIZER_NAMES, Protocol, choose_learning_rate, scales
+
+
+def test_json_round_trip_and_run_id(run_config):
+    again = RunConfig.from_json(run_config.to_json())
+    assert again == run_config and again.run_id == run_config.run_id
+    assert run_config.replace(lr=6e-3).run_id != run_config.run_id
+    assert run_config.replace(seed=1).run_id != run_config.run_id
+    assert run_config.run_id in run_config.name
+
+
+def test_steps_come_nearest_to_the_token_budget(run_config):
+    config = run_config.replace(tokens_per_parameter=20)
+    tokens = config.steps * config.tokens_per_step
+    assert abs(tokens - 20 * config.model.n_parameters) <= config.tokens_per_step / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"micro_batch": 3}, "micro_batch 3"),
+        ({"evaluations": 41}, "evaluations"),
+        ({"warmup": 0.9}, "warmup 0.9"),
+        ({"corpus": CorpusConfig(vocab_size=512)}, "vocab_size"),
+    ],
+)
+def test_bad_runs_are_refused(run_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        run_config.replace(**change)
+
+
+@pytest.mark.parametrize("scale", scales())
+def test_every_scale_expands(scale):
+    protocol = Protocol.load(scale)
+    sweep = protocol.sweep_runs()
+    rates = {(size, o): 1e-3 for size in protocol.raw["plan"]["sweep"]["sizes"] for o in OPTIMIZER_NAMES}
+    runs = protocol.runs(rates)
+    assert len({p.config.run_id for p in sweep}) == len(sweep)
+    assert len({p.config.run_id for p in runs}) == len(runs)
+    assert {p.config.optimizer for p in sweep} == set(OPTIMIZER_NAMES)
+    sizes = [protocol.sizes.index(p.config.size) for p in runs]
+    assert sizes == sorted(sizes), "all optimizers at a size come before the next size"
+    for size in protocol.sizes:  # the number in a size's name is its parameter count
+        name, count = size, protocol.model(size).n_parameters
+        unit = {"M": 1e6, "B": 1e9}.get(name[-1])
+        if unit:
+            assert abs(count / (float(name[:-1]) * unit) - 1) < 0.05, (size, count)
+
+
+def test_the_paper_sizes_count_what_they_say():
+    """50M, 125M, 350M, 500M, 760M and 1.5B parameters within 5 %, by the author code's rules."""
+    protocol = Protocol.load("paper")
+    expected = {"50M": 50e6, "125M": 125e6, "350M": 350e6, "500M": 500e6, "760M": 760e6, "1.5B": 1.5e9}
+    assert protocol.sizes == list(expected)
+    for size, count in expected.items():
+        model = protocol.model(size)
+        assert abs(model.n_parameters / count - 1) < 0.05
+        assert model.head_size == 128 and model.n_heads == 3 * model.n_kv_heads and model.vocab_size == 32_000
+    assert (protocol.model("50M").width, protocol.model("50M").depth) == (768, 4)
+
+
+def test_names_agree_between_modules():
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES == tuple(LABELS)
+    assert {name: entry.label for name, entry in OPTIMIZERS.items()} == LABELS
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="pocket"):
+        Protocol.load("poket")
+    protocol = Protocol.load("smoke")
+    with pytest.raises(ValueError, match="tiny"):
+        protocol.config("huge", "adamw")
+    with pytest.raises(ValueError, match="shampoo"):
+        protocol.config("tiny", "adam")
+    with pytest.raises(ValueError, match="plans no run"):
+        protocol.find("tiny-adamw")
+
+
+# ------------------------------------------------------------------------------------------------------ learning rates
+
+
+def test_the_vertex_of_a_parabola_in_log_lr_is_found():
+    lrs = [1e-3, 3e-3, 1e-2, 3e-2]
+    best, edge = choose_learning_rate(lrs, [2 + (math.log(lr) - math.log(5e-3)) ** 2 for lr in lrs])
+    assert best == pytest.approx(5e-3, rel=0.02) and not edge
+
+
+def test_order_does_not_matter():
+    assert choose_learning_rate([1, 3, 2], [3.0, 2.5, 2.0]) == choose_learning_rate([1, 2, 3], [3.0, 2.0, 2.5])
+
+
+def test_an_optimum_at_the_edge_is_said():
+    assert choose_learning_rate([1e-3, 1e-2, 1e-1], [1.0, 2.0, 3.0]) == (1e-3, True)
+    assert choose_learning_rate([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0]) == (1e-1, True)
+
+
+def test_beside_a_diverged_run_the_best_point_itself_is_taken():
+    assert choose_learning_rate([1e-3, 1e-2, 1e-1], [3.0, 2.0, math.nan]) == (1e-2, False)
+    with pytest.raises(ValueError, match="diverged"):
+        choose_learning_rate([1e-3, 1e-2], [math.nan, math.nan])

@@ -1,0 +1,75 @@
+"""environment.yml, pyproject.toml and the Makefile describe one environment."""
+
+import re
+import tomllib
+from importlib.metadata import version
+
+import pytest
+from packaging.requirements import Requirement
+
+from beyond_outliers import paths
+
+PINS = {}
+for line in (paths.ROOT / "environment.yml").read_text().splitlines():
+    if found := re.fullmatch(r"      - ([\w.-]+)==(\S+)", line):
+        PINS[found[1].replace("_", "-").lower()] = found[2]
+
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+RANGES = [Requirement(r) for r in PROJECT["dependencies"]]
+RANGES += [Requirement(r) for group in PROJECT["optional-dependencies"].values() for r in group]
+
+
+def test_the_pins_are_there():
+    assert PINS["torch"] == "2.13.0"
+    assert "- -e ." in (paths.ROOT / "environment.yml").read_text()
+
+
+@pytest.mark.parametrize("requirement", RANGES, ids=lambda r: r.name)
+def test_every_range_of_pyproject_is_pinned_within_it(requirement):
+    name = requirement.name.replace("_", "-").lower()
+    assert name in PINS, f"environment.yml does not pin {name}"
+    assert requirement.specifier.contains(PINS[name])
+
+
+def test_every_pin_has_a_range():
+    assert set(PINS) <= {r.name.replace("_", "-").lower() for r in RANGES}
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_the_installed_version_is_the_pinned_one(name):
+    assert version(name).split("+")[0] == PINS[name]
+
+
+def test_the_makefile_reads_the_pins_of_environment_yml():
+    """The sed line of the Makefile yields every pin and the editable install, and nothing else."""
+    import subprocess
+
+    recipe = (paths.ROOT / "Makefile").read_text()
+    script = re.search(r"sed -n '(.*?)' environment.yml", recipe)[1]
+    printed = subprocess.run(["sed", "-n", script, "environment.yml"], cwd=paths.ROOT, capture_output=True, text=True)
+    lines = printed.stdout.split("\n")[:-1]
+    assert lines[-1] == "-e ." and len(lines) == len(PINS) + 1
+    assert all("==" in line for line in lines[:-1])
+
+
+def test_lib_is_not_ignored():
+    import subprocess
+
+    ignored = ["git", "check-ignore", "lib/beyond_outliers/model.py", "data/results/pocket/runs.csv"]
+    done = subprocess.run(ignored, cwd=paths.ROOT, capture_output=True, text=True)
+    assert done.stdout == ""
+
+
+def test_lib_imports_without_what_only_notebooks_need():
+    """A training node may have little more than torch, numpy, pandas, scipy, safetensors, tokenizers and tqdm."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+for name in ("datasets", "matplotlib", "seaborn", "papermill", "nbconvert", "snakemake", "transformers", "pyarrow"):
+    sys.modules[name] = None
+import beyond_outliers.train, beyond_outliers.study, beyond_outliers.measure, beyond_outliers.probe, beyond_outliers.claims
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,208 @@
+"""Training: schedule, folder, resume, divergence, accumulation, data parallelism."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beyond_outliers import train as training
+from beyond_outliers.train import build_model, evaluation_steps, load_result, run_folder, schedule, train, weights_path
+
+
+def final_weights(result):
+    return load_file(weights_path(result.folder, result.row["steps"]))
+
+
+def assert_same_weights(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_the_schedule_is_a_trapezoid():
+    factors = [schedule(step, 100, 0.05, 0.20) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:81] == [1.0] * 76
+    assert factors[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    assert schedule(3, 10, 0, 0) == 1.0
+
+
+def test_evaluations_are_spread_and_end_at_the_end(run_config):
+    steps = evaluation_steps(run_config)
+    assert len(steps) == run_config.evaluations and steps[-1] == run_config.steps
+    assert 0 not in steps
+
+
+def test_a_run_leaves_its_folder(run_config, tmp_path):
+    result = train(run_config, root=tmp_path, progress=False)
+    assert result.folder == run_folder(run_config, tmp_path)
+    assert json.loads((result.folder / "config.json").read_text()) == json.loads(run_config.to_json())
+    assert result.row["status"] == "finished" and result.row["run_id"] == run_config.run_id
+    for column in ("seed", "lr", "device", "torch", "commit", "tokens_per_second", "threads", "epochs"):
+        assert column in result.row
+    metrics = result.metrics
+    assert metrics.step.is_monotonic_increasing and metrics.step.iloc[0] == 0
+    assert metrics.tokens.iloc[-1] == run_config.steps * run_config.tokens_per_step
+    assert metrics.val_loss.dropna().iloc[-1] < metrics.val_loss.iloc[0] - 0.3
+    assert list(result.evaluations.step) == evaluation_steps(run_config)
+    assert not (result.folder / "state.pt").exists()
+    assert not list(result.folder.glob("**/*.tmp"))
+    model = result.load_model()
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.state_dict()["final_norm.gain"], final_weights(result)["final_norm.gain"])
+
+
+def test_a_finished_run_is_only_loaded(run_config, tmp_path, monkeypatch):
+    first = train(run_config, root=tmp_path, progress=False)
+    monkeypatch.setattr(training, "_Run", lambda *_: pytest.fail("trained again"))
+    assert train(run_config, root=tmp_path, progress=False).row == first.row
+
+
+def test_the_initial_weights_depend_on_the_seed_alone(run_config):
+    assert_same_weights(
+        build_model(run_config).state_dict(), build_model(run_config.replace(optimizer="muon")).state_dict()
+    )
+    other = build_model(run_config.replace(seed=1)).state_dict()
+    assert not torch.equal(build_model(run_config).state_dict()["embedding.weight"], other["embedding.weight"])
+
+
+QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
+RESUMED = [(name, None) for name in ("adamw", "muon", "psgd", "scion", "shampoo", "soap")]
+RESUMED += [("adamw", QUEST), ("soap", QUEST), ("muon", {**QUEST, "scheme": "lsq"})]
+
+
+@pytest.mark.parametrize(("optimizer", "quantization"), RESUMED)
+def test_an_interrupted_run_resumes_to_the_same_weights(run_config, tmp_path, monkeypatch, optimizer, quantization):
+    config = run_config.replace(optimizer=optimizer, lr=1e-3, quantization=quantization)
+    whole = train(config, root=tmp_path / "whole", progress=False)
+
+    # killed in the middle of an optimizer step after the second evaluation, then started again
+    stop, step = evaluation_steps(config)[1] + 2, training._Run._step
+
+    def killed(self):
+        if self.step == stop:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Run, "_step", killed)
+        train(config, root=tmp_path / "parts", progress=False)
+    assert load_result(run_folder(config, tmp_path / "parts")) is None
+    resumed = train(config, root=tmp_path / "parts", progress=False)
+    assert_same_weights(final_weights(whole), final_weights(resumed))
+    columns = ["step", "train_loss", "val_loss"]
+    pd.testing.assert_frame_equal(whole.metrics[columns], resumed.metrics[columns])
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_the_system_resumes(run_config, tmp_path):
+    """SIGKILL at a random moment, from outside, until the run is done."""
+    config = run_config.replace(tokens_per_parameter=3, evaluations=12)
+    whole = train(config, root=tmp_path / "whole", threads=1, progress=False)
+    code = (
+        "import sys, pathlib; from beyond_outliers.config import RunConfig; from beyond_outliers.train import train;"
+        "train(RunConfig.from_json(sys.argv[1]), root=pathlib.Path(sys.argv[2]), threads=1, progress=False)"
+    )
+    folder, kills = run_folder(config, tmp_path / "killed"), 0
+    while load_result(folder) is None:
+        process = subprocess.Popen([sys.executable, "-c", code, config.to_json(), str(tmp_path / "killed")])
+        before = (folder / "state.pt").stat().st_mtime if (folder / "state.pt").exists() else 0
+        while process.poll() is None and kills < 2:
+            if (folder / "state.pt").exists() and (folder / "state.pt").stat().st_mtime > before:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert kills == 2
+    killed = load_result(folder)
+    assert_same_weights(final_weights(whole), final_weights(killed))
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e4), ("sgd", 1e6)])
+def test_a_diverged_run_ends_cleanly(run_config, tmp_path, optimizer, lr):
+    result = train(run_config.replace(optimizer=optimizer, lr=lr), root=tmp_path, progress=False)
+    assert result.row["status"] == "diverged" and result.row["reason"]
+    assert pd.isna(result.row["val_loss"])
+    assert result.row["steps"] <= run_config.steps
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(run_config, tmp_path):
+    whole = train(run_config, root=tmp_path, progress=False)
+    parts = train(run_config.replace(micro_batch=2), root=tmp_path, progress=False)
+    one, two = final_weights(whole), final_weights(parts)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    assert parts.row["val_loss"] == pytest.approx(whole.row["val_loss"], abs=1e-4)
+
+
+def test_clipping_bounds_the_update(run_config, tmp_path):
+    free = train(run_config.replace(optimizer="sgd", lr=0.1), root=tmp_path, progress=False)
+    clipped = train(run_config.replace(optimizer="sgd", lr=0.1, clip=1e-3), root=tmp_path, progress=False)
+    start = build_model(run_config).state_dict()["embedding.weight"]
+    moved = [(final_weights(r)["embedding.weight"] - start).norm() for r in (free, clipped)]
+    # the lr-weighted number of steps times clip, momentum 0.9 on top, is as far as clipping lets it go
+    assert moved[1] <= 0.1 * run_config.steps * 1e-3 / (1 - 0.9)
+    assert moved[0] > 3 * moved[1]
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one(run_config, tmp_path):
+    """The same global batches on two processes (gloo) give the same run up to rounding."""
+    alone = train(run_config, root=tmp_path / "one", progress=False)
+    code = (
+        "import sys, pathlib; from beyond_outliers.config import RunConfig; from beyond_outliers.train import train;"
+        "train(RunConfig.from_json(sys.argv[1]), root=pathlib.Path(sys.argv[2]), compile=False, progress=False)"
+    )
+    script = tmp_path / "worker.py"
+    script.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, run_config.to_json(), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = load_result(run_folder(run_config, tmp_path / "two"))
+    assert together.row["val_loss"] == pytest.approx(alone.row["val_loss"], abs=1e-3)
+    assert together.metrics.train_loss.iloc[1] == pytest.approx(alone.metrics.train_loss.iloc[1], abs=1e-4)
+
+
+def test_the_command_line_refuses_unknown_names(capsys):
+    with pytest.raises(SystemExit):
+        training.main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
+    assert "valid: tiny, small" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="auto, cpu, cuda"):
+        training._device("gpu")
+    with pytest.raises(ValueError, match="compile"):
+        training._should_compile("yes", None, torch.device("cpu"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "psgd", "scion", "shampoo", "soap"])
+def test_a_run_on_cuda_learns_what_one_on_cpu_learns(run_config, tmp_path, optimizer):
+    config = run_config.replace(optimizer=optimizer, lr=1e-3, tokens_per_parameter=2)
+    cpu = train(config, root=tmp_path / "cpu", device="cpu", progress=False)
+    cuda = train(config, root=tmp_path / "cuda", device="cuda", compile=False, progress=False)
+    assert cuda.row["device"] == "cuda" and cuda.row["status"] == "finished"
+    assert cuda.row["val_loss"] == pytest.approx(cpu.row["val_loss"], abs=0.05)
