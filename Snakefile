@@ -29,6 +29,7 @@ def main_runs(purpose=None, size=None):
 
 def to_measure(wildcards):
     if wildcards.purpose == "sweep":
+        checkpoints.choose.get()  # a sweep run that serves as a main run is measured there
         return [result(p) for p in STUDY.protocol.sweep_runs() if p.config.size == wildcards.size]
     return main_runs(wildcards.purpose, wildcards.size)
 

@@ -7,10 +7,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from beyond_outliers import corpus, evaluate
 from beyond_outliers.evaluate import Question, cloze_questions, encode_requests, score, validation_loss, zero_shot
 from beyond_outliers.model import Olmo2, Olmo2Config
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCABULARY = (
     "the a value key name list of resource project service instance that is was returned created deleted updated when "

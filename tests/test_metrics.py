@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch import nn
+
 from beyond_outliers.metrics import activation_metrics, average, kurtosis, mmr
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import QuantSpec, quantize_tensor
-from torch import nn
 
 
 def small_model(**changes) -> Olmo2:

@@ -6,6 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import (
@@ -20,7 +22,6 @@ from beyond_outliers.optimizers import (
     parameter_groups,
 )
 from beyond_outliers.optimizers.muon import newton_schulz
-from torch import nn
 
 # Refreshes fall inside a dozen steps.
 SHORT_CYCLE = {"shampoo": {"frequency": 3}, "soap": {"frequency": 3}, "psgd": {"update_probability": 0.4}}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from beyond_outliers.optimizers import PSGD, SOAP, AdamW, Muon, Scion, Shampoo
 from beyond_outliers.optimizers.common import add_gram_
 from beyond_outliers.optimizers.muon import newton_schulz

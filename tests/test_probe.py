@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
 from beyond_outliers import model as model_module
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.probe import bundled_encoder, conv1d_to_linear, load, probe, windows
 from beyond_outliers.quantizers import QuantSpec, quantize_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 tf = pytest.importorskip("transformers")
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from beyond_outliers.model import Olmo2, Olmo2Config, ReluSquared, ResidualAdd
 from beyond_outliers.propagation import decompose, relative_error, spectral_norm, summarise
 from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model
-from torch import nn
 
 COLUMNS = ["index", "name", "kind", "R", "A", "B", "C", "gain"]
 RATIOS = ["spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"]

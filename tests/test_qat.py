@@ -6,6 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
+from torch import nn
+
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.qat import AbsMaxQuantizer, QATLinear
@@ -24,8 +27,6 @@ from beyond_outliers.quantizers import (
     staircase,
     weights_held,
 )
-from scipy.stats import norm
-from torch import nn
 
 IDS = torch.arange(64).reshape(4, 16) * 7 % 96
 

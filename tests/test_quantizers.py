@@ -6,6 +6,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from beyond_outliers.hadamard import hadamard_block, hadamard_matrix
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import (
@@ -17,7 +19,6 @@ from beyond_outliers.quantizers import (
     quantize_model,
     quantize_tensor,
 )
-from torch import nn
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 E4M3 = sorted({m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)})[:-1]

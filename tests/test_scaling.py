@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import minimize
+
 from beyond_outliers import scaling
 from beyond_outliers.scaling import IdentificationWarning, compare_forms, fit_scaling_law, fit_shared
-from scipy.optimize import minimize
 
 # tests that are about the warning ask for it with pytest.warns or turn it into an error
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.scaling.IdentificationWarning")
@@ -307,6 +308,18 @@ def test_sharing_nothing_is_fitting_one_by_one():
         assert joint[name].parameters == pytest.approx(single.parameters, rel=1e-2)
         assert joint[name].rho == pytest.approx(single.rho, rel=1e-3)
     assert joint["muon"].objective == pytest.approx(sum(s.objective for s in singles.values()), rel=1e-6)
+
+
+def test_an_optimizer_with_two_sizes_is_open_by_itself_and_leans_on_the_others_where_parameters_are_shared():
+    runs = many(ratios=(20, 20, 20))
+    runs = runs[(runs["optimizer"] != "muon") | (runs["N"] > 200e6)]
+    with pytest.warns(IdentificationWarning, match="2 sizes of muon cannot determine"):
+        alone = fit_shared(runs, share=())
+    assert not alone["muon"].identified["alpha"] and not alone["muon"].identified["rho"][4]
+    assert alone["adamw"].identified["alpha"] and not alone["adamw"].warnings
+    together = quiet(fit_shared, runs, share=("E", "alpha"))
+    assert not any(law.warnings for law in together.values())
+    assert together["muon"].rho[4] == pytest.approx(0.55, rel=0.1)
 
 
 def test_compare_forms_ranks_by_the_error_on_the_largest_size():

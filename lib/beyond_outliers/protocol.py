@@ -70,6 +70,8 @@ class Protocol:
             for size in plan["sizes"]:
                 if size not in self.sizes:
                     raise ValueError(f"{path}: plan.{purpose} names size {size!r}; valid: {', '.join(self.sizes)}")
+                if isinstance(plan["seeds"], dict) and size not in plan["seeds"]:
+                    raise ValueError(f"{path}: plan.{purpose}.seeds has no seeds for size {size!r}")
 
     # ------------------------------------------------------------------------------------------------------- settings
 
@@ -130,9 +132,10 @@ class Protocol:
         """(size, seed, optimizer, plan) in the order that leaves a usable study at every stopping point."""
         plan = self.raw["plan"].get(purpose)
         for size in self.sizes if plan else ():
-            for seed in plan["seeds"]:
-                for optimizer in plan.get("optimizers", OPTIMIZER_NAMES):
-                    if size in plan["sizes"]:
+            if size in plan["sizes"]:
+                seeds = plan["seeds"][size] if isinstance(plan["seeds"], dict) else plan["seeds"]
+                for seed in seeds:
+                    for optimizer in plan.get("optimizers", OPTIMIZER_NAMES):
                         yield size, seed, optimizer, plan
 
     def sweep_runs(self) -> list[Planned]:

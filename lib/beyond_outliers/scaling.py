@@ -421,7 +421,7 @@ def _resamples(strata: np.ndarray, times: int, rng: np.random.Generator) -> np.n
 
 
 def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[str]]:
-    """Why each parameter is not identified; an empty list where it is."""
+    """Why each parameter (column of theta) is not identified; an empty list where it is."""
     n, p = problem.log_loss.shape[0], len(problem.keys)
     reasons: dict[tuple, list[str]] = {key: [] for key in problem.keys}
 
@@ -431,25 +431,37 @@ def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[
 
     if n <= p:
         mark(problem.keys, f"{n} runs cannot determine {p} parameters and their uncertainty: every estimate is open")
-    sizes = runs["N"].nunique()
-    if sizes < SIZES_NEEDED:
-        mark(
-            problem.keys,
-            f"{sizes} size{'s' * (sizes != 1)} cannot determine a curve of three parameters (A, alpha, E), nor rho, "
-            f"which is read off it: at least {SIZES_NEEDED} are needed",
-        )
+    # shared parameters are seen by all runs, a group's own by its runs only
+    for group, part in [(None, runs), *(runs.groupby(by) if by else [])]:
+        keys = [key for key in problem.keys if key[1] == group]
+        of_group = f" of {group}" if group is not None else ""
+        sizes = part["N"].nunique()
+        needed = SIZES_NEEDED if group is None else sum(key[0] in ("A", "alpha", "E") for key in keys)
+        if sizes < needed:
+            mark(
+                keys,
+                f"{sizes} size{'s' * (sizes != 1)}{of_group} cannot determine a curve of three parameters (A, alpha, E), "
+                f"nor rho, which is read off it: at least {needed} are needed",
+            )
+        if form == "full" or "D" in runs:
+            ratios = part["D"] / part["N"]
+            has_data_term = any(key[0] in ("B", "beta") for key in keys)
+            if has_data_term and ratios.max() < 1.05 * ratios.min():
+                mark(
+                    keys,
+                    f"all runs{of_group} have the same D/N ({ratios.mean():.3g}): "
+                    "the terms in N and in D cannot be told apart",
+                )
+            if form == "fixed_ratio" and ratios.max() > 1.2 * ratios.min():
+                mark(
+                    keys,
+                    f'D/N{of_group} varies from {ratios.min():.3g} to {ratios.max():.3g}, but "fixed_ratio" has no '
+                    'term for it: use form="full"',
+                )
     for key in problem.keys:
         n_runs = int((problem.columns["rho"] == problem.keys.index(key)).sum())
         if key[0] == "rho" and n_runs < RUNS_NEEDED:
             mark([key], f"{_label(key)} rests on {n_runs} run{'s' * (n_runs != 1)}: at least {RUNS_NEEDED} are needed")
-    if form == "full" or "D" in runs:
-        ratios = runs["D"] / runs["N"]
-        if form == "full" and ratios.max() < 1.05 * ratios.min():
-            message = f"all runs have the same D/N ({ratios.mean():.3g}): the terms in N and in D cannot be told apart"
-            mark(problem.keys, message)
-        if form == "fixed_ratio" and ratios.max() > 1.2 * ratios.min():
-            message = f'D/N varies from {ratios.min():.3g} to {ratios.max():.3g}, but "fixed_ratio" has no term for it'
-            mark(problem.keys, message + ': use form="full"')
 
     judged = [c for c, key in enumerate(problem.keys) if key[0] not in ("A", "B")]
     theta = np.tile(best, (2 * len(judged), 1))

@@ -8,6 +8,7 @@ is missing first. The workflow (Snakefile) calls the same steps one by one, in p
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from beyond_outliers import paths
 from beyond_outliers.protocol import (
+    OPTIMIZER_NAMES,
     EdgeWarning,
     Planned,
     Protocol,
@@ -151,9 +153,10 @@ class Study:
         torch.set_num_threads(self.protocol.threads)
         settings = self.protocol.measure
         common = dict(self.common_loss(size)[["run", "step"]].values) if purpose == "full_precision" else {}
+        full = {p.config.name for p in self._at("full_precision", size)}  # a sweep run that is a main run, too
         for planned in tqdm(self._at(purpose, size), desc=f"measure {purpose} {size}", disable=None):
             result = self._required(planned)
-            if result.row["status"] != "finished":
+            if result.row["status"] != "finished" or (purpose == "sweep" and planned.config.name in full):
                 continue
             measure_run(result, result.row["steps"], "light" if purpose == "sweep" else "full", settings)
             if planned.config.name in common:
@@ -293,24 +296,49 @@ def _render(scale: str, jobs: int) -> None:
         )
 
 
-def _plan(study: Study) -> None:
-    """The runs, how many are done, and the time the rest will take at the throughput measured so far."""
-    planned = study.planned()
-    done = set(study.table("runs").run) if (study.results / "runs.csv").exists() else set()
-    done |= {p.config.name for p in planned if study.result(p)}
-    table = pd.DataFrame(
-        {
-            "purpose": p.purpose,
-            "size": p.config.size,
-            "done": p.config.name in done,
-            "tokens": p.config.tokens_per_step * p.config.steps,
-        }
-        for p in planned
+def plan_table(study: Study) -> pd.DataFrame:
+    """One row a (purpose, size): runs, done, tokens a run, tokens_per_second, hours left of one run after the other.
+
+    Throughput is the median of the runs of that size and scheme that are done, else of a few steps timed here and now.
+    """
+    from beyond_outliers.train import measure_throughput
+
+    runs = study.table("runs") if (study.results / "runs.csv").exists() else pd.DataFrame(columns=["run"])
+    done = set(runs.run) | {p.config.name for p in study.planned() if study.result(p)}
+    # before the sweep, the main runs are counted at the learning rates in the middle of the grids
+    middle = {
+        (size, name): study.protocol.grid(name)[len(study.protocol.grid(name)) // 2]
+        for size in study.protocol.raw["plan"]["sweep"]["sizes"]
+        for name in OPTIMIZER_NAMES
+    }
+    rates = read_learning_rates(study.scale) or middle
+    rows, speeds = [], {}
+    for planned in study.protocol.sweep_runs() + study.protocol.runs(rates):
+        config = planned.config
+        scheme = (config.quantization or {}).get("scheme", "none")
+        if (config.size, scheme) not in speeds:
+            known = runs[(runs["size"] == config.size) & (runs.scheme == scheme)] if len(runs) else runs
+            measured = known.tokens_per_second.median() if len(known) else None
+            speeds[config.size, scheme] = measured or measure_throughput(config, threads=study.protocol.threads)
+        tokens = config.steps * config.tokens_per_step
+        finished = config.name in done
+        hours = 0.0 if finished else tokens / speeds[config.size, scheme] / 3600
+        rows.append((planned.purpose, config.size, finished, tokens, speeds[config.size, scheme], hours))
+    table = pd.DataFrame(rows, columns=["purpose", "size", "done", "tokens", "tokens_per_second", "hours"])
+    summary = {"runs": ("done", "size"), "done": ("done", "sum"), "tokens": ("tokens", "first")}
+    summary |= {"tokens_per_second": ("tokens_per_second", "median"), "hours": ("hours", "sum")}
+    return table.groupby(["purpose", "size"], sort=False).agg(**summary).reset_index()
+
+
+def _plan(study: Study, cores: int) -> None:
+    table = plan_table(study)
+    formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
+    print(table.to_string(index=False, formatters=formats))
+    side_by_side = max(1, cores // study.protocol.threads)
+    print(
+        f"{table.done.sum()} of {table.runs.sum()} runs done; about {table.hours.sum() / side_by_side:.1f} hours of "
+        f"training left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
     )
-    summary = table.groupby(["purpose", "size"], sort=False).agg(
-        runs=("done", "size"), done=("done", "sum"), tokens=("tokens", "sum")
-    )
-    print(summary.to_string(formatters={"tokens": "{:,}".format}))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,6 +358,8 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
         if step == "render":
             one.add_argument("--jobs", type=int, default=1)
+        if step == "plan":
+            one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
     study = Study(given.scale)
     if given.step == "corpus":
@@ -351,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "render":
         _render(given.scale, given.jobs)
     elif given.step == "plan":
-        _plan(study)
+        _plan(study, given.cores)
     elif given.step == "where":
         _where(study)
     return 0

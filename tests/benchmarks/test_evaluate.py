@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from beyond_outliers import evaluate
 from beyond_outliers.model import Olmo2, Olmo2Config
 

@@ -9,6 +9,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import OPTIMIZERS, REGISTRY, build_optimizer, parameter_groups

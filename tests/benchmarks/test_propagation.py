@@ -5,6 +5,7 @@ import time
 
 import pandas as pd
 import torch
+
 from beyond_outliers.metrics import activation_metrics, evaluating
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.propagation import decompose, relative_error

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
+
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import SCHEMES, QuantSpec, prepare_qat, quantize_model, weights_held
 

@@ -1,0 +1,271 @@
+"""A whole study at scale smoke: every run, measurement, table and notebook, and what they say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.claims import CLAIMS, rules
+from beyond_outliers.notebook import check_parameters, paper, parameters_of
+from beyond_outliers.protocol import EdgeWarning, read_learning_rates
+from beyond_outliers.study import TABLES, MissingResults, Study, notebooks, run_notebook
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """Results, runs and figures go to a temporary folder, in this process and in the notebooks' kernels."""
+    folder = tmp_path_factory.mktemp("output")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEYOND_OUTLIERS_OUTPUT", str(folder))
+        patch.setattr(paths, "OUTPUT", folder)
+        patch.setattr(paths, "FIGURES", folder / "figures")
+        patch.setattr(paths, "RESULTS", folder / "data" / "results")
+        patch.setattr(paths, "RUNS", folder / "data" / "runs")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def study(output):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EdgeWarning)  # two-point grids have nothing but edges
+        return Study("smoke").ensure(progress=False)
+
+
+def test_every_planned_run_is_there(study):
+    planned = study.planned()
+    runs = study.table("runs")
+    assert set(runs.run) == {p.config.name for p in planned}
+    assert (runs.status == "finished").all()
+    assert len(study.runs("sweep")) == 12 and len(study.runs("full_precision")) == 12
+    assert len(study.runs("qat")) == 6 and set(study.runs("schemes").scheme) == {"ste", "lsq"}
+    for row in runs.itertuples():
+        config = next(p.config for p in planned if p.config.name == row.run)
+        assert (row.lr, row.seed, row.n_parameters) == (config.lr, config.seed, config.model.n_parameters)
+
+
+def test_every_optimizer_learns(study):
+    curves = study.table("curves").merge(study.runs("full_precision")[["run", "size", "optimizer"]], on="run")
+    first, last = curves.groupby("run").val_loss.first(), curves.groupby("run").val_loss.last()
+    assert (last < first - 0.4).all()
+    assert np.allclose(first, np.log(320), atol=0.05)  # an untrained model guesses uniformly
+
+
+def test_learning_rates_come_from_the_sweep(study):
+    sweep, chosen = study.runs("sweep"), read_learning_rates("smoke")
+    for (size, optimizer), lr in chosen.items():
+        losses = sweep[(sweep["size"] == size) & (sweep.optimizer == optimizer)].set_index("lr").val_loss
+        assert lr == pytest.approx(losses.idxmin())
+    assert set(study.runs("full_precision").lr) == set(chosen.values())
+
+
+def test_the_common_loss_is_reached_by_all_and_first_where_it_says(study):
+    common = study.table("common_loss")
+    curves = study.table("curves").dropna(subset="val_loss")
+    for row in common.itertuples():
+        own = curves[(curves.run == row.run) & (curves.step > 0)]
+        assert (own[own.step < row.step].val_loss > row.common_loss).all()
+        assert own.set_index("step").val_loss[row.step] <= row.common_loss
+    for _, rows in common.groupby("size"):
+        assert rows.common_loss.nunique() == 1 and len(rows) == 6
+        weakest = max(curves[curves.run == run].val_loss.min() for run in rows.run)
+        assert rows.common_loss.iloc[0] == weakest
+
+
+def test_quantization_tables_are_complete_and_consistent(study):
+    ptq = study.measured("ptq")
+    specs = {"none", "W8A8", "W4A4", "mxfp4", "W8", "W4", "Wmxfp4", "W4A4+rot", "W4A4+head"}
+    final = ptq[ptq.checkpoint == "final"]
+    assert set(final.spec) == specs and len(final) == 12 * len(specs)
+    for (_, checkpoint), rows in ptq.groupby(["run", "checkpoint"]):
+        base = rows.set_index("spec").val_loss["none"]
+        assert np.allclose(rows.increase.dropna(), rows.val_loss[rows.spec != "none"] - base), checkpoint
+    eight, four = (final[final.spec == s].increase.abs().mean() for s in ("W8A8", "W4A4"))
+    assert eight < four
+
+
+def test_error_propagation_adds_up(study):
+    modules = study.measured("propagation")
+    assert np.allclose(modules.R, modules.A + modules.B + modules.C, rtol=1e-9, atol=1e-15)
+    assert {"linear", "norm", "residual add", "activation", "attention"} <= set(modules.kind)
+
+
+def test_zero_shot_rows_carry_chance_and_error(study):
+    table = study.measured("zero_shot")
+    assert set(table[table.checkpoint == "final"].task) == {"piqa", "hellaswag", "arc_easy", "cloze"}
+    assert table[["accuracy", "chance", "standard_error"]].notna().all().all()
+    assert set(study.measured("zero_shot", "qat").spec) == {"QAT"}
+
+
+def test_a_complete_study_does_nothing(study, monkeypatch):
+    monkeypatch.setattr(Study, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert study.ensure() is study
+
+
+def test_tables_that_are_not_there_say_what_to_do(study, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=", ".join(TABLES)):
+        study.table("rnus")
+    monkeypatch.setattr(study, "results", tmp_path)
+    with pytest.raises(MissingResults, match="make reproduce SCALE=smoke"):
+        study.table("runs")
+
+
+def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
+    """A table may hold rows of runs that were trained elsewhere; rows of runs that are no longer planned go."""
+    before = study.table("runs")
+    gone = before.run.iloc[3]
+    stale = before.iloc[[0]].assign(run="an-old-run")
+    pd.concat([before, stale]).to_csv(study.results / "runs.csv", index=False)
+    result = Study.result
+    monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
+    monkeypatch.setattr(Study, "common_loss", lambda self, size: before_common[before_common["size"] == size])
+    before_common = study.table("common_loss")
+    study.collect()
+    assert set(study.table("runs").run) == set(before.run)
+
+
+# ------------------------------------------------------------------------------------------------------------ notebooks
+
+
+@pytest.fixture(scope="module")
+def executed(study):
+    """name -> (HTML path, executed notebook) of all notebooks, by papermill."""
+    found = {}
+    for name in notebooks():
+        html = run_notebook(name, "smoke", build=False)
+        found[name] = html, json.loads((paths.RUNS / "smoke" / "notebooks" / f"{name}.ipynb").read_text())
+    return found
+
+
+def outputs(notebook: dict) -> str:
+    """All text that a notebook's cells put out, HTML tables included."""
+    parts = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            parts += [*output.get("text", []), *data.get("text/plain", []), *data.get("text/html", [])]
+    return "".join(parts)
+
+
+EXPECTED = {
+    "01_full_precision": ["01_loss_curves", "01_final_loss", "01_learning_rates", "01_cloze_accuracy"],
+    "02_outlier_metrics": ["02_mmr", "02_mmr_learning_rate", "02_outliers_against_damage"],
+    "03_ptq": ["03_w4a4_increase", "03_formats_tiny", "03_formats_small"],
+    "04_error_propagation": ["04_depth", "04_abc", "04_gain", "04_figure1", "04_correlations_increase"],
+    "05_qat": ["05_increase", "05_curves", "05_staircases"],
+    "06_scaling_laws": ["06_fits", "06_rho"],
+    "07_claims": ["07_claims"],
+    "08_probe_your_model": ["08_depth", "08_outliers"],
+}
+
+
+def test_there_is_an_expectation_for_every_notebook():
+    assert sorted(EXPECTED) == notebooks()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_notebook_runs_and_draws_its_figures(executed, name):
+    html, notebook = executed[name]
+    text = outputs(notebook)
+    assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    for figure in EXPECTED[name]:
+        for kind in ("png", "pdf"):
+            assert (html.parent / f"{figure}.{kind}").stat().st_size > 2000, figure
+    for said in ("&#x27;smoke&#x27;", "torch", "commit"):  # parameters, versions and commit are shown
+        assert said in text or said.replace("&#x27;", "'") in text
+    assert "Traceback" not in text
+    assert html.stat().st_size > 50_000
+
+
+def test_notebook_01_shows_the_losses_of_the_tables(executed, study):
+    text = outputs(executed["01_full_precision"][1])
+    for loss in study.runs("full_precision").val_loss:
+        assert f"{loss:.4f}" in text
+
+
+def test_notebook_03_shows_increases_and_the_papers_table(executed, study):
+    text = outputs(executed["03_ptq"][1])
+    w4a4 = study.measured("ptq").query("spec == 'W4A4'")
+    for increase in w4a4.increase:
+        assert f"{increase:.3f}" in text
+    for accuracy in paper("table3_ptq_w4a4").accuracy:
+        assert f"{accuracy:.2f}".rstrip("0").rstrip(".") in text
+
+
+def test_notebook_04_finds_the_identity(executed):
+    residual = re.search(r"largest \|R - \(A \+ B \+ C\)\| .*: (\S+)", outputs(executed["04_error_propagation"][1]))
+    assert float(residual[1]) < 1e-9
+
+
+def test_notebook_07_judges_every_claim(executed, study):
+    table = pd.read_csv(study.results / "claims.csv")
+    assert list(table.id) == list(CLAIMS) == list(rules()) == list(paper("claims").id)
+    assert set(table.verdict) <= {"reproduced", "not reproduced", "undecided"}
+    assert (table[table.n < 3].verdict == "undecided").all()
+    assert table.comment.str.len().min() > 20
+    assert set(table.notebook) <= set(notebooks())
+
+
+def test_notebooks_refuse_unknown_parameters(study):
+    with pytest.raises(ValueError, match=r"no parameter scael; valid: scale, build"):
+        run_notebook("01_full_precision", "smoke", scael="pocket")
+    with pytest.raises(ValueError, match="02_outlier_metrics"):
+        run_notebook("01_full_prescision", "smoke")
+
+
+def test_papermill_by_hand_refuses_unknown_parameters(study, tmp_path):
+    """papermill itself only warns; the notebook's first cell does not go on."""
+    source = paths.NOTEBOOKS / "01_full_precision.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match=r"unknown notebook parameters: scael; valid: scale"):
+        papermill.execute_notebook(source, tmp_path / "out.ipynb", {"scael": "smoke"}, progress_bar=False)
+
+
+def test_parameters_are_checked_by_name_and_type():
+    namespace = {"__annotations__": {"scale": str, "n": int, "x": float}, "scale": "smoke", "n": 3, "x": 1}
+    assert check_parameters(namespace) == {"scale": "smoke", "n": 3, "x": 1}
+    with pytest.raises(ValueError, match="unknown notebook parameters: m; valid"):
+        check_parameters({**namespace, "m": 4})
+    with pytest.raises(ValueError, match="n must be int, not True"):
+        check_parameters({**namespace, "n": True})
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_parameters_are_typed_and_commented(name):
+    comments = parameters_of(name)
+    assert "scale" in comments and all(comments.values())
+    source = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())
+    assert not any(cell.get("outputs") for cell in source["cells"]), "notebooks are committed without outputs"
+    for cell in source["cells"]:
+        body = re.search(r"^def .*\n((?:    .*\n?|\n)+)", "".join(cell["source"]), re.M)
+        assert not body or len(body[1].strip().splitlines()) <= 3, "a definition of its own belongs into lib"
+
+
+# ------------------------------------------------------------------------------------------------------------ workflow
+
+
+def test_the_workflow_plans_one_job_a_run(tmp_path):
+    """From nothing, Snakemake sees the sweep's runs; the main runs follow when the learning rates are known."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "scale=smoke", "--dry-run"]
+    command += ["--directory", str(tmp_path), "--snakefile", str(paths.ROOT / "Snakefile")]
+    environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(tmp_path)}
+    plan = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
+    assert plan.returncode == 0, plan.stderr[-2000:]
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan.stdout + plan.stderr, re.M))
+    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["notebook"]) == ("1", "12", "1", "8")
+
+
+def test_the_plan_is_printed(study, capsys):
+    from beyond_outliers import study as module
+
+    assert module.main(["plan", "--scale", "smoke"]) == 0
+    printed = capsys.readouterr().out
+    assert "full_precision" in printed and "tiny" in printed
