@@ -59,7 +59,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: dict) -> Pat
     corpus = open_corpus(result.config.corpus)
     model = result.load_model(step)
     if result.config.quantization:
-        tables = {"zero_shot": _zero_shot(model, corpus, settings, TASKS).assign(spec="QAT")}
+        tables = {"zero_shot": _zero_shot(model, corpus, result.config.context, settings, TASKS).assign(spec="QAT")}
     else:
         tables = _tables(model, corpus, result.config.context, level, settings)
     temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
@@ -76,7 +76,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: dict) -> Pat
 def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings: dict) -> dict[str, pd.DataFrame]:
     batches = validation_batches(corpus, context, settings["propagation_tokens"])
     tasks = TASKS if level == "full" else ("cloze",)
-    accuracy = _zero_shot(model, corpus, settings, tasks).assign(spec="none")
+    accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
     ptq, accuracies = [{"spec": "none", **base}], [accuracy]
     for spec in specs(settings["formats"]) if level == "full" else [MAIN, QuantSpec(activations="none")]:
@@ -84,7 +84,7 @@ def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
         chosen = tasks if spec == MAIN else ("cloze",)
-        accuracies.append(_zero_shot(quantized, corpus, settings, chosen).assign(spec=spec.name))
+        accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
     return {
         "ptq": pd.DataFrame(ptq),
         "zero_shot": pd.concat(accuracies, ignore_index=True),
@@ -98,6 +98,13 @@ def _loss(model: nn.Module, corpus: Corpus, context: int, settings: dict) -> dic
     return {"val_loss": found.loss, "val_standard_error": found.standard_error}
 
 
-def _zero_shot(model: nn.Module, corpus: Corpus, settings: dict, tasks: tuple[str, ...]) -> pd.DataFrame:
-    heldout = corpus.heldout_documents()
-    return zero_shot(model, corpus.tokenizer, tasks, limit=settings["questions"], heldout=heldout, progress=False)
+def _zero_shot(model: nn.Module, corpus: Corpus, context: int, settings: dict, tasks: tuple[str, ...]) -> pd.DataFrame:
+    return zero_shot(
+        model,
+        corpus.tokenizer,
+        tasks,
+        limit=settings["questions"],
+        heldout=corpus.heldout_documents(),
+        context=context,  # these models are useless beyond the positions that they were trained on
+        progress=False,
+    )

@@ -114,7 +114,8 @@ def fit_shared(
 ) -> dict[str, ScalingLaw]:
     """One law for every value of the column `by`, fitted jointly, with the parameters in `share` common to all.
 
-    rho is always each one's own. `objective` and `n` of every law are those of the joint fit. Otherwise as
+    rho is always each one's own; a group needs as many sizes as it has parameters of its own among A, alpha and E.
+    `objective` and `n` of every law are those of the joint fit. Otherwise as
     `fit_scaling_law`; raises ValueError also for a parameter in `share` that the form does not have.
     """
     return _fit(_checked(runs, form, by), form, by, share, delta, bootstrap, confidence, seed)
@@ -440,8 +441,8 @@ def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[
         if sizes < needed:
             mark(
                 keys,
-                f"{sizes} size{'s' * (sizes != 1)}{of_group} cannot determine a curve of three parameters (A, alpha, E), "
-                f"nor rho, which is read off it: at least {needed} are needed",
+                f"{sizes} size{'s' * (sizes != 1)}{of_group} cannot determine a curve of three parameters "
+                f"(A, alpha, E), nor rho, which is read off it: at least {needed} are needed",
             )
         if form == "full" or "D" in runs:
             ratios = part["D"] / part["N"]

@@ -1,0 +1,152 @@
+"""Predictors and claims on tables whose answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from beyond_outliers import claims
+from beyond_outliers.claims import Estimate, mean, rules, share, verdict
+from beyond_outliers.predictors import correlations
+
+OPTIMIZERS = ["adamw", "muon", "psgd", "scion", "shampoo", "soap"]
+
+
+def test_correlations_agree_with_scipy():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"x": rng.normal(size=30), "size": "s"})
+    table["y"] = table.x + rng.normal(size=30)
+    row = correlations(table, candidates=("x",), targets=("y",)).iloc[0]
+    pearson = stats.pearsonr(table.x, table.y)
+    assert row.pearson == pytest.approx(pearson.statistic)
+    assert row.spearman == pytest.approx(stats.spearmanr(table.x, table.y).statistic)
+    low, high = pearson.confidence_interval(0.95)  # Fisher's, a different method: about the same
+    assert row.pearson_low == pytest.approx(low, abs=0.12) and row.pearson_high == pytest.approx(high, abs=0.12)
+    assert row.n == 30
+
+
+def test_within_groups_the_groups_themselves_do_not_correlate():
+    rng = np.random.default_rng(1)
+    group = np.repeat([0.0, 10.0, 20.0], 40)
+    table = pd.DataFrame({"x": group + rng.normal(size=120), "y": group + rng.normal(size=120), "size": group})
+    pooled = correlations(table, candidates=("x",), targets=("y",)).iloc[0]
+    within = correlations(table, within="size", candidates=("x",), targets=("y",)).iloc[0]
+    assert pooled.pearson > 0.95
+    assert abs(within.pearson) < 0.25 and within.pearson_low < 0 < within.pearson_high
+
+
+def test_too_few_points_have_no_interval():
+    table = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 4.0]})
+    row = correlations(table, candidates=("x",), targets=("y",)).iloc[0]
+    assert row.n == 3 and np.isnan(row.pearson_low)
+    constant = correlations(table.assign(x=1.0), candidates=("x",), targets=("y",)).iloc[0]
+    assert np.isnan(constant.pearson)
+
+
+def test_wilson_interval_agrees_with_scipy():
+    for hits, n in ((3, 3), (0, 5), (7, 20)):
+        found = share([True] * hits + [False] * (n - hits))
+        low, high = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+        assert (found.low, found.high) == pytest.approx((low, high)) and found.value == hits / n
+
+
+def test_bootstrap_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(5, 1, size=200)
+    found = mean(values)
+    assert (found.low, found.high) == pytest.approx(
+        stats.norm.interval(0.95, values.mean(), values.std() / 200**0.5), abs=0.03
+    )
+    assert np.isnan(mean([1.0]).low) and mean([]).n == 0
+
+
+@pytest.mark.parametrize(
+    ("estimate", "side", "expected"),
+    [
+        (Estimate(0.9, 0.7, 1.0, 10), "above", "reproduced"),
+        (Estimate(0.9, 0.7, 1.0, 10), "below", "not reproduced"),
+        (Estimate(0.6, 0.4, 0.8, 10), "above", "undecided"),
+        (Estimate(0.1, 0.0, 0.3, 10), "above", "not reproduced"),
+        (Estimate(0.9, 0.7, 1.0, 2), "above", "undecided"),
+        (Estimate(0.9, np.nan, np.nan, 10), "above", "undecided"),
+    ],
+)
+def test_the_rule(estimate, side, expected):
+    assert verdict(estimate, side, 0.5) == expected
+
+
+class FakeStudy:
+    """Tables in which every ranking claim of the paper holds in every unit, or in none."""
+
+    def __init__(self, holds: bool, seeds: int = 20):
+        self.seeds, self.holds = seeds, holds
+        # place in the ranking; the lowest value first
+        self.loss = ["muon", "soap", "scion", "adamw", "psgd", "shampoo"]
+        self.mmr = ["muon", "adamw", "psgd", "scion", "soap", "shampoo"]
+        self.damage = ["shampoo", "adamw", "psgd", "scion", "soap", "muon"]
+        self.gain = ["adamw", "shampoo", "psgd", "scion", "soap", "muon"]
+
+    def order(self, names):
+        names = names if self.holds else names[::-1]
+        return {name: float(place) for place, name in enumerate(names)}
+
+    def rows(self):
+        frame = pd.DataFrame([(o, s) for s in range(self.seeds) for o in OPTIMIZERS], columns=["optimizer", "seed"])
+        return frame.assign(run=frame.optimizer + frame.seed.astype(str), size="x", lr=1.0, checkpoint="final")
+
+    def runs(self, purpose):
+        rows = self.rows()
+        fp = 0.01 * rows.optimizer.map(self.order(self.loss)) + 3
+        if purpose == "full_precision":
+            return rows.assign(val_loss=fp, n_parameters=100, tokens=2000, status="finished")
+        qat = fp * (1 + 0.1 * (1 + rows.optimizer.map(self.order(self.damage))))
+        if not self.holds:
+            qat = fp + 0.001  # the best stays the best
+        return rows.assign(val_loss=qat, n_parameters=100, tokens=2000, status="finished")
+
+    def measured(self, name, purpose="full_precision"):
+        rows = self.rows()
+        if name == "outliers" and purpose == "sweep":
+            swept = pd.concat([rows.assign(lr=lr, run=rows.run + str(lr)) for lr in (1.0, 2.0, 3.0)])
+            return swept.assign(mmr=swept.lr * (1 if self.holds else -1))
+        if name == "outliers":
+            return rows.assign(mmr=rows.optimizer.map(self.order(self.mmr)), kurtosis=1.0)
+        if name == "ptq":
+            table = rows.assign(increase=rows.optimizer.map(self.order(self.damage)), spec="W4A4", checkpoint="common")
+            return table
+        share_a = 0.95 if self.holds else 0.3
+        parts = []
+        for index in range(10):
+            kind = "norm" if index % 2 else "linear"
+            parts.append(
+                rows.assign(
+                    index=index,
+                    kind=kind,
+                    name=f"layer{index}",
+                    R=0.5 if self.holds else 1.5,
+                    R_in=1.0,
+                    A=share_a,
+                    B=0.4,
+                    C=0.0,
+                    gain=rows.optimizer.map(self.order(self.gain)),
+                    spectral_ratio=1.01 if self.holds else 1.5,
+                )
+            )
+        return pd.concat(parts, ignore_index=True)
+
+
+RANKED = ["C1", "C2", "C3", "C4", "C5", "C8", "C9", "C10", "C11", "C12", "C13"]
+
+
+@pytest.mark.parametrize("claim", RANKED)
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_claim_that_always_holds_is_reproduced_and_one_that_never_does_is_not(claim, holds):
+    rule = rules()[claim]
+    found = claims.CLAIMS[claim](FakeStudy(holds))
+    assert verdict(found, rule["side"], rule["threshold"]) == ("reproduced" if holds else "not reproduced")
+    two_seeds = claims.CLAIMS[claim](FakeStudy(holds, seeds=2))
+    if rule["unit"].startswith("size and seed"):
+        assert verdict(two_seeds, rule["side"], rule["threshold"]) == "undecided"
+
+
+def test_rho_needs_three_sizes():
+    assert claims.c14(FakeStudy(True)).n == 1
