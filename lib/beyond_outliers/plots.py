@@ -3,6 +3,7 @@
 `save` writes it as PDF and PNG below figures/SCALE, named after notebook and figure.
 """
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -276,7 +277,7 @@ def efficiencies(table: pd.DataFrame) -> plt.Figure:
 def claims_ledger(table: pd.DataFrame) -> plt.Figure:
     """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
     colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
-    figure, ax = plt.subplots(figsize=(9.5, 0.42 * len(table) + 0.9))
+    figure, ax = plt.subplots(figsize=(10, 0.46 * len(table) + 0.9))
     for position, row in enumerate(table.itertuples()):
         side, threshold = row.holds.split()
         colour = colours[row.verdict]
@@ -288,17 +289,13 @@ def claims_ledger(table: pd.DataFrame) -> plt.Figure:
         marker = ">" if side == "above" else "<"
         ax.plot(float(threshold), position, marker, color="black", ms=5, mfc="none")
         ax.text(1.08, position, f"{row.verdict}, n {row.n}", va="center", fontsize=8)
-    ax.set_yticks(range(len(table)), [f"{row.id}  {_short(row.claim)}" for row in table.itertuples()], fontsize=8)
-    ax.set(
-        xlim=(-1.05, 1.05), xlabel="statistic of data/claims.toml, 95 % interval; triangle: threshold and claimed side"
+    ax.set_yticks(
+        range(len(table)), [textwrap.fill(f"{row.id}  {row.claim}", 62) for row in table.itertuples()], fontsize=7
     )
+    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval; triangle: threshold and claimed side")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
-
-
-def _short(text: str, length: int = 62) -> str:
-    return text if len(text) <= length else text[: length - 1].rsplit(" ", 1)[0] + " ..."
 
 
 def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:

@@ -44,7 +44,7 @@ from beyond_outliers.optimizers import NonFiniteGradientError, build_optimizer
 from beyond_outliers.quantizers import QuantSpec, prepare_qat
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
-COMPILING_PAYS_ABOVE = 3e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
+COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
 class Diverged(Exception):
@@ -173,6 +173,8 @@ class _Run:
         )
         self.compiled = _should_compile(compile, config, self.device)
         loss = _LossModule(self.model)
+        if self.compiled:  # kernels are kept between processes: runs of one shape compile once
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
         self.loss = torch.compile(loss) if self.compiled else loss
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
