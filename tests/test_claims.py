@@ -107,9 +107,9 @@ class FakeStudy:
         rows = self.rows()
         if name == "outliers" and purpose == "sweep":
             swept = pd.concat([rows.assign(lr=lr, run=rows.run + str(lr)) for lr in (1.0, 2.0, 3.0)])
-            return swept.assign(mmr=swept.lr * (1 if self.holds else -1))
+            return swept.assign(mmr=swept.lr * (1 if self.holds else -1), kind="up")
         if name == "outliers":
-            return rows.assign(mmr=rows.optimizer.map(self.order(self.mmr)), kurtosis=1.0)
+            return rows.assign(mmr=rows.optimizer.map(self.order(self.mmr)), kurtosis=1.0, kind="up")
         if name == "ptq":
             table = rows.assign(increase=rows.optimizer.map(self.order(self.damage)), spec="W4A4", checkpoint="common")
             return table
@@ -131,7 +131,8 @@ class FakeStudy:
                     spectral_ratio=1.01 if self.holds else 1.5,
                 )
             )
-        return pd.concat(parts, ignore_index=True)
+        table = pd.concat(parts, ignore_index=True)
+        return pd.concat([table.assign(attention=view) for view in ("unit", "open")], ignore_index=True)
 
 
 RANKED = ["C1", "C2", "C3", "C4", "C5", "C8", "C9", "C10", "C11", "C12", "C13"]

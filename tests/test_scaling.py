@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from beyond_outliers import scaling
 from beyond_outliers.scaling import IdentificationWarning, compare_forms, fit_scaling_law, fit_shared
+from beyond_outliers.scaling_problem import build_problem, starting_points
 
 # tests that are about the warning ask for it with pytest.warns or turn it into an error
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.scaling.IdentificationWarning")
@@ -121,8 +122,8 @@ def test_no_other_optimizer_finds_a_better_fit(form):
 
 def test_the_jacobian_is_the_derivative_of_the_residuals():
     runs = synthetic("full").assign(optimizer=["muon", "adamw", "soap"] * 15)
-    problem = scaling._problem(runs, "full", "optimizer", ("E",), 1e-3)
-    theta = scaling._starts(problem)[[17]] + np.random.default_rng(0).normal(0, 0.1, len(problem.keys))
+    problem = build_problem(runs, "full", "optimizer", ("E",), 1e-3)
+    theta = starting_points(problem)[[17]] + np.random.default_rng(0).normal(0, 0.1, len(problem.keys))
     _, jacobian = problem.residuals(theta, jacobian=True)
     step = 1e-6 * np.eye(theta.shape[1])
     numeric = (problem.residuals(theta + step) - problem.residuals(theta - step)).T / 2e-6
@@ -132,13 +133,13 @@ def test_the_jacobian_is_the_derivative_of_the_residuals():
 
 def test_bootstrap_refits_reach_the_optimum_of_their_resample():
     runs = synthetic("full", seed=1)
-    problem = scaling._problem(runs, "full", None, (), 1e-3)
-    starts = scaling._starts(problem)
-    fits, costs = scaling._minimise(problem, starts, np.ones((len(starts), len(runs))))
+    problem = build_problem(runs, "full", None, (), 1e-3)
+    starts = starting_points(problem)
+    fits, costs = scaling.minimise(problem, starts, np.ones((len(starts), len(runs))))
     weights = scaling._resamples(runs["bits"].to_numpy(), 20, np.random.default_rng(0))
     assert (weights.sum(1) == len(runs)).all() and (weights[:, runs["bits"] == 4].sum(1) == 15).all()
-    warm = scaling._minimise(problem, np.tile(fits[costs.argmin()], (20, 1)), weights)[1]
-    cold = np.min([scaling._minimise(problem, np.tile(s, (20, 1)), weights)[1] for s in starts[::15]], axis=0)
+    warm = scaling.minimise(problem, np.tile(fits[costs.argmin()], (20, 1)), weights)[1]
+    cold = np.min([scaling.minimise(problem, np.tile(s, (20, 1)), weights)[1] for s in starts[::15]], axis=0)
     np.testing.assert_allclose(warm, cold, rtol=1e-5)
 
 

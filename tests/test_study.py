@@ -97,6 +97,8 @@ def test_error_propagation_adds_up(study):
     modules = study.measured("propagation")
     assert np.allclose(modules.R, modules.A + modules.B + modules.C, rtol=1e-9, atol=1e-15)
     assert {"linear", "norm", "residual add", "activation", "attention"} <= set(modules.kind)
+    opened = modules[(modules.attention == "open") & (modules.kind == "linear")]
+    assert {"q", "k", "v", "out", "up", "down", "head"} == set(opened.name.str.rsplit(".").str[-1])
 
 
 def test_zero_shot_rows_carry_chance_and_error(study):

@@ -71,10 +71,10 @@ def _ranked(table: pd.DataFrame, value: str) -> list[list[str]]:
     return [order for order in units if len(order) == count]
 
 
-def _average(study, table: str, value: str, purpose: str = "full_precision") -> pd.DataFrame:
-    rows = study.measured(table, purpose)
-    rows = rows[rows.checkpoint == "final"]
-    return rows.groupby(["run", "size", "optimizer", "seed", "lr"], sort=False)[value].mean().reset_index()
+def _mmr(study, purpose: str = "full_precision") -> pd.DataFrame:
+    rows = study.measured("outliers", purpose)
+    rows = rows[(rows.checkpoint == "final") & (rows.kind != "down")]  # the median of relu^2 is near zero
+    return rows.groupby(["run", "size", "optimizer", "seed", "lr"], sort=False).mmr.mean().reset_index()
 
 
 def c1(study) -> Estimate:
@@ -82,13 +82,13 @@ def c1(study) -> Estimate:
 
 
 def c2(study) -> Estimate:
-    sweeps = _average(study, "outliers", "mmr", "sweep").groupby(["optimizer", "size", "seed"], sort=False)
+    sweeps = _mmr(study, "sweep").groupby(["optimizer", "size", "seed"], sort=False)
     rho = sweeps.apply(lambda rows: spearmanr(rows.lr, rows.mmr).statistic, include_groups=False)
     return min((mean(values) for _, values in rho.groupby("optimizer")), key=lambda estimate: estimate.value)
 
 
 def c3(study) -> Estimate:
-    orders = _ranked(_average(study, "outliers", "mmr"), "mmr")
+    orders = _ranked(_mmr(study), "mmr")
     return share(order[0] == "muon" and order[-1] == "shampoo" for order in orders)
 
 
@@ -118,8 +118,8 @@ def c7(study) -> Estimate:
     return _correlation(study, "accuracy", ("R_L",))[0]
 
 
-def _modules(study) -> pd.DataFrame:
-    table = study.measured("propagation").query("checkpoint == 'final'")
+def _modules(study, attention: str = "unit") -> pd.DataFrame:
+    table = study.measured("propagation").query("checkpoint == 'final' and attention == @attention")
     return table[(table.R_in > 0) & (table.R > 0)]
 
 
@@ -134,7 +134,7 @@ def c9(study) -> Estimate:
 
 
 def _linear(study) -> pd.DataFrame:
-    return _modules(study).query("kind == 'linear' and name != 'head'").dropna(subset="gain")
+    return _modules(study, "open").query("kind == 'linear' and name != 'head'").dropna(subset="gain")
 
 
 def c10(study) -> Estimate:

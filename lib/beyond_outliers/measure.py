@@ -89,8 +89,15 @@ def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings
         "ptq": pd.DataFrame(ptq),
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches),
-        "propagation": decompose(model, quantize_model(model, MAIN), batches),
+        "propagation": _propagation(model, batches),
     }
+
+
+def _propagation(model: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
+    """Attention as one module, as in the paper, and opened up, so that its linear layers have rows of their own."""
+    quantized = quantize_model(model, MAIN)
+    parts = [decompose(model, quantized, batches, attention=view).assign(attention=view) for view in ("unit", "open")]
+    return pd.concat(parts, ignore_index=True)
 
 
 def _loss(model: nn.Module, corpus: Corpus, context: int, settings: dict) -> dict:

@@ -50,7 +50,7 @@ def _show(parameters: dict) -> None:
     import torch
     from IPython.display import display
 
-    from beyond_outliers.train import git_commit
+    from beyond_outliers.records import git_commit
 
     rows = [("parameter", name, repr(value)) for name, value in parameters.items()]
     rows += [("version", "python", platform.python_version()), ("version", "torch", torch.__version__)]

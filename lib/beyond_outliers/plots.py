@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from beyond_outliers import paths
 
@@ -51,6 +52,15 @@ def _panels(values, width: float = 3.6, height: float = 3.0, **options):
     return figure, dict(zip(values, axes[0], strict=True))
 
 
+def _tidy_log(axis, format=None) -> None:
+    """Tick labels of a logarithmic axis that do not overlap: 1, 2, 5 within two decades, decades beyond."""
+    low, high = axis.get_view_interval()
+    if high / max(low, 1e-300) < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(format or FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -69,6 +79,8 @@ def optimizer_lines(
         ax.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.15, lw=0)
     for value, ax in axes.items():
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        if logx:
+            _tidy_log(ax.xaxis)
     next(iter(axes.values())).set_ylabel(ylabel)
     _legend(figure, ax)
     return figure
@@ -94,6 +106,8 @@ def optimizer_points(
         axes[value].errorbar(rows[x], rows[y], yerr=bars, ls="-" if joined else "none", lw=1, capsize=2, **style)
     for value, ax in axes.items():
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        if logx:
+            _tidy_log(ax.xaxis)
     next(iter(axes.values())).set_ylabel(ylabel)
     _legend(figure, ax)
     return figure
@@ -132,7 +146,7 @@ def optimizer_bars(
 def heatmap(table: pd.DataFrame, row: str, column: str, value: str, label: str, digits: int = 2) -> plt.Figure:
     """Mean of `value` over every (row, column), written into the cells; rows and columns in order of appearance."""
     grid = table.pivot_table(index=row, columns=column, values=value, sort=False)
-    grid.index = [LABELS.get(name, name) for name in grid.index]
+    grid.index, grid.columns = ([LABELS.get(name, name) for name in names] for names in (grid.index, grid.columns))
     figure, ax = plt.subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
     sns.heatmap(grid, annot=True, fmt=f".{digits}f", cmap="rocket_r", ax=ax, cbar_kws={"label": label}, robust=True)
     ax.set(xlabel="", ylabel="")
@@ -193,6 +207,7 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
             style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
             ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
         ax.set(xscale="log", xlabel=candidate)
+        _tidy_log(ax.xaxis)
         ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
@@ -250,6 +265,8 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
             if optimizer in laws and bits in laws[optimizer].rho:
                 ax.plot(grid, laws[optimizer].predict(grid, bits=bits), style, color=COLOURS[optimizer], lw=1)
         ax.set(title=LABELS[optimizer], xscale="log", yscale="log")
+        _tidy_log(ax.xaxis, EngFormatter(sep=""))
+        _tidy_log(ax.yaxis)
     for ax in axes[-1]:
         ax.set_xlabel("parameters $N$")
     for ax in axes[:, 0]:

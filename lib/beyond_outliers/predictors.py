@@ -9,11 +9,12 @@ from scipy.stats import rankdata
 
 # candidate -> where it comes from; all of them in every table, none picked after the fact
 CANDIDATES = {
-    "mmr": "mean over linear inputs of max / median (paper)",
+    "mmr": "mean over linear inputs of max / median, without `down`, whose median is near zero (paper)",
+    "mmr_all": "the same with `down`",
     "kurtosis": "mean over linear inputs (paper)",
     "mean_B": "mean over modules of the new error B (paper)",
     "R_L": "relative error at the network's end (paper's proposal)",
-    "mean_gain": "mean gain of the linear layers (paper)",
+    "mean_gain": "mean gain of the linear layers, attention opened up (paper)",
     "noise_gain": "what linear layers do to undirected noise, full precision alone (this project)",
     "expected_error": "noise_gain times the rounding errors of input and weight (this project)",
 }
@@ -28,13 +29,15 @@ def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "f
         table = study.measured(name, purpose)
         return table[table.checkpoint == checkpoint]
 
-    outliers = (
-        measured("outliers").groupby(keys, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
-    )
+    inputs = measured("outliers")
+    outliers = inputs.groupby(keys, sort=False)[["kurtosis", "noise_gain", "expected_error"]].mean()
     modules = measured("propagation")
-    linear = modules[(modules.kind == "linear") & modules.gain.notna()]
+    linear = modules[(modules.attention == "open") & (modules.kind == "linear") & (modules.name != "head")]
+    modules = modules[modules.attention == "unit"]
     ptq, accuracy = measured("ptq").query("spec == 'W4A4'"), measured("zero_shot").query("spec == 'W4A4'")
     columns = {
+        "mmr": inputs[inputs.kind != "down"].groupby("run").mmr.mean(),
+        "mmr_all": inputs.groupby("run").mmr.mean(),
         "mean_B": modules.groupby("run").B.mean(),
         "R_L": modules.sort_values("index").groupby("run").R.last(),
         "mean_gain": linear.groupby("run").gain.mean(),

@@ -20,12 +20,19 @@ import numpy as np
 import pandas as pd
 from scipy.stats import f as f_distribution
 
-FORMS = {"fixed_ratio": ("A", "alpha", "E"), "full": ("A", "alpha", "E", "B", "beta")}
-FULL_PRECISION = 16
+from beyond_outliers.scaling_problem import (
+    FORMS,
+    FULL_PRECISION,
+    Problem,
+    build_problem,
+    checked_runs,
+    minimise,
+    starting_points,
+)
+
 SIZES_NEEDED = 3  # three numbers, A, alpha and E, describe a curve over N
 RUNS_NEEDED = 3  # at a precision, for its rho: the spread of fewer is not known
 NOISE_FLOOR = 1e-4  # relative; residuals below are taken for noise of this size when a profile is judged
-LIMITS = {"alpha": (0.01, 5.0), "beta": (0.01, 5.0), "rho": (1e-3, 1e2)}
 
 
 class IdentificationWarning(UserWarning):
@@ -99,7 +106,7 @@ def fit_scaling_law(
     Raises ValueError for an unknown form, missing columns, no rows, no runs at 16 bits, and for values that are not
     finite and positive (diverged runs must be left out).
     """
-    return _fit(_checked(runs, form, None), form, None, (), delta, bootstrap, confidence, seed)[None]
+    return _fit(checked_runs(runs, form, None), form, None, (), delta, bootstrap, confidence, seed)[None]
 
 
 def fit_shared(
@@ -118,7 +125,7 @@ def fit_shared(
     `objective` and `n` of every law are those of the joint fit. Otherwise as
     `fit_scaling_law`; raises ValueError also for a parameter in `share` that the form does not have.
     """
-    return _fit(_checked(runs, form, by), form, by, share, delta, bootstrap, confidence, seed)
+    return _fit(checked_runs(runs, form, by), form, by, share, delta, bootstrap, confidence, seed)
 
 
 def compare_forms(
@@ -135,7 +142,7 @@ def compare_forms(
     positive where losses are worse than predicted), identified (every parameter).
     Raises ValueError as `fit_shared`, and if there are not two sizes or a law has no run below the largest.
     """
-    largest = _checked(runs, forms[0], by)["N"].max()
+    largest = checked_runs(runs, forms[0], by)["N"].max()
     rest, heldout = runs[runs["N"] < largest], runs[runs["N"] == largest]
     if rest.empty:
         raise ValueError(f"all runs have N = {largest:g}: there is no larger size to predict")
@@ -174,197 +181,21 @@ def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.
     return np.concatenate(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ the problem
-
-
-def _checked(runs: pd.DataFrame, form: str, by: str | None) -> pd.DataFrame:
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; valid: {', '.join(FORMS)}")
-    numeric = ["N", "bits", "loss"] + ["D"] * (form == "full" or "D" in runs)
-    needed = numeric + [by] * (by is not None)
-    missing = [name for name in needed if name not in runs]
-    if missing:
-        raise ValueError(f"runs lacks the columns {missing}; needed: {needed}; there are: {list(runs.columns)}")
-    if runs.empty:
-        raise ValueError("runs has no rows")
-    if "diverged" in runs and runs["diverged"].any():
-        raise ValueError(f"diverged runs cannot be fitted, leave out the rows {runs.index[runs['diverged']].tolist()}")
-    for name in numeric:
-        values = pd.to_numeric(runs[name], errors="coerce").to_numpy(dtype=float)
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
-        if len(bad):
-            raise ValueError(
-                f"column {name} must be finite and positive, but is {runs[name].iloc[bad[0]]} in row "
-                f"{runs.index[bad[0]]} ({len(bad)} such rows); leave diverged runs out"
-            )
-    if by is not None and runs[by].isna().any():
-        raise ValueError(f"column {by} is empty in the rows {runs.index[runs[by].isna()].tolist()}")
-    for name, part in [("", runs)] if by is None else runs.groupby(by):
-        if not (part["bits"] == FULL_PRECISION).any():
-            raise ValueError(
-                f"no run {f'of {name} ' if by else ''}has bits {FULL_PRECISION}, which rho is relative to; "
-                f"there are: {sorted(set(part['bits']))}"
-            )
-    return runs
-
-
-@dataclass
-class _Problem:
-    """Runs and, for every role in the law, which column of theta each run takes it from (n,).
-
-    theta holds logarithms, (S, P) for S problems at once. N and D are relative to their geometric means, so that a
-    and alpha are nearly uncorrelated: T1 = exp(a - alpha (log N - mean + log rho)).
-    """
-
-    keys: list[tuple]  # of every column: (parameter, group or None, bits or None)
-    columns: dict[str, np.ndarray]  # -1 in "rho": rho is 1
-    x: np.ndarray  # log N, centred
-    y: np.ndarray | None  # log D, centred; None without that term
-    centre: dict[str, float]
-    log_loss: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    delta: float
-
-    def residuals(self, theta: np.ndarray, jacobian: bool = False):
-        """log loss - log prediction (S, n), and its derivatives by theta (S, n, P)."""
-        c, rows = self.columns, np.arange(len(self.x))
-        alpha = np.exp(theta[:, c["alpha"]])
-        log_rho = np.where(c["rho"] >= 0, theta[:, c["rho"]], 0.0)
-        log_size = self.x + log_rho
-        size_term = np.exp(theta[:, c["A"]] - alpha * log_size)
-        floor = np.exp(theta[:, c["E"]])
-        prediction = size_term + floor
-        if self.y is not None:
-            beta = np.exp(theta[:, c["beta"]])
-            data_term = np.exp(theta[:, c["B"]] - beta * self.y)
-            prediction = prediction + data_term
-        r = self.log_loss - np.log(prediction)
-        if not jacobian:
-            return r
-        j = np.zeros((*r.shape, theta.shape[1]))
-        share = size_term / prediction
-        quantized = np.flatnonzero(c["rho"] >= 0)
-        j[:, rows, c["A"]] = -share
-        j[:, rows, c["alpha"]] = share * alpha * log_size
-        j[:, rows, c["E"]] = -floor / prediction
-        j[:, quantized, c["rho"][quantized]] = (share * alpha)[:, quantized]
-        if self.y is not None:
-            j[:, rows, c["B"]] = -data_term / prediction
-            j[:, rows, c["beta"]] = data_term / prediction * beta * self.y
-        return r, j
-
-    def cost(self, r: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Weighted Huber loss, (S, n) -> (S,)."""
-        size = np.abs(r)
-        return (weights * np.where(size <= self.delta, r * r / 2, self.delta * (size - self.delta / 2))).sum(1)
-
-
-def _problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence[str], delta: float) -> _Problem:
-    unknown = [name for name in share if name not in FORMS[form]]
-    if unknown:
-        raise ValueError(f"cannot share {unknown} in the form {form!r}; valid: {', '.join(FORMS[form])}")
-    groups = runs[by].tolist() if by else [None] * len(runs)
-    bits = runs["bits"].tolist()
-    roles = {name: [(name, None if name in share else g, None) for g in groups] for name in FORMS[form]}
-    roles["rho"] = [None if b == FULL_PRECISION else ("rho", g, b) for g, b in zip(groups, bits, strict=True)]
-    keys = list(dict.fromkeys(key for name in roles for key in roles[name] if key is not None))
-    position = {key: column for column, key in enumerate(keys)} | {None: -1}
-    log_n = np.log(runs["N"].to_numpy(dtype=float))
-    log_d = np.log(runs["D"].to_numpy(dtype=float)) if form == "full" else None
-    loss = runs["loss"].to_numpy(dtype=float)
-    limits = {"E": (1e-3 * loss.min(), loss.max()), "A": (1e-12, 1e12), "B": (1e-12, 1e12)} | LIMITS
-    return _Problem(
-        keys=keys,
-        columns={name: np.array([position[key] for key in roles[name]]) for name in roles},
-        x=log_n - log_n.mean(),
-        y=None if log_d is None else log_d - log_d.mean(),
-        centre={"A": log_n.mean()} | ({} if log_d is None else {"B": log_d.mean()}),
-        log_loss=np.log(loss),
-        lower=np.log([limits[key[0]][0] for key in keys]),
-        upper=np.log([limits[key[0]][1] for key in keys]),
-        delta=delta,
-    )
-
-
-def _starts(problem: _Problem) -> np.ndarray:
-    """A grid over alpha, the share of the smallest loss that is E, and beta; amplitudes from the data. (S, P)."""
-    loss, c = np.exp(problem.log_loss), problem.columns
-    full = problem.y is not None
-    grid = itertools.product(
-        (0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95), (0.15, 0.4, 0.9) if full else (1.0,)
-    )
-    starts = []
-    for alpha, share, beta in grid:
-        theta = np.zeros(len(problem.keys))  # rho starts at 1
-        for column, (name, _, _) in enumerate(problem.keys):
-            members = c[name] == column
-            if name == "alpha":
-                theta[column] = np.log(alpha)
-            elif name == "beta":
-                theta[column] = np.log(beta)
-            elif name == "E":
-                theta[column] = np.log(share * loss[members].min())
-            elif name in ("A", "B"):
-                slope, where = (alpha, problem.x) if name == "A" else (beta, problem.y)
-                excess = (loss - share * loss[members].min())[members] / (2 if full else 1)
-                theta[column] = np.log(np.median(excess * np.exp(slope * where[members])))
-        starts.append(theta)
-    return np.array(starts)
-
-
-def _minimise(
-    problem: _Problem, theta: np.ndarray, weights: np.ndarray, frozen: np.ndarray | None = None, iterations: int = 400
-) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg-Marquardt on reweighted least squares, S problems at once. Returns theta (S, P) and costs (S,).
-
-    weights (S, n) multiply the runs; `frozen` (S, P) marks parameters that stay. Reweighting by min(1, delta / |r|)
-    gives a quadratic that touches the Huber loss from above, so that each accepted step lowers it.
-    """
-    theta = np.clip(theta, problem.lower, problem.upper)
-    frozen = np.zeros(theta.shape, dtype=bool) if frozen is None else frozen
-    diagonal = np.arange(theta.shape[1])
-    cost = problem.cost(problem.residuals(theta), weights)
-    damping, stalled = np.full(len(theta), 1e-2), np.zeros(len(theta), dtype=int)
-    for _ in range(iterations):
-        active = np.flatnonzero((stalled < 5) & (damping < 1e10))
-        if not len(active):
-            break
-        now, w = theta[active], weights[active]
-        r, j = problem.residuals(now, jacobian=True)
-        j = np.where(frozen[active][:, None, :], 0.0, j)
-        weighted = j * (w * problem.delta / np.maximum(np.abs(r), problem.delta))[..., None]
-        gradient = (weighted * r[..., None]).sum(1)
-        hessian = np.swapaxes(weighted, 1, 2) @ j
-        # the floor keeps a parameter without influence (frozen, or no run drawn) from making the matrix singular
-        hessian[:, diagonal, diagonal] += damping[active, None] * hessian[:, diagonal, diagonal] + 1e-12
-        step = np.clip(-np.linalg.solve(hessian, gradient[..., None])[..., 0], -2.0, 2.0)
-        tried = np.clip(now + step, problem.lower, problem.upper)
-        new = problem.cost(problem.residuals(tried), w)
-        better = new < cost[active]
-        small = ~better | (cost[active] - new < 1e-9 * cost[active] + 1e-30)
-        theta[active] = np.where(better[:, None], tried, now)
-        cost[active] = np.where(better, new, cost[active])
-        stalled[active] = np.where(small, stalled[active] + 1, 0)
-        damping[active] *= np.where(better, 0.2, 5.0)
-    return theta, cost
-
-
 # ----------------------------------------------------------------------------------------------------------- the fit
 
 
 def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
-    problem = _problem(runs, form, by, share, delta)
+    problem = build_problem(runs, form, by, share, delta)
     n, p = len(runs), len(problem.keys)
-    starts = _starts(problem)
-    fits, costs = _minimise(problem, starts, np.ones((len(starts), n)))
+    starts = starting_points(problem)
+    fits, costs = minimise(problem, starts, np.ones((len(starts), n)))
     best, objective = fits[np.argmin(costs)], costs.min()
 
     strata = runs.groupby([by, "bits"] if by else "bits").ngroup().to_numpy()
     weights = _resamples(strata, bootstrap, np.random.default_rng(seed))
-    draws = _minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
+    draws = minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
 
     reasons = _unidentified(problem, runs, form, by, best, objective)
     for message in dict.fromkeys(itertools.chain.from_iterable(reasons.values())):
@@ -402,7 +233,7 @@ def _mirror(of: dict[tuple, object], full_precision) -> dict:
     return {key[0]: of[key] for key in of if key[0] != "rho"} | {"rho": {FULL_PRECISION: full_precision} | rho}
 
 
-def _natural(problem: _Problem, key: tuple, theta: np.ndarray, group) -> np.ndarray:
+def _natural(problem: Problem, key: tuple, theta: np.ndarray, group) -> np.ndarray:
     """The values of a parameter (S,) out of theta (S, P), A and B no longer relative to the mean N and D."""
     value = theta[:, problem.keys.index(key)]
     if key[0] in problem.centre:
@@ -470,7 +301,7 @@ def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[
     for row, column in enumerate(np.repeat(judged, 2)):
         theta[row, column] += np.log(2) * (1 if row % 2 else -1)
         frozen[row, column] = True
-    costs = _minimise(problem, theta, np.ones((len(theta), n)), frozen)[1].reshape(-1, 2)
+    costs = minimise(problem, theta, np.ones((len(theta), n)), frozen)[1].reshape(-1, 2)
     noise = max(objective, n * NOISE_FLOOR**2 / 2) / max(1, n - p)
     flat = (costs - objective) / noise < f_distribution.ppf(0.95, 1, max(1, n - p))
     for row, column in enumerate(judged):

@@ -15,16 +15,12 @@ under torchrun for data parallelism.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +37,8 @@ from beyond_outliers.corpus import Batches, Corpus, open_corpus
 from beyond_outliers.evaluate import validation_loss
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import NonFiniteGradientError, build_optimizer
-from beyond_outliers.quantizers import QuantSpec, prepare_qat
+from beyond_outliers.quantizers import QuantSpec, prepare_qat, weights_held
+from beyond_outliers.records import flat_config, provenance, write_whole
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
 COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
@@ -183,7 +180,7 @@ class _Run:
         self.progress = progress and self.rank == 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            _write(folder / "config.json", config.to_json())
+            write_whole(folder / "config.json", config.to_json())
         if (folder / "state.pt").exists():
             self._restore()
 
@@ -237,12 +234,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         total = torch.zeros((), device=self.device)
-        for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
-            last = part == parts - 1
-            with self._autocast(), contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync():
-                loss = self.loss(x.to(self.device), y.to(self.device)) / parts
-                loss.backward()
-            total += loss.detach()
+        held = weights_held(self.model) if parts > 1 and config.quantization else contextlib.nullcontext()
+        with held:  # QAT rounds the weights once a step, not once a micro-batch
+            for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
+                last = part == parts - 1
+                with self._autocast(), contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync():
+                    loss = self.loss(x.to(self.device), y.to(self.device)) / parts
+                    loss.backward()
+                total += loss.detach()
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
@@ -288,7 +287,7 @@ class _Run:
     def _write_metrics(self) -> None:
         columns = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]
         columns += ["val_loss", "val_standard_error", "bits_per_byte"]
-        _write(self.folder / "metrics.csv", pd.DataFrame(self.rows).reindex(columns=columns).to_csv(index=False))
+        write_whole(self.folder / "metrics.csv", pd.DataFrame(self.rows).reindex(columns=columns).to_csv(index=False))
 
     def _save(self) -> None:
         path = weights_path(self.folder, self.step)
@@ -334,7 +333,7 @@ class _Run:
             "tokens_per_second": float(speed.median()),  # the median leaves out compilation and other stalls
             **provenance(self.device, self.compiled),
         }
-        _write(self.folder / "result.json", json.dumps(row, indent=1))
+        write_whole(self.folder / "result.json", json.dumps(row, indent=1))
         (self.folder / "state.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -359,61 +358,7 @@ def measure_throughput(config: RunConfig, threads: int | None = None, steps: int
     return config.micro_batch * config.context / float(np.median(times))
 
 
-# ------------------------------------------------------------------------------------------------------ what a row says
-
-
-def flat_config(config: RunConfig) -> dict:
-    """The resolved config as flat columns of a result table."""
-    quantization = config.quantization or {}
-    return {
-        "scale": config.scale,
-        "size": config.size,
-        "optimizer": config.optimizer,
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "hyper": json.dumps(config.hyper, sort_keys=True),
-        "seed": config.seed,
-        "scheme": quantization.get("scheme", "none"),
-        "qat_weights": quantization.get("weights", "none"),
-        "qat_activations": quantization.get("activations", "none"),
-        "n_parameters": config.model.n_parameters,
-        "width": config.model.width,
-        "depth": config.model.depth,
-        "n_heads": config.model.n_heads,
-        "n_kv_heads": config.model.n_kv_heads,
-        "vocab_size": config.model.vocab_size,
-        "context": config.context,
-        "batch_size": config.batch_size,
-        "tokens_per_parameter": config.tokens_per_parameter,
-        "corpus": config.corpus.source,
-    }
-
-
-def provenance(device: torch.device, compiled: bool) -> dict:
-    """Where, when and with what a number was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "compiled": compiled,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "version": importlib.metadata.version("beyond-outliers"),
-        "commit": git_commit(),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def git_commit() -> str:
-    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(paths.ROOT)]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], capture_output=True)
-        return commit.stdout.strip() + ("+" if changed.returncode else "")
-    return "unknown"
+# ------------------------------------------------------------------------------------------------------------ helpers
 
 
 def _device(name: str) -> torch.device:
@@ -435,13 +380,6 @@ def _should_compile(compile: bool | str, config: RunConfig, device: torch.device
         return False  # TorchInductor builds its kernels with a C++ compiler
     operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step
     return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ the shell
