@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from beyond_outliers import train as training
+from beyond_outliers.quantizers import QuestQuantizer
 from beyond_outliers.train import build_model, evaluation_steps, load_result, run_folder, schedule, train, weights_path
 
 
@@ -142,6 +143,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(run_config, tmp_path
     for name in one:
         assert torch.allclose(one[name], two[name], atol=2e-4), name
     assert parts.row["val_loss"] == pytest.approx(whole.row["val_loss"], abs=1e-4)
+
+
+def test_quantized_weights_are_held_over_micro_batches(run_config, tmp_path, monkeypatch):
+    """Once a step instead of once a micro-batch, and the same run up to rounding."""
+    config = run_config.replace(quantization=QUEST)
+    rounded, quantize = [], QuestQuantizer.round
+    monkeypatch.setattr(QuestQuantizer, "round", lambda self, x: rounded.append(x.ndim) or quantize(self, x))
+    whole = train(config, root=tmp_path, progress=False)
+    weights = rounded.count(2)
+    rounded.clear()
+    parts = train(config.replace(micro_batch=2), root=tmp_path, progress=False)
+    assert rounded.count(2) == weights and rounded.count(3) > 0
+    assert parts.row["val_loss"] == pytest.approx(whole.row["val_loss"], abs=0.02)
 
 
 def test_clipping_bounds_the_update(run_config, tmp_path):

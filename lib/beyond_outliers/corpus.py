@@ -294,11 +294,15 @@ class Corpus:
     def token_bytes(self) -> np.ndarray:
         return bytes_per_token(self.tokenizer)
 
-    def heldout_documents(self) -> list[str]:
-        """The validation documents as text."""
+    @cached_property
+    def _heldout_documents(self) -> tuple[str, ...]:
         tokens = np.asarray(self.validation)
         pieces = np.split(tokens, np.flatnonzero(tokens == 0))
-        return self.tokenizer.decode_batch([piece[1:].tolist() for piece in pieces if len(piece) > 1])
+        return tuple(self.tokenizer.decode_batch([piece[1:].tolist() for piece in pieces if len(piece) > 1]))
+
+    def heldout_documents(self) -> list[str]:
+        """The validation documents as text, decoded once."""
+        return list(self._heldout_documents)
 
 
 def _fingerprint(config: CorpusConfig) -> dict:
