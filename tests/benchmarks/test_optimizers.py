@@ -27,8 +27,10 @@ PERIOD = {"shampoo": 20, "soap": 10, "psgd": 10}
 
 def implementations(name: str) -> dict:
     """label -> (constructor over a list of matrices, whether it computes the same thing as ours)."""
+    import heavyball
     import pytorch_optimizer as public
 
+    heavyball.utils.compile_mode = None  # eager, like all the others
     spectral = 2  # pytorch_optimizer's LMONorm.SPECTRAL
     table = {
         "adamw": {"torch.optim.AdamW fused": (lambda p: torch.optim.AdamW(p, 0.01, fused=True), True)},
@@ -36,19 +38,25 @@ def implementations(name: str) -> dict:
         "muon": {
             "ours, bfloat16": (lambda p: REGISTRY["muon"].optimizer(p, 0.01, ns_dtype=torch.bfloat16), True),
             "torch.optim.Muon": (lambda p: torch.optim.Muon(p, 0.01), True),
+            "heavyball Muon": (lambda p: heavyball.Muon(p, 0.01), False),  # leaves its reference by 16 %
         },
         "scion": {
             "ours, bfloat16": (lambda p: REGISTRY["scion"].optimizer(p, 0.01, ns_dtype=torch.bfloat16), True),
             "pytorch_optimizer SCION": (lambda p: public.SCION(p, 0.01, norm_type=spectral), True),
+            "heavyball Scion": (lambda p: heavyball.Scion(p, 0.01), False),  # re-initialises the weights
         },
         "psgd": {
-            "pytorch_optimizer Kron": (lambda p: public.Kron(p, 0.01, pre_conditioner_update_probability=0.1), True)
+            "pytorch_optimizer Kron": (lambda p: public.Kron(p, 0.01, pre_conditioner_update_probability=0.1), True),
+            "heavyball PSGDKron": (lambda p: heavyball.PSGDKron(p, 0.01), False),  # its own update schedule
         },
         # Preconditions before averaging and grafts another rule: the nearest public kin, not the same thing.
         "shampoo": {
             "pytorch_optimizer Shampoo": (lambda p: public.Shampoo(p, 0.01, preconditioning_compute_steps=20), False)
         },
-        "soap": {"pytorch_optimizer SOAP": (lambda p: public.SOAP(p, 0.01, weight_decay=0.0), True)},
+        "soap": {
+            "pytorch_optimizer SOAP": (lambda p: public.SOAP(p, 0.01, weight_decay=0.0), True),
+            "heavyball SOAP": (lambda p: heavyball.SOAP(p, 0.01, precondition_frequency=10), False),  # its own schedule
+        },
     }
     hyper = {"update_probability": 0.1} if name == "psgd" else {}
     return {"ours": (lambda p: REGISTRY[name].optimizer(p, lr=0.01, **hyper), True), **table.get(name, {})}
@@ -83,8 +91,11 @@ def compare_optimizers(
             cases = {label: (matrices(config), make, same) for label, (make, same) in implementations(name).items()}
             cases = {label: (params, make(params), same) for label, (params, make, same) in cases.items()}
             times = {label: [] for label in cases}
+            grads = {label: [p.grad for p in params] for label, (params, _, _) in cases.items()}
             for _ in range(1 + period * cycles):
-                for label, (_, optimizer, _) in cases.items():
+                for label, (params, optimizer, _) in cases.items():
+                    for p, grad in zip(params, grads[label], strict=True):
+                        p.grad = grad.clone()  # heavyball takes gradients away
                     start = time.process_time()
                     optimizer.step()
                     times[label].append((time.process_time() - start) * 1e3 / threads)
