@@ -149,5 +149,11 @@ def test_a_claim_that_always_holds_is_reproduced_and_one_that_never_does_is_not(
         assert verdict(two_seeds, rule["side"], rule["threshold"]) == "undecided"
 
 
+def test_many_runs_of_few_sizes_and_seeds_decide_nothing():
+    estimate = Estimate(0.9, 0.8, 1.0, 12)
+    assert verdict(estimate, "above", 0.5, cells=3) == "reproduced"
+    assert verdict(estimate, "above", 0.5, cells=2) == "undecided"
+
+
 def test_rho_needs_three_sizes():
     assert claims.c14(FakeStudy(True)).n == 1

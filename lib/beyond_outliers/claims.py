@@ -52,9 +52,12 @@ def mean(values, draws: int = 2000, seed: int = 0) -> Estimate:
     return Estimate(float(values.mean()), *map(float, np.percentile(means, [tail, 100 - tail])), n)
 
 
-def verdict(estimate: Estimate, side: str, threshold: float) -> str:
-    """ "reproduced", "not reproduced" or "undecided", by the rule at the top of data/claims.toml."""
-    if estimate.n < LEAST_UNITS or not np.isfinite([estimate.low, estimate.high]).all():
+def verdict(estimate: Estimate, side: str, threshold: float, cells: int = LEAST_UNITS) -> str:
+    """ "reproduced", "not reproduced" or "undecided", by the rule at the top of data/claims.toml.
+
+    `cells`: sizes times seeds of the study, however many runs stand behind the estimate.
+    """
+    if min(estimate.n, cells) < LEAST_UNITS or not np.isfinite([estimate.low, estimate.high]).all():
         return "undecided"
     above, below = estimate.low > threshold, estimate.high < threshold
     holds, fails = (above, below) if side == "above" else (below, above)
@@ -209,10 +212,11 @@ def verdicts(study) -> pd.DataFrame:
     """One row a claim: id, section, claim, statistic, paper, value, low, high, n, unit, threshold, verdict, comment,
     notebook; also written to data/results/SCALE/claims.csv."""
     texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id")
+    cells = len(study.runs("full_precision")[["size", "seed"]].drop_duplicates())
     rows = []
     for name, rule in rules().items():
         found = CLAIMS[name](study)
-        judged = verdict(found, rule["side"], rule["threshold"])
+        judged = verdict(found, rule["side"], rule["threshold"], cells)
         rows.append(
             {
                 "id": name,
@@ -227,7 +231,7 @@ def verdicts(study) -> pd.DataFrame:
                 "unit": rule["unit"],
                 "holds": f"{rule['side']} {rule['threshold']:g}",
                 "verdict": judged,
-                "comment": _comment(found, rule, judged),
+                "comment": _comment(found, rule, judged, cells),
                 "notebook": rule["notebook"],
             }
         )
@@ -237,12 +241,14 @@ def verdicts(study) -> pd.DataFrame:
     return table
 
 
-def _comment(found: Estimate, rule: dict, judged: str) -> str:
+def _comment(found: Estimate, rule: dict, judged: str, cells: int) -> str:
     """One sentence on why the verdict is what it is."""
     if found.n < LEAST_UNITS:
         return f"Only {found.n} of the {LEAST_UNITS} units ({rule['unit']}) that a verdict needs."
     if not np.isfinite(found.value):
         return "The data do not identify this number."
+    if cells < LEAST_UNITS:
+        return f"{found.n} runs, but of {cells} sizes and seeds only; a verdict needs {LEAST_UNITS}."
     leans = (found.value > rule["threshold"]) == (rule["side"] == "above")
     if judged == "undecided":
         return f"The number itself {'agrees' if leans else 'disagrees'}, but its interval reaches across the threshold."

@@ -64,6 +64,8 @@ def _tidy_log(axis, format=None) -> None:
 def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
+    known = {label: unique.pop(label) for label in LABELS.values() if label in unique}  # the paper's order
+    unique = known | unique
     figure.legend(unique.values(), unique.keys(), loc="outside right center")
 
 
@@ -81,6 +83,8 @@ def optimizer_lines(
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if logx:
             _tidy_log(ax.xaxis)
+        if logy:
+            _tidy_log(ax.yaxis)
     next(iter(axes.values())).set_ylabel(ylabel)
     _legend(figure, ax)
     return figure
@@ -108,6 +112,8 @@ def optimizer_points(
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if logx:
             _tidy_log(ax.xaxis)
+        if logy:
+            _tidy_log(ax.yaxis)
     next(iter(axes.values())).set_ylabel(ylabel)
     _legend(figure, ax)
     return figure
