@@ -18,12 +18,12 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from beyond_outliers import corpus
+from beyond_outliers.losses import cross_entropy
 
 # Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -90,7 +90,7 @@ def validation_loss(
             chosen = starts[(first + np.arange(batch_size)) % n_windows]
             window = torch.from_numpy(tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
             targets = window[:, 1:]
-            losses = _cross_entropy(model(window[:, :-1]).flatten(0, 1), targets.flatten()).view(batch_size, context)
+            losses = cross_entropy(model(window[:, :-1]), targets, "none").view(batch_size, context)
             sums[first : first + real] = losses.sum(1, dtype=torch.float64)[:real].cpu().numpy()
             if token_bytes is not None:
                 n_bytes += _count_bytes(targets[:real].cpu().numpy(), token_bytes)
@@ -101,11 +101,6 @@ def validation_loss(
         bits_per_byte=float(sums.sum() / np.log(2) / n_bytes) if n_bytes else float("nan"),
         n_tokens=n_tokens,
     )
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target], (n, V) and (n,) -> (n,), in float32 at least."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
 
 def _count_bytes(ids: np.ndarray, token_bytes: np.ndarray) -> int:
@@ -231,7 +226,7 @@ def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Wind
         logits = model.head(model.hidden(ids)[rows_there, columns])
     else:
         logits = model(ids)[rows_there, columns]
-    losses = _cross_entropy(logits, targets).double().cpu().numpy()
+    losses = cross_entropy(logits, targets, "none").double().cpu().numpy()
     return -np.bincount(rows, weights=losses, minlength=len(batch))
 
 

@@ -54,7 +54,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return cross_entropy(F.linear(hidden, weight), targets)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy (nats) of logits (..., V) and targets (...), taken in float32 at least."""
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """F.cross_entropy (nats) of logits (..., V) and targets (...), in float32 at least."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
