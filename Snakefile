@@ -1,16 +1,19 @@
-# The study as a graph: corpus -> sweep -> learning rates -> runs -> measurements -> tables -> notebooks.
+# The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> measurements -> tables; then notebooks.
 #
 # Every file that decides what is done lies in data/runs/SCALE (git-ignored); committed tables and figures are written
 # beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
-# last evaluation of a run.
+# last evaluation of a run. Priorities finish a size, tables included, before the next one starts, so that a study
+# which was stopped early is a smaller study.
 import sys
 
 from beyond_outliers import paths
-from beyond_outliers.protocol import Protocol, read_learning_rates
+from beyond_outliers.protocol import read_learning_rates
 from beyond_outliers.study import Study, notebooks
 
 SCALE = config.get("scale", "pocket")
 STUDY = Study(SCALE)
+SIZES = STUDY.protocol.sizes
+SWEPT = [size for size in SIZES if "sweep" in STUDY.protocol.purposes(size)]
 WORK = paths.RUNS / SCALE
 FIGURES = paths.FIGURES / SCALE
 COMMAND = f"{sys.executable} -m beyond_outliers.study"
@@ -20,18 +23,30 @@ def result(planned):
     return f"{WORK}/{planned.config.name}/result.json"
 
 
-def main_runs(purpose=None, size=None):
-    """Results of the main runs, known only when the sweep has chosen the learning rates."""
-    checkpoints.choose.get()
-    runs = STUDY.protocol.runs(read_learning_rates(SCALE))
-    return [result(p) for p in runs if purpose in (None, p.purpose) and size in (None, p.config.size)]
+def main_runs(size, purpose=None):
+    """Results of a size's main runs, known only when the sweep has chosen their learning rates."""
+    checkpoints.choose.get(size=STUDY.protocol.tuning_size(size))
+    runs = STUDY.protocol.runs(read_learning_rates(SCALE), size)
+    return [result(p) for p in runs if purpose in (None, p.purpose)]
 
 
 def to_measure(wildcards):
     if wildcards.purpose == "sweep":
-        checkpoints.choose.get()  # a sweep run that serves as a main run is measured there
-        return [result(p) for p in STUDY.protocol.sweep_runs() if p.config.size == wildcards.size]
-    return main_runs(wildcards.purpose, wildcards.size)
+        checkpoints.choose.get(size=wildcards.size)  # a sweep run that serves as a main run is measured there
+        return [result(p) for p in STUDY.protocol.sweep_runs(wildcards.size)]
+    return main_runs(wildcards.size, wildcards.purpose)
+
+
+def before(size, sizes, pattern):
+    """The file of the size before this one, if there is one: tables that all sizes share are written in turn."""
+    position = sizes.index(size)
+    return [pattern.format(size=sizes[position - 1])] if position else []
+
+
+def priority(size, run=None):
+    """Sizes in turn, smallest first; within one, the runs in the protocol's order, then what needs them."""
+    names = [planned.config.name for planned in STUDY.planned(size)]
+    return 1000 * (len(SIZES) - SIZES.index(size)) + (len(names) - names.index(run) if run in names else 0)
 
 
 rule all:
@@ -53,17 +68,20 @@ rule train:
     output:
         f"{WORK}/{{run}}/result.json",
     threads: STUDY.protocol.threads
+    priority: lambda wildcards: priority(wildcards.run.split("-")[0], wildcards.run)
     shell:
         "{COMMAND} train --scale {SCALE} --run {wildcards.run} --quiet"
 
 
 checkpoint choose:
     input:
-        [result(p) for p in STUDY.protocol.sweep_runs()],
+        lambda wildcards: [result(p) for p in STUDY.protocol.sweep_runs(wildcards.size)],
+        lambda wildcards: before(wildcards.size, SWEPT, f"{WORK}/chosen-{{size}}.txt"),
     output:
-        f"{WORK}/chosen.txt",
+        f"{WORK}/chosen-{{size}}.txt",
+    priority: lambda wildcards: priority(wildcards.size)
     shell:
-        "{COMMAND} choose --scale {SCALE} > {output}"
+        "{COMMAND} choose --scale {SCALE} --size {wildcards.size} > {output}"
 
 
 rule measure:
@@ -72,23 +90,30 @@ rule measure:
     output:
         touch(f"{WORK}/measured-{{purpose}}-{{size}}"),
     threads: STUDY.protocol.threads
+    priority: lambda wildcards: priority(wildcards.size)
     shell:
         "{COMMAND} measure --scale {SCALE} --purpose {wildcards.purpose} --size {wildcards.size}"
 
 
 rule collect:
     input:
-        lambda _: main_runs(),
-        [f"{WORK}/measured-{purpose}-{size}" for purpose, size in STUDY.measurements()],
+        lambda wildcards: main_runs(wildcards.size),
+        lambda wildcards: expand(
+            f"{WORK}/measured-{{purpose}}-{{size}}",
+            purpose=STUDY.protocol.purposes(wildcards.size),
+            size=wildcards.size,
+        ),
+        lambda wildcards: before(wildcards.size, SIZES, f"{WORK}/collected-{{size}}"),
     output:
-        touch(f"{WORK}/collected"),
+        touch(f"{WORK}/collected-{{size}}"),
+    priority: lambda wildcards: priority(wildcards.size)
     shell:
         "{COMMAND} collect --scale {SCALE}"
 
 
 rule notebook:
     input:
-        rules.collect.output,
+        f"{WORK}/collected-{SIZES[-1]}",
         f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
     output:
         f"{FIGURES}/{{notebook}}.html",

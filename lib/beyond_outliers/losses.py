@@ -41,15 +41,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad * grad, weight_grad * grad, None
 
 
-@torch.compiler.disable  # a loop of library calls on slices that fit the cache: nothing for the compiler to fuse
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy (nats) of logits hidden @ weight.T, as F.cross_entropy gives it, gradients included.
 
-    hidden (..., D) and weight (V, D) floating, targets (...) int64. On CUDA, under autocast, or without gradients it
-    is the plain two-step computation.
+    hidden (..., D) and weight (V, D) floating, targets (...) int64. On CUDA, under autocast, compiled, or without
+    gradients it is the plain two-step computation: there the slices would cost more than they save.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+    sliced = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if sliced and not torch.compiler.is_compiling():
         return _LinearCrossEntropy.apply(hidden, weight, targets)
     return cross_entropy(F.linear(hidden, weight), targets)
 

@@ -215,6 +215,10 @@ class Olmo2(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats; `ids` and `targets` (B, T) int64."""
-        if type(self.head) is nn.Linear and ids.device.type == "cpu":
-            return linear_cross_entropy(self.hidden(ids), self.head.weight, targets)
-        return cross_entropy(self(ids), targets)
+        return self.head_loss(self.hidden(ids), targets)
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`loss` from what `hidden` returned, (B, T, width)."""
+        if type(self.head) is nn.Linear:
+            return linear_cross_entropy(hidden, self.head.weight, targets)
+        return cross_entropy(self.head(hidden), targets)

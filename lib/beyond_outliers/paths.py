@@ -15,3 +15,10 @@ OUTPUT = Path(os.environ.get("BEYOND_OUTLIERS_OUTPUT") or ROOT).resolve()
 FIGURES = OUTPUT / "figures"
 RESULTS = OUTPUT / "data" / "results"  # committed tidy tables, one folder a scale
 RUNS = OUTPUT / "data" / "runs"  # one folder a training run; git-ignored
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

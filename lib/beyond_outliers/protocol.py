@@ -138,11 +138,12 @@ class Protocol:
                     for optimizer in plan.get("optimizers", OPTIMIZER_NAMES):
                         yield size, seed, optimizer, plan
 
-    def sweep_runs(self) -> list[Planned]:
-        """Every learning rate of every grid, at the sizes and seeds of plan.sweep."""
+    def sweep_runs(self, size: str | None = None) -> list[Planned]:
+        """Every learning rate of every grid, at the sizes and seeds of plan.sweep, or at one size alone."""
         return [
-            Planned("sweep", self.config(size, optimizer, lr=lr, seed=seed))
-            for size, seed, optimizer, _ in self._plan("sweep")
+            Planned("sweep", self.config(swept, optimizer, lr=lr, seed=seed))
+            for swept, seed, optimizer, _ in self._plan("sweep")
+            if size in (None, swept)
             for lr in self.grid(optimizer)
         ]
 
@@ -152,28 +153,31 @@ class Protocol:
         below = [s for s in self.sizes[: self.sizes.index(size) + 1] if s in swept] if size in self.sizes else []
         return below[-1] if below else swept[0]
 
-    def runs(self, learning_rates: dict[tuple[str, str], float]) -> list[Planned]:
-        """The main runs, size by size: full precision, then QAT, then the schemes compared.
+    def runs(self, learning_rates: dict[tuple[str, str], float], size: str | None = None) -> list[Planned]:
+        """The main runs, of all sizes or of one, size by size: full precision, then QAT, then the schemes compared.
 
-        `learning_rates` maps (swept size, optimizer) to the chosen rate. QAT takes the full-precision rate, as in the
-        paper.
+        `learning_rates` maps (swept size, optimizer) to the chosen rate. Sizes whose rates are not there, because their
+        sweep has not ended, are left out. QAT takes the full-precision rate, as in the paper.
         """
         planned = []
         for purpose in PURPOSES[1:]:
-            for size, seed, optimizer, plan in self._plan(purpose):
-                lr = learning_rates[self.tuning_size(size), optimizer]
-                schemes = plan.get("schemes") or [plan.get("scheme")]
-                planned += [
-                    Planned(purpose, self.config(size, optimizer, lr=lr, seed=seed, scheme=scheme))
-                    for scheme in schemes
-                ]
+            for at, seed, optimizer, plan in self._plan(purpose):
+                lr = learning_rates.get((self.tuning_size(at), optimizer))
+                if lr is not None and size in (None, at):
+                    schemes = plan.get("schemes") or [plan.get("scheme")]
+                    configs = [self.config(at, optimizer, lr=lr, seed=seed, scheme=scheme) for scheme in schemes]
+                    planned += [Planned(purpose, config) for config in configs]
         order = {size: number for number, size in enumerate(self.sizes)}
         return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
 
+    def purposes(self, size: str) -> list[str]:
+        """What the runs of a size are for, in the order of PURPOSES."""
+        plan = self.raw["plan"]
+        return [purpose for purpose in PURPOSES if size in plan.get(purpose, {}).get("sizes", ())]
+
     def find(self, name: str) -> Planned:
         """The planned run of that name; ValueError when the protocol has none."""
-        learning_rates = read_learning_rates(self.scale)
-        planned = self.sweep_runs() + (self.runs(learning_rates) if learning_rates else [])
+        planned = self.sweep_runs() + self.runs(read_learning_rates(self.scale))
         for candidate in planned:
             if candidate.config.name == name:
                 return candidate

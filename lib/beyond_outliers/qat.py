@@ -136,7 +136,6 @@ class LSQQuantizer(nn.Module):
     def step(self) -> Tensor:
         return self.log_step.exp()
 
-    @torch.compiler.disable  # once in a layer's life, on real numbers
     @torch.no_grad()
     def _start(self, x: Tensor):
         mean = x.abs().mean(dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)

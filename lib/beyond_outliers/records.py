@@ -3,11 +3,9 @@
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,10 +66,3 @@ def git_commit() -> str:
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], capture_output=True)
         return commit.stdout.strip() + ("+" if changed.returncode else "")
     return "unknown"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -69,10 +69,9 @@ class Study:
 
     # ---------------------------------------------------------------------------------------------------- what is done
 
-    def planned(self) -> list[Planned]:
-        """Every run of the study that can be named now: the sweep, and the main runs once it is done."""
-        rates = read_learning_rates(self.scale)
-        return self.protocol.sweep_runs() + (self.protocol.runs(rates) if rates else [])
+    def planned(self, size: str | None = None) -> list[Planned]:
+        """Every run that can be named now, of all sizes or of one: sweeps, and main runs whose sweep is done."""
+        return self.protocol.sweep_runs(size) + self.protocol.runs(read_learning_rates(self.scale), size)
 
     def result(self, planned: Planned):
         """The run's result from its folder, None when it has not ended here."""
@@ -84,8 +83,9 @@ class Study:
         """Whether the tables hold every planned run."""
         if not all((self.results / f"{name}.csv").exists() for name in TABLES):
             return False
-        have = set(self.table("runs").run)
-        return all(planned.config.name in have for planned in self.planned())
+        have, rates = set(self.table("runs").run), read_learning_rates(self.scale)
+        swept = {(size, name) for size in self._sizes("sweep") for name in OPTIMIZER_NAMES}
+        return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -95,11 +95,14 @@ class Study:
 
         return train(planned.config, threads=self.protocol.threads, **options)
 
-    def choose_learning_rates(self) -> pd.DataFrame:
-        """Best learning rate of every (swept size, optimizer), from the sweep's final losses averaged over seeds."""
+    def choose_learning_rates(self, size: str) -> pd.DataFrame:
+        """Best learning rate of every optimizer at a swept size, from the sweep's final losses averaged over seeds.
+
+        Returns the table `learning_rates` with the rows of that size replaced, and writes it.
+        """
         rows = []
-        found = pd.DataFrame([self._required(planned).row for planned in self.protocol.sweep_runs()])
-        for (size, optimizer), runs in found.groupby(["size", "optimizer"], sort=False):
+        found = pd.DataFrame([self._required(planned).row for planned in self.protocol.sweep_runs(size)])
+        for optimizer, runs in found.groupby("optimizer", sort=False):
             losses = runs.groupby("lr").val_loss.apply(lambda values: values.mean(skipna=False))
             lr, edge = choose_learning_rate(list(losses.index), list(losses))
             if edge:
@@ -112,10 +115,14 @@ class Study:
             rows.append(
                 {"size": size, "optimizer": optimizer, "lr": lr, "edge": edge, "grid": grid, "n_runs": len(runs)}
             )
-        table = pd.DataFrame(rows)
-        learning_rates_file(self.scale).parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(learning_rates_file(self.scale), index=False)
-        return table
+        table, file = pd.DataFrame(rows), learning_rates_file(self.scale)
+        if file.exists():
+            old = pd.read_csv(file)
+            table = pd.concat([old[(old["size"] != size) & old["size"].isin(self._sizes("sweep"))], table])
+        table = table.sort_values("size", key=lambda sizes: sizes.map(self.protocol.sizes.index), kind="stable")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        paths.write_whole(file, table.to_csv(index=False))
+        return table.reset_index(drop=True)
 
     def common_loss(self, size: str) -> pd.DataFrame:
         """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
@@ -163,28 +170,35 @@ class Study:
                 measure_run(result, common[planned.config.name], "light", settings)
 
     def collect(self) -> None:
-        """Writes every table of data/results/SCALE from the runs' folders; rows of runs that ended elsewhere stay."""
+        """Writes the tables of data/results/SCALE from the folders of the runs that have ended; interrupted studies
+        have tables, too. Rows of runs that ended elsewhere stay. MissingResults when there is nothing to write.
+        """
         from beyond_outliers.measure import measure_folder
 
         purposes: dict[str, list[str]] = {}
         for planned in self.planned():
             purposes.setdefault(planned.config.name, []).append(planned.purpose)
         results = {p.config.name: r for p in self.planned() if (r := self.result(p)) is not None}
-        common = pd.concat([self.common_loss(size) for size in self._sizes("full_precision")], ignore_index=True)
+        if not results:
+            raise MissingResults(f"no run of {self.scale} has ended: run `make reproduce SCALE={self.scale}` first")
+        full = {size: self._at("full_precision", size) for size in self._sizes("full_precision")}
+        ended = [size for size, runs in full.items() if runs and all(p.config.name in results for p in runs)]
+        common = [self.common_loss(size) for size in ended]
         checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
-        checkpoints += [(row.run, "common", row.step) for row in common.itertuples()]
-        tables = {
-            "runs": pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()]),
-            "curves": pd.concat([r.metrics.assign(run=name) for name, r in results.items()], ignore_index=True),
+        checkpoints += [(row.run, "common", row.step) for table in common for row in table.itertuples()]
+        parts = {
+            "runs": [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])],
+            "curves": [r.metrics.assign(run=name) for name, r in results.items()],
             "common_loss": common,
         }
         for name in MEASURED:
             files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
-            parts = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
-            tables[name] = pd.concat(parts, ignore_index=True)
+            parts[name] = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
         self.results.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            self._merge(name, table, purposes).to_csv(self.results / f"{name}.csv", index=False)
+        for name, tables in parts.items():
+            if tables:
+                table = self._merge(name, pd.concat(tables, ignore_index=True), purposes)
+                paths.write_whole(self.results / f"{name}.csv", table.to_csv(index=False))
 
     def _merge(self, name: str, table: pd.DataFrame, planned: dict) -> pd.DataFrame:
         """`table` plus the committed rows of planned runs that have no folder here (trained on another machine)."""
@@ -197,31 +211,28 @@ class Study:
         return table
 
     def ensure(self, progress: bool = True) -> "Study":
-        """Trains and measures, one after the other, what the tables lack; `make reproduce` does it in parallel."""
+        """Trains and measures, size by size, what the tables lack; `make reproduce` does it in parallel."""
         if self.complete():
             return self
-        for planned in self.protocol.sweep_runs():
-            self.train(planned, progress=progress)
-        self.choose_learning_rates()
-        for planned in self.protocol.runs(read_learning_rates(self.scale)):
-            self.train(planned, progress=progress)
-        for purpose, size in self.measurements():
-            self.measure(purpose, size)
-        self.collect()
+        for size in self.protocol.sizes:
+            tuned_at = self.protocol.tuning_size(size)
+            for planned in self.protocol.sweep_runs(tuned_at):
+                self.train(planned, progress=progress)
+            self.choose_learning_rates(tuned_at)
+            for planned in self.protocol.runs(read_learning_rates(self.scale), size):
+                self.train(planned, progress=progress)
+            for purpose in self.protocol.purposes(size):
+                self.measure(purpose, size)
+            self.collect()
         return self
-
-    def measurements(self) -> list[tuple[str, str]]:
-        """(purpose, size) of every measuring step."""
-        return [(purpose, size) for purpose in self.protocol.raw["plan"] for size in self._sizes(purpose)]
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
     def _sizes(self, purpose: str) -> list[str]:
-        plan = self.protocol.raw["plan"].get(purpose)
-        return [size for size in self.protocol.sizes if plan and size in plan["sizes"]]
+        return [size for size in self.protocol.sizes if purpose in self.protocol.purposes(size)]
 
     def _at(self, purpose: str, size: str) -> list[Planned]:
-        return [p for p in self.planned() if p.purpose == purpose and p.config.size == size]
+        return [p for p in self.planned(size) if p.purpose == purpose]
 
     def _required(self, planned: Planned):
         result = self.result(planned)
@@ -311,7 +322,7 @@ def plan_table(study: Study) -> pd.DataFrame:
         for size in study.protocol.raw["plan"]["sweep"]["sizes"]
         for name in OPTIMIZER_NAMES
     }
-    rates = read_learning_rates(study.scale) or middle
+    rates = middle | read_learning_rates(study.scale)
     rows, speeds = [], {}
     for planned in study.protocol.sweep_runs() + study.protocol.runs(rates):
         config = planned.config
@@ -352,6 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--quiet", action="store_true", help="no progress bar")
         if step == "measure":
             one.add_argument("--purpose", required=True)
+        if step in ("choose", "measure"):
             one.add_argument("--size", required=True)
         if step == "notebook":
             one.add_argument("--name", required=True)
@@ -371,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "train":
         study.train(study.protocol.find(given.run), progress=not given.quiet)
     elif given.step == "choose":
-        print(study.choose_learning_rates().to_string(index=False))
+        print(study.choose_learning_rates(given.size).to_string(index=False))
     elif given.step == "measure":
         study.measure(given.purpose, given.size)
     elif given.step == "collect":

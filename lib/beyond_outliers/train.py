@@ -38,7 +38,7 @@ from beyond_outliers.evaluate import validation_loss
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import NonFiniteGradientError, build_optimizer
 from beyond_outliers.quantizers import QuantSpec, prepare_qat, weights_held
-from beyond_outliers.records import flat_config, provenance, write_whole
+from beyond_outliers.records import flat_config, provenance
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
 COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
@@ -143,14 +143,20 @@ def train(
 
 
 class _LossModule(nn.Module):
-    """forward = loss, so that compilation and data parallelism wrap one call."""
+    """forward = loss, so that data parallelism wraps one call. Compiled on CUDA as a whole; on CPU all but the head,
+    whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
+    """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, compiled: bool):
         super().__init__()
         self.model = model
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.hidden = torch.compile(model.hidden) if compiled and on_cpu else model.hidden
+        if compiled and not on_cpu:
+            self.compile()
 
     def forward(self, ids, targets):
-        return self.model.loss(ids, targets)
+        return self.model.head_loss(self.hidden(ids), targets)
 
 
 class _Run:
@@ -169,10 +175,9 @@ class _Run:
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
         self.compiled = _should_compile(compile, config, self.device)
-        loss = _LossModule(self.model)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
-        self.loss = torch.compile(loss) if self.compiled else loss
+        self.loss = _LossModule(self.model, self.compiled)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
@@ -180,7 +185,7 @@ class _Run:
         self.progress = progress and self.rank == 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            write_whole(folder / "config.json", config.to_json())
+            paths.write_whole(folder / "config.json", config.to_json())
         if (folder / "state.pt").exists():
             self._restore()
 
@@ -287,7 +292,8 @@ class _Run:
     def _write_metrics(self) -> None:
         columns = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]
         columns += ["val_loss", "val_standard_error", "bits_per_byte"]
-        write_whole(self.folder / "metrics.csv", pd.DataFrame(self.rows).reindex(columns=columns).to_csv(index=False))
+        table = pd.DataFrame(self.rows).reindex(columns=columns)
+        paths.write_whole(self.folder / "metrics.csv", table.to_csv(index=False))
 
     def _save(self) -> None:
         path = weights_path(self.folder, self.step)
@@ -333,7 +339,7 @@ class _Run:
             "tokens_per_second": float(speed.median()),  # the median leaves out compilation and other stalls
             **provenance(self.device, self.compiled),
         }
-        write_whole(self.folder / "result.json", json.dumps(row, indent=1))
+        paths.write_whole(self.folder / "result.json", json.dumps(row, indent=1))
         (self.folder / "state.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
