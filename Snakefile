@@ -7,8 +7,9 @@
 import sys
 
 from beyond_outliers import paths
+from beyond_outliers.batch import notebooks
 from beyond_outliers.protocol import read_learning_rates
-from beyond_outliers.study import Study, notebooks
+from beyond_outliers.study import Study
 
 SCALE = config.get("scale", "pocket")
 STUDY = Study(SCALE)
@@ -43,10 +44,13 @@ def before(size, sizes, pattern):
     return [pattern.format(size=sizes[position - 1])] if position else []
 
 
-def priority(size, run=None):
-    """Sizes in turn, smallest first; within one, the runs in the protocol's order, then what needs them."""
-    names = [planned.config.name for planned in STUDY.planned(size)]
-    return 1000 * (len(SIZES) - SIZES.index(size)) + (len(names) - names.index(run) if run in names else 0)
+def priority(size, run=None, purpose=None):
+    """Sizes in turn, smallest first; within one, the runs in the protocol's order, each purpose's measured at its end."""
+    planned = STUDY.planned(size)
+    places = [(p, 2 * (len(planned) - place)) for place, p in enumerate(planned)]
+    left = {p.config.name: place for p, place in reversed(places)}  # a sweep run that is a main run, too: its first place
+    last = {p.purpose: place - 1 for p, place in places}
+    return 1000 * (len(SIZES) - SIZES.index(size)) + left.get(run, last.get(purpose, 0))
 
 
 rule all:
@@ -90,7 +94,7 @@ rule measure:
     output:
         touch(f"{WORK}/measured-{{purpose}}-{{size}}"),
     threads: STUDY.protocol.threads
-    priority: lambda wildcards: priority(wildcards.size)
+    priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
     shell:
         "{COMMAND} measure --scale {SCALE} --purpose {wildcards.purpose} --size {wildcards.size}"
 

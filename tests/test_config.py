@@ -57,6 +57,18 @@ def test_every_scale_expands(scale):
             assert abs(count / (float(name[:-1]) * unit) - 1) < 0.05, (size, count)
 
 
+def test_sizes_whose_sweep_has_not_ended_have_no_main_runs_yet():
+    protocol = Protocol.load("laptop")
+    rates = {("0.08M", optimizer): 1e-2 for optimizer in OPTIMIZER_NAMES}
+    assert {p.config.size for p in protocol.runs(rates)} == {"0.08M", "0.16M"}  # 0.26M is swept itself
+    only = protocol.runs(rates, "0.16M")
+    assert only == [p for p in protocol.runs(rates) if p.config.size == "0.16M"] and len(only) == 2 * 3 * 6
+    assert protocol.runs({}) == [] and protocol.runs(rates, "0.26M") == []
+    assert {p.config.size for p in protocol.sweep_runs("0.26M")} == {"0.26M"} and not protocol.sweep_runs("0.16M")
+    assert protocol.purposes("0.26M") == ["sweep", "full_precision", "qat", "schemes"]
+    assert protocol.purposes("0.16M") == ["full_precision", "qat"]
+
+
 def test_the_paper_sizes_count_what_they_say():
     """50M, 125M, 350M, 500M, 760M and 1.5B parameters within 5 %, by the author code's rules."""
     protocol = Protocol.load("paper")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,11 @@ import papermill
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.batch import notebooks, run_notebook
 from beyond_outliers.claims import CLAIMS, rules
 from beyond_outliers.notebook import check_parameters, paper, parameters_of
 from beyond_outliers.protocol import EdgeWarning, read_learning_rates
-from beyond_outliers.study import TABLES, MissingResults, Study, notebooks, run_notebook
+from beyond_outliers.study import TABLES, MissingResults, Study
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +135,54 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
     before_common = study.table("common_loss")
     study.collect()
     assert set(study.table("runs").run) == set(before.run)
+
+
+def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, monkeypatch):
+    result = Study.result
+    monkeypatch.setattr(study, "results", tmp_path)
+    monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.size == "small" else result(self, p))
+    study.collect()
+    for name in set(TABLES) - {"learning_rates"}:
+        table = study.table(name)
+        assert len(table) and table.run.str.startswith("tiny-").all(), name
+    assert not study.complete()
+    # without one run of the size there is no Common Loss yet, and the rest stays
+    (tmp_path / "common_loss.csv").unlink()
+    gone = next(p.config.name for p in study.planned("tiny") if p.purpose == "full_precision")
+    monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
+    study.collect()
+    assert set(study.table("common_loss")["size"]) == {"small"}
+
+
+def test_a_study_without_any_run_says_so(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "results", tmp_path)
+    monkeypatch.setattr(Study, "result", lambda *_: None)
+    with pytest.raises(MissingResults, match="no run of smoke has ended"):
+        study.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_rates_of_one_size_leave_the_others_alone(tmp_path, monkeypatch):
+    """The sweeps of a scale end one after the other; each replaces its own rows."""
+
+    def ended(factor):  # a valley at the middle of the grid times `factor`
+        def result(self, planned):
+            c = planned.config
+            middle = self.protocol.grid(c.optimizer)[2] * factor
+            loss = 3 + np.log(c.lr / middle) ** 2
+            return SimpleNamespace(row={"size": c.size, "optimizer": c.optimizer, "lr": c.lr, "val_loss": loss})
+
+        return result
+
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    study = Study("laptop")
+    for size, factor in (("0.26M", 1.0), ("0.08M", 1.0), ("0.26M", 1.5)):
+        monkeypatch.setattr(Study, "result", ended(factor))
+        table = study.choose_learning_rates(size)
+    assert list(table["size"]) == ["0.08M"] * 6 + ["0.26M"] * 6
+    for row in table.itertuples():
+        expected = study.protocol.grid(row.optimizer)[2] * (1.5 if row.size == "0.26M" else 1.0)
+        assert row.lr == pytest.approx(expected, rel=0.05) and not row.edge
 
 
 # ------------------------------------------------------------------------------------------------------------ notebooks
@@ -263,6 +313,19 @@ def test_the_workflow_plans_one_job_a_run(tmp_path):
     assert plan.returncode == 0, plan.stderr[-2000:]
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan.stdout + plan.stderr, re.M))
     assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["notebook"]) == ("1", "12", "1", "8")
+
+
+def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):
+    """Snakemake starts the job of highest priority first: sizes in turn, their runs as the protocol lists them."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "scale=laptop", "--dry-run"]
+    command += ["--directory", str(tmp_path), "--snakefile", str(paths.ROOT / "Snakefile")]
+    environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(tmp_path)}
+    plan = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
+    text = plan.stdout + plan.stderr
+    found = re.findall(r"^rule train:\n(?:    .*\n)*?    wildcards: run=(\S+)\n    priority: (\d+)", text, re.M)
+    planned = [p.config.name for p in Study("laptop").protocol.sweep_runs()]
+    assert [run for run, _ in sorted(found, key=lambda job: -int(job[1]))] == planned
+    assert len({priority for _, priority in found}) == len(planned) == 60
 
 
 def test_the_plan_is_printed(study, capsys):

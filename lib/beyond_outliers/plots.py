@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.colors import LogNorm, PowerNorm
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
 
@@ -18,6 +19,16 @@ LABELS = {"adamw": "AdamW", "muon": "Muon", "psgd": "PSGD", "scion": "Scion", "s
 # Okabe-Ito colours: told apart with any colour vision, one an optimizer in every figure
 COLOURS = dict(zip(LABELS, ["#000000", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#009E73"], strict=True))
 MARKERS = dict(zip(LABELS, ["o", "s", "D", "^", "v", "P"], strict=True))
+CANDIDATES = {  # of `predictors`, as axes name them
+    "mmr": "MMR (without down)",
+    "mmr_all": "MMR (all inputs)",
+    "kurtosis": "kurtosis",
+    "mean_B": "mean $B$",
+    "R_L": "$R_L$",
+    "mean_gain": "mean gain",
+    "noise_gain": "noise gain",
+    "expected_error": "expected error",
+}
 
 
 def set_theme() -> None:
@@ -53,12 +64,18 @@ def _panels(values, width: float = 3.6, height: float = 3.0, **options):
 
 
 def _tidy_log(axis, format=None) -> None:
-    """Tick labels of a logarithmic axis that do not overlap: 1, 2, 5 within two decades, decades beyond."""
+    """Tick labels of a logarithmic axis that do not overlap: round steps within a decade, 1, 2, 5 within two."""
     low, high = axis.get_view_interval()
-    if high / max(low, 1e-300) < 100:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    span = high / max(low, 1e-300)
+    if span < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if span > 10 else MaxNLocator(4, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(format or FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _label_y(axes: plt.Axes, label: str) -> None:
+    """A label no longer than its axis."""
+    axes.set_ylabel(textwrap.fill(label, int(12 * axes.figure.get_size_inches()[1])))
 
 
 def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
@@ -72,7 +89,10 @@ def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
 def optimizer_lines(
     table: pd.DataFrame, x: str, y: str, panel: str, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False
 ) -> plt.Figure:
-    """y against x, a line an optimizer (mean over seeds, band from lowest to highest), a panel a value of `panel`."""
+    """y against x, a line an optimizer (mean over seeds, band from lowest to highest), a panel a value of `panel`.
+
+    x is a count (tokens, steps): its ticks read 200k, 1M.
+    """
     figure, axes = _panels(table[panel], sharey=True)
     for (value, optimizer), rows in table.groupby([panel, "optimizer"], sort=False):
         curve = rows.groupby(x)[y].agg(["mean", "min", "max"])
@@ -81,11 +101,12 @@ def optimizer_lines(
         ax.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.15, lw=0)
     for value, ax in axes.items():
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         if logx:
-            _tidy_log(ax.xaxis)
+            _tidy_log(ax.xaxis, EngFormatter(sep=""))
         if logy:
             _tidy_log(ax.yaxis)
-    next(iter(axes.values())).set_ylabel(ylabel)
+    _label_y(next(iter(axes.values())), ylabel)
     _legend(figure, ax)
     return figure
 
@@ -114,7 +135,7 @@ def optimizer_points(
             _tidy_log(ax.xaxis)
         if logy:
             _tidy_log(ax.yaxis)
-    next(iter(axes.values())).set_ylabel(ylabel)
+    _label_y(next(iter(axes.values())), ylabel)
     _legend(figure, ax)
     return figure
 
@@ -122,40 +143,63 @@ def optimizer_points(
 def optimizer_bars(
     table: pd.DataFrame, y: str, panel: str, ylabel: str, error: str | None = None, floor: float | None = None
 ) -> plt.Figure:
-    """A bar an optimizer (mean over rows), a panel a value of `panel`; `floor` draws a line, for instance chance.
+    """A bar an optimizer (mean over rows, each row a dot if there are several), a panel a value of `panel`.
 
-    The axis starts near the smallest value when the values are far from zero, and says so in its label.
+    `error` is a column of standard errors, `floor` draws a line, for instance chance. Values far from zero are drawn as
+    points: bars on an axis without its zero would lie about ratios.
     """
     figure, axes = _panels(table[panel], width=2.6, sharey=True)
     means = table.groupby([panel, "optimizer"])[y].mean()
+    far = means.min() > 0 and means.max() - means.min() < means.min() / 2
     for value, ax in axes.items():
         rows = table[table[panel] == value]
         names = [name for name in LABELS if name in set(rows.optimizer)]
-        heights = [means[value, name] for name in names]
-        errors = [np.sqrt((rows[rows.optimizer == n][error] ** 2).mean()) for n in names] if error else None
-        labels = [LABELS[name] for name in names]
-        ax.bar(labels, heights, yerr=errors, color=[COLOURS[name] for name in names], capsize=2, width=0.7)
+        for position, name in enumerate(names):
+            own = rows[rows.optimizer == name]
+            spread = np.sqrt((own[error] ** 2).mean()) if error else None
+            if far:
+                ax.errorbar(position, means[value, name], spread, fmt=MARKERS[name], color=COLOURS[name], capsize=3)
+            else:
+                ax.bar(position, means[value, name], yerr=spread, color=COLOURS[name], capsize=2, width=0.7)
+            if len(own) > 1:
+                ax.plot([position] * len(own), own[y], ".", color="grey", ms=4, zorder=3)
         if floor is not None:
             ax.axhline(floor, color="grey", ls=":", lw=1)
         ax.set_title(str(value))
-        ax.tick_params(axis="x", rotation=60)
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set_xticks(range(len(names)), [LABELS[name] for name in names], rotation=60)
         ax.grid(axis="x", visible=False)
-    low, high = means.min(), means.max()
-    first = next(iter(axes.values()))
-    first.set_ylabel(ylabel)
-    if low > 0 and high - low < low / 2:
-        first.set_ylim(low - (high - low), None)
-        first.set_ylabel(f"{ylabel} (axis cut)")
+    _label_y(next(iter(axes.values())), ylabel)
     return figure
 
 
-def heatmap(table: pd.DataFrame, row: str, column: str, value: str, label: str, digits: int = 2) -> plt.Figure:
-    """Mean of `value` over every (row, column), written into the cells; rows and columns in order of appearance."""
+NORMS = {"linear": None, "log": LogNorm, "root": lambda **limits: PowerNorm(0.5, **limits)}
+
+
+def heatmap(
+    table: pd.DataFrame, row: str, column: str, value: str, label: str, digits: int = 2, norm: str = "linear"
+) -> plt.Figure:
+    """Mean of `value` over every (row, column), written into the cells; optimizers in the paper's order, all else in
+    order of appearance. `norm` of the colours: "linear" (its limits leave out extremes), "log", or "root" for values
+    that reach from zero over decades. ValueError for another one.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}")
     grid = table.pivot_table(index=row, columns=column, values=value, sort=False)
-    grid.index, grid.columns = ([LABELS.get(name, name) for name in names] for names in (grid.index, grid.columns))
+    for axis in (0, 1):
+        names = list(grid.axes[axis])
+        order = [name for name in LABELS if name in names] or names
+        grid = grid.reindex(order, axis=axis).set_axis([LABELS.get(name, name) for name in order], axis=axis)
     figure, ax = plt.subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
-    sns.heatmap(grid, annot=True, fmt=f".{digits}f", cmap="rocket_r", ax=ax, cbar_kws={"label": label}, robust=True)
+    shown = grid.round(digits) + 0.0  # no -0.00
+    limits = (
+        {"robust": True}
+        if norm == "linear"
+        else {"norm": NORMS[norm](vmin=grid.min(axis=None), vmax=grid.max(axis=None))}
+    )
+    sns.heatmap(grid, annot=shown, fmt=f".{digits}f", cmap="rocket_r", ax=ax, cbar_kws={"label": ""}, **limits)
     ax.set(xlabel="", ylabel="")
+    ax.set_title(textwrap.fill(label, int(11 * figure.get_size_inches()[0])), fontsize=9)
     ax.tick_params(axis="x", rotation=60)
     ax.tick_params(axis="y", rotation=0)
     return figure
@@ -212,13 +256,13 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
             area = 14 + 14 * points["size"].map(sizes.index)
             style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
             ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
-        ax.set(xscale="log", xlabel=candidate)
+        ax.set(xscale="log", xlabel=CANDIDATES[candidate])
         _tidy_log(ax.xaxis)
         ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel(label)
+        ax.set_ylabel(textwrap.fill(label, 30))
     _legend(figure, axes[0, 0])
     return figure
 
@@ -232,7 +276,7 @@ def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> p
         spread = [value - found[f"{name}_low"], found[f"{name}_high"] - value]
         ax.errorbar(value, y, xerr=np.abs(spread), fmt="o", color="black", mfc=fill, ms=5, lw=1, capsize=2, label=name)
     ax.axvline(0, color="grey", lw=1)
-    ax.set_yticks(range(len(found)), found.candidate)
+    ax.set_yticks(range(len(found)), found.candidate.map(CANDIDATES))
     ax.set(xlim=(-1.05, 1.05), xlabel="correlation", title=title)
     ax.invert_yaxis()
     ax.legend(loc="best", fontsize=8)
@@ -284,8 +328,9 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
 def efficiencies(table: pd.DataFrame) -> plt.Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
     figure, ax = plt.subplots(figsize=(5, 3))
+    table = table.set_index("optimizer").reindex([n for n in LABELS if n in set(table.optimizer)]).reset_index()
     for position, row in enumerate(table.itertuples()):
-        spread = [[max(0.0, row.rho - row.low)], [max(0.0, row.high - row.rho)]]
+        spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
         colour = COLOURS[row.optimizer]
         fill = colour if row.identified else "white"
         ax.errorbar(position, row.rho, yerr=spread, fmt="o", color=colour, mfc=fill, capsize=3)
@@ -293,7 +338,7 @@ def efficiencies(table: pd.DataFrame) -> plt.Figure:
     ax.set_xticks(range(len(table)), [LABELS[name] for name in table.optimizer], rotation=30)
     ax.set_ylabel(r"parameter efficiency $\rho_{4\,bit}$")
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[:1], labels[:1], fontsize=8)
+    figure.legend(handles[:1], labels[:1], fontsize=8, loc="outside upper right")
     return figure
 
 

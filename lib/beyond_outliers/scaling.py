@@ -97,7 +97,7 @@ def fit_scaling_law(
 
     Intervals are percentiles over `bootstrap` resamples of the runs, drawn within each precision, widened about the
     estimate by sqrt(n / (n - parameters)), the usual correction of residuals for the parameters that they were
-    fitted with; `bootstrap=0` gives NaN.
+    fitted with; NaN for `bootstrap=0`, and where there are no more runs than parameters: nothing is left to resample.
     A parameter counts as not identified, with an `IdentificationWarning`, if there are no more runs than parameters;
     if fewer than three sizes were trained (for "full" also: only one ratio D/N; for "fixed_ratio" with a column D:
     ratios that differ by more than a fifth); if a rho rests on fewer than three runs; if it ends at a limit of the
@@ -193,6 +193,7 @@ def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
     fits, costs = minimise(problem, starts, np.ones((len(starts), n)))
     best, objective = fits[np.argmin(costs)], costs.min()
 
+    bootstrap = bootstrap if n > p else 0
     strata = runs.groupby([by, "bits"] if by else "bits").ngroup().to_numpy()
     weights = _resamples(strata, bootstrap, np.random.default_rng(seed))
     draws = minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
@@ -202,7 +203,7 @@ def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
         warnings.warn(message, IdentificationWarning, stacklevel=3)
 
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    widening = np.sqrt(n / max(1, n - p))
+    widening = np.sqrt(n / (n - p)) if bootstrap else np.nan
     laws = {}
     for group in [None] if by is None else sorted(set(runs[by])):
         own = [key for key in problem.keys if key[1] in (None, group)]

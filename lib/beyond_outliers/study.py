@@ -9,11 +9,8 @@ is missing first. The workflow (Snakefile) calls the same steps one by one, in p
 import argparse
 import json
 import os
-import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -244,38 +241,6 @@ class Study:
         return result
 
 
-# ------------------------------------------------------------------------------------------------------------ notebooks
-
-
-def notebooks() -> list[str]:
-    """Names of the study's notebooks, in reading order."""
-    return sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
-
-
-def run_notebook(name: str, scale: str, **parameters) -> Path:
-    """Executes a notebook by papermill, returns its HTML in figures/SCALE; parameters it does not have are refused."""
-    import nbconvert
-    import papermill
-
-    source = paths.NOTEBOOKS / f"{name}.ipynb"
-    if not source.exists():
-        raise ValueError(f"unknown notebook {name!r}; valid: {', '.join(notebooks())}")
-    parameters = {"scale": scale, **parameters}
-    known = papermill.inspect_notebook(source)
-    if unknown := set(parameters) - set(known):
-        raise ValueError(f"{name} has no parameter {', '.join(sorted(unknown))}; valid: {', '.join(known)}")
-    executed = paths.RUNS / scale / "notebooks" / f"{name}.ipynb"
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        source, executed, parameters, cwd=paths.NOTEBOOKS, kernel_name="python3", progress_bar=False
-    )
-    html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
-    target = paths.FIGURES / scale / f"{name}.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html)
-    return target
-
-
 # ------------------------------------------------------------------------------------------------------------ the shell
 
 
@@ -286,25 +251,6 @@ def _where(study: Study) -> None:
     print(f"  figures     {figures}/*.png, *.pdf")
     print(f"  tables      {study.results}/*.csv")
     print(f"Start with    {figures / '01_full_precision.html'}")
-
-
-def _render(scale: str, jobs: int) -> None:
-    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own."""
-    Study(scale).table("runs")  # fail early, with the remedy
-    command = [sys.executable, "-m", "beyond_outliers.study", "notebook", "--scale", scale, "--tables-only", "--name"]
-    with ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(
-            tqdm(
-                pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), notebooks()),
-                total=len(notebooks()),
-                desc="notebooks",
-            )
-        )
-    failed = [name for name, outcome in zip(notebooks(), outcomes, strict=True) if outcome.returncode]
-    if failed:
-        raise SystemExit(
-            f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
-        )
 
 
 def plan_table(study: Study) -> pd.DataFrame:
@@ -389,9 +335,13 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "collect":
         study.collect()
     elif given.step == "notebook":
+        from beyond_outliers.batch import run_notebook
+
         print(run_notebook(given.name, given.scale, build=not given.tables_only))
     elif given.step == "render":
-        _render(given.scale, given.jobs)
+        from beyond_outliers.batch import render
+
+        render(given.scale, given.jobs)
     elif given.step == "plan":
         _plan(study, given.cores)
     elif given.step == "where":
