@@ -142,7 +142,7 @@ def train(
     return load_result(folder) if run.rank == 0 else RunResult(config, folder, {})
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
     """forward = loss, so that data parallelism wraps one call. Compiled on CUDA as a whole; on CPU all but the head,
     whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
     """
@@ -177,7 +177,7 @@ class _Run:
         self.compiled = _should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
-        self.loss = _LossModule(self.model, self.compiled)
+        self.loss = LossModule(self.model, self.compiled)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)

@@ -14,6 +14,7 @@ import torch
 
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import SCHEMES, QuantSpec, prepare_qat, quantize_model, weights_held
+from beyond_outliers.train import LossModule
 
 SHAPES = {
     "4x64": Olmo2Config(vocab_size=2048, width=64, depth=4, n_heads=4),  # 0.33M parameters
@@ -58,7 +59,7 @@ def training_step(model: Olmo2, micro_batches: int, hold: bool) -> Callable:
     ids = torch.randint(0, model.config.vocab_size, (BATCH, CONTEXT), generator=torch.Generator().manual_seed(0))
     model.loss(ids[:1], ids[:1])  # LSQ's steps start here, before compilation
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    loss = torch.compile(model.loss)
+    loss = LossModule(model, compiled=True)
 
     def step():
         with weights_held(model) if hold else torch.enable_grad():
