@@ -75,13 +75,13 @@ def _tidy_log(axis, format=None) -> None:
 
 def _label_y(axes: plt.Axes, label: str) -> None:
     """A label no longer than its axis."""
-    axes.set_ylabel(textwrap.fill(label, int(12 * axes.figure.get_size_inches()[1])))
+    axes.set_ylabel(textwrap.fill(label, int(8 * axes.figure.get_size_inches()[1])))
 
 
 def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    known = {label: unique.pop(label) for label in LABELS.values() if label in unique}  # the paper's order
+    known = {label: unique.pop(label) for label in (*LABELS.values(), *"ABC") if label in unique}  # the paper's order
     unique = known | unique
     figure.legend(unique.values(), unique.keys(), loc="outside right center")
 
