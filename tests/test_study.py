@@ -17,7 +17,7 @@ from beyond_outliers import paths
 from beyond_outliers.batch import notebooks, run_notebook
 from beyond_outliers.claims import CLAIMS, rules
 from beyond_outliers.notebook import check_parameters, paper, parameters_of
-from beyond_outliers.protocol import EdgeWarning, read_learning_rates
+from beyond_outliers.protocol import OPTIMIZER_NAMES, EdgeWarning, read_learning_rates
 from beyond_outliers.study import TABLES, MissingResults, Study
 
 pytestmark = pytest.mark.slow
@@ -53,6 +53,17 @@ def test_every_planned_run_is_there(study):
     for row in runs.itertuples():
         config = next(p.config for p in planned if p.config.name == row.run)
         assert (row.lr, row.seed, row.n_parameters) == (config.lr, config.seed, config.model.n_parameters)
+
+
+def test_runs_come_in_the_order_of_sizes_and_of_the_paper(study):
+    full = study.runs("full_precision")
+    assert list(zip(full["size"], full.optimizer, strict=True)) == [
+        (size, optimizer) for size in ("tiny", "small") for optimizer in OPTIMIZER_NAMES
+    ]
+    sweep = study.runs("sweep")
+    assert list(sweep.optimizer) == [name for name in OPTIMIZER_NAMES for _ in range(2)]
+    assert sweep.groupby("optimizer").lr.is_monotonic_increasing.all()
+    assert list(study.measured("ptq").optimizer.unique()) == list(OPTIMIZER_NAMES)
 
 
 def test_every_optimizer_learns(study):

@@ -55,9 +55,16 @@ class Study:
         return pd.read_csv(file)
 
     def runs(self, purpose: str) -> pd.DataFrame:
-        """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes."""
+        """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes.
+
+        In the order in which every table and figure shows them: sizes from small to large, the paper's order of
+        optimizers, seeds, learning rates.
+        """
         runs = self.table("runs")
-        return runs[[purpose in purposes.split("+") for purposes in runs.purpose]].reset_index(drop=True)
+        runs = runs[[purpose in purposes.split("+") for purposes in runs.purpose]]
+        order = {name: place for names in (self.protocol.sizes, OPTIMIZER_NAMES) for place, name in enumerate(names)}
+        by = ["size", "optimizer", "seed", "lr"]
+        return runs.sort_values(by, key=lambda column: column.map(order).fillna(column), ignore_index=True)
 
     def measured(self, name: str, purpose: str = "full_precision") -> pd.DataFrame:
         """A measured table (zero_shot, ptq, outliers, propagation) joined with size, optimizer, lr and seed."""
