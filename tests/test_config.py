@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from beyond_outliers.claims import LEAST_UNITS
 from beyond_outliers.config import CorpusConfig, RunConfig
 from beyond_outliers.optimizers import OPTIMIZERS
 from beyond_outliers.plots import LABELS
@@ -67,6 +68,18 @@ def test_sizes_whose_sweep_has_not_ended_have_no_main_runs_yet():
     assert {p.config.size for p in protocol.sweep_runs("0.26M")} == {"0.26M"} and not protocol.sweep_runs("0.16M")
     assert protocol.purposes("0.26M") == ["sweep", "full_precision", "qat", "schemes"]
     assert protocol.purposes("0.16M") == ["full_precision", "qat"]
+
+
+@pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
+def test_a_study_proper_can_decide_every_claim(scale):
+    """No verdict on fewer than three units: sizes and seeds of the sweep (C2) and of the main runs, sizes (C14)."""
+    protocol = Protocol.load(scale)
+    main = protocol.runs({(size, name): 1e-2 for size in protocol.sizes for name in OPTIMIZER_NAMES})
+    for planned in (protocol.sweep_runs(), *([p for p in main if p.purpose == q] for q in ("full_precision", "qat"))):
+        for optimizer in OPTIMIZER_NAMES:
+            units = {(p.config.size, p.config.seed) for p in planned if p.config.optimizer == optimizer}
+            assert len(units) >= LEAST_UNITS
+    assert len(protocol.sizes) >= LEAST_UNITS
 
 
 def test_the_paper_sizes_count_what_they_say():

@@ -336,7 +336,7 @@ def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):
     found = re.findall(r"^rule train:\n(?:    .*\n)*?    wildcards: run=(\S+)\n    priority: (\d+)", text, re.M)
     planned = [p.config.name for p in Study("laptop").protocol.sweep_runs()]
     assert [run for run, _ in sorted(found, key=lambda job: -int(job[1]))] == planned
-    assert len({priority for _, priority in found}) == len(planned) == 60
+    assert len({priority for _, priority in found}) == len(planned) > 0
 
 
 def test_the_plan_is_printed(study, capsys):
