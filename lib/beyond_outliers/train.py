@@ -1,13 +1,7 @@
 """One training run: schedule, loop, checkpoints, resume.
 
 `train(config)` returns at once when the run is finished, continues where it stopped when it was interrupted, and
-starts otherwise. Everything it knows is in the run's folder:
-
-    config.json                the resolved RunConfig
-    metrics.csv                tidy: one row a logged step (train loss) or evaluation (validation loss)
-    weights/000120.safetensors the weights at every evaluation, the last of them final
-    result.json                one flat row, written when the run ends: finished or diverged
-    state.pt                   optimizer state of the last evaluation, removed when the run ends
+starts otherwise. Everything it knows is in the run's folder (`runs`).
 
 From a shell: `python -m beyond_outliers.train --scale pocket --size 0.04M --optimizer adamw --lr 0.01`, or the same
 under torchrun for data parallelism.
@@ -20,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +28,10 @@ from beyond_outliers import paths
 from beyond_outliers.config import RunConfig
 from beyond_outliers.corpus import Batches, Corpus, open_corpus
 from beyond_outliers.evaluate import validation_loss
-from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import NonFiniteGradientError, build_optimizer
-from beyond_outliers.quantizers import QuantSpec, prepare_qat, weights_held
+from beyond_outliers.quantizers import weights_held
 from beyond_outliers.records import flat_config, provenance
+from beyond_outliers.runs import RunResult, build_model, load_result, run_folder, weights_path
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
 COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
@@ -46,59 +39,6 @@ COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below,
 
 class Diverged(Exception):
     """The loss left the numbers, or rose above where it started."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished (or diverged) run: its config, its folder, and `row`, what result tables show of it."""
-
-    config: RunConfig
-    folder: Path
-    row: dict
-
-    @property
-    def metrics(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "metrics.csv")
-
-    @property
-    def evaluations(self) -> pd.DataFrame:
-        """step, tokens, val_loss and the weights file of every evaluation that kept its weights."""
-        table = self.metrics.dropna(subset="val_loss")
-        table = table.assign(weights=[str(weights_path(self.folder, step)) for step in table.step])
-        return table[[Path(file).exists() for file in table.weights]].reset_index(drop=True)
-
-    def load_model(self, step: int | None = None) -> nn.Module:
-        """The model with the weights of an evaluation, by default the last; on CPU, in eval mode."""
-        model = build_model(self.config)
-        load_model(model, weights_path(self.folder, self.row["steps"] if step is None else step))
-        return model.eval()
-
-
-def weights_path(folder: Path, step: int) -> Path:
-    return folder / "weights" / f"{step:06d}.safetensors"
-
-
-def run_folder(config: RunConfig, root: Path | None = None) -> Path:
-    return (root or paths.RUNS) / config.scale / config.name
-
-
-def load_result(folder: Path) -> RunResult | None:
-    """The result in a run's folder, None when the run has not ended."""
-    if not (folder / "result.json").exists():
-        return None
-    config = RunConfig.from_json((folder / "config.json").read_text())
-    return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
-
-
-def build_model(config: RunConfig) -> nn.Module:
-    """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Olmo2(config.model)
-    if config.quantization:
-        spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
-        model = prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"])
-    return model
 
 
 def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
