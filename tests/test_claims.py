@@ -155,5 +155,15 @@ def test_many_runs_of_few_sizes_and_seeds_decide_nothing():
     assert verdict(estimate, "above", 0.5, cells=2) == "undecided"
 
 
+def test_a_seed_that_lacks_an_optimizer_is_no_cell(monkeypatch):
+    study = FakeStudy(True, seeds=4)
+    assert claims.complete_cells(study) == 4
+    rows = study.runs("full_precision")
+    monkeypatch.setattr(
+        study, "runs", lambda purpose: rows.drop(rows.index[(rows.seed == 3) & (rows.optimizer == "soap")])
+    )
+    assert claims.complete_cells(study) == 3
+
+
 def test_rho_needs_three_sizes():
     assert claims.c14(FakeStudy(True)).n == 1

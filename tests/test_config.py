@@ -4,11 +4,13 @@ import math
 
 import pytest
 
+from beyond_outliers import paths
 from beyond_outliers.claims import LEAST_UNITS
 from beyond_outliers.config import CorpusConfig, RunConfig
 from beyond_outliers.optimizers import OPTIMIZERS
 from beyond_outliers.plots import LABELS
 from beyond_outliers.protocol import OPTIMIZER_NAMES, Protocol, choose_learning_rate, scales
+from beyond_outliers.study import Study, main
 
 
 def test_json_round_trip_and_run_id(run_config):
@@ -109,6 +111,56 @@ def test_unknown_names_are_refused():
         protocol.config("tiny", "adam")
     with pytest.raises(ValueError, match="plans no run"):
         protocol.find("tiny-adamw")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[measure]", "[mesure]", r"unknown keys \['mesure'\].*valid: .*measure"),
+        ("vocab_size = 320", "vocabulary = 320", r"\[corpus\] has unknown keys \['vocabulary'\].*vocab_size"),
+        ("context = 64", "contxt = 64", r"\[training\] has unknown keys \['contxt'\].*context"),
+        ("depth = 2, n_heads = 2", "deep = 2, n_heads = 2", r"size tiny has unknown keys \['deep'\].*depth"),
+        ("psgd = [", "psdg = [", r"\[learning_rates\] has unknown keys \['psdg'\].*psgd"),
+        ("questions = 12\n", "", r"\[measure\] lacks \['questions'\]"),
+        ('scheme = "quest"', 'schema = "quest"', r"plan.qat has unknown keys \['schema'\].*scheme"),
+        ('optimizers = ["adamw"]', 'optimizers = ["adam"]', r"plan.schemes names optimizer 'adam'.*adamw"),
+        (
+            'sweep = { sizes = ["tiny"]',
+            'sweep = { sizes = ["tini"]',
+            r"plan.sweep names size 'tini'; valid: tiny, small",
+        ),
+        ("adamw = [5e-3, 2e-2]", "adamw = [5e-3]", "tune all optimizers alike"),
+    ],
+)
+def test_a_scale_file_with_a_mistake_is_refused_before_anything_runs(tmp_path, monkeypatch, old, new, message):
+    text = (paths.SCALES / "smoke.toml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "own.toml").write_text(text.replace(old, new))
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Protocol.load("own")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"mxfp4"]', '"mxfp5"]', "unknown grid of the weights 'mxfp5'; valid: .*mxfp4"),
+        ('"tiny" = { width = 32', '"tiny" = { width = 40', "mxfp4: blocks of 32 do not divide the width 40"),
+        ('schemes = ["ste", "lsq"]', 'schemes = ["ste", "lqs"]', "unknown scheme 'lqs'; valid: quest, ste, lsq"),
+    ],
+)
+def test_formats_and_schemes_are_checked_before_anything_runs(tmp_path, monkeypatch, old, new, message):
+    text = (paths.SCALES / "smoke.toml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "own.toml").write_text(text.replace(old, new))
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        main(["corpus", "--scale", "own"])
+
+
+@pytest.mark.parametrize("scale", scales())
+def test_the_scales_that_come_along_pass_every_check(scale):
+    Study(scale).check()
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates

@@ -173,6 +173,13 @@ def test_a_study_without_any_run_says_so(study, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_size_at_which_every_run_diverged_has_no_common_loss(study, monkeypatch):
+    whole = study.common_loss("tiny")
+    monkeypatch.setattr(Study, "result", lambda *_: SimpleNamespace(row={"status": "diverged"}))
+    none = study.common_loss("tiny")
+    assert none.empty and list(none.columns) == list(whole.columns) and len(whole) == len(OPTIMIZER_NAMES)
+
+
 def test_learning_rates_of_one_size_leave_the_others_alone(tmp_path, monkeypatch):
     """The sweeps of a scale end one after the other; each replaces its own rows."""
 

@@ -4,6 +4,7 @@ The learning rates of the main runs come from the sweep's results, so a protocol
 needs nothing; `runs(learning_rates)` needs what `choose_learning_rate` made of the finished sweep. No torch here.
 """
 
+import dataclasses
 import math
 import tomllib
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 OPTIMIZER_NAMES = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # in the paper's order
 SECTIONS = {"threads", "corpus", "training", "sizes", "learning_rates", "hyper", "plan", "measure"}
 PURPOSES = ("sweep", "full_precision", "qat", "schemes")
+PLAN = {
+    "sweep": {"sizes", "seeds"},
+    "full_precision": {"sizes", "seeds"},
+    "qat": {"sizes", "seeds", "scheme"},
+    "schemes": {"sizes", "seeds", "optimizers", "schemes"},
+}
+MEASURE = {"questions", "validation_tokens", "propagation_tokens", "formats"}
+RESOLVED = {"scale", "size", "optimizer", "lr", "model", "corpus", "seed", "hyper", "quantization"}  # not in [training]
 
 
 class EdgeWarning(UserWarning):
@@ -30,6 +39,18 @@ class Planned:
 
     purpose: str  # one of PURPOSES
     config: RunConfig
+
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _keys(path: Path, where: str, given: dict, valid: set[str], optional: set[str] = frozenset()) -> None:
+    """ValueError unless `given` has the `valid` keys and no others; only the `optional` ones may be missing."""
+    if unknown := set(given) - valid:
+        raise ValueError(f"{path}: {where} has unknown keys {sorted(unknown)}; valid: {', '.join(sorted(valid))}")
+    if missing := valid - optional - set(given):
+        raise ValueError(f"{path}: {where} lacks {sorted(missing)}")
 
 
 def scales() -> list[str]:
@@ -55,23 +76,31 @@ class Protocol:
         return protocol
 
     def _check(self, path: Path) -> None:
-        if unknown := set(self.raw) - SECTIONS:
-            raise ValueError(f"{path} has unknown sections {sorted(unknown)}; valid: {sorted(SECTIONS)}")
-        if missing := SECTIONS - {"hyper"} - set(self.raw):
-            raise ValueError(f"{path} lacks the sections {sorted(missing)}")
-        if unknown := set(self.raw["plan"]) - set(PURPOSES):
-            raise ValueError(f"{path} plans unknown purposes {sorted(unknown)}; valid: {', '.join(PURPOSES)}")
-        if set(self.raw["learning_rates"]) != set(OPTIMIZER_NAMES):
-            raise ValueError(f"{path} must give a grid of learning rates for each of {', '.join(OPTIMIZER_NAMES)}")
-        lengths = {len(grid) for grid in self.raw["learning_rates"].values()}
+        raw = self.raw
+        _keys(path, "the file", raw, SECTIONS, optional={"hyper"})
+        _keys(path, "[corpus]", raw["corpus"], _fields(CorpusConfig), optional=_fields(CorpusConfig))
+        settings = _fields(RunConfig) - RESOLVED
+        _keys(path, "[training]", raw["training"], settings, optional=settings)
+        for size, shape in raw["sizes"].items():
+            shapes = _fields(Olmo2Config) - {"vocab_size"}
+            _keys(path, f"size {size}", shape, shapes, optional=shapes)
+        _keys(path, "[learning_rates]", raw["learning_rates"], set(OPTIMIZER_NAMES))
+        _keys(path, "[hyper]", raw.get("hyper", {}), set(OPTIMIZER_NAMES), optional=set(OPTIMIZER_NAMES))
+        _keys(path, "[measure]", raw["measure"], MEASURE)
+        _keys(path, "[plan]", raw["plan"], set(PURPOSES), optional=set(PURPOSES[1:]))
+        lengths = {len(grid) for grid in raw["learning_rates"].values()}
         if len(lengths) > 1:
             raise ValueError(f"{path} gives grids of different lengths {sorted(lengths)}: tune all optimizers alike")
-        for purpose, plan in self.raw["plan"].items():
+        for purpose, plan in raw["plan"].items():
+            _keys(path, f"plan.{purpose}", plan, PLAN[purpose])
             for size in plan["sizes"]:
                 if size not in self.sizes:
                     raise ValueError(f"{path}: plan.{purpose} names size {size!r}; valid: {', '.join(self.sizes)}")
                 if isinstance(plan["seeds"], dict) and size not in plan["seeds"]:
                     raise ValueError(f"{path}: plan.{purpose}.seeds has no seeds for size {size!r}")
+            for name in plan.get("optimizers", ()):
+                if name not in OPTIMIZER_NAMES:
+                    raise ValueError(f"{path}: plan.{purpose} names optimizer {name!r}; valid: {OPTIMIZER_NAMES}")
 
     # ------------------------------------------------------------------------------------------------------- settings
 

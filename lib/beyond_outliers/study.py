@@ -93,6 +93,21 @@ class Study:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
+    def check(self) -> None:
+        """ValueError now for a format or scheme of the protocol that would stop the study only after its training."""
+        from beyond_outliers.grids import choose
+        from beyond_outliers.measure import specs
+        from beyond_outliers.qat import SCHEMES
+
+        for size in self.protocol.sizes:
+            shape = self.protocol.model(size)
+            for spec in specs(self.protocol.measure["formats"]):
+                for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
+                    spec.check_width(width)
+        for plan in self.protocol.raw["plan"].values():
+            for scheme in plan.get("schemes", [plan["scheme"]] if "scheme" in plan else []):
+                choose("scheme", scheme, SCHEMES)
+
     def train(self, planned: Planned, **options):
         """Trains (or resumes, or loads) one run with the protocol's number of threads."""
         from beyond_outliers.train import train
@@ -131,13 +146,13 @@ class Study:
     def common_loss(self, size: str) -> pd.DataFrame:
         """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
 
-        Common Loss: the lowest validation loss that ALL runs of the size reach. Columns: size, common_loss, run,
-        optimizer, seed, step (of that checkpoint), val_loss (there), final_step.
+        Common Loss: the lowest validation loss that ALL runs of the size reach, diverged ones left out. Columns: size,
+        common_loss, run, optimizer, seed, step (of that checkpoint), val_loss (there), final_step. No run, no row.
         """
         results = [self._required(p) for p in self._at("full_precision", size)]
         results = [r for r in results if r.row["status"] == "finished"]
         evaluations = [result.evaluations for result in results]
-        threshold = max(table.val_loss.min() for table in evaluations)
+        threshold = max((table.val_loss.min() for table in evaluations), default=None)
         rows = []
         for result, table in zip(results, evaluations, strict=True):
             first = table[table.val_loss <= threshold].iloc[0]
@@ -153,7 +168,8 @@ class Study:
                     "final_step": result.row["steps"],
                 }
             )
-        return pd.DataFrame(rows)
+        columns = ["size", "common_loss", "run", "optimizer", "seed", "step", "val_loss", "final_step"]
+        return pd.DataFrame(rows, columns=columns)
 
     def measure(self, purpose: str, size: str) -> None:
         """Measures the runs of a purpose and size: finals in full, Common Loss and sweep checkpoints lightly."""
@@ -218,6 +234,7 @@ class Study:
         """Trains and measures, size by size, what the tables lack; `make reproduce` does it in parallel."""
         if self.complete():
             return self
+        self.check()
         for size in self.protocol.sizes:
             tuned_at = self.protocol.tuning_size(size)
             for planned in self.protocol.sweep_runs(tuned_at):
@@ -282,6 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
     study = Study(given.scale)
+    if given.step in ("corpus", "plan"):
+        study.check()
     if given.step == "corpus":
         from beyond_outliers.corpus import open_corpus
         from beyond_outliers.sources import fetch_source
