@@ -163,6 +163,8 @@ def test_a_seed_that_lacks_an_optimizer_is_no_cell(monkeypatch):
         study, "runs", lambda purpose: rows.drop(rows.index[(rows.seed == 3) & (rows.optimizer == "soap")])
     )
     assert claims.complete_cells(study) == 3
+    monkeypatch.setattr(study, "runs", lambda purpose: rows[rows.optimizer.isin(["muon", "soap"])])
+    assert claims.complete_cells(study) == 0 and claims.c1(study).n == 0  # best of two is not best of six
 
 
 def test_rho_needs_three_sizes():

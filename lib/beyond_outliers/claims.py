@@ -15,6 +15,7 @@ from scipy.stats import norm, spearmanr
 
 from beyond_outliers import paths
 from beyond_outliers.predictors import correlations, predictor_table
+from beyond_outliers.protocol import OPTIMIZER_NAMES
 
 LEAST_UNITS = 3
 CONFIDENCE = 0.95
@@ -68,10 +69,9 @@ def verdict(estimate: Estimate, side: str, threshold: float, cells: int = LEAST_
 
 
 def _ranked(table: pd.DataFrame, value: str) -> list[list[str]]:
-    """Optimizers from the lowest to the highest `value`, one list a (size, seed) that has all of them."""
-    count = table.optimizer.nunique()
+    """Optimizers from the lowest to the highest `value`, one list a (size, seed) that has all six of them."""
     units = [rows.sort_values(value).optimizer.tolist() for _, rows in table.groupby(["size", "seed"], sort=False)]
-    return [order for order in units if len(order) == count]
+    return [order for order in units if set(order) == set(OPTIMIZER_NAMES)]
 
 
 def _mmr(study, purpose: str = "full_precision") -> pd.DataFrame:
