@@ -169,3 +169,61 @@ def test_a_seed_that_lacks_an_optimizer_is_no_cell(monkeypatch):
 
 def test_rho_needs_three_sizes():
     assert claims.c14(FakeStudy(True)).n == 1
+
+
+def predictors_with(slopes: dict[str, float], n: int = 60) -> pd.DataFrame:
+    """A predictor table in which a candidate is `slope` times the target plus noise, above an offset of its size."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"size": np.repeat(["s", "m"], n // 2), "increase": rng.normal(size=n)})
+    table["accuracy"] = -table.increase
+    offset = table["size"].map({"s": 0.0, "m": 50.0})
+    noise = {name: rng.normal(size=n) for name in slopes}
+    return table.assign(**{name: slope * table.increase + offset + noise[name] for name, slope in slopes.items()})
+
+
+@pytest.mark.parametrize(
+    ("claim", "slopes", "expected"),
+    [
+        ("C6", {"mmr": -2.0, "kurtosis": 0.0}, "reproduced"),
+        ("C6", {"mmr": -2.0, "kurtosis": 2.0}, "not reproduced"),  # one that predicts is enough
+        ("C6", {"mmr": 0.6, "kurtosis": 0.0}, "undecided"),
+        ("C7", {"R_L": 2.0}, "reproduced"),  # the error rises with the loss, the accuracy falls
+        ("C7", {"R_L": -2.0}, "not reproduced"),
+        ("C7", {"R_L": 0.6}, "undecided"),
+    ],
+)
+def test_claims_on_correlations(monkeypatch, claim, slopes, expected):
+    monkeypatch.setattr(claims, "predictor_table", lambda study: predictors_with(slopes))
+    rule = rules()[claim]
+    found = claims.CLAIMS[claim](None)
+    assert found.n == 60 and verdict(found, rule["side"], rule["threshold"]) == expected
+
+
+def scaling_losses(rho: dict[str, float]) -> pd.DataFrame:
+    """Losses with 0.2 % noise of a law with these efficiencies at 4 bits: four sizes, three seeds."""
+    rng, rows = np.random.default_rng(0), []
+    for name in OPTIMIZERS:
+        for n_parameters in (30e6, 100e6, 300e6, 1000e6):
+            for bits, efficiency in ((16, 1.0), (4, rho[name])):
+                losses = (400 / (n_parameters * efficiency) ** 0.34 + 1.7) * np.exp(0.002 * rng.normal(size=3))
+                rows += [{"N": n_parameters, "bits": bits, "loss": loss, "optimizer": name} for loss in losses]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("shampoo", "others", "expected"),
+    [(0.95, 0.6, "reproduced"), (0.6, 0.95, "not reproduced"), (0.8, 0.8, "undecided")],
+)
+def test_the_claim_on_parameter_efficiency(monkeypatch, shampoo, others, expected):
+    runs = scaling_losses(dict.fromkeys(OPTIMIZERS, others) | {"shampoo": shampoo})
+    monkeypatch.setattr(claims, "scaling_runs", lambda study: runs)
+    rule, found = rules()["C14"], claims.c14(None)
+    assert verdict(found, rule["side"], rule["threshold"]) == expected
+    assert found.low < shampoo - others + 0.1 and found.high > shampoo - others - 0.1  # the highest of five lies above
+
+
+def test_an_optimizer_whose_quantized_runs_all_diverged_leaves_rho_open(monkeypatch):
+    runs = scaling_losses(dict.fromkeys(OPTIMIZERS, 0.8))
+    monkeypatch.setattr(claims, "scaling_runs", lambda study: runs[(runs.optimizer != "soap") | (runs.bits == 16)])
+    found = claims.c14(None)
+    assert np.isnan(found.value) and found.n == 4
