@@ -1,12 +1,14 @@
 """Training: schedule, folder, resume, divergence, accumulation, data parallelism."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -135,6 +137,32 @@ def test_a_diverged_run_ends_cleanly(run_config, tmp_path, optimizer, lr):
     assert result.row["status"] == "diverged" and result.row["reason"]
     assert pd.isna(result.row["val_loss"])
     assert result.row["steps"] <= run_config.steps
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged_at"),
+    [
+        ([5, 4, 6, 3, 2], None),  # one bump
+        ([5, 6, 4, 6, 3], None),  # two, not in a row
+        ([5, 6, 5.5, 3, 2], 2),
+        ([5, 4, 3, 2, 5.1], 4),  # nothing comes after the last
+        ([5, 4, math.nan, 3, 2], 2),
+        ([5, 4, math.inf, 3, 2], 2),
+        ([math.nan, 4, 3, 2, 1], 0),
+    ],
+)
+def test_a_run_has_diverged_when_its_loss_stays_above_the_start(run_config, tmp_path, monkeypatch, losses, diverged_at):
+    config = run_config.replace(evaluations=4)
+    steps, scripted = [0, *evaluation_steps(config)], iter(losses)
+
+    def validation_loss(*_, **__):
+        loss = next(scripted)
+        return SimpleNamespace(loss=loss, standard_error=0.1, bits_per_byte=loss)
+
+    monkeypatch.setattr(training, "validation_loss", validation_loss)
+    result = train(config, root=tmp_path, progress=False)
+    assert result.row["status"] == ("finished" if diverged_at is None else "diverged")
+    assert result.row["steps"] == steps[-1 if diverged_at is None else diverged_at]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(run_config, tmp_path):

@@ -38,7 +38,7 @@ COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below,
 
 
 class Diverged(Exception):
-    """The loss left the numbers, or rose above where it started."""
+    """The loss left the numbers, or rose above where it started and stayed there."""
 
 
 def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -121,7 +121,7 @@ class _Run:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
-        self.step, self.rows, self.seconds, self.first_val_loss = 0, [], 0.0, None
+        self.step, self.rows, self.seconds = 0, [], 0.0
         self.progress = progress and self.rank == 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
@@ -212,12 +212,11 @@ class _Run:
                 token_bytes=self.corpus.token_bytes,
             )
         self._log(val_loss=found.loss, val_standard_error=found.standard_error, bits_per_byte=found.bits_per_byte)
-        if self.first_val_loss is None:
-            self.first_val_loss = found.loss
-        if not found.loss <= self.first_val_loss:
-            raise Diverged(
-                f"validation loss {found.loss:.3f} at step {self.step}, {self.first_val_loss:.3f} at the start"
-            )
+        losses = [row["val_loss"] for row in self.rows if "val_loss" in row]
+        start, high = losses[0], [not loss <= losses[0] for loss in losses]  # NaN is high
+        # one bump at the full learning rate is forgiven: such runs come back to the losses of their neighbours
+        if high[-1] and (not np.isfinite(found.loss) or self.step == config.steps or high[-2]):
+            raise Diverged(f"validation loss {found.loss:.3f} at step {self.step}, {start:.3f} at the start")
         if save and self.rank == 0:
             self._save()
 
@@ -245,7 +244,6 @@ class _Run:
             "step": self.step,
             "rows": self.rows,
             "seconds": self.seconds,
-            "first_val_loss": self.first_val_loss,
             "optimizer": self.optimizer.state_dict(),
         }
         torch.save(state, self.folder / "state.tmp")
@@ -256,12 +254,11 @@ class _Run:
         load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.first_val_loss = state["first_val_loss"]
 
     def _finish(self, status: str, reason: str) -> None:
         self._write_metrics()
         config, metrics = self.config, pd.DataFrame(self.rows)
-        last = metrics.dropna(subset="val_loss").iloc[-1]
+        last = next(row for row in reversed(self.rows) if "val_loss" in row)
         speed = metrics.tokens_per_second if "tokens_per_second" in metrics else pd.Series(dtype=float)
         row = {
             "run": config.name,
@@ -269,9 +266,9 @@ class _Run:
             "status": status,
             "reason": reason,
             **flat_config(config),
-            "val_loss": last.val_loss if status == "finished" else float("nan"),
-            "val_standard_error": last.val_standard_error,
-            "bits_per_byte": last.bits_per_byte if status == "finished" else float("nan"),
+            "val_loss": last["val_loss"] if status == "finished" else float("nan"),
+            "val_standard_error": last["val_standard_error"],
+            "bits_per_byte": last["bits_per_byte"] if status == "finished" else float("nan"),
             "steps": self.step,
             "tokens": self.step * config.tokens_per_step,
             "epochs": self.step * config.batch_size / self.batches.windows,
