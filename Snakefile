@@ -56,6 +56,9 @@ def priority(size, run=None, purpose=None):
 rule all:
     input:
         expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks()),
+        # asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it
+        [result(planned) for planned in STUDY.protocol.sweep_runs()],
+        lambda _: [run for size in SIZES for run in main_runs(size)],
 
 
 rule corpus:
