@@ -135,17 +135,22 @@ def test_tables_that_are_not_there_say_what_to_do(study, tmp_path, monkeypatch):
 
 
 def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
-    """A table may hold rows of runs that were trained elsewhere; rows of runs that are no longer planned go."""
-    before = study.table("runs")
+    """A table may hold rows of runs that were trained elsewhere; rows of what is no longer planned go."""
+    before, before_common = study.table("runs"), study.table("common_loss")
     gone = before.run.iloc[3]
     stale = before.iloc[[0]].assign(run="an-old-run")
     pd.concat([before, stale]).to_csv(study.results / "runs.csv", index=False)
+    full = set(study.runs("full_precision").run)
+    only_swept = next(run for run in study.runs("sweep").run if run not in full)  # once a main run, say, no longer
+    pd.concat([before_common, before_common.iloc[[0]].assign(run=only_swept)]).to_csv(
+        study.results / "common_loss.csv", index=False
+    )
     result = Study.result
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
     monkeypatch.setattr(Study, "common_loss", lambda self, size: before_common[before_common["size"] == size])
-    before_common = study.table("common_loss")
     study.collect()
     assert set(study.table("runs").run) == set(before.run)
+    assert set(study.table("common_loss").run) == set(before_common.run)
 
 
 def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, monkeypatch):

@@ -56,11 +56,16 @@ def save(figure: plt.Figure, scale: str, name: str) -> plt.Figure:
     return figure
 
 
-def _panels(values, width: float = 3.6, height: float = 3.0, **options):
-    """One row of panels, one a value; returns (figure, {value: axes})."""
+def _panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):
+    """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
     values = list(dict.fromkeys(values))
-    figure, axes = plt.subplots(1, len(values), figsize=(width * len(values) + 1.1, height), squeeze=False, **options)
-    return figure, dict(zip(values, axes[0], strict=True))
+    columns = min(columns, len(values))
+    rows = -(-len(values) // columns)
+    size = (width * columns + 1.1, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    for ax in axes.flat[len(values) :]:
+        ax.set_visible(False)
+    return figure, dict(zip(values, axes.flat, strict=False))
 
 
 def _tidy_log(axis, format=None) -> None:
@@ -68,19 +73,25 @@ def _tidy_log(axis, format=None) -> None:
     low, high = axis.get_view_interval()
     span = high / max(low, 1e-300)
     if span < 100:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if span > 10 else MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if span > 4 else MaxNLocator(4, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(format or FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label_y(axes: plt.Axes, label: str) -> None:
-    """A label no longer than its axis."""
-    axes.set_ylabel(textwrap.fill(label, int(8 * axes.figure.get_size_inches()[1])))
+def _label_y(axes, label: str) -> None:
+    """A label no longer than its axis, on the first panel of every row."""
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            rows = ax.get_gridspec().nrows
+            ax.set_ylabel(textwrap.fill(label, int(8 * ax.figure.get_size_inches()[1] / rows)))
 
 
-def _legend(figure: plt.Figure, axes: plt.Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+def _legend(figure: plt.Figure) -> None:
+    """One legend of everything that some panel shows."""
+    unique = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        unique |= dict(zip(labels, handles, strict=True))
     known = {label: unique.pop(label) for label in (*LABELS.values(), *"ABC") if label in unique}  # the paper's order
     unique = known | unique
     figure.legend(unique.values(), unique.keys(), loc="outside right center")
@@ -106,8 +117,8 @@ def optimizer_lines(
             _tidy_log(ax.xaxis, EngFormatter(sep=""))
         if logy:
             _tidy_log(ax.yaxis)
-    _label_y(next(iter(axes.values())), ylabel)
-    _legend(figure, ax)
+    _label_y(axes.values(), ylabel)
+    _legend(figure)
     return figure
 
 
@@ -123,9 +134,10 @@ def optimizer_points(
     logx: bool = False,
     logy: bool = False,
 ) -> plt.Figure:
-    """A point a run, coloured by optimizer; `error` a column of standard errors of y; `joined` draws lines along x."""
+    """A point a run, coloured by optimizer; `error` a column of standard errors of y; `joined` draws a line a seed."""
     figure, axes = _panels(table[panel], sharey=True)
-    for (value, optimizer), rows in table.sort_values(x).groupby([panel, "optimizer"], sort=False):
+    by = [panel, "optimizer", *(["seed"] if joined else [])]
+    for (value, optimizer, *_), rows in table.sort_values(x).groupby(by, sort=False):
         style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer], "ms": 5}
         bars = rows[error] if error else None
         axes[value].errorbar(rows[x], rows[y], yerr=bars, ls="-" if joined else "none", lw=1, capsize=2, **style)
@@ -135,8 +147,8 @@ def optimizer_points(
             _tidy_log(ax.xaxis)
         if logy:
             _tidy_log(ax.yaxis)
-    _label_y(next(iter(axes.values())), ylabel)
-    _legend(figure, ax)
+    _label_y(axes.values(), ylabel)
+    _legend(figure)
     return figure
 
 
@@ -169,7 +181,7 @@ def optimizer_bars(
         ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set_xticks(range(len(names)), [LABELS[name] for name in names], rotation=60)
         ax.grid(axis="x", visible=False)
-    _label_y(next(iter(axes.values())), ylabel)
+    _label_y(axes.values(), ylabel)
     return figure
 
 
@@ -217,7 +229,7 @@ def depth_profile(table: pd.DataFrame, title: str) -> plt.Figure:
         ax.axvspan(index - 0.5, index + 0.5, color="grey", alpha=0.15, lw=0)
     ax.set_xticks(modules.index, [name.replace("blocks.", "") for name in modules.name], rotation=90, fontsize=7)
     ax.set(yscale="log", ylabel="$R_l$ (relative squared error)", title=f"{title}; RMSNorms shaded")
-    _legend(figure, ax)
+    _legend(figure)
     return figure
 
 
@@ -240,12 +252,14 @@ def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
     for ax in axes[-1]:
         ax.set_xlabel("module $l$")
     figure.suptitle(title)
-    _legend(figure, axes[0, 0])
+    _legend(figure)
     return figure
 
 
 def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> plt.Figure:
-    """The target against every candidate, a panel each (log axis), Pearson and interval in the title."""
+    """The target against every candidate, a panel each (log axis), Pearson and interval in the title; large points are
+    large models.
+    """
     found = correlations[correlations.target == target].set_index("candidate")
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
@@ -261,9 +275,11 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
         ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
+    for place, size in enumerate(sizes):
+        axes[0, 0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
     for ax in axes[:, 0]:
         ax.set_ylabel(textwrap.fill(label, 30))
-    _legend(figure, axes[0, 0])
+    _legend(figure)
     return figure
 
 
@@ -291,9 +307,9 @@ def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> plt.Figure:
     for column, (scheme, title) in enumerate(schemes.items()):
         rows = table[table.scheme == scheme]
         axes[0, column].plot(rows.x, rows.x, color="grey", lw=0.8)
-        axes[0, column].plot(rows.x, rows.y, color="#0072B2", lw=1.4)
+        axes[0, column].plot(rows.x, rows.y, color="#0072B2", lw=1.4, drawstyle="steps-mid")
         axes[0, column].set_title(title)
-        axes[1, column].plot(rows.x, rows.gradient, color="#D55E00", lw=1.4)
+        axes[1, column].plot(rows.x, rows.gradient, color="#D55E00", lw=1.4, drawstyle="steps-mid")
         axes[1, column].set_xlabel("x")
     axes[0, 0].set_ylabel("quantized x")
     axes[1, 0].set_ylabel("gradient passed on")
@@ -321,7 +337,7 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
         ax.set_xlabel("parameters $N$")
     for ax in axes[:, 0]:
         ax.set_ylabel("loss (nats a token)")
-    _legend(figure, axes[0, 0])
+    _legend(figure)
     return figure
 
 
@@ -360,7 +376,7 @@ def claims_ledger(table: pd.DataFrame) -> plt.Figure:
     ax.set_yticks(
         range(len(table)), [textwrap.fill(f"{row.id}  {row.claim}", 62) for row in table.itertuples()], fontsize=7
     )
-    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval; triangle: threshold and claimed side")
+    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval, cut at -1 and 1; triangle: threshold and claimed side")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
@@ -376,5 +392,5 @@ def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
     ):
         ax.scatter(rows["index"], rows.R, s=14, color=colour, label=kind, zorder=2)
     ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
-    _legend(figure, ax)
+    _legend(figure)
     return figure

@@ -217,16 +217,17 @@ class Study:
         self.results.mkdir(parents=True, exist_ok=True)
         for name, tables in parts.items():
             if tables:
-                table = self._merge(name, pd.concat(tables, ignore_index=True), purposes)
+                kept = {run for run, of in purposes.items() if name != "common_loss" or "full_precision" in of}
+                table = self._merge(name, pd.concat(tables, ignore_index=True), kept)
                 paths.write_whole(self.results / f"{name}.csv", table.to_csv(index=False))
 
-    def _merge(self, name: str, table: pd.DataFrame, planned: dict) -> pd.DataFrame:
-        """`table` plus the committed rows of planned runs that have no folder here (trained on another machine)."""
+    def _merge(self, name: str, table: pd.DataFrame, kept: set[str]) -> pd.DataFrame:
+        """`table` plus the committed rows of runs in `kept` that have no folder here (trained on another machine)."""
         file = self.results / f"{name}.csv"
         table = table[["run", *[column for column in table.columns if column != "run"]]]
         if file.exists():
             old = pd.read_csv(file)
-            old = old[old.run.isin(set(planned)) & ~old.run.isin(set(table.run))]
+            old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
             table = pd.concat([table, old], ignore_index=True) if len(old) else table
         return table
 
