@@ -17,7 +17,7 @@ from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 
 OPTIMIZER_NAMES = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # in the paper's order
-SECTIONS = {"threads", "corpus", "training", "sizes", "learning_rates", "hyper", "plan", "measure"}
+SECTIONS = {"threads", "corpus", "training", "sizes", "learning_rates", "hyper", "plan", "measure", "tuning"}
 PURPOSES = ("sweep", "full_precision", "qat", "schemes")
 PLAN = {
     "sweep": {"sizes", "seeds"},
@@ -77,7 +77,7 @@ class Protocol:
 
     def _check(self, path: Path) -> None:
         raw = self.raw
-        _keys(path, "the file", raw, SECTIONS, optional={"hyper"})
+        _keys(path, "the file", raw, SECTIONS, optional={"hyper", "tuning"})
         _keys(path, "[corpus]", raw["corpus"], _fields(CorpusConfig), optional=_fields(CorpusConfig))
         settings = _fields(RunConfig) - RESOLVED
         _keys(path, "[training]", raw["training"], settings, optional=settings)

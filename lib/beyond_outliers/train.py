@@ -34,7 +34,7 @@ from beyond_outliers.records import flat_config, provenance
 from beyond_outliers.runs import RunResult, build_model, load_result, run_folder, weights_path
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
-COMPILING_PAYS_ABOVE = 1e12  # floating-point operations of a run on CPU; below, compiling costs more than it saves
+COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
 class Diverged(Exception):

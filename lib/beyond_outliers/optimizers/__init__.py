@@ -12,6 +12,7 @@ from torch import nn
 
 from beyond_outliers.optimizers.adamw import SGD, AdamW
 from beyond_outliers.optimizers.common import NonFiniteGradientError as NonFiniteGradientError
+from beyond_outliers.optimizers.common import require as require
 from beyond_outliers.optimizers.muon import Muon
 from beyond_outliers.optimizers.psgd import PSGD
 from beyond_outliers.optimizers.scion import Scion
@@ -30,8 +31,12 @@ class Entry:
     def hyperparameters(self) -> tuple[str, ...]:
         """What `build_optimizer` accepts beside lr and weight_decay."""
         names = inspect.signature(self.optimizer.__init__).parameters
-        return tuple(name for name in names if name not in ("self", "params", "lr", "weight_decay"))
+        own = [name for name in names if name not in ("self", "params", "lr", "weight_decay")]
+        return tuple(dict.fromkeys([*own, *ROLE_RATES]))
 
+
+# Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
+ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
 
 # In the paper's order.
 OPTIMIZERS = {
@@ -71,7 +76,8 @@ def build_optimizer(
     """Optimizer `name` of the registry over `model`'s parameters, grouped by role.
 
     Every group carries `role`, `lr` and `initial_lr`; a schedule sets lr = initial_lr * factor. `weight_decay` reaches
-    matrices and embeddings. ValueError for an unknown name or hyperparameter, listing the valid ones.
+    matrices and embeddings. `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
+    ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown optimizer {name!r}: valid names are {', '.join(REGISTRY)}")
@@ -82,4 +88,10 @@ def build_optimizer(
             f"{entry.label} has no hyperparameter {', '.join(unknown)}: valid ones are "
             f"lr, weight_decay, {', '.join(entry.hyperparameters)}"
         )
-    return entry.optimizer(parameter_groups(model), lr=lr, weight_decay=weight_decay, **hyper)
+    groups = parameter_groups(model)
+    for rate, role in ROLE_RATES.items():
+        if hyper.get(rate) is not None:
+            require(hyper[rate] >= 0, rate, hyper[rate], "at least 0")
+            own = hyper.pop(rate)
+            groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
+    return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
