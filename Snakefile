@@ -7,8 +7,8 @@
 import sys
 
 from beyond_outliers import paths
-from beyond_outliers.batch import notebooks
-from beyond_outliers.protocol import read_learning_rates
+from beyond_outliers.notebook import notebooks
+from beyond_outliers.config import read_learning_rates
 from beyond_outliers.study import Study
 
 SCALE = config.get("scale", "pocket")

@@ -5,9 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers import claims
-from beyond_outliers.claims import Estimate, mean, rules, share, verdict
-from beyond_outliers.predictors import correlations
+from beyond_outliers.claims import Estimate, correlations, mean, rules, share, verdict
+from beyond_outliers.claims import ledger as claims
 
 OPTIMIZERS = ["adamw", "muon", "psgd", "scion", "shampoo", "soap"]
 

@@ -6,11 +6,11 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.claims import LEAST_UNITS
-from beyond_outliers.config import CorpusConfig, RunConfig
+from beyond_outliers.config import OPTIMIZER_NAMES, CorpusConfig, Protocol, RunConfig, choose_learning_rate, scales
 from beyond_outliers.optimizers import OPTIMIZERS
 from beyond_outliers.plots import LABELS
-from beyond_outliers.protocol import OPTIMIZER_NAMES, Protocol, choose_learning_rate, scales
-from beyond_outliers.study import Study, main
+from beyond_outliers.study import Study
+from beyond_outliers.study.__main__ import main
 
 
 def test_json_round_trip_and_run_id(run_config):

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from beyond_outliers import corpus
-from beyond_outliers.corpus import BOUNDARY, Batches, bytes_per_token, corpus_folder, open_corpus, split
-from beyond_outliers.sources import documents
+from beyond_outliers.corpus import BOUNDARY, Batches, bytes_per_token, corpus_folder, documents, open_corpus, split
+from beyond_outliers.corpus import tokens as corpus
 
 
 @pytest.fixture(scope="module")

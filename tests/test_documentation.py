@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.batch import notebooks
+from beyond_outliers.notebook import notebooks
 
 README, DATA = paths.ROOT / "README.md", paths.DATA / "README.md"
 TABLES = [t for t in sorted(paths.RESULTS.rglob("*.csv")) if t.parent.name != "smoke"]  # smoke is never committed

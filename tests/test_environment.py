@@ -69,7 +69,7 @@ def test_lib_imports_without_what_only_notebooks_need():
 import sys
 for name in ("datasets", "matplotlib", "seaborn", "papermill", "nbconvert", "snakemake", "transformers", "pyarrow"):
     sys.modules[name] = None
-import beyond_outliers.train, beyond_outliers.study, beyond_outliers.measure
+import beyond_outliers.train, beyond_outliers.study, beyond_outliers.study.measure
 import beyond_outliers.probe, beyond_outliers.claims, beyond_outliers.scaling
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

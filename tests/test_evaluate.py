@@ -9,10 +9,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from beyond_outliers import corpus, evaluate, tasks
-from beyond_outliers.evaluate import encode_requests, score, validation_loss, zero_shot
+from beyond_outliers.corpus import tokens as corpus
+from beyond_outliers.evaluate import (
+    Question,
+    cloze_questions,
+    encode_requests,
+    score,
+    tasks,
+    validation_loss,
+    zero_shot,
+)
+from beyond_outliers.evaluate import multiple_choice as evaluate
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.tasks import Question, cloze_questions
 
 VOCABULARY = (
     "the a value key name list of resource project service instance that is was returned created deleted updated when "

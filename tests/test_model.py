@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from beyond_outliers.config import Olmo2Config
-from beyond_outliers.losses import linear_cross_entropy
+from beyond_outliers.cross_entropy import linear_cross_entropy
 from beyond_outliers.model import Olmo2, rotary_tables
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from beyond_outliers.optimizers import PSGD, SOAP, AdamW, Muon, Scion, Shampoo
-from beyond_outliers.optimizers.common import add_gram_
+from beyond_outliers.optimizers.linalg import add_gram_
 from beyond_outliers.optimizers.muon import newton_schulz
 from beyond_outliers.optimizers.psgd import left_product, norm_lower_bound, right_product, update_factors
 

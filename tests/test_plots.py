@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import plots
-from beyond_outliers.protocol import OPTIMIZER_NAMES
+from beyond_outliers.config import OPTIMIZER_NAMES
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from torch import nn
 
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.optimizers import build_optimizer
-from beyond_outliers.qat import AbsMaxQuantizer, QATLinear
 from beyond_outliers.quantizers import (
     SCHEMES,
+    AbsMaxQuantizer,
     LSQQuantizer,
+    QATLinear,
     QuantizedLinear,
     QuantSpec,
     QuestQuantizer,

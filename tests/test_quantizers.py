@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from beyond_outliers.hadamard import hadamard_block, hadamard_matrix
 from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.modules import find_head
 from beyond_outliers.quantizers import (
     GRIDS,
     QuantizedLinear,
     QuantSpec,
-    find_head,
+    hadamard_block,
+    hadamard_matrix,
     hadamard_transform,
     quantize_model,
     quantize_tensor,

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from beyond_outliers import scaling
 from beyond_outliers.scaling import IdentificationWarning, compare_forms, fit_scaling_law, fit_shared
-from beyond_outliers.scaling_problem import build_problem, starting_points
+from beyond_outliers.scaling import fit as scaling
+from beyond_outliers.scaling.least_squares import build_problem, starting_points
 
 # tests that are about the warning ask for it with pytest.warns or turn it into an error
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.scaling.IdentificationWarning")

@@ -7,8 +7,7 @@ from tokenizers import Tokenizer
 
 from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig
-from beyond_outliers.corpus import open_corpus
-from beyond_outliers.sources import SHORTEST, climbmix, documents, fetch_source, local_text, plain, sources
+from beyond_outliers.corpus import SHORTEST, climbmix, documents, fetch_source, local_text, open_corpus, plain, sources
 
 
 @pytest.mark.parametrize(

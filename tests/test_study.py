@@ -14,10 +14,9 @@ import papermill
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.batch import notebooks, run_notebook
 from beyond_outliers.claims import CLAIMS, rules
-from beyond_outliers.notebook import check_parameters, paper, parameters_of
-from beyond_outliers.protocol import OPTIMIZER_NAMES, EdgeWarning, read_learning_rates
+from beyond_outliers.config import OPTIMIZER_NAMES, EdgeWarning, read_learning_rates
+from beyond_outliers.notebook import check_parameters, notebooks, paper, parameters_of, run_notebook
 from beyond_outliers.study import TABLES, MissingResults, Study
 
 pytestmark = pytest.mark.slow
@@ -387,7 +386,7 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
 
 
 def test_the_plan_is_printed(study, capsys):
-    from beyond_outliers import study as module
+    from beyond_outliers.study import __main__ as module
 
     assert module.main(["plan", "--scale", "smoke"]) == 0
     printed = capsys.readouterr().out
@@ -395,7 +394,7 @@ def test_the_plan_is_printed(study, capsys):
 
 
 def test_the_plan_counts_what_is_left(study, monkeypatch, tmp_path):
-    from beyond_outliers import plan
+    from beyond_outliers.study import plan
 
     table = plan.plan_table(study)
     assert (table.done == table.runs).all() and (table.hours == 0).all()

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beyond_outliers import train as training
 from beyond_outliers.quantizers import QuestQuantizer
-from beyond_outliers.runs import build_model, load_result, run_folder, weights_path
-from beyond_outliers.train import evaluation_steps, schedule, train
+from beyond_outliers.train import build_model, evaluation_steps, load_result, run_folder, schedule, train, weights_path
+from beyond_outliers.train import loop as training
+from beyond_outliers.train.__main__ import main
 
 
 def final_weights(result):
@@ -232,7 +232,7 @@ def test_two_workers_train_as_one(run_config, tmp_path):
 
 def test_the_command_line_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
-        training.main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
+        main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
     assert "valid: tiny, small" in capsys.readouterr().err
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
         training._device("gpu")

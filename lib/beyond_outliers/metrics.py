@@ -18,18 +18,17 @@ MMR sees only the first factor of this product, through the largest entry. `nois
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.grids import QuantSpec, quantize_tensor
-from beyond_outliers.hadamard import hadamard_block, hadamard_transform
+from beyond_outliers.modules import as_batches, evaluating, forward, is_linear
+from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 
 CENTERS = ("median", "mean")
 METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_gain", "expected_error"]
+
 
 # ------------------------------------------------------------------------------------------------- of one tensor
 
@@ -96,51 +95,6 @@ def kurtosis(x: Tensor) -> Tensor:
     """
     total, count = _mean_ratio(*_moments(_rows(x)))
     return total / count
-
-
-# -------------------------------------------------------------------------------------------------- of a model
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no key/value cache inside; everything as it was afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    configs = [config for model in models if getattr(config := getattr(model, "config", None), "use_cache", False)]
-    try:
-        for model in models:
-            model.eval()
-        for config in configs:
-            config.use_cache = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for config in configs:
-            config.use_cache = True
-
-
-def forward(model: nn.Module, batch):
-    """Output for one batch: a tensor, a tuple of positional or a mapping of keyword arguments, moved to the model."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-    def move(value):
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return model(**{key: move(value) for key, value in batch.items()})
-    return model(*map(move, batch)) if isinstance(batch, tuple) else model(move(batch))
-
-
-def as_batches(batches) -> Iterable:
-    """A lone tensor or mapping is one batch; anything else is iterated."""
-    return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer of full precision, or one of this project's quantized ones."""
-    weight = getattr(module, "weight", None)
-    return "Linear" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:

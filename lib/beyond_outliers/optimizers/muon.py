@@ -18,14 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import (
-    Stack,
-    StackedOptimizer,
-    laid_out_like,
-    require,
-    require_betas,
-    require_common,
-)
+from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas, require_common
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

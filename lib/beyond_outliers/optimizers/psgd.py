@@ -26,7 +26,9 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import Stack, StackedOptimizer, add_gram_, require, require_common, strips
+from beyond_outliers.optimizers.groups import require, require_common
+from beyond_outliers.optimizers.linalg import add_gram_, strips
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 DAMPING = 2.0**-13
 BALANCE_EVERY = 100

@@ -21,8 +21,9 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import Stack, StackedOptimizer, require, require_common
+from beyond_outliers.optimizers.groups import require, require_common
 from beyond_outliers.optimizers.muon import newton_schulz
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 EMBEDDING_LMOS = ("sign", "column")
 

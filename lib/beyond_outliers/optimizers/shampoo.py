@@ -22,15 +22,9 @@ betas (0.9, 1.0), eps 1e-12, blocks of 1024, no grafting, and takes separate bet
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import (
-    Stack,
-    StackedOptimizer,
-    add_gram_,
-    eigh,
-    require,
-    require_betas,
-    require_common,
-)
+from beyond_outliers.optimizers.groups import require, require_betas, require_common
+from beyond_outliers.optimizers.linalg import add_gram_, eigh
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 
 class Shampoo(StackedOptimizer):

@@ -20,15 +20,9 @@ correction, but for the weight decay (0.01 in the reference).
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.common import (
-    Stack,
-    StackedOptimizer,
-    add_gram_,
-    eigh,
-    require,
-    require_betas,
-    require_common,
-)
+from beyond_outliers.optimizers.groups import require, require_betas, require_common
+from beyond_outliers.optimizers.linalg import add_gram_, eigh
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 
 class SOAP(StackedOptimizer):

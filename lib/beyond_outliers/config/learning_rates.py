@@ -1,0 +1,48 @@
+"""Learning rates of a scale: the choice among the losses of a sweep, and the table of what was chosen."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers import paths
+
+
+class EdgeWarning(UserWarning):
+    """The best learning rate lies at the edge of its grid: the true optimum may lie outside."""
+
+
+# ------------------------------------------------------------------------------------------------------- learning rates
+
+
+def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, bool]:
+    """(best learning rate, whether it lies at the edge of the grid) from one loss a learning rate; nan = diverged.
+
+    Inside the grid: the vertex of the parabola through the best point and its two neighbours in log(lr), rounded to
+    two digits. At the edge, or beside a diverged run, the best point itself. ValueError when every run diverged.
+    """
+    order = np.argsort(lrs)
+    x, y = np.log(np.asarray(lrs, float)[order]), np.asarray(losses, float)[order]
+    if np.isnan(y).all():
+        raise ValueError(f"every learning rate of {sorted(lrs)} diverged: extend the grid downwards")
+    best = int(np.nanargmin(y))
+    edge = best in (0, len(y) - 1)
+    if not edge and np.isfinite(y[best - 1 : best + 2]).all():
+        a, b, _ = np.polyfit(x[best - 1 : best + 2] - x[best], y[best - 1 : best + 2], 2)
+        if a > 0:
+            shift = float(np.clip(-b / (2 * a), x[best - 1] - x[best], x[best + 1] - x[best]))
+            return float(f"{math.exp(x[best] + shift):.1e}"), False
+    return float(np.exp(x[best]).round(12)), edge
+
+
+def learning_rates_file(scale: str) -> Path:
+    return paths.RESULTS / scale / "learning_rates.csv"
+
+
+def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
+    """(swept size, optimizer) -> chosen learning rate; empty before the sweep is done."""
+    file = learning_rates_file(scale)
+    if not file.exists():
+        return {}
+    return {(row.size, row.optimizer): row.lr for row in pd.read_csv(file).itertuples()}

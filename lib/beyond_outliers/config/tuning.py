@@ -1,0 +1,103 @@
+"""Learning rates by one rule for every optimizer: [tuning] of a scale file, one (size, optimizer) after the other.
+
+Two rates are tuned, each on a line of rates a factor apart: first the auxiliary rate (embedding and vectors) with the
+hidden matrices' rate at its start, then the matrices' rate at the chosen auxiliary one. On each line the choice is the
+smallest rate whose final validation loss is within `tolerance` nats of the best, never one beside a diverged rate; the
+line is extended until the choice and the best lie inside it. The smallest size starts where the scale file says, every
+other at the choice of the size before.
+
+Embedding and vectors take the same step per entry: vector_lr = embedding_lr, for Scion, whose sign step on the
+embedding is divided by its width, vector_lr = embedding_lr / width.
+"""
+
+import math
+from collections.abc import Callable
+
+from beyond_outliers.config.protocol import Protocol
+from beyond_outliers.config.run import RunConfig
+
+MOST_RATES = 12  # on a line; a search that wants more has gone astray
+
+
+class Pending(Exception):
+    """A run that the search asks for has not been trained yet; `config` names it."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__(config.name)
+        self.config = config
+
+
+def line_search(loss: Callable[[float], float], start: float, factor: float, tolerance: float) -> dict:
+    """Chooses a rate among start * factor^k by the rule above; `loss(rate)` is NaN where the run diverged.
+
+    Returns {"rate": the choice, "best": the rate of the lowest loss, "tried": {rate: loss}, in ascending order}.
+    RuntimeError after MOST_RATES rates.
+    """
+    tried: dict[int, float] = {}
+
+    def rate(k: int) -> float:
+        return float(f"{start * factor**k:.6g}")
+
+    def found(k: int) -> float:
+        if k not in tried:
+            if len(tried) == MOST_RATES:
+                raise RuntimeError(
+                    f"no choice inside the grid after {sorted(map(rate, tried))}: another start is needed"
+                )
+            tried[k] = loss(rate(k))
+        return tried[k]
+
+    for k in (0, -1, 1):
+        found(k)
+    while True:
+        # a rate beside a diverged one, or at the end of the line, is not a choice yet
+        inside = [k for k in tried if all(math.isfinite(tried.get(n, math.nan)) for n in (k - 1, k, k + 1))]
+        finite = [k for k in tried if math.isfinite(tried[k])]
+        if not finite:
+            found(min(tried) - 1)
+            continue
+        best = min(finite, key=tried.get)
+        missing = [n for n in (best + 1, best - 1) if n not in tried]
+        if missing:
+            found(missing[0])
+            continue
+        if not inside:  # the best is beside a diverged rate: look further down
+            found(min(tried) - 1)
+            continue
+        best = min(inside, key=tried.get)
+        good = [k for k in finite if tried[k] <= tried[best] + tolerance and math.isfinite(tried.get(k + 1, math.nan))]
+        choice = min(k for k in good if math.isfinite(tried.get(k - 1, 0.0)))
+        if choice - 1 in tried:
+            return {"rate": rate(choice), "best": rate(best), "tried": {rate(k): tried[k] for k in sorted(tried)}}
+        found(choice - 1)
+
+
+def tuned_config(protocol: Protocol, size: str, optimizer: str, lr: float, auxiliary: float) -> RunConfig:
+    """The tuning run of one pair of rates."""
+    config = protocol.config(size, optimizer, lr=lr, seed=protocol.raw["tuning"]["seed"])
+    return config.replace(hyper=auxiliary_rates(optimizer, auxiliary, config.model.width))
+
+
+def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict:
+    """Hyperparameters of an auxiliary rate: the same step per entry of embedding and vectors."""
+    vector = float(f"{auxiliary / width:.6g}") if optimizer == "scion" else auxiliary
+    return {"embedding_lr": auxiliary, "vector_lr": vector}
+
+
+def tune(protocol: Protocol, size: str, optimizer: str, val_loss: Callable[[RunConfig], float]) -> dict:
+    """Both rates of an optimizer at a size: {"lr", "auxiliary", "lines": {"auxiliary": ..., "lr": ...}}.
+
+    `val_loss(config)`: the final validation loss of a tuning run, NaN when it diverged.
+    """
+    rule = protocol.raw["tuning"]
+    place = protocol.sizes.index(size)
+    if place:
+        before = tune(protocol, protocol.sizes[place - 1], optimizer, val_loss)
+        lr, auxiliary = before["lr"], before["auxiliary"]
+    else:
+        lr, auxiliary = rule["start"][optimizer]["lr"], rule["start"][optimizer]["auxiliary"]
+    step = rule["factor"], rule["tolerance"]
+    first = line_search(lambda a: val_loss(tuned_config(protocol, size, optimizer, lr, a)), auxiliary, *step)
+    chosen = first["rate"]
+    second = line_search(lambda r: val_loss(tuned_config(protocol, size, optimizer, r, chosen)), lr, *step)
+    return {"lr": second["rate"], "auxiliary": chosen, "lines": {"auxiliary": first, "lr": second}}

@@ -1,0 +1,76 @@
+"""Validation loss in nats a token, on windows spread evenly over the validation tokens.
+
+Everything runs in the model's own dtype and under the caller's `torch.autocast`, if there is one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.modules import evaluating
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """`loss` in nats a token, its `standard_error` over sequences (NaN for one), `bits_per_byte`, tokens predicted."""
+
+    loss: float
+    standard_error: float
+    bits_per_byte: float
+    n_tokens: int
+
+
+def validation_loss(
+    model: nn.Module,
+    tokens: np.ndarray,
+    context: int,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    token_bytes: np.ndarray | None = None,
+) -> ValidationLoss:
+    """Mean next-token cross-entropy over windows of `context` + 1 tokens that do not overlap.
+
+    `model(ids)` maps (B, T) int64 to logits (B, T, V); it may be compiled: every call sees the same shape.
+    `tokens` is 1-D uint16, in memory or mapped. With `max_tokens`, the largest number of windows that predict no more
+    than that many tokens is spread evenly over `tokens`, so that a sample crosses all documents.
+    `token_bytes` (V,) counts the UTF-8 bytes of every token and turns nats into bits a byte; without it they are NaN.
+    Raises ValueError if `tokens` or `max_tokens` do not hold one window, or if a token is missing in `token_bytes`.
+    """
+    available = len(tokens) // (context + 1)
+    n_windows = available if max_tokens is None else min(available, max_tokens // context)
+    if n_windows < 1:
+        raise ValueError(
+            f"a window needs {context + 1} tokens and predicts {context}; "
+            f"there are {len(tokens)} tokens, and max_tokens is {max_tokens}"
+        )
+    starts = np.arange(n_windows) * available // n_windows * (context + 1)
+    batch_size = min(batch_size, n_windows)
+    sums = np.empty(n_windows)  # nats a window
+    n_bytes = 0
+    with evaluating(model) as device:
+        for first in range(0, n_windows, batch_size):
+            real = min(batch_size, n_windows - first)
+            # the last batch is filled up with repetitions: another shape would compile the model again
+            chosen = starts[(first + np.arange(batch_size)) % n_windows]
+            window = torch.from_numpy(tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
+            targets = window[:, 1:]
+            losses = cross_entropy(model(window[:, :-1]), targets, "none").view(batch_size, context)
+            sums[first : first + real] = losses.sum(1, dtype=torch.float64)[:real].cpu().numpy()
+            if token_bytes is not None:
+                n_bytes += _count_bytes(targets[:real].cpu().numpy(), token_bytes)
+    n_tokens = n_windows * context
+    return ValidationLoss(
+        loss=float(sums.sum() / n_tokens),
+        standard_error=float(sums.std(ddof=1) / context / n_windows**0.5) if n_windows > 1 else float("nan"),
+        bits_per_byte=float(sums.sum() / np.log(2) / n_bytes) if n_bytes else float("nan"),
+        n_tokens=n_tokens,
+    )
+
+
+def _count_bytes(ids: np.ndarray, token_bytes: np.ndarray) -> int:
+    if ids.max() >= len(token_bytes):
+        raise ValueError(f"token {ids.max()} has no entry in token_bytes of length {len(token_bytes)}")
+    return int(token_bytes[ids].sum())

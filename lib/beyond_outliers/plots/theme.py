@@ -1,0 +1,84 @@
+"""One theme for every figure: colours, markers, panels, tick labels, and `save`.
+
+`save` writes a figure as PDF and PNG below figures/SCALE, named after notebook and figure.
+"""
+
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from beyond_outliers import paths
+
+LABELS = {"adamw": "AdamW", "muon": "Muon", "psgd": "PSGD", "scion": "Scion", "shampoo": "Shampoo", "soap": "SOAP"}
+# Okabe-Ito colours: told apart with any colour vision, one an optimizer in every figure
+COLOURS = dict(zip(LABELS, ["#000000", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#009E73"], strict=True))
+MARKERS = dict(zip(LABELS, ["o", "s", "D", "^", "v", "P"], strict=True))
+
+
+def set_theme() -> None:
+    sns.set_theme(context="paper", style="ticks", font_scale=1.1)
+    plt.rcParams |= {
+        "figure.dpi": 110,
+        "savefig.dpi": 160,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+        "pdf.fonttype": 42,
+    }
+
+
+def save(figure: plt.Figure, scale: str, name: str) -> plt.Figure:
+    """figures/SCALE/NAME.pdf and .png; returns the figure, so that a cell can end with it. Closed: shown once."""
+    folder: Path = paths.FIGURES / scale
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # no date: same data, same file
+    figure.savefig(folder / f"{name}.png")
+    plt.close(figure)
+    return figure
+
+
+def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):
+    """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
+    values = list(dict.fromkeys(values))
+    columns = min(columns, len(values))
+    rows = -(-len(values) // columns)
+    size = (width * columns + 1.1, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    for ax in axes.flat[len(values) :]:
+        ax.set_visible(False)
+    return figure, dict(zip(values, axes.flat, strict=False))
+
+
+def tidy_log(axis, format=None) -> None:
+    """Tick labels of a logarithmic axis that do not overlap: round steps within a decade, 1, 2, 5 within two."""
+    low, high = axis.get_view_interval()
+    span = high / max(low, 1e-300)
+    if span < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if span > 4 else MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(format or FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label_y(axes, label: str) -> None:
+    """A label no longer than its axis, on the first panel of every row."""
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            rows = ax.get_gridspec().nrows
+            ax.set_ylabel(textwrap.fill(label, int(8 * ax.figure.get_size_inches()[1] / rows)))
+
+
+def legend(figure: plt.Figure) -> None:
+    """One legend of everything that some panel shows."""
+    unique = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        unique |= dict(zip(labels, handles, strict=True))
+    known = {label: unique.pop(label) for label in (*LABELS.values(), *"ABC") if label in unique}  # the paper's order
+    unique = known | unique
+    figure.legend(unique.values(), unique.keys(), loc="outside right center")

@@ -1,0 +1,8 @@
+"""How quantization error travels through a model: the ABC decomposition, and R_L alone."""
+
+from beyond_outliers.propagation.decomposition import decompose, summarise
+from beyond_outliers.propagation.norms import spectral_norm
+from beyond_outliers.propagation.output_error import RelativeError, relative_error
+from beyond_outliers.propagation.rows import FUNCTIONAL
+
+__all__ = ["FUNCTIONAL", "RelativeError", "decompose", "relative_error", "spectral_norm", "summarise"]

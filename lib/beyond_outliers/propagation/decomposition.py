@@ -1,0 +1,208 @@
+"""How quantization error travels: the ABC decomposition of every module of any two corresponding models.
+
+Paper: arXiv 2509.23500, section 5. Modules h_l = f_l(h_{l-1}) of the model, hq_l = fq_l(hq_{l-1}) of the quantized one,
+dh_l = hq_l - h_l; R_l = ||dh_l||^2 / ||h_l||^2 = A_l + B_l + C_l exactly, from four evaluations of every module:
+
+    a = 1/2 [fq(hq) - fq(h) + f(hq) - f(h)]   accumulated: the changed input        A = ||a||^2 / ||h_l||^2
+    b = 1/2 [fq(hq) - f(hq) + fq(h) - f(h)]   new: the changed function             B = ||b||^2 / ||h_l||^2
+                                              their interaction                     C = 2<a, b> / ||h_l||^2
+    gain G_l = A_l / R_in                     R_in: relative error of the module's input
+
+and for a linear layer of weight W and quantized weight W + E the two factors of the gain, G = G1 * G2 (exact when only
+weights are quantized, in the reduction "global"):
+
+    spectral_ratio  G1 = (||W + E/2||_2 / ||W||_2)^2        alignment_ratio G2 = (cos_phi / cos_psi)^2
+    cos_phi = ||(W + E/2) dh|| / (||W + E/2||_2 ||dh||)     cos_psi = ||f(h)|| / (||W||_2 ||h||)
+
+f(h) includes the bias where there is one, which keeps the identity exact.
+
+Conventions. Modules are compared by name, through hooks; neither model is edited. Input and output of a module are all
+the floating-point tensors that it takes and returns, concatenated; inputs that the two models share (rotary tables,
+masks, the input of the first layer) are no activations and do not count in R_in. Positions where the full-precision
+value is not finite (the -inf of future positions in attention scores) do not count. l runs over the rows of the table,
+in the order in which modules finish: first the embedding (R = 0), last the logits; R_L is the last row's R.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyond_outliers.modules import as_batches, evaluating
+from beyond_outliers.propagation.norms import Ratios, dot, pieces, spectral_norm, squared_norms
+from beyond_outliers.propagation.recording import Call, Tape, clones, floats, opened_attention, record
+from beyond_outliers.propagation.rows import FUNCTIONAL, watched
+
+GRANULARITIES = ("module", "sublayer", "block")
+ATTENTIONS = ("unit", "open")
+REDUCTIONS = ("global", "token")
+
+
+class _Row:
+    """Sums of one module's calls over the batches, and the table row that they give."""
+
+    def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], reduction: str):
+        self.name, self.kind, (self.module, self.quantized), self.reduction = name, kind, pair, reduction
+        self.output = Ratios(reduction)
+        self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
+        self.phi, self.psi = Ratios(reduction), Ratios(reduction)
+
+    def add(self, call: Call, quantized_call: Call, in_place: bool):
+        copy = clones if in_place else lambda value: value
+        h, hq = floats(call.args, call.kwargs), floats(quantized_call.args, quantized_call.kwargs)
+        f_h, fq_hq = floats(call.output), floats(quantized_call.output)
+        if h:
+            f_hq = floats(self.module(*copy(quantized_call.args), **copy(quantized_call.kwargs)))
+            fq_h = floats(self.quantized(*copy(call.args), **copy(call.kwargs)))
+        else:  # nothing that quantization could have changed goes in
+            f_hq, fq_h = f_h, fq_hq
+        shapes = [[tuple(x.shape) for x in outputs] for outputs in (f_h, fq_hq, f_hq, fq_h)]
+        if any(s != shapes[0] for s in shapes):
+            raise ValueError(f"module {self.name!r} returns other shapes in the quantized model: {shapes}")
+        for outputs in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
+            self._add_output(*outputs)
+        for position, inputs in enumerate(zip(h, hq, strict=True)):
+            for x, xq in pieces(inputs, self.reduction):
+                d = xq - x
+                self.inputs[position].add(dot(x, x), dot(d, d))
+        if self.kind == "linear":
+            wide = torch.promote_types(h[0].dtype, torch.float32)
+            middle = (self.module.weight.to(wide) + self.quantized.weight.to(wide)) / 2
+            error = hq[0].to(wide) - h[0].to(wide)
+            self.phi.add(squared_norms(error, self.reduction), squared_norms(F.linear(error, middle), self.reduction))
+            self.psi.add(squared_norms(h[0], self.reduction), squared_norms(f_h[0], self.reduction))
+
+    def _add_output(self, x: Tensor, xq: Tensor, moved: Tensor, replaced: Tensor):
+        """Adds f(h), fq(hq), f(hq), fq(h): with d = dh and t = f(hq) - fq(h), a = (d + t) / 2 and b = (d - t) / 2."""
+        if torch.equal(moved, xq) and torch.equal(replaced, x):  # the function has not changed: b = 0
+            for h, hq in pieces((x, xq), self.reduction):
+                d = hq - h
+                r = dot(d, d)
+                self.output.add(dot(h, h), r, r, torch.zeros_like(r), torch.zeros_like(r))
+            return
+        for h, hq, f_hq, fq_h in pieces((x, xq, moved, replaced), self.reduction):
+            d, t = hq - h, f_hq - fq_h
+            a, b = d + t, d - t
+            self.output.add(dot(h, h), dot(d, d), dot(a, a) / 4, dot(b, b) / 4, dot(a, b) / 2)
+
+    def as_dict(self) -> dict:
+        r, a, b, c = self.output.values()
+        changed = [ratios.sums for ratios in self.inputs.values() if ratios.sums[1] != 0]
+        r_in = float(sum(s[1] for s in changed) / sum(s[0] for s in changed)) if changed else 0.0
+        row = {"name": self.name, "kind": self.kind, "R": r, "A": a, "B": b, "C": c}
+        row |= {"gain": a / r_in if r_in else np.nan}
+        row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
+        if self.kind == "linear":
+            weight, quantized = self.module.weight.double(), self.quantized.weight.double()
+            norm, middle_norm = spectral_norm(weight), spectral_norm((weight + quantized) / 2)
+            row["spectral_ratio"] = (middle_norm / norm) ** 2
+            row["cos_phi"] = float(self.phi.values()[0] ** 0.5 / middle_norm)
+            row["cos_psi"] = float(self.psi.values()[0] ** 0.5 / norm)
+            row["alignment_ratio"] = (row["cos_phi"] / row["cos_psi"]) ** 2
+        return row | {"R_in": r_in}
+
+
+def _choose(name: str, value: str, valid: tuple[str, ...]):
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid: {valid}")
+
+
+def decompose(
+    model: nn.Module,
+    quantized: nn.Module,
+    batches,
+    granularity: str = "module",
+    attention: str = "unit",
+    reduction: str = "global",
+) -> pd.DataFrame:
+    """R, A, B, C, gain and the linear layers' spectral and alignment ratios of every module (module docstring).
+
+    `quantized` has modules of the same names as `model`, as `quantize_model` and `freeze_qat` give it; its linear
+    layers offer their dequantized weight W + E as `.weight` (so a `prepare_qat` model goes through `freeze_qat` first).
+    `batches`: an iterable of inputs (a tensor, a tuple of positional or a mapping of keyword arguments each), or one
+    tensor or mapping.
+
+    granularity "module": every module without children (linear, norm, activation, residual add, ...); "sublayer": the
+        children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
+    attention "unit": an attention module with its projections is one row, as in the paper; "open": its projections,
+        rotary positions, query/key norm, scores, softmax, mixing and output each have a row. Applies to "module".
+    reduction "global": norms are Frobenius norms over all tokens of all batches, so that every identity is exact;
+        "token": the mean over rows (last dimension) of each row's own ratio, rows of norm zero left out: R = A + B + C
+        stays exact, G = G1 * G2 does not, and cos_phi, cos_psi are root mean squares. With several inputs R_in is
+        over all of them, concatenated (global), or over the rows of all of them (token).
+
+    What a module computes itself between the calls of its children (a residual add written as `+`) has no row of its
+    own: the module around it gets a row whose kind ends with " (functional parts)", after its children's rows. A module
+    that runs several times has a row a call, named "name#2" and so on. Dropout and Identity have none.
+
+    Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
+    quantity is not defined (gain of a module whose input has no error; ratios of what is not linear).
+
+    Cost: one pass of the first batch to see what runs, then a batch at a time one pass of each model and, a module at
+    a time, the two crossed evaluations. Memory: the activations of one full-precision pass over one batch, released
+    as the quantized pass proceeds, and float64 copies of at most a few million elements.
+
+    Raises ValueError for unknown options, no batches, modules that the quantized model lacks or runs a different number
+    of times, or a model without floating-point activations.
+    """
+    _choose("granularity", granularity, GRANULARITIES)
+    _choose("attention", attention, ATTENTIONS)
+    _choose("reduction", reduction, REDUCTIONS)
+    calls: dict[tuple[str, int], Call] = {}
+    rows: dict[tuple[str, int], _Row] = {}
+
+    def keep(name: str, number: int, call: Call):
+        calls[name, number] = call
+
+    def compare(name: str, number: int, call: Call):
+        original = calls.pop((name, number), None)
+        if original is None:
+            raise ValueError(f"module {name!r} runs more often in the quantized model than in the model")
+        if (name, number) not in rows:
+            pair = model.get_submodule(name), quantized.get_submodule(name)
+            label = (name or "(model)") + (f"#{number}" if number > 1 else "")
+            rows[name, number] = _Row(label, kinds[name], pair, reduction)
+        rows[name, number].add(original, call, tapes[0].clone)
+
+    tapes: list[Tape] = []
+    with evaluating(model, quantized), opened_attention(attention, model, quantized):
+        for batch in as_batches(batches):
+            if not tapes:
+                kinds = watched(model, batch, granularity, attention)
+                _check_names(kinds, model, quantized)
+                tapes = [Tape(model, kinds, keep), Tape(quantized, kinds, compare)]
+            record(tapes[0], calls, batch)
+            tapes[1].clone = tapes[0].clone
+            tapes[1].run(batch)
+            if calls:
+                raise ValueError(f"the quantized model does not run {sorted({name for name, _ in calls})}")
+        if not tapes:
+            raise ValueError("there is no batch in batches")
+        table = pd.DataFrame([row.as_dict() for row in rows.values()])
+    table.insert(0, "index", range(len(table)))
+    return table
+
+
+def _check_names(kinds: dict[str, str], model: nn.Module, quantized: nn.Module):
+    if not kinds:
+        raise ValueError(f"no module of {type(model).__name__} computes on floating-point activations")
+    missing = set(kinds) - {name for name, _ in quantized.named_modules(remove_duplicate=False)}
+    if missing:
+        raise ValueError(f"modules of the model that the quantized model lacks: {sorted(missing)}")
+
+
+def summarise(table: pd.DataFrame) -> pd.Series:
+    """The scalars of a `decompose` table that serve as predictors.
+
+    R_L (last row), mean R, A and B over the modules (rows of functional parts would count their children twice and are
+    left out), and over the linear layers the mean gain, spectral and alignment ratio; where no linear layer has a row
+    of its own (sublayer, block) the latter are NaN.
+    """
+    own = table[~table["kind"].str.endswith(FUNCTIONAL)]
+    linear = own[own["kind"] == "linear"]
+    means = {f"mean_{column}": own[column].mean() for column in ("R", "A", "B", "gain")}
+    means |= {f"linear_{column}": linear[column].mean() for column in ("gain", "spectral_ratio", "alignment_ratio")}
+    return pd.Series({"R_L": table["R"].iloc[-1]} | means)

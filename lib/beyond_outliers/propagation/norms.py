@@ -1,0 +1,66 @@
+"""Squared norms and their ratios in float64, a bounded number of elements at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pieces(tensors: tuple[Tensor, ...], reduction: str) -> Iterator[list[Tensor]]:
+    """float64 copies of tensors of one shape, a bounded number of elements at a time.
+
+    (rows, features) for the reduction "token"; (1, elements) for "global", where rows do not matter. Positions where
+    the first tensor is not finite are zero in all.
+    """
+    size = 2**16 if tensors[0].device.type == "cpu" else 2**24  # a cache's worth, or enough to keep a GPU busy
+    features = tensors[0].shape[-1] if reduction == "token" and tensors[0].ndim else tensors[0].numel()
+    if not features:
+        return
+    rows = [x.reshape(-1, features) for x in tensors]
+    dim = 0 if reduction == "token" else 1
+    step = max(1, size // features) if reduction == "token" else size
+    clean = bool(tensors[0].sum().isfinite())  # a sum that overflows only costs the look below
+    for piece in zip(*(x.split(step, dim) for x in rows), strict=True):
+        if clean:
+            yield [x.double() for x in piece]
+        else:
+            finite = piece[0].isfinite()
+            yield [x.double().masked_fill(~finite, 0.0) for x in piece]
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """(rows,): inner products of the rows of two (rows, features) tensors."""
+    return torch.dot(x[0], y[0])[None] if len(x) == 1 else (x * y).sum(-1)
+
+
+def squared_norms(x: Tensor, reduction: str) -> Tensor:
+    """Squared norms, float64: (rows,) for "token", of the whole tensor, (1,), for "global"."""
+    norms = [dot(piece, piece) for (piece,) in pieces((x,), reduction)]
+    return torch.cat(norms) if reduction == "token" else torch.stack(norms).sum(0)
+
+
+class Ratios:
+    """Sums of `numerators` over a `denominator`, (rows,) squared norms: "global" over all rows, "token" of ratios."""
+
+    def __init__(self, reduction: str):
+        self.reduction, self.sums = reduction, 0.0
+
+    def add(self, denominator: Tensor, *numerators: Tensor):
+        if self.reduction == "token":
+            kept = denominator != 0  # a row of zeros has no relative error
+            numerators = [x[kept] / denominator[kept] for x in numerators]
+            denominator = kept.double()
+        self.sums = self.sums + torch.stack([denominator.sum(), *(x.sum() for x in numerators)])
+
+    def values(self) -> np.ndarray:
+        sums = self.sums.cpu().numpy() if isinstance(self.sums, Tensor) else np.zeros(2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums[1:] / sums[0]
+
+
+def spectral_norm(weight: Tensor) -> float:
+    """Largest singular value of a matrix, in float64, from the smaller Gram matrix: much cheaper than an SVD."""
+    weight = weight.double()
+    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()

@@ -1,0 +1,106 @@
+"""R_L alone: the relative error of a quantized model's output, with its interval over sequences."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from beyond_outliers.modules import as_batches, evaluating, forward
+from beyond_outliers.propagation.norms import dot, pieces
+from beyond_outliers.propagation.recording import floats
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """R_L with its interval over sequences, and the tokens that bring the interval's half-width to 5 % of R_L."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    n_sequences: int
+    n_tokens: int
+    tokens_for_5_percent: float
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def relative_error(
+    model: nn.Module,
+    quantized: nn.Module,
+    batches,
+    sample: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> RelativeError:
+    """R_L = ||dh_L||^2 / ||h_L||^2 of the models' outputs, in one pass of each: `decompose`'s last R, reduction global.
+
+    `batches` as in `decompose`, the first dimension counting sequences. `sample`: the number of sequences to draw (at
+    random, without replacement; `batches` is then listed first), None for all.
+
+    R_L is a ratio of two sums over sequences, the independent units of text (tokens of one sequence are not). The
+    interval is that of the ratio estimator: with residuals e_i = d_i - R n_i of the m sequences,
+    R +- t_{m-1} * sd(e) / (sqrt(m) * mean(n)) (Cochran, Sampling Techniques, chapter 6; no finite-population
+    correction, because the text itself is a sample). NaN for a single sequence. `tokens_for_5_percent` solves the same
+    formula, with the normal quantile, for the m that gives a half-width of 0.05 R.
+
+    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    batches = as_batches(batches)
+    if sample is not None:
+        if sample < 2:
+            raise ValueError(f"sample must be at least 2 sequences, not {sample}")
+        batches = _draw(list(batches), sample, seed)
+    errors, signals, n_tokens = [], [], 0
+    with evaluating(model, quantized):
+        for batch in batches:
+            pairs = list(zip(floats(forward(model, batch)), floats(forward(quantized, batch)), strict=True))
+            if not pairs:
+                raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
+            first = pairs[0][0]
+            n_tokens += first[..., 0].numel()
+            for i in range(len(first)):
+                error = signal = 0.0
+                for x, xq in pairs:
+                    for h, hq in pieces((x[i], xq[i]), "global"):
+                        d = hq - h
+                        error, signal = error + dot(d, d), signal + dot(h, h)
+                errors.append(float(error))
+                signals.append(float(signal))
+    if not errors:
+        raise ValueError("there is no batch in batches")
+    d, n, m = np.array(errors), np.array(signals), len(errors)
+    value = d.sum() / n.sum()
+    spread = np.std(d - value * n, ddof=1) / n.mean() if m > 1 else np.nan
+    half = stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m) if m > 1 else np.nan
+    needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
+    interval = float(value - half), float(value + half)
+    return RelativeError(float(value), *interval, confidence, m, n_tokens, float(needed * n_tokens / m))
+
+
+def _draw(batches: list, sample: int, seed: int) -> Iterator:
+    """`sample` sequences drawn from all batches, still in batches."""
+
+    def length(batch) -> int:
+        return len(next(x for x in (batch.values() if isinstance(batch, dict) else batch) if isinstance(x, Tensor)))
+
+    def take(value, rows):
+        return value[rows] if isinstance(value, Tensor) else value
+
+    sizes = [len(batch) if isinstance(batch, Tensor) else length(batch) for batch in batches]
+    total = sum(sizes)
+    drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
+    for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
+        rows = torch.from_numpy(drawn[(drawn >= start) & (drawn < start + size)] - start)
+        if not len(rows):
+            continue
+        if isinstance(batch, dict):
+            yield {key: take(value, rows) for key, value in batch.items()}
+        else:
+            yield tuple(take(value, rows) for value in batch) if isinstance(batch, tuple) else batch[rows]

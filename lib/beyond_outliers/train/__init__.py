@@ -1,0 +1,21 @@
+"""Training: one run from its config to its folder; it resumes by itself."""
+
+from beyond_outliers.train.folder import RunResult, build_model, flat_config, load_result, run_folder, weights_path
+from beyond_outliers.train.loop import Diverged, LossModule, evaluation_steps, schedule, train
+from beyond_outliers.train.machine import git_commit, provenance
+
+__all__ = [
+    "Diverged",
+    "LossModule",
+    "RunResult",
+    "build_model",
+    "evaluation_steps",
+    "flat_config",
+    "git_commit",
+    "load_result",
+    "provenance",
+    "run_folder",
+    "schedule",
+    "train",
+    "weights_path",
+]

@@ -1,0 +1,40 @@
+"""`python -m beyond_outliers.train --scale pocket --size 0.04M --optimizer adamw --lr 0.01`: one run from the shell.
+
+The same under torchrun trains with data parallelism.
+"""
+
+import argparse
+import sys
+
+from beyond_outliers.train.loop import train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from beyond_outliers.config.protocol import Protocol
+
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", required=True, help="a protocol of data/scales, for instance pocket")
+    parser.add_argument("--size", required=True, help="a size of that protocol, for instance 0.04M")
+    parser.add_argument("--optimizer", required=True)
+    parser.add_argument("--lr", type=float, help="default: the chosen one, or the middle of the protocol's grid")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scheme", help="quantization-aware training by this scheme, for instance quest")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(arguments)
+    try:
+        config = Protocol.load(given.scale).config(
+            given.size, given.optimizer, lr=given.lr, seed=given.seed, scheme=given.scheme
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    compile = {"auto": "auto", "yes": True, "no": False}[given.compile]
+    result = train(config, device=given.device, compile=compile, threads=given.threads)
+    if result.row:
+        print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
