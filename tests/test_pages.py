@@ -22,12 +22,10 @@ def test_spans_of_index_and_columns_come_out_in_their_own_columns():
     index = pd.MultiIndex.from_product([["0.1M", "0.2M"], ["muon", "soap"]], names=["size", "optimizer"])
     columns = pd.MultiIndex.from_product([["gain", "R"], ["mean", "std"]])
     table = pd.DataFrame([[i + 10 * j for j in range(4)] for i in range(4)], index=index, columns=columns)
-    rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")]
-        for line in pages.markdown_table(html(table)).splitlines()
-    ]
+    lines = pages.markdown_table(html(table)).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0] == ["size", "optimizer", "gain mean", "gain std", "R mean", "R std"]
-    assert rows[3] == ["soap", "1", "11", "21", "31"] or rows[3][1:] == ["soap", "1", "11", "21", "31"]
+    assert rows[3] == ["", "soap", "1", "11", "21", "31"]
     assert rows[4] == ["0.2M", "muon", "2", "12", "22", "32"]
 
 
