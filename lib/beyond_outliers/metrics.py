@@ -20,6 +20,7 @@ that the layer has on an accumulated error without direction: what the paper cal
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import pandas as pd
 import torch
@@ -122,7 +123,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def forward(model: nn.Module, batch):
     """Output for one batch: a tensor, a tuple of positional or a mapping of keyword arguments, moved to the model."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    tensors = chain(model.parameters(), model.buffers())  # quantized layers have buffers only
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def move(value):
         return value.to(device) if isinstance(value, Tensor) else value

@@ -1,6 +1,6 @@
 """Models under quantization: after training (`quantize_model`) and during it (`prepare_qat`).
 
-The grids live in `grids`, the rotation in `hadamard`, the trainable quantizers in `qat`; every public name of theirs
+The grids live in `grids`, the rotation in `hadamard`, GPTQ in `gptq`, the trainable quantizers in `qat`; every public name of theirs
 can be imported from here. Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they come.
 """
 
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyond_outliers.gptq import gptq_weight as gptq_weight
+from beyond_outliers.gptq import round_in_order
 from beyond_outliers.grids import GRIDS as GRIDS
 from beyond_outliers.grids import QuantSpec
 from beyond_outliers.grids import quantize_tensor as quantize_tensor
@@ -48,12 +50,14 @@ class QuantizedLinear(nn.Module):
         """The weight that acts on unrotated inputs, W + E of shape (out, in)."""
         return self.rounded if self.rotation is None else hadamard_transform(self.rounded, self.rotation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operand(self, x: Tensor) -> Tensor:
+        """What the rounded weight multiplies: the input (..., in), rotated and rounded."""
         if self.rotation is not None:
             x = hadamard_transform(x, self.rotation)
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        return F.linear(x, self.rounded, self.bias)
+        return x if self.activation_quantizer is None else self.activation_quantizer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.operand(x), self.rounded, self.bias)
 
 
 def find_head(model: nn.Module) -> str | None:
@@ -93,25 +97,44 @@ def _replace_linears(model: nn.Module, head: bool, make: Callable[[nn.Linear], n
     return model
 
 
-def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
+def quantize_model(model: nn.Module, spec: QuantSpec, calibration=None) -> nn.Module:
     """Post-training quantization: a copy of `model` whose linear layers are `QuantizedLinear`; `model` stays as it is.
 
     Works on any tree of nn.Linear. With `spec.head` the head is rounded too; where it is tied, the copy's embedding
     keeps the unrounded table. With `spec.rotate` every layer rounds in its rotated basis.
-    Raises ValueError naming the layer whose width the spec's blocks do not divide, for a model that is quantized
-    already, and for one without linear layers.
+
+    With method "gptq" weights are rounded one layer after the other, in the order in which they run, each against the
+    inputs that it gets from the rounded layers before it, rotated and rounded as at inference (see `gptq`).
+    calibration: these inputs' source, an iterable of inputs as `propagation.decompose` takes them, or one tensor or
+    mapping. One large batch is quickest (about the cost of a few passes over it); many take less memory and one pass
+    up to each layer.
+
+    Raises ValueError naming the layer whose width the spec's blocks do not divide, or that never ran in calibration;
+    for a model that is quantized already, and for one without linear layers; for a calibration that the method has no
+    use for, or a missing one.
     """
+    if (spec.method == "gptq") != (calibration is not None):
+        given = "without" if calibration is None else "with"
+        raise ValueError(f"method {spec.method!r} {given} calibration; valid: 'gptq' with it, 'rtn' without")
 
     def make(linear: nn.Linear) -> QuantizedLinear:
         spec.check_width(linear.in_features)
         rotation = hadamard_block(linear.in_features) if spec.rotate else None
         weight = linear.weight.detach()
         weight = weight if rotation is None else hadamard_transform(weight, rotation)
-        rounded = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
+        if calibration is None:
+            weight = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
         rounds = AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
-        return QuantizedLinear(rounded, linear.bias, None if spec.activations == "none" else rounds, rotation)
+        return QuantizedLinear(weight, linear.bias, None if spec.activations == "none" else rounds, rotation)
 
-    return _replace_linears(model, spec.head, make)
+    def round_layer(layer: QuantizedLinear, hessian: Tensor):
+        layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
+
+    quantized = _replace_linears(model, spec.head, make)
+    if calibration is not None:
+        layers = {module: name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
+        round_in_order(quantized, layers, calibration, round_layer)
+    return quantized
 
 
 def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.Module:
@@ -124,6 +147,10 @@ def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+    if spec.method != "rtn":
+        raise ValueError(
+            f"training rounds weights anew at every step: method {spec.method!r} does not apply; valid: 'rtn'"
+        )
 
     def make(linear: nn.Linear) -> QATLinear:
         spec.check_width(linear.in_features)
