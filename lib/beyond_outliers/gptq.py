@@ -87,9 +87,9 @@ def objective(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
 def _column_order(diagonal: Tensor, size: int | None) -> Tensor:
     """Blocks of `size` columns (None: all are one) by falling sum of the diagonal, columns within them likewise."""
     groups = diagonal.unflatten(0, (-1, size or len(diagonal)))
-    within = groups.argsort(1, descending=True, stable=True)
+    within = groups.argsort(dim=1, descending=True, stable=True)
     starts = torch.arange(len(groups), device=diagonal.device)[:, None] * groups.shape[1]
-    return (starts + within)[groups.sum(1).argsort(descending=True, stable=True)].flatten()
+    return (starts + within)[groups.sum(1).argsort(dim=0, descending=True, stable=True)].flatten()
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Models under quantization: after training (`quantize_model`) and during it (`prepare_qat`).
 
-The grids live in `grids`, the rotation in `hadamard`, GPTQ in `gptq`, the trainable quantizers in `qat`; every public name of theirs
-can be imported from here. Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they come.
+The grids live in `grids`, the rotation in `hadamard`, GPTQ in `gptq`, the trainable quantizers in `qat`; every public
+name of theirs can be imported from here. Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they
+come.
 """
 
 import copy
@@ -148,9 +149,7 @@ def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
     if spec.method != "rtn":
-        raise ValueError(
-            f"training rounds weights anew at every step: method {spec.method!r} does not apply; valid: 'rtn'"
-        )
+        raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
 
     def make(linear: nn.Linear) -> QATLinear:
         spec.check_width(linear.in_features)
