@@ -190,7 +190,7 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
         raise ValueError("there is no batch in calibration")
     with evaluating(model):
         runs = [_count_runs(model, layers, batch) for batch in batches]
-        order = list(dict.fromkeys(layer for counts in runs for layer in counts))
+        order = _merge(runs)
         if missing := [name for layer, name in layers.items() if layer not in order]:
             raise ValueError(f"layers that never ran in calibration: {', '.join(missing)}")
         _Walk(order, layers, runs, round_layer).go(model, batches)
@@ -206,6 +206,19 @@ def _count_runs(model: nn.Module, layers: dict[nn.Module, str], batch) -> Counte
         for handle in handles:
             handle.remove()
     return counts
+
+
+def _merge(runs: list[Counter]) -> list[nn.Module]:
+    """One order of all layers; those that run for some batches only come before what follows them there."""
+    order = []
+    for counts in runs:
+        place = len(order)
+        for layer in reversed(counts):
+            if layer in order:
+                place = order.index(layer)
+            else:
+                order.insert(place, layer)
+    return order
 
 
 class _Walk:
