@@ -200,6 +200,17 @@ def test_dead_columns_are_rounded_to_nearest():
     assert torch.equal(found[:, 5::3], plain[:, 5::3]) and not torch.equal(found, plain)
 
 
+def test_dead_columns_change_nothing_for_the_others():
+    weight, _ = draw()
+    hessian, alive = hostile("dead"), torch.ones(64, dtype=torch.bool)
+    alive[5::3] = False
+    weight[:, ~alive] /= 100  # so that the scales are set by others
+    found = gptq_weight(weight, hessian, "int4", damping=0.5)
+    without = gptq_weight(weight[:, alive], hessian[alive][:, alive], "int4", damping=0.5)
+    torch.testing.assert_close(found[:, alive], without)
+    assert not torch.equal(without, quantize_tensor(weight[:, alive], "int4"))
+
+
 def test_the_factor_is_that_of_the_inverse():
     _, hessian = draw()
     factor = gptq._inverse_factor(hessian, 0.1)
@@ -371,23 +382,26 @@ def test_the_model_and_a_tied_embedding_stay_as_they_are(trained, text):
     assert all(not tensor.requires_grad for tensor in quantized.buffers())
 
 
-def test_a_layer_that_runs_twice_or_not_in_every_batch(tree):
-    spec = QuantSpec("int2", "none", method="gptq")
-    batches = [torch.randn(n, 8, dtype=torch.float64) for n in (20, 3, 3, 30)]
-    quantized = quantize_model(tree, spec, calibration=batches)
+def expected(layer, inputs):
+    x = torch.cat(inputs).detach()
+    return gptq_weight(layer.weight.detach(), 2 / len(x) * x.T @ x, "int2")
 
-    def expected(layer, inputs):
-        x = torch.cat(inputs).detach()
-        return gptq_weight(layer.weight.detach(), 2 / len(x) * x.T @ x, "int2")
 
-    long, short = [batches[0], batches[3]], batches[1:3]
+@pytest.mark.parametrize("sizes", [[40], [20, 30], [20, 3, 3, 30], [3, 3, 20]])
+def test_a_layer_that_runs_twice_or_not_in_every_batch(tree, sizes):
+    batches = [torch.randn(n, 8, dtype=torch.float64) for n in sizes]
+    long, short = [[x for x in batches if (len(x) == 3) == is_short] for is_short in (False, True)]
+    if not short:
+        tree.sometimes = None
+    quantized = quantize_model(tree, QuantSpec("int2", "none", method="gptq"), calibration=batches)
+
     shared = expected(tree.shared, [*long, *(tree.shared(x).relu() for x in long)])  # before the layer is rounded
     torch.testing.assert_close(quantized.shared.rounded, shared)
-    torch.testing.assert_close(quantized.sometimes.rounded, expected(tree.sometimes, short))
-    twice = [quantized.shared(quantized.shared(x).relu()) for x in long]
-    torch.testing.assert_close(
-        quantized.last.rounded, expected(tree.last, [*twice, *(quantized.sometimes(x) for x in short)])
-    )
+    if short:
+        torch.testing.assert_close(quantized.sometimes.rounded, expected(tree.sometimes, short))
+    reaching = [quantized.shared(quantized.shared(x).relu()) for x in long]
+    reaching += [quantized.sometimes(x) for x in short]
+    torch.testing.assert_close(quantized.last.rounded, expected(tree.last, reaching))
 
 
 def test_a_mapping_and_tuples_are_inputs(tree):
