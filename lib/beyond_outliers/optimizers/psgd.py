@@ -37,7 +37,7 @@ from beyond_outliers.optimizers.common import Stack, StackedOptimizer, add_gram_
 DAMPING = 2.0**-13
 BALANCE_EVERY = 100
 LOW_RANK = 4  # sides more than this many times as long as the other are updated through [A B]; measured
-BLOCK = 64  # rows of a factor that this update takes at once; measured
+BLOCK = 64  # rows of a factor that are updated at once; measured
 
 
 class PSGD(StackedOptimizer):
@@ -222,32 +222,39 @@ def update_dense_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
 
     Entries of x and y are at most of order one (see `norm_lower_bound`).
     """
-    term1, term2 = (add_gram_(torch.empty_like(q), z, beta=0, alpha=1) for z in (x, y))
+    term1, term2 = gram(x), gram(y)
     rate = lr / norm_lower_bound(term1 + term2)
-    difference = term1.sub_(term2).triu_()
-    for r in strips(q.shape[1]):  # downwards: a strip of the product reads only its own and later rows of q
-        q[:, r, r.start :].addcmul_(difference[:, r, r.start :] @ q[:, r.start :, r.start :], rate, value=-1)
+    for r in blocks(q.shape[1]):  # downwards: a block of the product reads only its own and later rows of q
+        difference = (term1[:, r, r.start :] - term2[:, r, r.start :]).triu_()
+        q[:, r, r.start :].addcmul_(torch.bmm(difference, q[:, r.start :, r.start :]), rate, value=-1)
 
 
 def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
     """The same for k much smaller than m: x x^T + y y^T = u u^T and x x^T - y y^T = u v^T have rank 2k.
 
-    A block of rows r of triu(u v^T) q is triu(u_r v_r^T) q_r + u_r (sum over the rows s below r of v_s^T q_s): going
-    upwards, one running sum (N, 2k, m) serves all blocks, and is formed from rows of q that are not yet overwritten.
+    Rows r of triu(u v^T) q are triu(u_r v_r^T) q_r + u_r (sum over the blocks s below r of v_s^T q_s). Going upwards,
+    one running sum serves all blocks, and every q_r joins it before it is overwritten.
     """
     u, v = torch.cat((x, y), -1), torch.cat((x, -y), -1)
     rate = lr / norm_lower_bound_of_gram(u)
-    size, below = q.shape[1], None
-    for start in reversed(range(0, size, BLOCK)):
-        r = slice(start, min(start + BLOCK, size))
-        rows = q[:, r, start:]
-        product = (u[:, r] @ v[:, r].mT).triu_() @ rows
-        summed = v[:, r].mT @ rows
-        if below is not None:  # its columns begin where this block's rows end: further left, q is zero below them
-            product[:, :, r.stop - start :] += u[:, r] @ below
-            summed[:, :, r.stop - start :] += below
+    below = q.new_zeros(q.shape[0], u.shape[2], q.shape[1])  # (N, 2k, m); columns left of the blocks done are zero
+    for r in reversed(blocks(q.shape[1])):
+        rows, u_r, v_r = q[:, r, r.start :], u[:, r], v[:, r]
+        product = torch.bmm(torch.bmm(u_r, v_r.mT).triu_(), rows)
+        product[:, :, r.stop - r.start :].baddbmm_(u_r, below[:, :, r.stop :])
+        below[:, :, r.start :].baddbmm_(v_r.mT, rows)
         rows.addcmul_(product, rate, value=-1)
-        below = summed
+
+
+def blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+
+def gram(x: Tensor) -> Tensor:
+    """x x^T; mirroring one half costs more than it saves below 512 rows."""
+    if x.shape[1] < 512:
+        return torch.bmm(x, x.mT)
+    return add_gram_(x.new_empty(*x.shape[:2], x.shape[1]), x, beta=0, alpha=1)
 
 
 def norm_lower_bound(a: Tensor) -> Tensor:
