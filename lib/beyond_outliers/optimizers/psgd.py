@@ -247,6 +247,7 @@ def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
 
 
 def blocks(n: int) -> list[slice]:
+    """Cuts of 0..n for the product of two triangular matrices, which gains more from small ones than thin products."""
     return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
 
