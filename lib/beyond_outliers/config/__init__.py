@@ -7,7 +7,7 @@ from beyond_outliers.config.learning_rates import (
     read_learning_rates,
 )
 from beyond_outliers.config.protocol import OPTIMIZER_NAMES, PURPOSES, Planned, Protocol, scales
-from beyond_outliers.config.run import CorpusConfig, ModelConfig, Olmo2Config, RunConfig
+from beyond_outliers.config.run import CorpusConfig, LlamaConfig, ModelConfig, Olmo2Config, RunConfig, model_config
 from beyond_outliers.config.tuning import Pending, auxiliary_rates, line_search, tune, tuned_config
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PURPOSES",
     "CorpusConfig",
     "EdgeWarning",
+    "LlamaConfig",
     "ModelConfig",
     "Olmo2Config",
     "Pending",
@@ -25,6 +26,7 @@ __all__ = [
     "choose_learning_rate",
     "learning_rates_file",
     "line_search",
+    "model_config",
     "read_learning_rates",
     "scales",
     "tune",

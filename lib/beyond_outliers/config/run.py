@@ -6,12 +6,20 @@ Nothing here imports torch, so that the workflow engine can expand a study in mi
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
-class Olmo2Config:
-    """Shape of an `Olmo2`: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups."""
+class ModelConfig(ABC):
+    """Shape of a decoder: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
+
+    `mlp_ratio` is the hidden size of the MLP over the width, a whole number: number formats whose blocks divide the
+    width divide every linear layer's input. Made as one of the architectures below.
+    """
+
+    architecture: ClassVar[str]
 
     vocab_size: int = 32_000
     width: int = 768
@@ -27,8 +35,9 @@ class Olmo2Config:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         for name in ("vocab_size", "width", "depth", "n_heads", "n_kv_heads", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.width % (2 * self.n_heads):
             raise ValueError(
                 f"width {self.width} does not divide into {self.n_heads} heads of even size (rotary pairs)"
@@ -44,12 +53,49 @@ class Olmo2Config:
     def n_parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
         kv_width = self.n_kv_heads * self.head_size
-        attention = 2 * self.width**2 + 2 * self.width * kv_width + self.n_heads
-        block = attention + 2 * self.mlp_ratio * self.width**2 + 2 * self.width
+        projections = 2 * self.width**2 + 2 * self.width * kv_width
+        block = projections + self._further_block_parameters() + 2 * self.width
         return self.vocab_size * self.width + self.depth * block + self.width
 
+    @abstractmethod
+    def _further_block_parameters(self) -> int:
+        """Parameters of a block beside the attention's projections and two gains."""
 
-ModelConfig = Olmo2Config
+
+@dataclass(frozen=True)
+class Olmo2Config(ModelConfig):
+    """Shape of an `Olmo2`: an MLP of two matrices, one query-key scale a head."""
+
+    architecture: ClassVar[str] = "olmo2"
+
+    def _further_block_parameters(self) -> int:
+        return self.n_heads + 2 * self.mlp_ratio * self.width**2
+
+
+@dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    """Shape of a `Llama`: a gated MLP of three matrices, 9 width^2 parameters for the OLMo2 variant's 8 width^2."""
+
+    architecture: ClassVar[str] = "llama"
+
+    mlp_ratio: int = 3
+    rope_base: float = 10_000.0
+
+    def _further_block_parameters(self) -> int:
+        return 3 * self.mlp_ratio * self.width**2
+
+
+ARCHITECTURES: dict[str, type[ModelConfig]] = {config.architecture: config for config in (Olmo2Config, LlamaConfig)}
+
+
+def model_config(architecture: str = "olmo2", **shape) -> ModelConfig:
+    """The shape of a model. ValueError for an unknown architecture, or a part that its shape does not have."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; valid: {', '.join(ARCHITECTURES)}")
+    valid = [part.name for part in dataclasses.fields(ARCHITECTURES[architecture])]
+    if unknown := sorted(set(shape) - set(valid)):
+        raise ValueError(f"a model of architecture {architecture!r} has no {unknown}; valid: {', '.join(valid)}")
+    return ARCHITECTURES[architecture](**shape)
 
 
 @dataclass(frozen=True)
@@ -86,7 +132,7 @@ class RunConfig:
     size: str
     optimizer: str
     lr: float
-    model: Olmo2Config
+    model: ModelConfig
     corpus: CorpusConfig
     seed: int = 0
     weight_decay: float = 0.0
@@ -139,12 +185,16 @@ class RunConfig:
         return f"{self.size}-{self.optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical: keys sorted. The model says its architecture where that is not the paper's."""
+        raw = asdict(self)
+        if self.model.architecture != "olmo2":  # ids of runs from before there was a second one must not change
+            raw["model"]["architecture"] = self.model.architecture
+        return json.dumps(raw, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
         raw = json.loads(text)
-        raw["model"] = Olmo2Config(**raw["model"])
+        raw["model"] = model_config(**raw["model"])
         raw["corpus"] = CorpusConfig(**{**raw["corpus"], "wheels": tuple(raw["corpus"]["wheels"])})
         return cls(**raw)
 
