@@ -7,34 +7,52 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from beyond_outliers.config.parsing import Different, Name, Range, check_fields, parse
+
+Count = Annotated[int, Range(1, 2**20)]
+Tokens = Annotated[int, Range(1, 2**29)]
+Rate = Annotated[float, Range(0, 1000, "(]")]
+Share = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 10**6)]
 
 
 @dataclass(frozen=True)
-class Olmo2Config:
-    """Shape of an `Olmo2`: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups."""
+class Shape:
+    """A model but for its vocabulary: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads`
+    groups."""
 
-    vocab_size: int = 32_000
-    width: int = 768
-    depth: int = 4
-    n_heads: int = 6
-    n_kv_heads: int | None = None  # None: as many as n_heads (no grouping)
-    mlp_ratio: int = 4
-    rope_base: float = 1024.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    width: Annotated[int, Range(1, 2**16)] = 768
+    depth: Annotated[int, Range(1, 1000)] = 4
+    n_heads: Annotated[int, Range(1, 2**12)] = 6
+    n_kv_heads: Annotated[int, Range(1, 2**12)] | None = None  # None: as many as n_heads (no grouping)
+    mlp_ratio: Annotated[int, Range(1, 64)] = 4
+    rope_base: Annotated[float, Range(1, 1e8)] = 1024.0
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-6
+    init_std: Annotated[float, Range(0, 100)] = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_fields(self)
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("vocab_size", "width", "depth", "n_heads", "n_kv_heads", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % (2 * self.n_heads):
             raise ValueError(
                 f"width {self.width} does not divide into {self.n_heads} heads of even size (rotary pairs)"
             )
-        if self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+@dataclass(frozen=True)
+class Olmo2Config(Shape):
+    """Shape of an `Olmo2`, its vocabulary included."""
+
+    vocab_size: Tokens = 32_000
 
     @property
     def head_size(self) -> int:
@@ -43,7 +61,7 @@ class Olmo2Config:
     @property
     def n_parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
-        kv_width = self.n_kv_heads * self.head_size
+        kv_width = self.kv_heads * self.head_size
         attention = 2 * self.width**2 + 2 * self.width * kv_width + self.n_heads
         block = attention + 2 * self.mlp_ratio * self.width**2 + 2 * self.width
         return self.vocab_size * self.width + self.depth * block + self.width
@@ -61,58 +79,60 @@ class CorpusConfig:
     """
 
     source: str = "embedded"
-    wheels: tuple[str, ...] = ("botocore", "google-api-python-client")
-    vocab_size: int = 2048
-    limit_mb: float | None = None
-    validation_share: float = 0.04
+    wheels: Annotated[tuple[str, ...], Different()] = ("botocore", "google-api-python-client")
+    # 258: bytes and the boundary; 65535: token files hold uint16
+    vocab_size: Annotated[int, Range(258, 65_535)] = 2048
+    limit_mb: Annotated[float, Range(0, 1e8, "(]")] | None = None
+    validation_share: Annotated[float, Range(0, 1, "()")] = 0.04
 
-    def __post_init__(self):
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
-        if not 258 <= self.vocab_size <= 65_535:
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a scale share: batch, length, schedule, evaluations."""
+
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    context: Count = 128  # tokens a sequence
+    batch_size: Count = 32  # sequences an optimizer step, over all workers
+    micro_batch: Count = 32  # sequences a forward pass and worker; more are accumulated
+    tokens_per_parameter: Annotated[float, Range(0, 1e6, "(]")] = 20.0
+    warmup: Share = 0.05  # share of the steps, linear from 0
+    decay: Share = 0.20  # share of the steps, linear to 0
+    clip: Annotated[float, Range(0, 1e6, "(]")] | None = None  # largest gradient norm; None: no clipping
+    evaluations: Annotated[int, Range(1, 40)] = 20  # fixed points along the run; the weights of each are kept
+    validation_tokens: Tokens = 65_536
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.warmup + self.decay > 1:
             raise ValueError(
-                f"vocab_size must lie between 258 (bytes and the boundary) and 65535 (uint16), not {self.vocab_size}"
+                f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
             )
 
 
-@dataclass(frozen=True)
-class RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
     """One training run, resolved: everything that decides its result, nothing about the machine that runs it.
 
     Device, threads and compilation are arguments of `train`, and are recorded in its result.
     """
 
-    scale: str
-    size: str
+    scale: Name
+    size: Name
     optimizer: str
-    lr: float
+    lr: Rate
     model: Olmo2Config
     corpus: CorpusConfig
-    seed: int = 0
-    weight_decay: float = 0.0
-    hyper: dict = field(default_factory=dict)  # further hyperparameters of the optimizer
-    context: int = 128  # tokens a sequence
-    batch_size: int = 32  # sequences an optimizer step, over all workers
-    micro_batch: int = 32  # sequences a forward pass and worker; more are accumulated
-    tokens_per_parameter: float = 20.0
-    warmup: float = 0.05  # share of the steps, linear from 0
-    decay: float = 0.20  # share of the steps, linear to 0
-    clip: float | None = None  # largest gradient norm; None: no clipping
-    evaluations: int = 20  # fixed points along the run; the weights of each are kept
-    validation_tokens: int = 65_536
-    quantization: dict | None = None  # QAT: {"scheme": "quest", "weights": "int4", ...}; None: full precision
+    seed: Seed = 0
+    hyper: dict[str, Any] = field(default_factory=dict)  # further hyperparameters of the optimizer
+    quantization: dict[str, Any] | None = None  # QAT: {"scheme": "quest", "weights": "int4", ...}; None: full precision
 
-    def __post_init__(self):
-        if not 1 <= self.evaluations <= 40:
-            raise ValueError(f"evaluations must lie between 1 and 40 (their weights are kept), not {self.evaluations}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, not {self.lr}")
-        if self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model.vocab_size != self.corpus.vocab_size:
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} differs from corpus.vocab_size {self.corpus.vocab_size}"
@@ -143,10 +163,8 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        raw = json.loads(text)
-        raw["model"] = Olmo2Config(**raw["model"])
-        raw["corpus"] = CorpusConfig(**{**raw["corpus"], "wheels": tuple(raw["corpus"]["wheels"])})
-        return cls(**raw)
+        """The run of `to_json`; ValueError for unknown or missing keys and for values that do not fit."""
+        return parse(json.loads(text), cls, "")
 
-    def replace(self, **changes) -> "RunConfig":
+    def replace(self, **changes: Any) -> "RunConfig":
         return dataclasses.replace(self, **changes)
