@@ -4,44 +4,57 @@
 # beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
 # last evaluation of a run. Priorities finish a size, tables included, before the next one starts, so that a study
 # which was stopped early is a smaller study.
+import re
 import sys
 
 from beyond_outliers import paths
+from beyond_outliers.config import PURPOSES
 from beyond_outliers.notebook import notebooks
-from beyond_outliers.config import read_learning_rates
 from beyond_outliers.study import Study
+from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
 
 SCALE = config.get("scale", "pocket")
 STUDY = Study(SCALE)
-SIZES = STUDY.protocol.sizes
-SWEPT = [size for size in SIZES if "sweep" in STUDY.protocol.purposes(size)]
+PROTOCOL = STUDY.protocol
+SIZES = PROTOCOL.sizes
+SWEPT = [size for size in SIZES if "sweep" in PROTOCOL.purposes(size)]
 WORK = paths.RUNS / SCALE
 FIGURES = paths.FIGURES / SCALE
 COMMAND = f"{sys.executable} -m beyond_outliers.study"
 
 
-def result(planned):
-    return f"{WORK}/{planned.config.name}/result.json"
+wildcard_constraints:
+    run="[^/]+",
+    size="|".join(map(re.escape, SIZES)),
+    optimizer="|".join(PROTOCOL.optimizers),
+    purpose="|".join(PURPOSES),
 
 
-def main_runs(size, purpose=None):
-    """Results of a size's main runs, known only when the sweep has chosen their learning rates."""
-    checkpoints.choose.get(size=STUDY.protocol.tuning_size(size))
-    runs = STUDY.protocol.runs(read_learning_rates(SCALE), size)
-    return [result(p) for p in runs if purpose in (None, p.purpose)]
+def output(kind):
+    """The file that says that a step of a kind is done, with its wildcards."""
+    return f"{WORK}/{OUTPUTS[kind]}"
 
 
-def to_measure(wildcards):
-    if wildcards.purpose == "sweep":
-        checkpoints.choose.get(size=wildcards.size)  # a sweep run that serves as a main run is measured there
-        return [result(p) for p in STUDY.protocol.sweep_runs(wildcards.size)]
-    return main_runs(wildcards.size, wildcards.purpose)
+def outputs(steps):
+    return [f"{WORK}/{step.output}" for step in steps]
 
 
-def before(size, sizes, pattern):
-    """The file of the size before this one, if there is one: tables that all sizes share are written in turn."""
-    position = sizes.index(size)
-    return [pattern.format(size=sizes[position - 1])] if position else []
+def inputs(kind):
+    """What the steps of a kind need, as an input function; study/steps.py has the order."""
+
+    def of(wildcards):
+        step = Step(kind, **dict(wildcards.items()))
+        for choice in choices(PROTOCOL, step):
+            checkpoints.choose.get(size=choice.size)  # waits: only with its rates can main runs be named
+        return outputs(needs(PROTOCOL, step))
+
+    return of
+
+
+def all_main_runs(_):
+    for size in SWEPT:
+        checkpoints.choose.get(size=size)
+    return [file for size in SIZES for file in outputs(main_runs(PROTOCOL, size))]
 
 
 def priority(size, run=None, purpose=None):
@@ -53,17 +66,21 @@ def priority(size, run=None, purpose=None):
     return 1000 * (len(SIZES) - SIZES.index(size)) + left.get(run, last.get(purpose, 0))
 
 
+def size_of(run):
+    return max((size for size in SIZES if run.startswith(f"{size}-")), key=len)
+
+
 rule all:
     input:
-        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks()),
+        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks(PROTOCOL)),
         # asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it
-        [result(planned) for planned in STUDY.protocol.sweep_runs()],
-        lambda _: [run for size in SIZES for run in main_runs(size)],
+        [file for size in SWEPT for file in outputs(sweep(PROTOCOL, size))],
+        all_main_runs,
 
 
 rule corpus:
     output:
-        f"{WORK}/corpus.json",
+        output("corpus"),
     threads: workflow.cores
     shell:
         "{COMMAND} corpus --scale {SCALE} > {output}"
@@ -71,21 +88,32 @@ rule corpus:
 
 rule train:
     input:
-        rules.corpus.output,
+        inputs("train"),
     output:
-        f"{WORK}/{{run}}/result.json",
-    threads: STUDY.protocol.threads
-    priority: lambda wildcards: priority(wildcards.run.split("-")[0], wildcards.run)
+        output("train"),
+    threads: PROTOCOL.threads
+    priority: lambda wildcards: priority(size_of(wildcards.run), wildcards.run)
     shell:
         "{COMMAND} train --scale {SCALE} --run {wildcards.run} --quiet"
 
 
+# of scales whose learning rates are searched for: all runs of a search, which decides from run to run
+rule tune:
+    input:
+        inputs("tune"),
+    output:
+        output("tune"),
+    threads: PROTOCOL.threads
+    priority: lambda wildcards: priority(wildcards.size, purpose="sweep")
+    shell:
+        "{COMMAND} tune --scale {SCALE} --size {wildcards.size} --optimizer {wildcards.optimizer} --quiet > {output}"
+
+
 checkpoint choose:
     input:
-        lambda wildcards: [result(p) for p in STUDY.protocol.sweep_runs(wildcards.size)],
-        lambda wildcards: before(wildcards.size, SWEPT, f"{WORK}/chosen-{{size}}.txt"),
+        inputs("choose"),
     output:
-        f"{WORK}/chosen-{{size}}.txt",
+        output("choose"),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
         "{COMMAND} choose --scale {SCALE} --size {wildcards.size} > {output}"
@@ -93,10 +121,10 @@ checkpoint choose:
 
 rule measure:
     input:
-        to_measure,
+        inputs("measure"),
     output:
-        touch(f"{WORK}/measured-{{purpose}}-{{size}}"),
-    threads: STUDY.protocol.threads
+        touch(output("measure")),
+    threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
     shell:
         "{COMMAND} measure --scale {SCALE} --purpose {wildcards.purpose} --size {wildcards.size}"
@@ -104,15 +132,9 @@ rule measure:
 
 rule collect:
     input:
-        lambda wildcards: main_runs(wildcards.size),
-        lambda wildcards: expand(
-            f"{WORK}/measured-{{purpose}}-{{size}}",
-            purpose=STUDY.protocol.purposes(wildcards.size),
-            size=wildcards.size,
-        ),
-        lambda wildcards: before(wildcards.size, SIZES, f"{WORK}/collected-{{size}}"),
+        inputs("collect"),
     output:
-        touch(f"{WORK}/collected-{{size}}"),
+        touch(output("collect")),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
         "{COMMAND} collect --scale {SCALE}"
@@ -120,7 +142,7 @@ rule collect:
 
 rule notebook:
     input:
-        f"{WORK}/collected-{SIZES[-1]}",
+        outputs([Step("collect", size=SIZES[-1])]),
         f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
     output:
         f"{FIGURES}/{{notebook}}.html",

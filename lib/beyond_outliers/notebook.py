@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
+from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.study.study import Study
 
 # what IPython and papermill put into a fresh namespace themselves
@@ -83,9 +84,15 @@ def parameters_of(notebook: str) -> dict[str, str]:
     return {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in lines if ":" in line.split("#")[0]}
 
 
-def notebooks() -> list[str]:
-    """Names of the study's notebooks, in reading order."""
-    return sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
+# what a notebook has nothing to say without: a purpose of runs that a scale may leave out of its plan
+ASKS_FOR = {"05_qat": "qat", "06_scaling_laws": "qat"}
+
+
+def notebooks(protocol: Protocol | None = None) -> list[str]:
+    """Names of the study's notebooks, in reading order: all, or those that a scale's plan of runs has enough for."""
+    names = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
+    planned = protocol.purposes() if protocol else ASKS_FOR.values()
+    return [name for name in names if name not in ASKS_FOR or ASKS_FOR[name] in planned]
 
 
 def run_notebook(name: str, scale: str, **parameters) -> Path:
@@ -123,17 +130,21 @@ def render(scale: str, jobs: int) -> None:
 
     MissingResults when the scale has no tables yet; SystemExit with the end of their messages when notebooks fail.
     """
-    Study(scale).table("runs")  # fail early, with the remedy
+    study = Study(scale)
+    study.table("runs")  # fail early, with the remedy
+    names = notebooks(study.protocol)
+    if left_out := sorted(set(notebooks()) - set(names)):
+        print(f"left out, because scale {scale} does not plan their runs: {', '.join(left_out)}")
     command = [sys.executable, "-m", "beyond_outliers.study", "notebook", "--scale", scale, "--tables-only", "--name"]
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(
             tqdm(
-                pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), notebooks()),
-                total=len(notebooks()),
+                pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), names),
+                total=len(names),
                 desc="notebooks",
             )
         )
-    failed = [name for name, outcome in zip(notebooks(), outcomes, strict=True) if outcome.returncode]
+    failed = [name for name, outcome in zip(names, outcomes, strict=True) if outcome.returncode]
     if failed:
         raise SystemExit(
             f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)

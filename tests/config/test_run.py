@@ -6,7 +6,15 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.claims import LEAST_UNITS
-from beyond_outliers.config import OPTIMIZER_NAMES, CorpusConfig, Protocol, RunConfig, choose_learning_rate, scales
+from beyond_outliers.config import (
+    OPTIMIZER_NAMES,
+    CorpusConfig,
+    Protocol,
+    Rates,
+    RunConfig,
+    choose_learning_rate,
+    scales,
+)
 from beyond_outliers.optimizers import OPTIMIZERS
 from beyond_outliers.plots import LABELS
 from beyond_outliers.study import Study
@@ -46,7 +54,9 @@ def test_bad_runs_are_refused(run_config, change, message):
 def test_every_scale_expands(scale):
     protocol = Protocol.load(scale)
     sweep = protocol.sweep_runs()
-    rates = {(size, o): 1e-3 for size in protocol.raw["plan"]["sweep"]["sizes"] for o in OPTIMIZER_NAMES}
+    rates = {
+        (size, o): Rates(1e-3, 1e-2 if protocol.tuned else None) for size in protocol.sizes for o in OPTIMIZER_NAMES
+    }
     runs = protocol.runs(rates)
     assert len({p.config.run_id for p in sweep}) == len(sweep)
     assert len({p.config.run_id for p in runs}) == len(runs)
@@ -119,7 +129,7 @@ def test_unknown_names_are_refused():
         ("[measure]", "[mesure]", r"unknown keys \['mesure'\].*valid: .*measure"),
         ("vocab_size = 320", "vocabulary = 320", r"\[corpus\] has unknown keys \['vocabulary'\].*vocab_size"),
         ("context = 64", "contxt = 64", r"\[training\] has unknown keys \['contxt'\].*context"),
-        ("depth = 2, n_heads = 2", "deep = 2, n_heads = 2", r"size tiny has unknown keys \['deep'\].*depth"),
+        ("depth = 2, n_heads = 2", "deep = 2, n_heads = 2", r"sizes.tiny has unknown keys \['deep'\].*depth"),
         ("psgd = [", "psdg = [", r"\[learning_rates\] has unknown keys \['psdg'\].*psgd"),
         ("questions = 12\n", "", r"\[measure\] lacks \['questions'\]"),
         ('scheme = "quest"', 'schema = "quest"', r"plan.qat has unknown keys \['schema'\].*scheme"),

@@ -1,13 +1,26 @@
-"""What a run and a scale are: frozen settings, scale files, learning rates. Nothing here imports torch."""
+"""What a run and a scale are: frozen settings, scale files, learning rates, the list of optimizers. No torch here."""
 
 from beyond_outliers.config.learning_rates import (
     EdgeWarning,
+    Rates,
     choose_learning_rate,
     learning_rates_file,
     read_learning_rates,
+    read_rates,
 )
-from beyond_outliers.config.protocol import OPTIMIZER_NAMES, PURPOSES, Planned, Protocol, scales
-from beyond_outliers.config.run import CorpusConfig, LlamaConfig, ModelConfig, Olmo2Config, RunConfig, model_config
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.protocol import Planned, Protocol
+from beyond_outliers.config.run import (
+    CorpusConfig,
+    LlamaConfig,
+    ModelConfig,
+    Olmo2Config,
+    RunConfig,
+    Shape,
+    Training,
+    model_config,
+)
+from beyond_outliers.config.scale import PURPOSES, Measure, Plan, Scale, Tuning, scales
 from beyond_outliers.config.tuning import Pending, auxiliary_rates, line_search, tune, tuned_config
 
 __all__ = [
@@ -16,18 +29,26 @@ __all__ = [
     "CorpusConfig",
     "EdgeWarning",
     "LlamaConfig",
+    "Measure",
     "ModelConfig",
     "Olmo2Config",
     "Pending",
+    "Plan",
     "Planned",
     "Protocol",
+    "Rates",
     "RunConfig",
+    "Scale",
+    "Shape",
+    "Training",
+    "Tuning",
     "auxiliary_rates",
     "choose_learning_rate",
     "learning_rates_file",
     "line_search",
     "model_config",
     "read_learning_rates",
+    "read_rates",
     "scales",
     "tune",
     "tuned_config",

@@ -1,6 +1,7 @@
 """Learning rates of a scale: the choice among the losses of a sweep, and the table of what was chosen."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,12 @@ class EdgeWarning(UserWarning):
     """The best learning rate lies at the edge of its grid: the true optimum may lie outside."""
 
 
-# ------------------------------------------------------------------------------------------------------- learning rates
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of a run: of the hidden matrices, and, where a scale tunes it, of embedding and vectors."""
+
+    lr: float
+    auxiliary: float | None = None
 
 
 def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, bool]:
@@ -40,9 +46,15 @@ def learning_rates_file(scale: str) -> Path:
     return paths.RESULTS / scale / "learning_rates.csv"
 
 
-def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
-    """(swept size, optimizer) -> chosen learning rate; empty before the sweep is done."""
+def read_rates(scale: str) -> dict[tuple[str, str], Rates]:
+    """(swept size, optimizer) -> chosen rates; empty before the sweep is done."""
     file = learning_rates_file(scale)
     if not file.exists():
         return {}
-    return {(row.size, row.optimizer): row.lr for row in pd.read_csv(file).itertuples()}
+    rows = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip").to_dict("records")
+    return {(row["size"], row["optimizer"]): Rates(row["lr"], row.get("auxiliary")) for row in rows}
+
+
+def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
+    """(swept size, optimizer) -> chosen learning rate of the hidden matrices; empty before the sweep is done."""
+    return {of: rates.lr for of, rates in read_rates(scale).items()}

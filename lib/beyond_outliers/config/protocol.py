@@ -1,29 +1,23 @@
 """A scale of the study, described by data/scales/SCALE.toml: which runs, in which order, with which settings.
 
 The learning rates of the main runs come from the sweep's results, so a protocol expands in two steps: `sweep_runs()`
-needs nothing; `runs(learning_rates)` needs what `choose_learning_rate` made of the finished sweep. No torch here.
+needs nothing (of a scale that is tuned, the losses so far: its search decides from run to run); `runs(rates)` needs
+what was chosen when the sweep was done. No torch here.
 """
 
-import dataclasses
-import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import read_learning_rates
-from beyond_outliers.config.run import CorpusConfig, Olmo2Config, RunConfig
+from beyond_outliers.config.learning_rates import Rates, read_rates
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
+from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
+from beyond_outliers.config.tuning import auxiliary_rates, runs_of_search
 
-OPTIMIZER_NAMES = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # in the paper's order
-SECTIONS = {"threads", "corpus", "training", "sizes", "learning_rates", "hyper", "plan", "measure", "tuning"}
-PURPOSES = ("sweep", "full_precision", "qat", "schemes")
-PLAN = {
-    "sweep": {"sizes", "seeds"},
-    "full_precision": {"sizes", "seeds"},
-    "qat": {"sizes", "seeds", "scheme"},
-    "schemes": {"sizes", "seeds", "optimizers", "schemes"},
-}
-MEASURE = {"questions", "validation_tokens", "propagation_tokens", "formats"}
-RESOLVED = {"scale", "size", "optimizer", "lr", "model", "corpus", "seed", "hyper", "quantization"}  # not in [training]
+__all__ = ["OPTIMIZER_NAMES", "PURPOSES", "Planned", "Protocol", "scales"]
+
+Losses = Callable[[str], float | None]  # final validation loss of a run by its name, None while it has not ended
 
 
 @dataclass(frozen=True)
@@ -34,172 +28,172 @@ class Planned:
     config: RunConfig
 
 
-def _fields(config: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
-
-
-def _keys(path: Path, where: str, given: dict, valid: set[str], optional: set[str] = frozenset()) -> None:
-    """ValueError unless `given` has the `valid` keys and no others; only the `optional` ones may be missing."""
-    if unknown := set(given) - valid:
-        raise ValueError(f"{path}: {where} has unknown keys {sorted(unknown)}; valid: {', '.join(sorted(valid))}")
-    if missing := valid - optional - set(given):
-        raise ValueError(f"{path}: {where} lacks {sorted(missing)}")
-
-
-def scales() -> list[str]:
-    """Names of the scales that data/scales describes."""
-    return sorted(file.stem for file in paths.SCALES.glob("*.toml"))
-
-
 @dataclass(frozen=True)
 class Protocol:
-    """A parsed scale file. `raw` is its content, checked."""
+    """A scale by name, and its file's settings."""
 
     scale: str
-    raw: dict
+    settings: Scale
 
     @classmethod
     def load(cls, scale: str) -> "Protocol":
-        """ValueError for an unknown scale or a file with unknown or missing parts."""
-        path = paths.SCALES / f"{scale}.toml"
-        if not path.exists():
-            raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
-        protocol = cls(scale, tomllib.loads(path.read_text()))
-        protocol._check(path)
-        return protocol
-
-    def _check(self, path: Path) -> None:
-        raw = self.raw
-        _keys(path, "the file", raw, SECTIONS, optional={"hyper", "tuning"})
-        _keys(path, "[corpus]", raw["corpus"], _fields(CorpusConfig), optional=_fields(CorpusConfig))
-        settings = _fields(RunConfig) - RESOLVED
-        _keys(path, "[training]", raw["training"], settings, optional=settings)
-        for size, shape in raw["sizes"].items():
-            shapes = _fields(Olmo2Config) - {"vocab_size"}
-            _keys(path, f"size {size}", shape, shapes, optional=shapes)
-        _keys(path, "[learning_rates]", raw["learning_rates"], set(OPTIMIZER_NAMES))
-        _keys(path, "[hyper]", raw.get("hyper", {}), set(OPTIMIZER_NAMES), optional=set(OPTIMIZER_NAMES))
-        _keys(path, "[measure]", raw["measure"], MEASURE)
-        _keys(path, "[plan]", raw["plan"], set(PURPOSES), optional=set(PURPOSES[1:]))
-        lengths = {len(grid) for grid in raw["learning_rates"].values()}
-        if len(lengths) > 1:
-            raise ValueError(f"{path} gives grids of different lengths {sorted(lengths)}: tune all optimizers alike")
-        for purpose, plan in raw["plan"].items():
-            _keys(path, f"plan.{purpose}", plan, PLAN[purpose])
-            for size in plan["sizes"]:
-                if size not in self.sizes:
-                    raise ValueError(f"{path}: plan.{purpose} names size {size!r}; valid: {', '.join(self.sizes)}")
-                if isinstance(plan["seeds"], dict) and size not in plan["seeds"]:
-                    raise ValueError(f"{path}: plan.{purpose}.seeds has no seeds for size {size!r}")
-            for name in plan.get("optimizers", ()):
-                if name not in OPTIMIZER_NAMES:
-                    raise ValueError(f"{path}: plan.{purpose} names optimizer {name!r}; valid: {OPTIMIZER_NAMES}")
+        """ValueError for an unknown scale, and for a file with unknown, missing or unfit parts."""
+        return cls(scale, read_scale(scale))
 
     # ------------------------------------------------------------------------------------------------------- settings
 
     @property
     def sizes(self) -> list[str]:
         """Size names, smallest first."""
-        return list(self.raw["sizes"])
+        return list(self.settings.sizes)
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers of this scale, in the paper's order."""
+        return self.settings.optimizers
 
     @property
     def threads(self) -> int:
-        return self.raw["threads"]
+        return self.settings.threads
 
     @property
-    def measure(self) -> dict:
-        return self.raw["measure"]
+    def measure(self) -> Measure:
+        return self.settings.measure
 
     @property
     def corpus(self) -> CorpusConfig:
-        settings = dict(self.raw["corpus"])
-        if "wheels" in settings:
-            settings["wheels"] = tuple(settings["wheels"])
-        return CorpusConfig(**settings)
+        return self.settings.corpus
 
-    def model(self, size: str) -> Olmo2Config:
+    @property
+    def tuned(self) -> bool:
+        """Whether the learning rates come from a search at every size, not from a sweep over grids."""
+        return self.settings.tuning is not None
+
+    @property
+    def tuning(self) -> Tuning:
+        """The rule of a tuned scale; ValueError for one that is not."""
+        if self.settings.tuning is None:
+            raise ValueError(f"scale {self.scale} has no [tuning]; its learning rates come from grids")
+        return self.settings.tuning
+
+    def model(self, size: str) -> ModelConfig:
         if size not in self.sizes:
             raise ValueError(f"unknown size {size!r} of scale {self.scale}; valid: {', '.join(self.sizes)}")
-        return Olmo2Config(vocab_size=self.corpus.vocab_size, **self.raw["sizes"][size])
+        return self.settings.sizes[size].model(self.corpus.vocab_size)
 
     def grid(self, optimizer: str) -> list[float]:
-        if optimizer not in OPTIMIZER_NAMES:
-            raise ValueError(f"unknown optimizer {optimizer!r}; valid: {', '.join(OPTIMIZER_NAMES)}")
-        return self.raw["learning_rates"][optimizer]
+        """The learning rates that are swept. ValueError for a tuned scale, which has none."""
+        if self.tuned:
+            raise ValueError(f"scale {self.scale} has no grids of learning rates; [tuning] searches for them")
+        choose("optimizer", optimizer, self.optimizers)
+        return list(self.settings.learning_rates[optimizer])
+
+    def guess(self, optimizer: str) -> Rates:
+        """Rates before anything is known: the middle of the grid, or the start of the tuning."""
+        choose("optimizer", optimizer, self.optimizers)
+        if self.tuned:
+            start = self.tuning.start[optimizer]
+            return Rates(start.lr, start.auxiliary)
+        grid = self.grid(optimizer)
+        return Rates(grid[len(grid) // 2])
 
     def config(
-        self, size: str, optimizer: str, lr: float | None = None, seed: int = 0, scheme: str | None = None
+        self,
+        size: str,
+        optimizer: str,
+        lr: float | None = None,
+        seed: int = 0,
+        scheme: str | None = None,
+        head: bool = False,
+        auxiliary: float | None = None,
     ) -> RunConfig:
-        """The resolved run. `lr` None: the sweep's choice where there is one, else the middle of the grid."""
-        if lr is None:
-            grid = self.grid(optimizer)
-            chosen = read_learning_rates(self.scale).get((self.tuning_size(size), optimizer))
-            lr = chosen or grid[len(grid) // 2]
+        """The resolved run. Rates that are None: the chosen ones where they are known, else `guess`.
+
+        `auxiliary`, the rate of embedding and vectors, is for tuned scales; without one, [hyper] alone says.
+        """
+        choose("optimizer", optimizer, REGISTRY)
+        model = self.model(size)
+        if lr is None or (auxiliary is None and self.tuned and optimizer in self.optimizers):
+            known = read_rates(self.scale).get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
+            lr = known.lr if lr is None else lr
+            auxiliary = known.auxiliary if auxiliary is None else auxiliary
+        hyper = dict(self.settings.hyper.get(optimizer, {}))
+        if auxiliary is not None:
+            hyper |= auxiliary_rates(optimizer, auxiliary, model.width)
         return RunConfig(
             scale=self.scale,
             size=size,
             optimizer=optimizer,
             lr=lr,
             seed=seed,
-            model=self.model(size),
+            model=model,
             corpus=self.corpus,
-            hyper=self.raw.get("hyper", {}).get(optimizer, {}),
-            quantization={"scheme": scheme, "weights": "int4", "activations": "int4"} if scheme else None,
-            **self.raw["training"],
+            hyper=hyper,
+            quantization=qat(scheme, head) if scheme else None,
+            **vars(self.settings.training),
         )
 
     # ------------------------------------------------------------------------------------------------------- expansion
 
-    def _plan(self, purpose: str):
+    def _plan(self, purpose: str) -> Iterator[tuple[str, int, str, Runs]]:
         """(size, seed, optimizer, plan) in the order that leaves a usable study at every stopping point."""
-        plan = self.raw["plan"].get(purpose)
+        plan = self.settings.runs(purpose)
         for size in self.sizes if plan else ():
-            if size in plan["sizes"]:
-                seeds = plan["seeds"][size] if isinstance(plan["seeds"], dict) else plan["seeds"]
-                for seed in seeds:
-                    for optimizer in plan.get("optimizers", OPTIMIZER_NAMES):
+            if plan and size in plan.sizes:
+                for seed in plan.seeds_at(size):
+                    for optimizer in plan.subjects or self.optimizers:
                         yield size, seed, optimizer, plan
 
-    def sweep_runs(self, size: str | None = None) -> list[Planned]:
-        """Every learning rate of every grid, at the sizes and seeds of plan.sweep, or at one size alone."""
-        return [
-            Planned("sweep", self.config(swept, optimizer, lr=lr, seed=seed))
-            for swept, seed, optimizer, _ in self._plan("sweep")
-            if size in (None, swept)
-            for lr in self.grid(optimizer)
-        ]
+    def sweep_runs(self, size: str | None = None, losses: Losses | None = None) -> list[Planned]:
+        """The runs that the learning rates are chosen from, of all swept sizes or of one.
+
+        Of grids: every rate at every seed. Of a tuned scale: what the search of each size and optimizer has asked for
+        so far, and its next run; `losses` tells how the runs ended, by name (None: nothing has been run yet).
+        """
+        configs: list[RunConfig] = []
+        for swept, seed, optimizer, _ in self._plan("sweep"):
+            if size not in (None, swept):
+                continue
+            if self.tuned:
+                configs += runs_of_search(self, swept, optimizer, losses or (lambda name: None))
+            else:
+                configs += [self.config(swept, optimizer, lr=lr, seed=seed) for lr in self.grid(optimizer)]
+        return [Planned("sweep", config) for config in configs]
 
     def tuning_size(self, size: str) -> str:
         """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest."""
-        swept = self.raw["plan"]["sweep"]["sizes"]
+        swept = [s for s in self.sizes if "sweep" in self.purposes(s)]
         below = [s for s in self.sizes[: self.sizes.index(size) + 1] if s in swept] if size in self.sizes else []
         return below[-1] if below else swept[0]
 
-    def runs(self, learning_rates: dict[tuple[str, str], float], size: str | None = None) -> list[Planned]:
+    def runs(self, rates: Mapping[tuple[str, str], Rates | float], size: str | None = None) -> list[Planned]:
         """The main runs, of all sizes or of one, size by size: full precision, then QAT, then the schemes compared.
 
-        `learning_rates` maps (swept size, optimizer) to the chosen rate. Sizes whose rates are not there, because their
-        sweep has not ended, are left out. QAT takes the full-precision rate, as in the paper.
+        `rates` maps (swept size, optimizer) to the chosen rates, or to one learning rate where only one is chosen.
+        Sizes whose rates are not there, because their sweep has not ended, are left out. QAT takes the full-precision
+        rates, as in the paper. ValueError for a tuned scale without an auxiliary rate.
         """
         planned = []
         for purpose in PURPOSES[1:]:
             for at, seed, optimizer, plan in self._plan(purpose):
-                lr = learning_rates.get((self.tuning_size(at), optimizer))
-                if lr is not None and size in (None, at):
-                    schemes = plan.get("schemes") or [plan.get("scheme")]
-                    configs = [self.config(at, optimizer, lr=lr, seed=seed, scheme=scheme) for scheme in schemes]
-                    planned += [Planned(purpose, config) for config in configs]
+                chosen = rates.get((self.tuning_size(at), optimizer))
+                if chosen is not None and size in (None, at):
+                    chosen = chosen if isinstance(chosen, Rates) else Rates(chosen)
+                    if self.tuned and chosen.auxiliary is None:
+                        raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
+                    full = self.config(at, optimizer, lr=chosen.lr, seed=seed, auxiliary=chosen.auxiliary)
+                    planned += [Planned(purpose, full.replace(quantization=q)) for q in plan.quantizations]
         order = {size: number for number, size in enumerate(self.sizes)}
         return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
 
-    def purposes(self, size: str) -> list[str]:
-        """What the runs of a size are for, in the order of PURPOSES."""
-        plan = self.raw["plan"]
-        return [purpose for purpose in PURPOSES if size in plan.get(purpose, {}).get("sizes", ())]
+    def purposes(self, size: str | None = None) -> list[str]:
+        """What the runs of a size, or of any size, are for, in the order of PURPOSES."""
+        plans = ((purpose, self.settings.runs(purpose)) for purpose in PURPOSES)
+        return [purpose for purpose, plan in plans if plan and (size is None or size in plan.sizes)]
 
-    def find(self, name: str) -> Planned:
-        """The planned run of that name; ValueError when the protocol has none."""
-        planned = self.sweep_runs() + self.runs(read_learning_rates(self.scale))
+    def find(self, name: str, losses: Losses | None = None) -> Planned:
+        """The planned run of that name; ValueError when the protocol has none. `losses` as for `sweep_runs`."""
+        planned = self.sweep_runs(losses=losses) + self.runs(read_rates(self.scale))
         for candidate in planned:
             if candidate.config.name == name:
                 return candidate

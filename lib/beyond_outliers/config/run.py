@@ -8,42 +8,58 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
+
+from beyond_outliers.config.parsing import Different, Name, Range, check_fields, choose, parse
+
+Count = Annotated[int, Range(1, 2**20)]
+Tokens = Annotated[int, Range(1, 2**29)]
+Rate = Annotated[float, Range(0, 1000, "(]")]
+Share = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 10**6)]
 
 
 @dataclass(frozen=True)
-class ModelConfig(ABC):
-    """Shape of a decoder: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
+class Shape:
+    """A model but for its vocabulary.
+
+    `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
 
     `mlp_ratio` is the hidden size of the MLP over the width, a whole number: number formats whose blocks divide the
-    width divide every linear layer's input. Made as one of the architectures below.
+    width divide every linear layer's input.
     """
 
-    architecture: ClassVar[str]
+    width: Annotated[int, Range(1, 2**16)] = 768
+    depth: Annotated[int, Range(1, 1000)] = 4
+    n_heads: Annotated[int, Range(1, 2**12)] = 6
+    n_kv_heads: Annotated[int, Range(1, 2**12)] | None = None  # None: as many as n_heads (no grouping)
+    mlp_ratio: Annotated[int, Range(1, 64)] = 4
+    rope_base: Annotated[float, Range(1, 1e8)] = 1024.0
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-6
+    init_std: Annotated[float, Range(0, 100)] = 0.02
 
-    vocab_size: int = 32_000
-    width: int = 768
-    depth: int = 4
-    n_heads: int = 6
-    n_kv_heads: int | None = None  # None: as many as n_heads (no grouping)
-    mlp_ratio: int = 4
-    rope_base: float = 1024.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_fields(self)
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("vocab_size", "width", "depth", "n_heads", "n_kv_heads", "mlp_ratio"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.width % (2 * self.n_heads):
             raise ValueError(
                 f"width {self.width} does not divide into {self.n_heads} heads of even size (rotary pairs)"
             )
-        if self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+@dataclass(frozen=True)
+class ModelConfig(Shape, ABC):
+    """Shape of a decoder, its vocabulary included. Made as one of the architectures below."""
+
+    architecture: ClassVar[str]
+    vocab_size: Tokens = 32_000
 
     @property
     def head_size(self) -> int:
@@ -52,7 +68,7 @@ class ModelConfig(ABC):
     @property
     def n_parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
-        kv_width = self.n_kv_heads * self.head_size
+        kv_width = self.kv_heads * self.head_size
         projections = 2 * self.width**2 + 2 * self.width * kv_width
         block = projections + self._further_block_parameters() + 2 * self.width
         return self.vocab_size * self.width + self.depth * block + self.width
@@ -78,8 +94,8 @@ class LlamaConfig(ModelConfig):
 
     architecture: ClassVar[str] = "llama"
 
-    mlp_ratio: int = 3
-    rope_base: float = 10_000.0
+    mlp_ratio: Annotated[int, Range(1, 64)] = 3
+    rope_base: Annotated[float, Range(1, 1e8)] = 10_000.0
 
     def _further_block_parameters(self) -> int:
         return 3 * self.mlp_ratio * self.width**2
@@ -88,10 +104,9 @@ class LlamaConfig(ModelConfig):
 ARCHITECTURES: dict[str, type[ModelConfig]] = {config.architecture: config for config in (Olmo2Config, LlamaConfig)}
 
 
-def model_config(architecture: str = "olmo2", **shape) -> ModelConfig:
+def model_config(architecture: str = "olmo2", **shape: Any) -> ModelConfig:
     """The shape of a model. ValueError for an unknown architecture, or a part that its shape does not have."""
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; valid: {', '.join(ARCHITECTURES)}")
+    choose("architecture", architecture, ARCHITECTURES)
     valid = [part.name for part in dataclasses.fields(ARCHITECTURES[architecture])]
     if unknown := sorted(set(shape) - set(valid)):
         raise ValueError(f"a model of architecture {architecture!r} has no {unknown}; valid: {', '.join(valid)}")
@@ -107,58 +122,60 @@ class CorpusConfig:
     """
 
     source: str = "embedded"
-    wheels: tuple[str, ...] = ("botocore", "google-api-python-client")
-    vocab_size: int = 2048
-    limit_mb: float | None = None
-    validation_share: float = 0.04
+    wheels: Annotated[tuple[str, ...], Different()] = ("botocore", "google-api-python-client")
+    # 258: bytes and the boundary; 65535: token files hold uint16
+    vocab_size: Annotated[int, Range(258, 65_535)] = 2048
+    limit_mb: Annotated[float, Range(0, 1e8, "(]")] | None = None
+    validation_share: Annotated[float, Range(0, 1, "()")] = 0.04
 
-    def __post_init__(self):
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
-        if not 258 <= self.vocab_size <= 65_535:
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a scale share: batch, length, schedule, evaluations."""
+
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    context: Count = 128  # tokens a sequence
+    batch_size: Count = 32  # sequences an optimizer step, over all workers
+    micro_batch: Count = 32  # sequences a forward pass and worker; more are accumulated
+    tokens_per_parameter: Annotated[float, Range(0, 1e6, "(]")] = 20.0
+    warmup: Share = 0.05  # share of the steps, linear from 0
+    decay: Share = 0.20  # share of the steps, linear to 0
+    clip: Annotated[float, Range(0, 1e6, "(]")] | None = None  # largest gradient norm; None: no clipping
+    evaluations: Annotated[int, Range(1, 40)] = 20  # fixed points along the run; the weights of each are kept
+    validation_tokens: Tokens = 65_536
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.warmup + self.decay > 1:
             raise ValueError(
-                f"vocab_size must lie between 258 (bytes and the boundary) and 65535 (uint16), not {self.vocab_size}"
+                f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
             )
 
 
-@dataclass(frozen=True)
-class RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
     """One training run, resolved: everything that decides its result, nothing about the machine that runs it.
 
     Device, threads and compilation are arguments of `train`, and are recorded in its result.
     """
 
-    scale: str
-    size: str
+    scale: Name
+    size: Name
     optimizer: str
-    lr: float
+    lr: Rate
     model: ModelConfig
     corpus: CorpusConfig
-    seed: int = 0
-    weight_decay: float = 0.0
-    hyper: dict = field(default_factory=dict)  # further hyperparameters of the optimizer
-    context: int = 128  # tokens a sequence
-    batch_size: int = 32  # sequences an optimizer step, over all workers
-    micro_batch: int = 32  # sequences a forward pass and worker; more are accumulated
-    tokens_per_parameter: float = 20.0
-    warmup: float = 0.05  # share of the steps, linear from 0
-    decay: float = 0.20  # share of the steps, linear to 0
-    clip: float | None = None  # largest gradient norm; None: no clipping
-    evaluations: int = 20  # fixed points along the run; the weights of each are kept
-    validation_tokens: int = 65_536
-    quantization: dict | None = None  # QAT: {"scheme": "quest", "weights": "int4", ...}; None: full precision
+    seed: Seed = 0
+    hyper: dict[str, Any] = field(default_factory=dict)  # further hyperparameters of the optimizer
+    quantization: dict[str, Any] | None = None  # QAT: {"scheme": "quest", "weights": "int4", ...}; None: full precision
 
-    def __post_init__(self):
-        if not 1 <= self.evaluations <= 40:
-            raise ValueError(f"evaluations must lie between 1 and 40 (their weights are kept), not {self.evaluations}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, not {self.lr}")
-        if self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model.vocab_size != self.corpus.vocab_size:
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} differs from corpus.vocab_size {self.corpus.vocab_size}"
@@ -193,10 +210,9 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
+        """The run of `to_json`; ValueError for unknown or missing keys and for values that do not fit."""
         raw = json.loads(text)
-        raw["model"] = model_config(**raw["model"])
-        raw["corpus"] = CorpusConfig(**{**raw["corpus"], "wheels": tuple(raw["corpus"]["wheels"])})
-        return cls(**raw)
+        return parse({**raw, "model": model_config(**raw["model"])}, cls, "")
 
-    def replace(self, **changes) -> "RunConfig":
+    def replace(self, **changes: Any) -> "RunConfig":
         return dataclasses.replace(self, **changes)

