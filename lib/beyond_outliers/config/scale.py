@@ -134,10 +134,15 @@ class Measure:
     questions: Annotated[int, Range(1, 2**24)]  # at most, of every zero-shot task
     validation_tokens: Tokens  # for losses after quantization
     propagation_tokens: Tokens  # for the error decomposition and the outlier metrics
-    formats: Names  # each for weights alone, and for weights and activations
-    primary: str = "W4A4"  # the format by which claims judge
-    gptq: Annotated[tuple[str, ...], Different(least=0)] = ()  # formats in which weights are also rounded by GPTQ
+    formats: Annotated[tuple[str, ...], Different(least=0)] = ()  # each for weights alone, and for both
+    specs: Annotated[tuple[str, ...], Different(least=0)] = ()  # in place of formats: by name, as in table ptq
+    primary: str = "W4A4"  # the spec by which claims judge
+    calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
+
+    def __post_init__(self) -> None:
+        if bool(self.formats) == bool(self.specs):
+            raise ValueError("either formats or specs must say in which formats models are measured")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ Edge cases, the same for every grid: a group of zeros stays zero; a group whose 
 (with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
 """
 
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -191,6 +193,24 @@ class QuantSpec:
             name = "".join(letter + grid.removeprefix("int") for letter, grid in letters if grid != "none")
         name += "" if self.granularity == "row" else f"+{self.granularity}{self.block or ''}"
         return name + "+rot" * self.rotate + "+gptq" * (self.method == "gptq") + "+head" * self.head
+
+    @classmethod
+    def named(cls, name: str) -> "QuantSpec":
+        """The spec that calls itself `name`; ValueError for what is no such name."""
+        start, *parts = name.split("+")
+        options: dict = {"rotate": "rot" in parts, "head": "head" in parts}
+        options["method"] = "gptq" if "gptq" in parts else "rtn"
+        for part in parts:
+            if found := re.fullmatch(r"(tensor|block)(\d*)", part):
+                options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
+        if found := re.fullmatch(r"(?:W([a-z]*\d+))?(?:A([a-z]*\d+))?", start):
+            grids = [f"int{grid}" if grid and grid.isdigit() else grid or "none" for grid in found.groups()]
+        else:
+            grids = ["none" if start == "FP" else start] * 2
+        with contextlib.suppress(ValueError):
+            if (spec := cls(*grids, **options)).name == name:
+                return spec
+        raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
 
     def check_width(self, width: int) -> None:
         """ValueError unless both grids fit rows of `width` entries."""

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.study import Study
 
 COLLECT_EVERY = 600  # seconds
-POLL = 5  # seconds
 
 
 class StudyFailed(RuntimeError):
@@ -34,14 +34,19 @@ def in_shard(study: Study, planned: Planned, shard: tuple[int, int]) -> bool:
     return block % parts == part - 1
 
 
-def ready(study: Study, shard: tuple[int, int] = (1, 1)) -> list[Planned]:
-    """The runs that can be trained now and are not done, in the study's order.
+def waiting(study: Study, done: set[str], shard: tuple[int, int] = (1, 1)) -> list[Planned]:
+    """The runs that can be trained now and are not `done`, in the study's order.
 
-    A tuning run is known when the one before it has ended, main runs when the tuning of their size has.
+    Size by size the search for its rates and its runs in full precision, then size by size the quantized ones. A run of
+    a search is known when the one before it has ended, main runs when the search of their size has.
     """
-    done = study.done()
-    runs = [p for p in study.planned() if p.config.name not in done and in_shard(study, p, shard)]
-    return list({p.config.name: p for p in reversed(runs)}.values())[::-1]
+    sizes, found = study.protocol.sizes, {}
+    for place, planned in enumerate(study.planned()):
+        late = planned.purpose in ("qat", "schemes")
+        key = late, sizes.index(planned.config.size), PURPOSES.index(planned.purpose), place
+        if planned.config.name not in done and in_shard(study, planned, shard):
+            found.setdefault(planned.config.name, (key, planned))
+    return [planned for _, planned in sorted(found.values(), key=lambda pair: pair[0])]
 
 
 def train_and_measure(scale: str, purpose: str, config: str) -> str:
@@ -67,39 +72,43 @@ def continue_study(
     """
     deadline = time.monotonic() + 3600 * hours if hours else float("inf")
     failed: dict[str, str] = {}
-    finished, collected = 0, time.monotonic()
     running: dict[Future, str] = {}
-    context = multiprocessing.get_context("spawn")
+    done = study.done()
+    already, collected = len(done), time.monotonic()
     bar = tqdm(desc=f"study {study.scale}", unit="run", disable=None if progress else True)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=25)
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25)
     try:
         while True:
-            waiting = [p for p in ready(study, shard) if p.config.name not in {*running.values(), *failed}]
-            bar.total = finished + len(running) + len(waiting)
-            while waiting and len(running) < jobs and time.monotonic() < deadline:
-                planned = waiting.pop(0)
+            study.choose_what_is_found()
+            queue = [p for p in waiting(study, done, shard) if p.config.name not in {*running.values(), *failed}]
+            bar.total = len(done) - already + len(running) + len(queue)
+            for planned in queue[: jobs - len(running)] if time.monotonic() < deadline else []:
                 task = pool.submit(train_and_measure, study.scale, planned.purpose, planned.config.to_json())
                 running[task] = planned.config.name
             bar.set_postfix_str(", ".join(name.rpartition("-")[0] for name in running.values()))
             if not running or time.monotonic() > deadline:
                 break
-            for task in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
+            ended = wait(
+                running, timeout=max(1.0, min(3600.0, deadline - time.monotonic())), return_when=FIRST_COMPLETED
+            )
+            for task in ended.done:
                 name = running.pop(task)
                 if error := task.exception():
                     failed[name] = f"{type(error).__name__}: {error}"
+                    bar.write(f"failed: {name}: {failed[name]}")
                 else:
-                    finished += 1
+                    done.add(name)
                     bar.update()
             if time.monotonic() - collected > COLLECT_EVERY:
                 study.collect()
                 collected = time.monotonic()
     finally:
         bar.close()
-        for process in list(getattr(pool, "_processes", None) or {}):
-            pool._processes[process].terminate()
+        for process in multiprocessing.active_children():
+            process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
-        if finished or study.done():
+        if len(done):
             study.collect()
     if failed:
         raise StudyFailed("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
-    return finished
+    return len(done) - already

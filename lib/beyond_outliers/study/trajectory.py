@@ -5,12 +5,17 @@ damage can be told apart: the decay of the learning rate makes it and averaging 
 comes with convergence (arXiv 2604.15167). The Common Loss is read off this table, whatever runs it is taken over.
 """
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from beyond_outliers import paths
+from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.metrics import activation_metrics, average
@@ -34,7 +39,7 @@ def averaged_model(result: RunResult, steps: list[int]) -> nn.Module:
     return model.eval()
 
 
-def measure_trajectory(
+def trajectory_table(
     result: RunResult, specs: list[QuantSpec], validation_tokens: int, propagation_tokens: int
 ) -> pd.DataFrame:
     """One row a (checkpoint, format) of a full-precision run, the unquantized model among the formats as "none".
@@ -68,6 +73,24 @@ def measure_trajectory(
             errors = output_errors(model, quantized, batches)
             rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
     return pd.DataFrame(rows)
+
+
+def trajectory_file(result: RunResult) -> Path:
+    return result.folder / "trajectory.csv"
+
+
+def measure_trajectory(result: RunResult, settings: Measure) -> Path:
+    """Writes the table of a run, if it is not there: the primary spec and the same without its head.
+
+    At half the tokens of a final measurement, since there are twenty times as many models.
+    """
+    file = trajectory_file(result)
+    if not file.exists():
+        primary = QuantSpec.named(settings.primary)
+        specs = list(dict.fromkeys([primary, dataclasses.replace(primary, head=False)]))
+        tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
+        paths.write_whole(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
+    return file
 
 
 def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
