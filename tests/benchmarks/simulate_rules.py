@@ -5,7 +5,7 @@
 Seeds are normal with the standard deviations that scale `laptop` had within size and optimizer (pooled over its two
 sizes; three seeds each), once as they are and once doubled, since the new regime may be noisier. A cell of n seeds is
 drawn by its mean and its variance, which are independent: N(mu, s^2 / n) and s^2 chi^2(n - 1) / (n - 1). The rules are
-those of `beyond_outliers.contrasts`, the very functions that judge the real study.
+those of `beyond_outliers.claims.contrasts`, the very functions that judge the real study.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.confirm_prediction import judge_prediction, leave_one_out, pearson
-from beyond_outliers.confirm_qat import judge_reversal
-from beyond_outliers.confirm_rules import PAPER_OPTIMIZERS, SEEDS, evaluate
-from beyond_outliers.contrasts import (
+from beyond_outliers.claims.confirm_prediction import judge_prediction, leave_one_out, pearson
+from beyond_outliers.claims.confirm_qat import judge_reversal
+from beyond_outliers.claims.confirm_rules import PAPER_OPTIMIZERS, SEEDS, evaluate
+from beyond_outliers.claims.contrasts import (
     NOT_REPRODUCED,
     REPRODUCED,
     STRICT,

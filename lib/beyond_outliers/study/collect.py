@@ -33,33 +33,45 @@ def collect(study: "Study") -> None:
     results = {p.config.name: r for p in study.planned() if (r := study.result(p)) is not None}
     if not results and not (study.results / "runs.csv").exists():
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
-    common = [] if study.protocol.measure.trajectory else study.common_losses(set(results))
+    by_seed = study.protocol.measure.trajectory
+    study.results.mkdir(parents=True, exist_ok=True)
+    kept = set(purposes)
+    _write(
+        study, "runs", [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])], kept
+    )
+    _write(study, "curves", [r.metrics.assign(run=name) for name, r in results.items()], kept)
+    common = _common_by_seed(study) if by_seed else study.common_losses(set(results))
     checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
-    checkpoints += [(row.run, "common", row.step) for table in common for row in table.itertuples()]
-    parts: dict[str, list[pd.DataFrame]] = {
-        "runs": [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])],
-        "curves": [r.metrics.assign(run=name) for name, r in results.items()],
-        "common_loss": common,
-    }
+    checkpoints += [
+        (row.run, "common", row.step) for table in common for row in table.itertuples() if row.run in results
+    ]
+    parts: dict[str, list[pd.DataFrame]] = {}
     for name in MEASURED:
         files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
         parts[name] = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
-    if study.protocol.measure.trajectory:
-        files = [trajectory_file(result) for result in results.values()]
-        parts["trajectory"] = [pd.read_csv(file) for file in files if file.exists()]
-    study.results.mkdir(parents=True, exist_ok=True)
+    if by_seed:
+        along = [trajectory_file(result) for result in results.values()]
+        parts["trajectory"] = [pd.read_csv(file) for file in along if file.exists()]
     for name, tables in parts.items():
-        kept = {run for run, of in purposes.items() if name != "common_loss" or "full_precision" in of}
-        _write(study, name, [table for table in tables if len(table)], kept)
-    if study.protocol.measure.trajectory:  # of all rows, wherever they were made
-        runs = study.runs("full_precision")
-        complete = runs.groupby(["size", "seed"]).optimizer.transform("nunique") == len(study.protocol.optimizers)
-        table = common_loss(runs[complete], study.table("curves"), by=("size", "seed"))
-        paths.write_whole(study.results / "common_loss.csv", table.to_csv(index=False))
+        _write(study, name, tables, kept)
+    if by_seed and common:  # of all rows, wherever they were made
+        paths.write_whole(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
+    elif common:
+        _write(study, "common_loss", common, {run for run, of in purposes.items() if "full_precision" in of})
+
+
+def _common_by_seed(study: "Study") -> list[pd.DataFrame]:
+    """The Common Loss of every size and seed whose runs are all in the tables."""
+    runs = study.runs("full_precision")
+    if runs.empty:
+        return []
+    complete = runs.groupby(["size", "seed"]).optimizer.transform("nunique") == len(study.protocol.optimizers)
+    return [common_loss(runs[complete], study.table("curves"), by=("size", "seed"))]
 
 
 def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]) -> None:
     """The table of these rows plus the committed ones of runs in `kept` that have no folder here."""
+    tables = [table for table in tables if len(table)]
     if not tables:
         return
     table = pd.concat(tables, ignore_index=True)
@@ -72,15 +84,21 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
     paths.write_whole(file, table.to_csv(index=False))
 
 
-def adopted(study: "Study", wanted: Iterable[str]) -> set[str]:
-    """Runs of the committed tables that are complete there: diverged, or with rows in every table of `wanted`."""
+def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
+    """Runs of the committed tables that are complete there: diverged, or with rows in every table of `wanted`.
+
+    at_common_loss: also rows measured at the Common Loss, which its whole size and seed must have reached.
+    """
     if not (study.results / "runs.csv").exists():
         return set()
     runs = study.table("runs")
     names = set(runs.run)
     for name in wanted:
         file = study.results / f"{name}.csv"
-        names &= set(pd.read_csv(file, usecols=["run"]).run) if file.exists() else set()
+        rows = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["run", "checkpoint"])
+        if at_common_loss and "checkpoint" in rows:
+            rows = rows[rows.checkpoint == "common"]
+        names &= set(rows.run)
     return names | set(runs.run[runs.status == "diverged"])
 
 

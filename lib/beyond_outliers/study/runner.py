@@ -59,6 +59,8 @@ def train_and_measure(scale: str, purpose: str, config: str) -> str:
     planned = Planned(purpose, RunConfig.from_json(config))
     study.train(planned, progress=False)
     study.measure_one(planned)
+    if purpose == "full_precision" and study.protocol.measure.trajectory:
+        study.measure_block(planned.config.size, planned.config.seed)  # by whoever ends a size and seed
     return planned.config.name
 
 
@@ -74,6 +76,10 @@ def continue_study(
     failed: dict[str, str] = {}
     running: dict[Future, str] = {}
     done = study.done()
+    if study.protocol.measure.trajectory:  # a block whose last run was interrupted after its training
+        for size, seed, runs in study.blocks():
+            if any(study.result(planned) for planned in runs):
+                study.measure_block(size, seed)
     already, collected = len(done), time.monotonic()
     bar = tqdm(desc=f"study {study.scale}", unit="run", disable=None if progress else True)
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25)

@@ -115,7 +115,10 @@ class Study:
 
         along = ("trajectory",) if self.protocol.measure.trajectory else ()
         wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
-        committed = {purpose: adopted(self, wanted.get(purpose, ("zero_shot",))) for purpose in PURPOSES}
+        committed = {
+            purpose: adopted(self, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
+            for purpose in PURPOSES
+        }
         done = set()
         for planned in self.planned():
             result = self.result(planned)
@@ -269,6 +272,29 @@ class Study:
         full = {size: self._at("full_precision", size) for size in self._sizes("full_precision")}
         sizes = [size for size, runs in full.items() if runs and all(p.config.name in ended for p in runs)]
         return [self.common_loss(size) for size in sizes]
+
+    def blocks(self) -> Iterator[tuple[str, int, list[Planned]]]:
+        """(size, seed, its full-precision runs, one an optimizer): what a Common Loss is taken over in `by_seed`."""
+        for size in self._sizes("full_precision"):
+            runs = self._at("full_precision", size)
+            for seed in dict.fromkeys(p.config.seed for p in runs):
+                yield size, seed, [p for p in runs if p.config.seed == seed]
+
+    def measure_block(self, size: str, seed: int) -> bool:
+        """Measures the runs of a size and seed lightly at their Common Loss, once all of them have ended here.
+
+        Returns whether it did (or found it done).
+        """
+        from beyond_outliers.study.measure import measure_run
+
+        runs = next(runs for at, of, runs in self.blocks() if (at, of) == (size, seed))
+        results = {p.config.name: r for p in runs if (r := self.result(p)) is not None}
+        if len(results) < len(runs):
+            return False
+        evaluations = pd.concat([r.evaluations.assign(run=name) for name, r in results.items()])
+        for row in common_loss(pd.DataFrame([r.row for r in results.values()]), evaluations).itertuples():
+            measure_run(results[row.run], int(row.step), "light", self.protocol.measure)
+        return True
 
     def measure(self, purpose: str, size: str) -> None:
         """Measures the runs of a purpose and size: finals in full, Common Loss and sweep checkpoints lightly."""

@@ -18,7 +18,7 @@ from datetime import datetime
 
 import pandas as pd
 
-from beyond_outliers.confirm_kinds import (
+from beyond_outliers.claims.confirm_kinds import (
     WHOLE,
     Finding,
     extreme,
@@ -26,9 +26,9 @@ from beyond_outliers.confirm_kinds import (
     share,
     slopes,
 )
-from beyond_outliers.confirm_prediction import prediction
-from beyond_outliers.confirm_qat import efficiency, reversal
-from beyond_outliers.contrasts import UNDECIDED
+from beyond_outliers.claims.confirm_prediction import prediction
+from beyond_outliers.claims.confirm_qat import efficiency, reversal
+from beyond_outliers.claims.contrasts import UNDECIDED
 
 PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")
 PAPER_THREE = ("adamw", "muon", "shampoo")  # those that the paper trains at every size

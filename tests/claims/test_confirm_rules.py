@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers import confirm_rules, paths
-from beyond_outliers.confirm_prediction import judge_prediction, leave_one_out, pearson
-from beyond_outliers.confirm_rules import PAPER_OPTIMIZERS, PAPER_THREE, SEEDS, eligible, evaluate, evaluate_sets
-from beyond_outliers.contrasts import cells, common_slope, contrast, exists, t_interval, whole
+from beyond_outliers import paths
+from beyond_outliers.claims import confirm_rules
+from beyond_outliers.claims.confirm_prediction import judge_prediction, leave_one_out, pearson
+from beyond_outliers.claims.confirm_rules import PAPER_OPTIMIZERS, PAPER_THREE, SEEDS, eligible, evaluate, evaluate_sets
+from beyond_outliers.claims.contrasts import cells, common_slope, contrast, exists, t_interval, whole
 from beyond_outliers.scaling import fit_shared, log_rho_draws
 
 RULES = tomllib.loads((paths.DATA / "claims-confirm.toml").read_text())

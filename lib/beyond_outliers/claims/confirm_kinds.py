@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.contrasts import (
+from beyond_outliers.claims.contrasts import (
     LEAST_SEEDS,
     NOT_REPRODUCED,
     REPRODUCED,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.confirm_kinds import Finding, numbers, summary, thin
-from beyond_outliers.contrasts import NOT_REPRODUCED, REPRODUCED, UNDECIDED, cells, decide
+from beyond_outliers.claims.confirm_kinds import Finding, numbers, summary, thin
+from beyond_outliers.claims.contrasts import NOT_REPRODUCED, REPRODUCED, UNDECIDED, cells, decide
 
 LEAST_OPTIMIZERS = 6
 PREDICTS, SILENT = "predicts", "is silent"

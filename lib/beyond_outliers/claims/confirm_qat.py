@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.confirm_kinds import WHOLE, Finding, numbers, thin, verdicts_of
-from beyond_outliers.contrasts import STRICT, UNDECIDED, USUAL, Cells, cells, contrast, decide, exists
+from beyond_outliers.claims.confirm_kinds import WHOLE, Finding, numbers, thin, verdicts_of
+from beyond_outliers.claims.contrasts import STRICT, UNDECIDED, USUAL, Cells, cells, contrast, decide, exists
 from beyond_outliers.scaling import log_rho_draws
 
 # ----------------------------------------------------------------------------------------------------- reversal: C12
