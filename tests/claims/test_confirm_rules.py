@@ -484,7 +484,7 @@ def test_the_planned_seeds_are_those_of_the_scale():
 
 
 def simulation():
-    file = Path(__file__).parent / "benchmarks" / "simulate_rules.py"
+    file = Path(__file__).parents[1] / "benchmarks" / "simulate_rules.py"
     spec = importlib.util.spec_from_file_location("simulate_rules", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

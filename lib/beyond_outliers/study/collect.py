@@ -39,7 +39,10 @@ def collect(study: "Study") -> None:
     _write(
         study, "runs", [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])], kept
     )
-    _write(study, "curves", [r.metrics.assign(run=name) for name, r in results.items()], kept)
+    curves = [r.metrics.assign(run=name) for name, r in results.items()]
+    if by_seed:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
+        curves = [curve.dropna(subset="val_loss") for curve in curves]
+    _write(study, "curves", curves, kept)
     common = _common_by_seed(study) if by_seed else study.common_losses(set(results))
     checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
     checkpoints += [

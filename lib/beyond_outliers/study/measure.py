@@ -21,7 +21,7 @@ from torch import nn
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
-from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.evaluate.loss import validation_loss, window_starts
 from beyond_outliers.evaluate.multiple_choice import zero_shot
 from beyond_outliers.evaluate.tasks import TASKS
 from beyond_outliers.metrics import activation_metrics
@@ -57,18 +57,18 @@ def fitting(found: Sequence[QuantSpec], config: RunConfig) -> list[QuantSpec]:
 
 
 def validation_batches(corpus: Corpus, context: int, n_tokens: int, batch_size: int = 16) -> list[torch.Tensor]:
-    """Windows of validation tokens spread evenly over the split: a list of (batch, context) int64."""
-    count = max(1, n_tokens // context)
-    starts = np.linspace(0, len(corpus.validation) - context, count).astype(int)
-    ids = torch.from_numpy(np.stack([corpus.validation[s : s + context] for s in starts]).astype(np.int64))
-    return list(ids.split(batch_size))
+    """The windows of the validation loss, without their last token: a list of (batch, context) int64."""
+    return list(_windows(corpus.validation, context, n_tokens).split(batch_size))
 
 
 def calibration(corpus: Corpus, context: int, n_tokens: int) -> torch.Tensor:
-    """Windows of training tokens spread evenly over the split: one batch (windows, context) int64, for GPTQ."""
-    count = max(2, n_tokens // context)
-    starts = np.linspace(0, len(corpus.train) - context, count).astype(int)
-    return torch.from_numpy(np.stack([corpus.train[s : s + context] for s in starts]).astype(np.int64))
+    """Windows of training tokens for GPTQ, cut likewise: one batch (windows, context) int64."""
+    return _windows(corpus.train, context, n_tokens)
+
+
+def _windows(tokens: np.ndarray, context: int, n_tokens: int) -> torch.Tensor:
+    starts = window_starts(len(tokens), context, max(n_tokens, context))
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(context)].astype(np.int64))
 
 
 def measure_folder(folder: Path, step: int) -> Path:
@@ -127,7 +127,7 @@ def _tables(
         if spec == primary:
             copies[primary] = quantized
         if settings.formats or spec == primary:  # a scale that names its specs wants accuracies of the primary alone
-            chosen = tasks if spec == primary else ("cloze",)
+            chosen = tasks if spec == primary and settings.formats else ("cloze",)
             accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
     return {
         "ptq": pd.DataFrame(ptq),

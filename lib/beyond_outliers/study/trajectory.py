@@ -5,7 +5,6 @@ damage can be told apart: the decay of the learning rate makes it and averaging 
 comes with convergence (arXiv 2604.15167). The Common Loss is read off this table, whatever runs it is taken over.
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +79,13 @@ def trajectory_file(result: RunResult) -> Path:
 
 
 def measure_trajectory(result: RunResult, settings: Measure) -> Path:
-    """Writes the table of a run, if it is not there: the primary spec and the same without its head.
+    """Writes the table of a run in the primary spec, if it is not there.
 
     At half the tokens of a final measurement, since there are twenty times as many models.
     """
     file = trajectory_file(result)
     if not file.exists():
-        primary = QuantSpec.named(settings.primary)
-        specs = list(dict.fromkeys([primary, dataclasses.replace(primary, head=False)]))
+        specs = [QuantSpec.named(settings.primary)]
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
         paths.write_whole(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
     return file
