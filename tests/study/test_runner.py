@@ -24,9 +24,8 @@ def study(tmp_path, monkeypatch):
 def test_sizes_come_in_turn_and_quantized_runs_last(study):
     queue = runner.waiting(study, done=set())
     kinds = list(dict.fromkeys((p.purpose, p.config.size) for p in queue))
-    assert kinds == [
-        ("sweep", "0.08M"), ("full_precision", "0.08M"), ("full_precision", "0.16M"), ("qat", "0.08M"), ("qat", "0.16M"),
-    ]  # fmt: skip
+    full, quantized = ("full_precision", "qat"), ("0.08M", "0.16M")
+    assert kinds == [("sweep", "0.08M"), *((purpose, size) for purpose in full for size in quantized)]
     first = [p.config for p in queue if p.purpose == "full_precision"][:7]
     assert [c.optimizer for c in first[:6]] == list(study.protocol.optimizers)
     assert [c.seed for c in first] == [200] * 6 + [201]
