@@ -76,7 +76,7 @@ class PSGD(StackedOptimizer):
         self.generator.set_state(state_dict["generator"].cpu())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict:
-        state = {"momentum": torch.zeros_like(parameter), "since_update": 0, "updates": 0}
+        state: dict = {"momentum": torch.zeros_like(parameter), "since_update": 0, "updates": 0}
         for side, size in zip(("left", "right"), parameter.shape or (1,), strict=False):
             triangular = parameter.ndim == 2 and 1 < size <= group["max_size_triangular"]
             state[side] = torch.eye(size) if triangular else torch.ones(size)

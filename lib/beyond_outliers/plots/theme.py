@@ -5,6 +5,7 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -75,7 +76,7 @@ def label_y(axes, label: str) -> None:
 
 def legend(figure: plt.Figure) -> None:
     """One legend of everything that some panel shows."""
-    unique = {}
+    unique: dict[str, Any] = {}
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         unique |= dict(zip(labels, handles, strict=True))

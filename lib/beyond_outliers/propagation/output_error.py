@@ -66,11 +66,12 @@ def relative_error(
             first = pairs[0][0]
             n_tokens += first[..., 0].numel()
             for i in range(len(first)):
-                error = signal = 0.0
+                error: Tensor | float = 0.0
+                signal: Tensor | float = 0.0
                 for x, xq in pairs:
                     for h, hq in pieces((x[i], xq[i]), "global"):
-                        d = hq - h
-                        error, signal = error + dot(d, d), signal + dot(h, h)
+                        dh = hq - h
+                        error, signal = error + dot(dh, dh), signal + dot(h, h)
                 errors.append(float(error))
                 signals.append(float(signal))
     if not errors:

@@ -89,7 +89,7 @@ GRIDS = {
 }
 
 
-def choose(kind: str, value: str, valid) -> None:
+def choose(kind: str, value: object, valid) -> None:
     """ValueError naming `value` and the valid ones unless it is one of them."""
     if value not in valid:
         raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")
@@ -138,6 +138,7 @@ def quantize_tensor(x: Tensor, grid: str, granularity: str = "row", block: int |
     if chosen.blocks:
         rounded = chosen.blocks(grouped)
     else:
+        assert chosen.round_unit is not None, "every format rounds entries or blocks"
         group = x.ndim if granularity == "tensor" else 1
         rounded = _absmax(grouped, chosen.round_unit, chosen.largest, group)
     return rounded.reshape(x.shape).to(x.dtype)
