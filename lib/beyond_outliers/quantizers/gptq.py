@@ -259,7 +259,7 @@ class _Walk:
         """Before each run of each layer, a module with `operand`."""
         if layer is not self.waiting[0]:
             return
-        self.hessian.add(layer.operand(args[0]))
+        self.hessian.add(layer.operand(args[0]))  # type: ignore[operator]  # narrowed to Module by the line before
         self.left -= 1
         if self.left:
             return
