@@ -141,7 +141,8 @@ def test_models_that_cannot_be_quantized_are_refused(model):
         quantize_model(Tree(), QuantSpec("mxfp4", "mxfp4"))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_inference_agrees(model, backend):
     quantized = quantize_model(model, QuantSpec(rotate=True))
     torch.compiler.reset()

@@ -185,7 +185,8 @@ def test_bad_requests_are_refused_by_name(model, call, words):
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_training_steps_agree_with_eager(backend):
     """One compiled function, first with weights rounded in every micro-batch, then with weights held over each step."""
     torch.manual_seed(0)
