@@ -114,7 +114,7 @@ def _zero_shot(model: nn.Module, corpus: Corpus, context: int, settings: dict, t
         corpus.tokenizer,
         tasks,
         limit=settings["questions"],
-        heldout=corpus.heldout_documents(),
+        heldout=corpus.heldout,
         context=context,  # these models are useless beyond the positions that they were trained on
         progress=False,
     )
