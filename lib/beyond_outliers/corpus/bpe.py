@@ -28,14 +28,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def sample(texts: Texts, size: int = SAMPLE) -> Iterator[str]:
     """All texts, or of a corpus of more than `size` bytes a part of at most that size, spread evenly; deterministic."""
-    if texts.bytes <= size:
+    total, taken, seen = texts.bytes, 0, 0
+    if total <= size:
         yield from texts
         return
-    taken = seen = 0
     for text in texts:
         seen += len(text.encode())
         part = text[:LONGEST_IN_SAMPLE]
-        if (taken + len(part.encode())) * texts.bytes <= seen * size:
+        if (taken + len(part.encode())) * total <= seen * size:
             taken += len(part.encode())
             yield part
 

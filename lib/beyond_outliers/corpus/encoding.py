@@ -18,7 +18,8 @@ class TextEncoder:
     """`encoder(texts)` -> their ids, each text whole and by itself, a special token's name in it read as letters.
 
     tokenizer: of `tokenizers` (`Tokenizer`, or a ready-made one such as `ByteLevelBPETokenizer`), or of `transformers`,
-    fast or slow. It stays as it is: settings are changed on a copy.
+    fast or slow. It stays as it is: settings are changed on a copy. Where a special token is a word of the model's own
+    vocabulary (Unigram, whole words), its name in a text becomes that token all the same: a warning says so.
     Raises ValueError for anything else, and for a tokenizer with parts in Python (which cannot be copied) that has
     padding, truncation or special tokens to be switched off.
     """
@@ -29,24 +30,38 @@ class TextEncoder:
         if isinstance(backend, Tokenizer):
             self._fast = _plain_copy(backend)
             self.unknown = _unknown_id(backend)
+            special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         elif hasattr(tokenizer, "encode") and hasattr(tokenizer, "all_special_tokens"):
             self._slow = tokenizer  # all settings are arguments of its calls
             self.unknown = tokenizer.unk_token_id
+            special = set(tokenizer.all_special_ids)
         else:
             raise ValueError(
                 f"a {type(tokenizer).__name__} is no tokenizer that can be used here; valid: those of the libraries "
                 "tokenizers and transformers"
             )
+        self._special = special - {self.unknown}
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if self._slow is None:
-            return [line.ids for line in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return [self._encode_slowly(text) for text in texts]
+            encoded = [line.ids for line in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        else:
+            encoded = [self._encode_slowly(text) for text in texts]
+        if not all(map(self._special.isdisjoint, encoded)):
+            found = next(i for ids in encoded for i in ids if i in self._special)
+            warnings.warn(
+                f"a text holds the name of the special token {found}, and the tokenizer's own vocabulary reads it as "
+                "that token",
+                stacklevel=3,
+            )
+        return encoded
 
     def _encode_slowly(self, text: str, add_special_tokens: bool = False) -> list[int]:
         # a slow tokenizer that is told to split special tokens also splits added words: only where there is one
         split = {"split_special_tokens": True} if any(t in text for t in self._slow.all_special_tokens) else {}
-        return self._slow.encode(text, add_special_tokens=add_special_tokens, padding=False, truncation=False, **split)
+        return self._slow.encode(
+            text, add_special_tokens=add_special_tokens, padding=False, truncation=False, verbose=False, **split
+        )
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token, None where the vocabulary does not have it."""

@@ -124,9 +124,9 @@ class Store:
         share = validation.characters / (train.characters + validation.characters)
         if not validation_share / 2 <= share <= validation_share * 2:
             warnings.warn(
-                f"{share:.2%} of the text is held out for validation, not the {validation_share:.2%} asked for: whole "
-                "groups are held out, without what training also has, and no choice of them comes nearer",
-                stacklevel=2,
+                f"{share:.2%} of the text is held out for validation, not the {validation_share:.2%} asked for: "
+                "groups are held out whole, less the texts that training also has",
+                stacklevel=3,
             )
         return train, validation
 
