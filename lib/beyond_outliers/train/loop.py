@@ -114,7 +114,7 @@ class _Run:
         self.device = _device(device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.corpus: Corpus = open_corpus(config.corpus)
+        self.corpus: Corpus = open_corpus(config.corpus, config.context)
         self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
         self.model = build_model(config).to(self.device)
         self.optimizer = build_optimizer(
