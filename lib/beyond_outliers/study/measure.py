@@ -81,9 +81,10 @@ def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings
     tasks = TASKS if level == "full" else ("cloze",)
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
+    main = quantize_model(model, MAIN)  # once: its loss, its accuracy and its error propagation
     ptq, accuracies = [{"spec": "none", **base}], [accuracy]
     for spec in specs(settings["formats"]) if level == "full" else [MAIN, QuantSpec(activations="none")]:
-        quantized = quantize_model(model, spec)
+        quantized = main if spec == MAIN else quantize_model(model, spec)
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
         chosen = tasks if spec == MAIN else ("cloze",)
@@ -92,13 +93,12 @@ def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings
         "ptq": pd.DataFrame(ptq),
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches),
-        "propagation": _propagation(model, batches),
+        "propagation": _propagation(model, main, batches),
     }
 
 
-def _propagation(model: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
+def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
     """Attention as one module, as in the paper, and opened up, so that its linear layers have rows of their own."""
-    quantized = quantize_model(model, MAIN)
     parts = [decompose(model, quantized, batches, attention=view).assign(attention=view) for view in ("unit", "open")]
     return pd.concat(parts, ignore_index=True)
 
