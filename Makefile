@@ -1,7 +1,7 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
 #   make reproduce              train, quantize, measure, run every notebook       (SCALE=pocket)
 #   make test                   the test suite
-#   make figures SCALE=laptop   figures and HTML again from the tables of a scale, no training
+#   make figures SCALE=laptop   figures and HTML again from the tables of a scale, no training; changes no table
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make lab | make clean       JupyterLab | remove what can be made again
 

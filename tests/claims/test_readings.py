@@ -1,11 +1,14 @@
 """Readings on tables small enough to work out by hand, and the same quantity wherever it is shown."""
 
+import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from beyond_outliers import paths
 from beyond_outliers.claims import PAPER_OPTIMIZERS, predictor_table, readings
 from beyond_outliers.config import OPTIMIZER_NAMES
 from beyond_outliers.propagation import summarise
@@ -35,6 +38,16 @@ def inputs(**columns):
 
 def test_the_six_of_the_paper_are_in_the_study():
     assert set(PAPER_OPTIMIZERS) <= set(OPTIMIZER_NAMES) and len(PAPER_OPTIMIZERS) == 6
+
+
+@pytest.mark.parametrize("file", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebooks_call_readings_and_define_none(file):
+    """Which rows count, and at which checkpoint, is said by readings alone."""
+    code = "\n".join("".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code")
+    own = (
+        r"""checkpoint ==|["']down["']|R_in|\.R > 0|attention ==|["']head["']|\.A >|study\.measured|spearmanr|cloze'"""
+    )
+    assert re.findall(own, code) == []
 
 
 def test_mmr_leaves_out_down():
