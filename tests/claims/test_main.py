@@ -14,15 +14,16 @@ def results(tmp_path, monkeypatch):
     """The tables of scale pocket in a folder of their own, without claims.csv."""
     folder = tmp_path / "pocket"
     folder.mkdir()
-    for name in TABLES:
-        (folder / f"{name}.csv").write_bytes((paths.RESULTS / "pocket" / f"{name}.csv").read_bytes())
+    for file in (paths.RESULTS / "pocket").glob("*.csv"):
+        if file.stem in TABLES:
+            (folder / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     return folder
 
 
 def test_the_verdicts_are_written_by_the_command_alone(results, capsys):
     table = verdicts(Study("pocket"))
-    assert sorted(file.stem for file in results.iterdir()) == sorted(TABLES)
+    assert not (results / "claims.csv").exists()
     assert main(["--scale", "pocket"]) == 0
     assert capsys.readouterr().out.strip() == str(results / "claims.csv")
     pd.testing.assert_frame_equal(pd.read_csv(results / "claims.csv"), table, check_dtype=False)
@@ -36,7 +37,7 @@ def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results,
         assert text in said
     rows = Study("pocket").measured("ptq").query("checkpoint == 'common' and spec == 'W4A4'")
     assert all(f"{increase:.4g}" in said for increase in rows.increase) and len(rows) == 12
-    assert sorted(file.stem for file in results.iterdir()) == sorted(TABLES)
+    assert {file.stem for file in results.iterdir()} <= set(TABLES)
 
 
 def test_rows_are_cut_and_it_says_so(results, capsys):
