@@ -346,6 +346,24 @@ def test_the_workflow_plans_one_job_a_run(tmp_path):
     assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["notebook"]) == (1, 12, 1, 8)
 
 
+def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
+    """Which runs a search asks for is known only run by run: one job a size and optimizer; all notebooks have QAT."""
+    text = dry_run("confirm", tmp_path)
+    jobs = jobs_of(text)
+    assert (jobs["corpus"], jobs["tune"], jobs["choose"], jobs["notebook"]) == (1, 18, 3, 8) and "train" not in jobs
+    found = re.findall(r"^rule tune:\n(?:    .*\n)*?    wildcards: optimizer=(\S+), size=(\S+)\n", text, re.M)
+    assert set(found) == {(name, size) for size in ("0.08M", "0.16M", "0.26M") for name in OPTIMIZER_NAMES}
+
+
+def test_notebooks_that_a_scale_has_no_runs_for_are_left_out(tmp_path, monkeypatch):
+    protocol = Study("smoke").protocol
+    assert notebooks(protocol) == notebooks()
+    text = (paths.SCALES / "smoke.toml").read_text()
+    (tmp_path / "own.toml").write_text(re.sub(r"^qat = .*\n", "", text, flags=re.M))
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+    assert set(notebooks()) - set(notebooks(Study("own").protocol)) == {"05_qat", "06_scaling_laws"}
+
+
 def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):
     """Snakemake starts the job of highest priority first: sizes in turn, their runs as the protocol lists them."""
     text = dry_run("laptop", tmp_path)

@@ -204,6 +204,7 @@ def read_scale(name: str) -> Scale:
     if not file.exists():
         raise ValueError(f"unknown scale {name!r}; valid: {', '.join(scales())}")
     try:
-        return parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
+        scale: Scale = parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
     except ValueError as error:  # TOML that cannot be read is one, too
         raise ValueError(f"{file}: {error}") from None
+    return scale
