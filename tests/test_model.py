@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.cross_entropy import linear_cross_entropy
-from beyond_outliers.model import Olmo2, rotary_tables
+from beyond_outliers.decoder import Rotary, rotary_tables
+from beyond_outliers.model import Olmo2
 
 
 def reference_logits(weights: dict, config: Olmo2Config, ids: np.ndarray) -> np.ndarray:
@@ -113,13 +114,12 @@ def test_initialisation():
             assert (parameter == 1).all(), name
 
 
-def test_rotary_positions_are_relative():
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_positions_are_relative(interleaved):
     """The product of a query at position i and a key at j depends on i - j alone."""
-    from beyond_outliers.model import Rotary
-
     torch.manual_seed(0)
     q, k = torch.randn(2, 16, dtype=torch.float64)
-    rotary = Rotary(16, 1024.0)
+    rotary = Rotary(16, 1024.0, interleaved)
     turned_q, turned_k = (rotary(x.expand(1, 1, 20, 16))[0, 0] for x in (q, k))
     products = turned_q @ turned_k.T
     for offset in range(1, 19):

@@ -4,6 +4,7 @@ Every other module that looks into a model goes through here, so that each of th
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -35,8 +36,9 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies, the CPU for a model without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Where the model's first parameter or buffer lies (quantized layers have buffers only), else the CPU."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def forward(model: nn.Module, batch):

@@ -96,9 +96,14 @@ def notebooks(protocol: Protocol | None = None) -> list[str]:
 
 
 def run_notebook(name: str, scale: str, **parameters) -> Path:
-    """Executes a notebook by papermill, returns its HTML in figures/SCALE; parameters it does not have are refused."""
+    """Executes a notebook by papermill and returns its HTML in figures/SCALE; its Markdown page is written beside.
+
+    Parameters that it does not have are refused.
+    """
     import nbconvert
     import papermill
+
+    from beyond_outliers.pages import write_page
 
     source = paths.NOTEBOOKS / f"{name}.ipynb"
     if not source.exists():
@@ -116,6 +121,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     target = paths.FIGURES / scale / f"{name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(html)
+    write_page(executed, scale, name)
     return target
 
 

@@ -14,6 +14,7 @@ CACHE = DATA / "cache"  # wheels and token files; git-ignored, safe to delete
 OUTPUT = Path(os.environ.get("BEYOND_OUTLIERS_OUTPUT") or ROOT).resolve()
 FIGURES = OUTPUT / "figures"
 RESULTS = OUTPUT / "data" / "results"  # committed tidy tables, one folder a scale
+CHECKPOINTS = OUTPUT / "data" / "checkpoints"  # committed final weights of one seed, bfloat16
 RUNS = OUTPUT / "data" / "runs"  # one folder a training run; git-ignored
 
 

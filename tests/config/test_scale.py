@@ -37,8 +37,9 @@ def swept() -> dict:
     table["corpus"] |= {"validation_share": 0.04}
     table["training"] |= {"weight_decay": 0.1, "warmup": 0.1, "decay": 0.2, "clip": 1.0}
     table["sizes"]["tiny"] |= {"n_kv_heads": 2, "mlp_ratio": 4, "rope_base": 1024.0, "norm_eps": 1e-6, "init_std": 0.02}
+    table["sizes"]["tiny"]["architecture"] = "olmo2"
     table["plan"]["qat"]["head"] = True
-    table["measure"] |= {"primary": "W4A4", "gptq": ["int4"], "trajectory": True}
+    table["measure"] |= {"primary": "W4A4", "calibration_tokens": 512, "trajectory": True}
     return table
 
 
@@ -101,7 +102,7 @@ def bad_values(key: str, value) -> list:
     if kind in (int, float) and key not in WHERE_ZERO_IS_VALID:
         values.append(0)
     if kind is list:
-        values += [value + value] + [[]] * (key != "gptq")  # everything twice; nothing
+        values += [value + value] + [[]] * (key not in ("formats", "specs"))  # everything twice; nothing
     return values
 
 
@@ -173,6 +174,9 @@ def test_a_scale_is_a_name_and_not_a_path(name):
         ("swept", ("sizes", "tiny", "width"), 30, "sizes.tiny: width 30 does not divide"),
         ("swept", ("learning_rates", "adamw"), [1e-3], r"different lengths \[1, 2\]"),
         ("swept", ("measure", "propagation_tokens"), 63, r"propagation_tokens must be 64 \(training.context\) or more"),
+        ("swept", ("measure", "formats"), [], "either formats or specs must say"),
+        ("swept", ("measure", "specs"), ["W4A4"], "either formats or specs must say"),
+        ("swept", ("sizes", "tiny", "architecture"), "olmo", "sizes.tiny: unknown architecture 'olmo'; valid: olmo2"),
         ("swept", ("hyper", "muon", "adam_lr"), 1e-3, r"hyper.muon has unknown keys \['adam_lr'\].*adamw_lr"),
         ("swept", ("hyper", "muon", "adamw_lr"), math.nan, "hyper.muon.adamw_lr must be .*not nan"),
         ("swept", ("plan", "schemes", "optimizers"), ["sgd"], "plan.schemes names optimizer 'sgd'; valid: adamw"),
@@ -204,8 +208,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(load, kind, path, value, m
         (("hyper", "muon", "adamw_lr"), -0.1, r"own.toml: hyper.muon: adamw_lr must be at least 0, not -0.1"),
         (("hyper", "muon", "ns_steps"), "five", r"own.toml: hyper.muon: "),
         (("measure", "formats"), ["int9"], r"own.toml: measure.formats: .*'int9'; valid: .*int4"),
-        (("measure", "gptq"), ["int9"], r"own.toml: measure.gptq: .*'int9'; valid: .*int4"),
-        (("measure", "primary"), "W3A3", r"own.toml: measure.primary: unknown format 'W3A3'; valid: .*W4A4\+head"),
+        (("measure", "primary"), "W3A3", r"own.toml: measure.primary: unknown spec 'W3A3'; valid: .*W4A4\+head"),
         (("plan", "qat", "scheme"), "guest", r"own.toml: plan.qat: unknown scheme 'guest'; valid: quest"),
     ],
 )

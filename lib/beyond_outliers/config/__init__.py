@@ -10,7 +10,16 @@ from beyond_outliers.config.learning_rates import (
 )
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import Planned, Protocol
-from beyond_outliers.config.run import CorpusConfig, ModelConfig, Olmo2Config, RunConfig, Shape, Training
+from beyond_outliers.config.run import (
+    CorpusConfig,
+    LlamaConfig,
+    ModelConfig,
+    Olmo2Config,
+    RunConfig,
+    Shape,
+    Training,
+    model_config,
+)
 from beyond_outliers.config.scale import PURPOSES, Measure, Plan, Scale, Tuning, scales
 from beyond_outliers.config.tuning import Pending, auxiliary_rates, line_search, tune, tuned_config
 
@@ -19,6 +28,7 @@ __all__ = [
     "PURPOSES",
     "CorpusConfig",
     "EdgeWarning",
+    "LlamaConfig",
     "Measure",
     "ModelConfig",
     "Olmo2Config",
@@ -36,6 +46,7 @@ __all__ = [
     "choose_learning_rate",
     "learning_rates_file",
     "line_search",
+    "model_config",
     "read_learning_rates",
     "read_rates",
     "scales",

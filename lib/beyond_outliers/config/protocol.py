@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from beyond_outliers.config.learning_rates import Rates, read_rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.config.run import CorpusConfig, Olmo2Config, RunConfig
+from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
 from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
 from beyond_outliers.config.tuning import auxiliary_rates, runs_of_search
 
@@ -76,10 +76,10 @@ class Protocol:
             raise ValueError(f"scale {self.scale} has no [tuning]; its learning rates come from grids")
         return self.settings.tuning
 
-    def model(self, size: str) -> Olmo2Config:
+    def model(self, size: str) -> ModelConfig:
         if size not in self.sizes:
             raise ValueError(f"unknown size {size!r} of scale {self.scale}; valid: {', '.join(self.sizes)}")
-        return Olmo2Config(vocab_size=self.corpus.vocab_size, **vars(self.settings.sizes[size]))
+        return self.settings.sizes[size].model(self.corpus.vocab_size)
 
     def grid(self, optimizer: str) -> list[float]:
         """The learning rates that are swept. ValueError for a tuned scale, which has none."""

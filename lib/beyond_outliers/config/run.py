@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from beyond_outliers.config.parsing import Different, Name, Range, check_fields, parse
+from beyond_outliers.config.parsing import Different, Name, Range, check_fields, choose, parse
 
 Count = Annotated[int, Range(1, 2**20)]
 Tokens = Annotated[int, Range(1, 2**29)]
@@ -21,8 +22,13 @@ Seed = Annotated[int, Range(0, 10**6)]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model but for its vocabulary: `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads`
-    groups."""
+    """A model but for its vocabulary.
+
+    `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
+
+    `mlp_ratio` is the hidden size of the MLP over the width, a whole number: number formats whose blocks divide the
+    width divide every linear layer's input.
+    """
 
     width: Annotated[int, Range(1, 2**16)] = 768
     depth: Annotated[int, Range(1, 1000)] = 4
@@ -50,9 +56,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Olmo2Config(Shape):
-    """Shape of an `Olmo2`, its vocabulary included."""
+class ModelConfig(Shape, ABC):
+    """Shape of a decoder, its vocabulary included. Made as one of the architectures below."""
 
+    architecture: ClassVar[str]
     vocab_size: Tokens = 32_000
 
     @property
@@ -63,12 +70,48 @@ class Olmo2Config(Shape):
     def n_parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
         kv_width = self.kv_heads * self.head_size
-        attention = 2 * self.width**2 + 2 * self.width * kv_width + self.n_heads
-        block = attention + 2 * self.mlp_ratio * self.width**2 + 2 * self.width
+        projections = 2 * self.width**2 + 2 * self.width * kv_width
+        block = projections + self._further_block_parameters() + 2 * self.width
         return self.vocab_size * self.width + self.depth * block + self.width
 
+    @abstractmethod
+    def _further_block_parameters(self) -> int:
+        """Parameters of a block beside the attention's projections and two gains."""
 
-ModelConfig = Olmo2Config
+
+@dataclass(frozen=True)
+class Olmo2Config(ModelConfig):
+    """Shape of an `Olmo2`: an MLP of two matrices, one query-key scale a head."""
+
+    architecture: ClassVar[str] = "olmo2"
+
+    def _further_block_parameters(self) -> int:
+        return self.n_heads + 2 * self.mlp_ratio * self.width**2
+
+
+@dataclass(frozen=True)
+class LlamaConfig(ModelConfig):
+    """Shape of a `Llama`: a gated MLP of three matrices, 9 width^2 parameters for the OLMo2 variant's 8 width^2."""
+
+    architecture: ClassVar[str] = "llama"
+
+    mlp_ratio: Annotated[int, Range(1, 64)] = 3
+    rope_base: Annotated[float, Range(1, 1e8)] = 10_000.0
+
+    def _further_block_parameters(self) -> int:
+        return 3 * self.mlp_ratio * self.width**2
+
+
+ARCHITECTURES: dict[str, type[ModelConfig]] = {config.architecture: config for config in (Olmo2Config, LlamaConfig)}
+
+
+def model_config(architecture: str = "olmo2", **shape: Any) -> ModelConfig:
+    """The shape of a model. ValueError for an unknown architecture, or a part that its shape does not have."""
+    choose("architecture", architecture, ARCHITECTURES)
+    valid = [part.name for part in dataclasses.fields(ARCHITECTURES[architecture])]
+    if unknown := sorted(set(shape) - set(valid)):
+        raise ValueError(f"a model of architecture {architecture!r} has no {unknown}; valid: {', '.join(valid)}")
+    return ARCHITECTURES[architecture](**shape)
 
 
 @dataclass(frozen=True)
@@ -126,7 +169,7 @@ class RunConfig(Training):
     size: Name
     optimizer: str
     lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
-    model: Olmo2Config
+    model: ModelConfig
     corpus: CorpusConfig
     seed: Seed = 0
     hyper: dict[str, Any] = field(default_factory=dict)  # further hyperparameters of the optimizer
@@ -160,12 +203,19 @@ class RunConfig(Training):
         return f"{self.size}-{self.optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical: keys sorted. The model says its architecture where that is not the paper's."""
+        raw = asdict(self)
+        if self.model.architecture != "olmo2":  # ids of runs from before there was a second one must not change
+            raw["model"]["architecture"] = self.model.architecture
+        return json.dumps(raw, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
         """The run of `to_json`; ValueError for unknown or missing keys and for values that do not fit."""
-        config: RunConfig = parse(json.loads(text), cls, "")
+        raw = json.loads(text)
+        if "model" in raw:
+            raw["model"] = model_config(**raw["model"])
+        config: RunConfig = parse(raw, cls, "")
         return config
 
     def replace(self, **changes: Any) -> "RunConfig":

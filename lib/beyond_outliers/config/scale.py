@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from beyond_outliers import paths
 from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES
 from beyond_outliers.config.parsing import Different, Name, Range, check_keys, choose, parse
-from beyond_outliers.config.run import CorpusConfig, Rate, Seed, Shape, Tokens, Training
+from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, Seed, Tokens, Training, model_config
 
 PURPOSES = ("sweep", "full_precision", "qat", "schemes")
 
@@ -16,6 +16,28 @@ Sizes = Annotated[tuple[Name, ...], Different()]
 Seeds = Annotated[tuple[Seed, ...], Different()]
 Names = Annotated[tuple[str, ...], Different()]
 Hyperparameter = bool | float | str | tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A size: its shape, with the defaults of its architecture for what is left out."""
+
+    width: Annotated[int, Range(1, 2**16)]
+    depth: Annotated[int, Range(1, 1000)]
+    n_heads: Annotated[int, Range(1, 2**12)]
+    n_kv_heads: Annotated[int, Range(1, 2**12)] | None = None
+    mlp_ratio: Annotated[int, Range(1, 64)] | None = None
+    rope_base: Annotated[float, Range(1, 1e8)] | None = None
+    norm_eps: Annotated[float, Range(0, 1)] | None = None
+    init_std: Annotated[float, Range(0, 100)] | None = None
+    architecture: str = "olmo2"
+
+    def __post_init__(self) -> None:
+        self.model(vocab_size=258)
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return model_config(vocab_size=vocab_size, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +134,15 @@ class Measure:
     questions: Annotated[int, Range(1, 2**24)]  # at most, of every zero-shot task
     validation_tokens: Tokens  # for losses after quantization
     propagation_tokens: Tokens  # for the error decomposition and the outlier metrics
-    formats: Names  # each for weights alone, and for weights and activations
-    primary: str = "W4A4"  # the format by which claims judge
-    gptq: Annotated[tuple[str, ...], Different(least=0)] = ()  # formats in which weights are also rounded by GPTQ
+    formats: Annotated[tuple[str, ...], Different(least=0)] = ()  # each for weights alone, and for both
+    specs: Annotated[tuple[str, ...], Different(least=0)] = ()  # in place of formats: by name, as in table ptq
+    primary: str = "W4A4"  # the spec by which claims judge
+    calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
+
+    def __post_init__(self) -> None:
+        if bool(self.formats) == bool(self.specs):
+            raise ValueError("either formats or specs must say in which formats models are measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +152,7 @@ class Scale:
     threads: Annotated[int, Range(1, 1024)]  # CPU threads a run
     corpus: CorpusConfig
     training: Training
-    sizes: dict[Name, Shape]  # smallest first
+    sizes: dict[Name, Size]  # smallest first
     plan: Plan
     measure: Measure
     learning_rates: dict[str, Annotated[tuple[Rate, ...], Different()]] = field(default_factory=dict)
@@ -142,7 +169,7 @@ class Scale:
             raise ValueError("[sizes] names no size; valid: one or more")
         for purpose, runs in self.plan:
             self._check_plan(purpose, runs)
-        for key in ("validation_tokens", "propagation_tokens"):
+        for key in ("validation_tokens", "propagation_tokens", "calibration_tokens"):
             tokens, least = getattr(self.measure, key), self.training.context
             if tokens < least:
                 raise ValueError(f"measure.{key} must be {least} (training.context) or more, not {tokens}")

@@ -23,6 +23,22 @@ class ValidationLoss:
     n_tokens: int
 
 
+def window_starts(n_tokens: int, context: int, max_tokens: int | None = None) -> np.ndarray:
+    """Where validation windows of `context` + 1 tokens begin, (windows,) int64: they do not overlap.
+
+    With `max_tokens`, the largest number of windows that predict no more than that many tokens is spread evenly, so
+    that a sample crosses all documents. ValueError if there is no room for one window.
+    """
+    available = n_tokens // (context + 1)
+    n_windows = available if max_tokens is None else min(available, max_tokens // context)
+    if n_windows < 1:
+        raise ValueError(
+            f"a window needs {context + 1} tokens and predicts {context}; "
+            f"there are {n_tokens} tokens, and max_tokens is {max_tokens}"
+        )
+    return np.arange(n_windows) * available // n_windows * (context + 1)
+
+
 def validation_loss(
     model: nn.Module,
     tokens: np.ndarray,
@@ -39,14 +55,8 @@ def validation_loss(
     `token_bytes` (V,) counts the UTF-8 bytes of every token and turns nats into bits a byte; without it they are NaN.
     Raises ValueError if `tokens` or `max_tokens` do not hold one window, or if a token is missing in `token_bytes`.
     """
-    available = len(tokens) // (context + 1)
-    n_windows = available if max_tokens is None else min(available, max_tokens // context)
-    if n_windows < 1:
-        raise ValueError(
-            f"a window needs {context + 1} tokens and predicts {context}; "
-            f"there are {len(tokens)} tokens, and max_tokens is {max_tokens}"
-        )
-    starts = np.arange(n_windows) * available // n_windows * (context + 1)
+    starts = window_starts(len(tokens), context, max_tokens)
+    n_windows = len(starts)
     batch_size = min(batch_size, n_windows)
     sums = np.empty(n_windows)  # nats a window
     n_bytes = 0

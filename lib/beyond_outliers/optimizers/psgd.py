@@ -19,6 +19,12 @@ reproducible. Every 100th update the factors of a matrix are balanced to equal l
 product as it is (the reference does it with probability 0.01). Vectors, dimensions of size 1 and dimensions above
 `max_size_triangular` have diagonal factors (q <- q - 0.1 (t1 - t2) q / max|t1 + t2|, with the diagonals t of the terms
 above). All randomness comes from one generator, which the state_dict carries.
+
+Nothing is approximated beyond the formulas: what follows saves work and equals them up to rounding (float64: 1e-10).
+A and B are divided by their common largest entry, which both updates are invariant to and which keeps their products
+in range. The factor of a side much longer than the other (m > 4 k, an embedding's vocabulary) is updated in
+O(m^2 k) rather than O(m^3), without any other m x m matrix: |.| and triu(.) Q come from the m x 2k matrices [A B] and
+[A -B]. Where Q^T Q serves enough calls until the next update it is kept, otherwise Q is applied twice.
 """
 
 import math
@@ -32,6 +38,8 @@ from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 DAMPING = 2.0**-13
 BALANCE_EVERY = 100
+LOW_RANK = 4  # sides more than this many times as long as the other are updated through [A B]; measured
+BLOCK = 64  # rows of a factor that are updated at once; measured
 
 
 class PSGD(StackedOptimizer):
@@ -92,27 +100,31 @@ class PSGD(StackedOptimizer):
         momentum = (state["momentum"] / (1 - beta**step)).view(shape[0], -1, *shape[2:])
         momentum = momentum if momentum.ndim == 3 else momentum.unsqueeze(-1)
 
-        if self.due(group, stack, step - 1):
+        period = self.period(group, step - 1)
+        if self.due(stack, period):
             probe = torch.randn(momentum.shape, generator=self.generator, dtype=momentum.dtype, device=momentum.device)
-            momentum = momentum + DAMPING * momentum.abs().mean((1, 2), keepdim=True) * probe
+            momentum.addcmul_(probe, DAMPING * momentum.abs().mean((1, 2), keepdim=True))
             if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
             update_factors(state, momentum, probe, group["preconditioner_lr"])
             stack.derived.clear()
             direction = precondition(state, momentum)
         else:
-            direction = precondition_with_products(state, stack.derived, momentum)
+            direction = precondition(state, momentum, stack.derived, period)
 
-        rms = direction.square().mean((1, 2), keepdim=True).sqrt()
-        direction = direction * (1.1 / (rms + 1e-8)).clamp(max=1.0)
+        rms = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True) / direction[0].numel() ** 0.5
+        direction *= (1.1 / (rms + 1e-8)).clamp(max=1.0)
         stack.decay(1 - group["lr"] * group["weight_decay"])
         stack.descend(direction.view(shape), group["lr"])
 
-    def due(self, group: dict, stack: Stack, n: int) -> bool:
-        """Whether the preconditioner is updated in call n (from 0); counts it."""
-        probability = group["update_probability"] or min(1.0, max(0.03, math.exp(-0.001 * (n - 500))))
+    def period(self, group: dict, n: int) -> float:
+        """Calls between two updates of the preconditioner, 1 / p, as of call n (from 0)."""
+        return 1 / (group["update_probability"] or min(1.0, max(0.03, math.exp(-0.001 * (n - 500)))))
+
+    def due(self, stack: Stack, period: float) -> bool:
+        """Whether the preconditioner is updated in this call; counts it."""
         waited = stack.count("since_update") + 1
-        due = waited >= 1 / probability
+        due = waited >= period
         for entry in stack.per_parameter:
             entry["since_update"] = 0 if due else waited
             entry["updates"] += due
@@ -155,26 +167,29 @@ def inverse_right(x: Tensor, q: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(q, x, upper=True, left=False) if q.ndim == 3 else x / q.unsqueeze(-2)
 
 
-def precondition(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Q_L^T Q_L x Q_R^T Q_R, (N, m, n) -> (N, m, n)."""
-    x = left_product(state["left"], left_product(state["left"], x), transposed=True)
-    if "right" in state:
-        x = right_product(right_product(x, state["right"], transposed=True), state["right"])
-    return x
+def precondition(
+    state: dict[str, Tensor], x: Tensor, products: dict[str, Tensor] | None = None, calls: float = 1
+) -> Tensor:
+    """Q_L^T Q_L x Q_R^T Q_R, (N, m, n) -> (N, m, n).
 
-
-def precondition_with_products(state: dict[str, Tensor], products: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The same with Q^T Q kept in `products`: they stay valid until the next update, dozens of calls in the end."""
-    if not products:
-        for side in ("left", "right"):
-            if side in state:
-                q = state[side]
-                products[side] = left_product(q, q, transposed=True) if q.ndim == 3 else q.square()
-    left, right = products["left"], products.get("right")
-    x = left @ x if left.ndim == 3 else left.unsqueeze(-1) * x
-    if right is not None:
-        x = x @ right if right.ndim == 3 else x * right.unsqueeze(-2)
-    return x
+    A side's Q^T Q is kept in `products`, if given, where it pays: it serves `calls` calls until the next update.
+    """
+    rows, columns = x.shape[1:]
+    q = state["left"]
+    if q.ndim == 3 and products is not None and calls * columns >= rows:
+        if "left" not in products:
+            products["left"] = left_product(q, q, transposed=True)
+        x = products["left"] @ x
+    else:
+        x = left_product(q, left_product(q, x), transposed=True)
+    q = state.get("right")
+    if q is None:
+        return x
+    if q.ndim == 3 and products is not None and calls * rows >= columns:
+        if "right" not in products:
+            products["right"] = left_product(q, q, transposed=True)
+        return x @ products["right"]
+    return right_product(right_product(x, q, transposed=True), q)
 
 
 def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr: float) -> None:
@@ -183,36 +198,88 @@ def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr
     a, b = left_product(left, gradient), inverse_left(left, probe)
     if right is not None:
         a, b = right_product(a, right, transposed=True), inverse_right(b, right)
+    largest = torch.maximum(a.abs().amax((1, 2), keepdim=True), b.abs().amax((1, 2), keepdim=True))
+    scale = 1 / (largest + torch.finfo(a.dtype).tiny)
+    a, b = a * scale, b * scale
     for q, x, y in ((left, a, b), (right, a.mT, b.mT)):
         if q is None:
             continue
         if q.ndim == 2:
-            term1, term2 = x.square().sum(-1), y.square().sum(-1)
-            largest = (term1 + term2).amax(-1, keepdim=True) + torch.finfo(q.dtype).tiny
-            q.sub_(lr * (term1 - term2) * q / largest)
-            continue
-        total = add_gram_(torch.empty_like(q), x, beta=0, alpha=1)
-        difference = total.clone()
-        add_gram_(total, y, beta=1, alpha=1)
-        add_gram_(difference, y, beta=1, alpha=-1)
-        difference.triu_().mul_(lr / norm_lower_bound(total))
-        for r in strips(q.shape[1]):  # downwards: a strip of the product reads only its own and later rows of q
-            q[:, r, r.start :] -= difference[:, r, r.start :] @ q[:, r.start :, r.start :]
+            update_diagonal_(q, x, y, lr)
+        elif x.shape[1] > LOW_RANK * x.shape[2]:
+            update_low_rank_(q, x, y, lr)
+        else:
+            update_dense_(q, x, y, lr)
+
+
+def update_diagonal_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+    """q <- q - lr (t1 - t2) q / max(t1 + t2), t the diagonals of x x^T and y y^T: (N, m) and twice (N, m, k)."""
+    term1, term2 = x.square().sum(-1), y.square().sum(-1)
+    largest = (term1 + term2).amax(-1, keepdim=True) + torch.finfo(q.dtype).tiny
+    q.sub_(lr * (term1 - term2) * q / largest)
+
+
+def update_dense_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+    """q <- q - lr triu(x x^T - y y^T) q / |x x^T + y y^T|: upper triangular (N, m, m) and twice (N, m, k).
+
+    Entries of x and y are at most of order one (see `norm_lower_bound`).
+    """
+    term1, term2 = gram(x), gram(y)
+    rate = lr / norm_lower_bound(term1 + term2)
+    for r in blocks(q.shape[1]):  # downwards: a block of the product reads only its own and later rows of q
+        difference = (term1[:, r, r.start :] - term2[:, r, r.start :]).triu_()
+        q[:, r, r.start :].addcmul_(torch.bmm(difference, q[:, r.start :, r.start :]), rate, value=-1)
+
+
+def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+    """The same for k much smaller than m: x x^T + y y^T = u u^T and x x^T - y y^T = u v^T have rank 2k.
+
+    Rows r of triu(u v^T) q are triu(u_r v_r^T) q_r + u_r (sum over the blocks s below r of v_s^T q_s). Going upwards,
+    one running sum serves all blocks, and every q_r joins it before it is overwritten.
+    """
+    u, v = torch.cat((x, y), -1), torch.cat((x, -y), -1)
+    rate = lr / norm_lower_bound_of_gram(u)
+    below = q.new_zeros(q.shape[0], u.shape[2], q.shape[1])  # (N, 2k, m); columns left of the blocks done are zero
+    for r in reversed(blocks(q.shape[1])):
+        rows, u_r, v_r = q[:, r, r.start :], u[:, r], v[:, r]
+        product = torch.bmm(torch.bmm(u_r, v_r.mT).triu_(), rows)
+        product[:, :, r.stop - r.start :].baddbmm_(u_r, below[:, :, r.stop :])
+        below[:, :, r.start :].baddbmm_(v_r.mT, rows)
+        rows.addcmul_(product, rate, value=-1)
+
+
+def blocks(n: int) -> list[slice]:
+    """Cuts of 0..n for the product of two triangular matrices, which gains more from small ones than thin products."""
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+
+def gram(x: Tensor) -> Tensor:
+    """x x^T; mirroring one half costs more than it saves below 512 rows."""
+    if x.shape[1] < 512:
+        return torch.bmm(x, x.mT)
+    return add_gram_(x.new_empty(*x.shape[:2], x.shape[1]), x, beta=0, alpha=1)
 
 
 def norm_lower_bound(a: Tensor) -> Tensor:
     """Lower bound of the spectral norm of symmetric matrices, within sqrt(2) in practice: (N, n, n) -> (N, 1, 1).
 
-    One and a half power iterations from the longest row; everything over the largest entry against overflow.
+    One and a half power iterations from the longest row. Squares of the entries must neither overflow nor vanish.
     """
+    longest = torch.linalg.vector_norm(a, dim=-1).argmax(-1).view(-1, 1, 1)
     tiny = torch.finfo(a.dtype).tiny
-    largest = a.abs().amax((1, 2), keepdim=True) + tiny
-    a = a / largest
-    longest = a.square().sum(-1).argmax(-1).view(-1, 1, 1)
-    row = a.take_along_dim(longest, 1)  # (N, 1, n)
-    row = row @ a
+    row = a.take_along_dim(longest, 1) @ a  # (N, 1, n)
     row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
-    return torch.linalg.vector_norm(row @ a, dim=-1, keepdim=True) * largest + tiny
+    return torch.linalg.vector_norm(row @ a, dim=-1, keepdim=True) + tiny
+
+
+def norm_lower_bound_of_gram(u: Tensor) -> Tensor:
+    """`norm_lower_bound(u u^T)` without that product: (N, n, k) -> (N, 1, 1)."""
+    lengths = ((u @ (u.mT @ u)) * u).sum(-1)  # squared, of the rows of u u^T
+    tiny = torch.finfo(u.dtype).tiny
+    row = u.take_along_dim(lengths.argmax(-1).view(-1, 1, 1), 1) @ u.mT  # (N, 1, n)
+    row = (row @ u) @ u.mT
+    row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
+    return torch.linalg.vector_norm((row @ u) @ u.mT, dim=-1, keepdim=True) + tiny
 
 
 def balance(left: Tensor, right: Tensor) -> None:

@@ -3,6 +3,7 @@
 `save` writes a figure as PDF and PNG below figures/SCALE, named after notebook and figure.
 """
 
+import base64
 import textwrap
 from pathlib import Path
 
@@ -34,14 +35,29 @@ def set_theme() -> None:
     }
 
 
-def save(figure: plt.Figure, scale: str, name: str) -> plt.Figure:
-    """figures/SCALE/NAME.pdf and .png; returns the figure, so that a cell can end with it. Closed: shown once."""
+class SavedFigure:
+    """A figure that `save` wrote: a notebook shows the very file, and a page links to it by its name."""
+
+    def __init__(self, figure: plt.Figure, path: Path):
+        self.figure, self.path = figure, path
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        width = round(110 * self.figure.get_size_inches()[0])  # pixels; the file has more, for sharp screens
+        data = {
+            "image/png": base64.b64encode(self.path.read_bytes()).decode(),
+            "text/plain": f"figure {self.path.stem}",
+        }
+        return data, {"image/png": {"width": width}}
+
+
+def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
+    """figures/SCALE/NAME.pdf and .png; returns what a notebook shows, so that a cell can end with it."""
     folder: Path = paths.FIGURES / scale
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # no date: same data, same file
-    figure.savefig(folder / f"{name}.png")
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     plt.close(figure)
-    return figure
+    return SavedFigure(figure, folder / f"{name}.png")
 
 
 def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):

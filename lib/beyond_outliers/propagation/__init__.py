@@ -2,7 +2,7 @@
 
 from beyond_outliers.propagation.decomposition import decompose, summarise
 from beyond_outliers.propagation.norms import spectral_norm
-from beyond_outliers.propagation.output_error import RelativeError, relative_error
+from beyond_outliers.propagation.output_error import RelativeError, output_errors, relative_error
 from beyond_outliers.propagation.rows import FUNCTIONAL
 
-__all__ = ["FUNCTIONAL", "RelativeError", "decompose", "relative_error", "spectral_norm", "summarise"]
+__all__ = ["FUNCTIONAL", "RelativeError", "decompose", "output_errors", "relative_error", "spectral_norm", "summarise"]

@@ -1,4 +1,7 @@
-"""R_L alone: the relative error of a quantized model's output, with its interval over sequences."""
+"""R_L alone: the relative error of a quantized model's output, with its interval over sequences.
+
+`output_errors` gives it in three readings, the paper's and two without what softmax or the head add to it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,3 +107,31 @@ def _draw(batches: list, sample: int, seed: int) -> Iterator:
             yield {key: take(value, rows) for key, value in batch.items()}
         else:
             yield tuple(take(value, rows) for value in batch) if isinstance(batch, tuple) else batch[rows]
+
+
+def output_errors(model: nn.Module, quantized: nn.Module, batches) -> dict[str, float]:
+    """R at the network's end in three readings, one pass of each model; norms over all tokens, in float64.
+
+    R_L: of the logits, the paper's (arXiv 2509.23500, section 5). R_L_centred: of the logits minus their mean over the
+    vocabulary, position by position, an offset that softmax does not see. R_final_norm: of what the head reads.
+    `batches`: token ids as in `decompose`. Raises ValueError for no batches, and for a model that does not split into
+    `hidden` and `head`, as `Olmo2` does.
+    """
+    for one in (model, quantized):
+        if not (hasattr(one, "hidden") and hasattr(one, "head")):
+            raise ValueError(f"{type(one).__name__} does not split into `hidden` and `head`: use relative_error")
+    sums = np.zeros((3, 2))  # readings by (error, signal)
+    with evaluating(model, quantized) as device:
+        for batch in as_batches(batches):
+            hidden, hidden_q = (one.hidden(batch.to(device)) for one in (model, quantized))
+            logits, logits_q = model.head(hidden), quantized.head(hidden_q)
+            centred, centred_q = (z - z.mean(-1, keepdim=True) for z in (logits.double(), logits_q.double()))
+            pairs = (logits, logits_q), (centred, centred_q), (hidden, hidden_q)
+            sums += [[_squares(xq.double() - x.double()), _squares(x.double())] for x, xq in pairs]
+    if not sums.any():
+        raise ValueError("there is no batch in batches")
+    return dict(zip(("R_L", "R_L_centred", "R_final_norm"), (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+
+def _squares(x: Tensor) -> float:
+    return x.square().sum().item()

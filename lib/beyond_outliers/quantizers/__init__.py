@@ -2,6 +2,7 @@
 
 from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
 from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.trainable import (
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizedLinear",
     "QuestQuantizer",
     "freeze_qat",
+    "gptq_weight",
     "hadamard_block",
     "hadamard_matrix",
     "hadamard_transform",

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from beyond_outliers.modules import replace_linears
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer
@@ -24,25 +25,44 @@ def _converted(model: nn.Module, spec: QuantSpec, make: Callable[[nn.Linear], nn
     return replace_linears(model, spec.head, make)
 
 
-def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
+def quantize_model(model: nn.Module, spec: QuantSpec, calibration=None) -> nn.Module:
     """Post-training quantization: a copy of `model` whose linear layers are `QuantizedLinear`; `model` stays as it is.
 
     Works on any tree of nn.Linear. With `spec.head` the head is rounded too; where it is tied, the copy's embedding
     keeps the unrounded table. With `spec.rotate` every layer rounds in its rotated basis.
-    Raises ValueError naming the layer whose width the spec's blocks do not divide, for a model that is quantized
-    already, and for one without linear layers.
+
+    With method "gptq" weights are rounded one layer after the other, in the order in which they run, each against the
+    inputs that it gets from the rounded layers before it, rotated and rounded as at inference (see `gptq`).
+    calibration: these inputs' source, an iterable of inputs as `propagation.decompose` takes them, or one tensor or
+    mapping. One large batch is quickest (about the cost of a few passes over it); many take less memory and one pass
+    up to each layer.
+
+    Raises ValueError naming the layer whose width the spec's blocks do not divide, or that never ran in calibration;
+    for a model that is quantized already, and for one without linear layers; for a calibration that the method has no
+    use for, or a missing one.
     """
+    if (spec.method == "gptq") != (calibration is not None):
+        given = "without" if calibration is None else "with"
+        raise ValueError(f"method {spec.method!r} {given} calibration; valid: 'gptq' with it, 'rtn' without")
 
     def make(linear: nn.Linear) -> QuantizedLinear:
         spec.check_width(linear.in_features)
         rotation = hadamard_block(linear.in_features) if spec.rotate else None
         weight = linear.weight.detach()
         weight = weight if rotation is None else hadamard_transform(weight, rotation)
-        rounded = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
+        if calibration is None:
+            weight = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
         rounds = AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
-        return QuantizedLinear(rounded, linear.bias, None if spec.activations == "none" else rounds, rotation)
+        return QuantizedLinear(weight, linear.bias, None if spec.activations == "none" else rounds, rotation)
 
-    return _converted(model, spec, make)
+    def round_layer(layer: QuantizedLinear, hessian: Tensor):
+        layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
+
+    quantized = _converted(model, spec, make)
+    if calibration is not None:
+        layers = {module: name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
+        round_in_order(quantized, layers, calibration, round_layer)
+    return quantized
 
 
 def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.Module:
@@ -55,6 +75,8 @@ def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+    if spec.method != "rtn":
+        raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
 
     def make(linear: nn.Linear) -> QATLinear:
         spec.check_width(linear.in_features)

@@ -14,6 +14,8 @@ Edge cases, the same for every grid: a group of zeros stays zero; a group whose 
 (with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
 """
 
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 GRANULARITIES = ("tensor", "row", "block")
+METHODS = ("rtn", "gptq")
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
@@ -42,51 +45,66 @@ round_e4m3 = partial(round_to_float, mantissa_bits=3, smallest_exponent=-6)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 
-def _absmax(x: Tensor, round_unit: Callable[[Tensor], Tensor], largest: float, group: int) -> Tensor:
-    """The largest entry of a group goes to the level `largest`; `group`: trailing dimensions that share a scale."""
-    top = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True)
+def _absmax_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+    """The largest entry of a group goes to the level `largest`."""
     scale = top / largest
-    scale = torch.where(scale < torch.finfo(x.dtype).tiny, 0.0, scale)
-    levels = round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-largest, largest)
-    return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
+    return torch.where(scale < torch.finfo(top.dtype).tiny, 0.0, scale)
 
 
-def _mxfp4(x: Tensor) -> Tensor:
-    """(..., 32) blocks. The scale's exponent stays within e8m0 and above float32's subnormals."""
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    scale = power_of_two_below(largest).clamp(2.0**-124, 2.0**127) / 4  # 4: the largest power of two in e2m1
-    levels = round_e2m1(x / scale).clamp(-E2M1_MAX, E2M1_MAX)
-    return torch.where(largest.isfinite(), levels * scale, torch.nan)
+def _mxfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+    """The scale's exponent stays within e8m0 and above float32's subnormals."""
+    scale = power_of_two_below(top).clamp(2.0**-124, 2.0**127) / 4  # 4: the largest power of two in e2m1
+    return torch.where(top.isfinite(), scale, torch.nan)
 
 
-def _nvfp4(x: Tensor) -> Tensor:
-    """(..., 16) blocks. Blocks whose largest entry is under about 2^-19 of the tensor's get the scale 0 and vanish."""
-    tensor_scale = x.abs().amax() / (E2M1_MAX * E4M3_MAX)
-    tensor_scale = torch.where(tensor_scale < torch.finfo(x.dtype).tiny, 0.0, tensor_scale)
-    block_scale = x.abs().amax(dim=-1, keepdim=True) / E2M1_MAX / torch.where(tensor_scale == 0, 1.0, tensor_scale)
-    scale = round_e4m3(block_scale).clamp(max=E4M3_MAX) * tensor_scale
-    levels = round_e2m1(x / torch.where(scale == 0, 1.0, scale)).clamp(-E2M1_MAX, E2M1_MAX)
-    return levels * scale
+def _nvfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+    """Blocks whose largest entry is under about 2^-19 of the tensor's get the scale 0 and vanish."""
+    tensor_scale = _absmax_scale(whole, largest * E4M3_MAX, whole)
+    block_scale = top / largest / torch.where(tensor_scale == 0, 1.0, tensor_scale)
+    return round_e4m3(block_scale).clamp(max=E4M3_MAX) * tensor_scale
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`largest` level and `round_unit`, the rounding of already scaled entries; or `blocks` of a size of its own."""
+    """`largest` level; `round_unit`, the rounding of already scaled entries; `block`, where blocks have a size of the
+    grid's own; `scale`, from the largest magnitudes of the groups, `largest`, and that of the whole tensor."""
 
     largest: float = 0.0
     round_unit: Callable[[Tensor], Tensor] | None = None
     block: int | None = None
-    blocks: Callable[[Tensor], Tensor] | None = None
+    scale: Callable[[Tensor, float, Tensor], Tensor] = _absmax_scale
 
 
 GRIDS = {
     **{f"int{bits}": Grid(2 ** (bits - 1) - 1, torch.round) for bits in range(2, 9)},
     "fp4": Grid(E2M1_MAX, round_e2m1),
     "fp8": Grid(E4M3_MAX, round_e4m3),
-    "mxfp4": Grid(block=32, blocks=_mxfp4),
-    "nvfp4": Grid(block=16, blocks=_nvfp4),
+    "mxfp4": Grid(E2M1_MAX, round_e2m1, 32, _mxfp4_scale),
+    "nvfp4": Grid(E2M1_MAX, round_e2m1, 16, _nvfp4_scale),
     "none": Grid(),
 }
+
+
+def group_scale(x: Tensor, grid: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and largest magnitude of every group of `x`: its last `group` dimensions, kept with size 1.
+
+    `x` is contiguous float32 or float64. `whole`: the largest magnitude of the whole tensor, which nvfp4's scales
+    depend on; 0-d, of `x` by default.
+    """
+    top = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True)
+    return GRIDS[grid].scale(top, GRIDS[grid].largest, top.amax() if whole is None else whole), top
+
+
+def round_to_scale(x: Tensor, grid: str, scale: Tensor, top: Tensor) -> Tensor:
+    """`x` rounded to levels times the `scale` that `group_scale` gave, with `top`, for a tensor like it.
+
+    Entries beyond the largest level go to it.
+    """
+    chosen = GRIDS[grid]
+    levels = chosen.round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-chosen.largest, chosen.largest)
+    if chosen.block:
+        return levels * scale
+    return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
 
 
 def choose(kind: str, value: str, valid) -> None:
@@ -132,14 +150,10 @@ def quantize_tensor(x: Tensor, grid: str, granularity: str = "row", block: int |
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.contiguous()  # the exponent bits are read through a view of another dtype
-    chosen = GRIDS[grid]
-    size = chosen.block or block
+    size = GRIDS[grid].block or block
     grouped = wide.unflatten(-1, (-1, size)) if size else wide
-    if chosen.blocks:
-        rounded = chosen.blocks(grouped)
-    else:
-        group = x.ndim if granularity == "tensor" else 1
-        rounded = _absmax(grouped, chosen.round_unit, chosen.largest, group)
+    whole_tensor = granularity == "tensor" and not size
+    rounded = round_to_scale(grouped, grid, *group_scale(grouped, grid, x.ndim if whole_tensor else 1))
     return rounded.reshape(x.shape).to(x.dtype)
 
 
@@ -149,6 +163,7 @@ class QuantSpec:
 
     granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
     rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
+    method: how weights are rounded: "rtn", each to the nearest level, or "gptq" (see `gptq`), which needs calibration.
     Raises ValueError on construction for what is not valid, naming what is.
     """
 
@@ -158,22 +173,44 @@ class QuantSpec:
     head: bool = False
     rotate: bool = False
     block: int | None = None
+    method: str = "rtn"
 
     def __post_init__(self):
         choose("grid of the weights", self.weights, GRIDS)
         choose("grid of the activations", self.activations, GRIDS)
         check_block(self.granularity, self.block)
+        choose("method", self.method, METHODS)
+        if self.method == "gptq" and self.weights == "none":
+            raise ValueError("method 'gptq' with weights 'none'; valid: a grid for the weights, or method 'rtn'")
 
     @property
     def name(self) -> str:
-        """Short name for tables: W4A4, W4, A8, mxfp4, W4Afp8, W4A4+block32+rot+head; FP when nothing is rounded."""
+        """Short name for tables: W4A4, W4, A8, W4Afp8, W4A4+block32+rot+gptq+head; FP when nothing is rounded."""
         if self.weights == self.activations and not self.weights.startswith("int"):
             name = "FP" if self.weights == "none" else self.weights
         else:
             letters = zip("WA", (self.weights, self.activations), strict=True)
             name = "".join(letter + grid.removeprefix("int") for letter, grid in letters if grid != "none")
         name += "" if self.granularity == "row" else f"+{self.granularity}{self.block or ''}"
-        return name + "+rot" * self.rotate + "+head" * self.head
+        return name + "+rot" * self.rotate + "+gptq" * (self.method == "gptq") + "+head" * self.head
+
+    @classmethod
+    def named(cls, name: str) -> "QuantSpec":
+        """The spec that calls itself `name`; ValueError for what is no such name."""
+        start, *parts = name.split("+")
+        options: dict = {"rotate": "rot" in parts, "head": "head" in parts}
+        options["method"] = "gptq" if "gptq" in parts else "rtn"
+        for part in parts:
+            if found := re.fullmatch(r"(tensor|block)(\d*)", part):
+                options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
+        if found := re.fullmatch(r"(?:W([a-z]*\d+))?(?:A([a-z]*\d+))?", start):
+            grids = [f"int{grid}" if grid and grid.isdigit() else grid or "none" for grid in found.groups()]
+        else:
+            grids = ["none" if start == "FP" else start] * 2
+        with contextlib.suppress(ValueError):
+            if (spec := cls(*grids, **options)).name == name:
+                return spec
+        raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
 
     def check_width(self, width: int) -> None:
         """ValueError unless both grids fit rows of `width` entries."""

@@ -32,12 +32,14 @@ class QuantizedLinear(nn.Module):
         """The weight that acts on unrotated inputs, W + E of shape (out, in)."""
         return self.rounded if self.rotation is None else hadamard_transform(self.rounded, self.rotation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operand(self, x: Tensor) -> Tensor:
+        """What the rounded weight multiplies: the input (..., in), rotated and rounded."""
         if self.rotation is not None:
             x = hadamard_transform(x, self.rotation)
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        return F.linear(x, self.rounded, self.bias)
+        return x if self.activation_quantizer is None else self.activation_quantizer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.operand(x), self.rounded, self.bias)
 
 
 class QATLinear(nn.Linear):

@@ -7,9 +7,18 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.study.study import Study
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "2/5" -> (2, 5)."""
+    part, _, parts = text.partition("/")
+    if part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts):
+        return int(part), int(parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is no part of a plan; valid: 1/5, 2/5, ..., 5/5")
 
 
 def _where(study: Study) -> None:
@@ -21,10 +30,14 @@ def _where(study: Study) -> None:
     print(f"Start with    {figures / '01_full_precision.html'}")
 
 
+STEPS = ("corpus", "train", "tune", "choose", "measure", "collect", "notebook", "render", "plan", "where")
+STEPS += ("continue", "merge", "keep")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.study", description=__doc__.split("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
-    for step in ("corpus", "train", "tune", "choose", "measure", "collect", "notebook", "render", "plan", "where"):
+    for step in STEPS:
         one = steps.add_parser(step)
         one.add_argument("--scale", required=True)
         if step == "train":
@@ -42,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
         if step == "render":
             one.add_argument("--jobs", type=int, default=1)
+        if step == "continue":
+            one.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+            one.add_argument("--hours", type=float, help="stop after that time; the default is when all is done")
+            one.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="part I of N, for N machines")
+        if step == "merge":
+            one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
@@ -72,6 +91,23 @@ def main(arguments: list[str] | None = None) -> int:
         from beyond_outliers.study.plan import print_plan
 
         print_plan(study, given.cores)
+    elif given.step == "continue":
+        from beyond_outliers.study.runner import continue_study
+
+        study.check()
+        study.prepare_corpus()
+        continue_study(study, given.jobs, given.hours, given.shard)
+    elif given.step == "merge":
+        from beyond_outliers.study.collect import merge
+
+        both = merge(study, given.folder)
+        print(f"runs in both, kept as they are here: {len(both)}")
+        if len(both):
+            print(both.to_string(index=False))
+    elif given.step == "keep":
+        from beyond_outliers.study.checkpoints import keep
+
+        print(*keep(study), sep="\n")
     elif given.step == "where":
         _where(study)
     return 0

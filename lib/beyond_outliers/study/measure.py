@@ -4,6 +4,8 @@
 nothing; an interrupted measurement leaves no folder.
 """
 
+import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -16,9 +18,10 @@ import pandas as pd
 import torch
 from torch import nn
 
+from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
-from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.evaluate.loss import validation_loss, window_starts
 from beyond_outliers.evaluate.multiple_choice import zero_shot
 from beyond_outliers.evaluate.tasks import TASKS
 from beyond_outliers.metrics import activation_metrics
@@ -27,23 +30,45 @@ from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.train.folder import RunResult
 
-MAIN = QuantSpec()  # the paper's format: int4 weights and activations, one scale a row
 LEVELS = ("full", "light")
 
 
-def specs(formats: Sequence[str]) -> list[QuantSpec]:
-    """The formats of notebook 03: each for weights alone and for both, then int4 rotated and with the tied head."""
-    both = [QuantSpec(weights=f, activations=f) for f in formats]
-    weights = [QuantSpec(weights=f, activations="none") for f in formats]
+def specs(settings: Measure) -> list[QuantSpec]:
+    """What models are measured in: the specs that the scale names, else every format of notebook 03.
+
+    These are: each for weights and activations, each for weights alone, then int4 rotated and with the tied head.
+    """
+    if settings.specs:
+        return [QuantSpec.named(name) for name in settings.specs]
+    both = [QuantSpec(weights=f, activations=f) for f in settings.formats]
+    weights = [QuantSpec(weights=f, activations="none") for f in settings.formats]
     return [*both, *weights, QuantSpec(rotate=True), QuantSpec(head=True)]
 
 
+def fitting(found: Sequence[QuantSpec], config: RunConfig) -> list[QuantSpec]:
+    """Those of the specs whose blocks divide every width of the run's model."""
+    model, kept = config.model, []
+    for spec in found:
+        with contextlib.suppress(ValueError):
+            spec.check_width(model.width)
+            spec.check_width(model.mlp_ratio * model.width)
+            kept.append(spec)
+    return kept
+
+
 def validation_batches(corpus: Corpus, context: int, n_tokens: int, batch_size: int = 16) -> list[torch.Tensor]:
-    """Windows of validation tokens spread evenly over the split: a list of (batch, context) int64."""
-    count = max(1, n_tokens // context)
-    starts = np.linspace(0, len(corpus.validation) - context, count).astype(int)
-    ids = torch.from_numpy(np.stack([corpus.validation[s : s + context] for s in starts]).astype(np.int64))
-    return list(ids.split(batch_size))
+    """The windows of the validation loss, without their last token: a list of (batch, context) int64."""
+    return list(_windows(corpus.validation, context, n_tokens).split(batch_size))
+
+
+def calibration(corpus: Corpus, context: int, n_tokens: int) -> torch.Tensor:
+    """Windows of training tokens for GPTQ, cut likewise: one batch (windows, context) int64."""
+    return _windows(corpus.train, context, n_tokens)
+
+
+def _windows(tokens: np.ndarray, context: int, n_tokens: int) -> torch.Tensor:
+    starts = window_starts(len(tokens), context, max(n_tokens, context))
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(context)].astype(np.int64))
 
 
 def measure_folder(folder: Path, step: int) -> Path:
@@ -53,7 +78,8 @@ def measure_folder(folder: Path, step: int) -> Path:
 def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
-    level "full": every format of `settings`, all zero-shot tasks; "light": the paper's format and `cloze` alone.
+    level "full": every spec of `settings`, all zero-shot tasks; "light": the primary spec, for both and for weights
+    alone, and `cloze`.
     A run of quantization-aware training is evaluated as it is, since it is quantized already.
     """
     if level not in LEVELS:
@@ -66,7 +92,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     if result.config.quantization:
         tables = {"zero_shot": _zero_shot(model, corpus, result.config.context, settings, TASKS).assign(spec="QAT")}
     else:
-        tables = _tables(model, corpus, result.config.context, level, settings)
+        tables = _tables(model, corpus, result.config, level, settings)
     temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
     for name, table in tables.items():
         table.insert(0, "run", result.config.name)
@@ -74,33 +100,45 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
         table.to_csv(temporary / f"{name}.csv", index=False)
     (temporary / f"{level}.done").touch()
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:  # another process was faster; its tables are as good as these
+        if not any((target / f"{done}.done").exists() for done in LEVELS):
+            raise
+        shutil.rmtree(temporary)
     return target
 
 
-def _tables(model: nn.Module, corpus: Corpus, context: int, level: str, settings: Measure) -> dict[str, pd.DataFrame]:
+def _tables(
+    model: nn.Module, corpus: Corpus, config: RunConfig, level: str, settings: Measure
+) -> dict[str, pd.DataFrame]:
+    context, primary = config.context, QuantSpec.named(settings.primary)
     batches = validation_batches(corpus, context, settings.propagation_tokens)
     tasks = TASKS if level == "full" else ("cloze",)
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
-    ptq, accuracies = [{"spec": "none", **base}], [accuracy]
-    for spec in specs(settings.formats) if level == "full" else [MAIN, QuantSpec(activations="none")]:
-        quantized = quantize_model(model, spec)
+    ptq, accuracies, copies = [{"spec": "none", **base}], [accuracy], {}
+    light = [primary, dataclasses.replace(primary, activations="none")]
+    for spec in fitting(specs(settings), config) if level == "full" else light:
+        inputs = calibration(corpus, context, settings.calibration_tokens) if spec.method == "gptq" else None
+        quantized = quantize_model(model, spec, inputs)
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
-        chosen = tasks if spec == MAIN else ("cloze",)
-        accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
+        if spec == primary:
+            copies[primary] = quantized
+        if settings.formats or spec == primary:  # a scale that names its specs wants accuracies of the primary alone
+            chosen = tasks if spec == primary and settings.formats else ("cloze",)
+            accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
     return {
         "ptq": pd.DataFrame(ptq),
         "zero_shot": pd.concat(accuracies, ignore_index=True),
-        "outliers": activation_metrics(model, batches),
-        "propagation": _propagation(model, batches),
+        "outliers": activation_metrics(model, batches, primary),
+        "propagation": _propagation(model, copies[primary], batches),
     }
 
 
-def _propagation(model: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
+def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
     """Attention as one module, as in the paper, and opened up, so that its linear layers have rows of their own."""
-    quantized = quantize_model(model, MAIN)
     parts = [decompose(model, quantized, batches, attention=view).assign(attention=view) for view in ("unit", "open")]
     return pd.concat(parts, ignore_index=True)
 

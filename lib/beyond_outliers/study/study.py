@@ -25,12 +25,17 @@ from beyond_outliers.config.learning_rates import (
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.config.tuning import tune
+from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
 
 if TYPE_CHECKING:
     from beyond_outliers.train.folder import RunResult
+
+
+RUN_COLUMNS = ["run", "size", "optimizer", "seed", "status", "steps", "step", "val_loss"]
 
 
 class Study:
@@ -107,9 +112,27 @@ class Study:
 
         return load_result(run_folder(planned.config, paths.RUNS))
 
+    def done(self) -> set[str]:
+        """Names of the planned runs that are trained and measured: here, or complete in the committed tables."""
+        from beyond_outliers.study.collect import adopted, is_measured
+
+        along = ("trajectory",) if self.protocol.measure.trajectory else ()
+        wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
+        committed = {
+            purpose: adopted(self, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
+            for purpose in PURPOSES
+        }
+        done = set()
+        for planned in self.planned():
+            result = self.result(planned)
+            here = result is not None and is_measured(self, result, planned.purpose)
+            if here or planned.config.name in committed[planned.purpose]:
+                done.add(planned.config.name)
+        return done
+
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
-        if not all((self.results / f"{name}.csv").exists() for name in TABLES):
+        if not all((self.results / f"{name}.csv").exists() for name in TABLES if name != "trajectory"):
             return False
         have, rates = set(self.table("runs").run), read_rates(self.scale)
         swept = {(size, name) for size in self._sizes("sweep") for name in self.protocol.optimizers}
@@ -121,23 +144,23 @@ class Study:
         """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
         from beyond_outliers.model import Olmo2, Olmo2Config
         from beyond_outliers.optimizers.registry import build_optimizer
-        from beyond_outliers.quantizers.formats import GRIDS, choose
+        from beyond_outliers.quantizers.formats import choose
         from beyond_outliers.quantizers.trainable import SCHEMES
         from beyond_outliers.study.measure import specs
 
         protocol, measured = self.protocol, self.protocol.measure
-        with self._names("measure.formats"):
-            valid = {spec.name: spec for spec in specs(measured.formats)}
+        with self._names("measure.specs" if measured.specs else "measure.formats"):
+            valid = {spec.name: spec for spec in specs(measured)}
             for size in protocol.sizes:
                 shape = protocol.model(size)
-                for spec in valid.values():
+                # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
+                for spec in (
+                    [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values()
+                ):
                     for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
                         spec.check_width(width)
         with self._names("measure.primary"):
-            choose("format", measured.primary, valid)
-        with self._names("measure.gptq"):
-            for format in measured.gptq:
-                choose("grid of the weights", format, GRIDS)
+            choose("spec", measured.primary, valid)
         for purpose, runs in protocol.settings.plan:
             with self._names(f"plan.{purpose}"):
                 for quantization in runs.quantizations:
@@ -193,6 +216,14 @@ class Study:
         paths.write_whole(file, table.to_csv(index=False))
         return table.reset_index(drop=True)
 
+    def choose_what_is_found(self) -> None:
+        """Chooses the rates of every size of a tuned scale whose search has ended and has not been chosen from."""
+        for size in self.protocol.sizes if self.protocol.tuned else ():
+            chosen = {of for of in read_rates(self.scale) if of[0] == size}
+            if len(chosen) < len(self.protocol.optimizers):
+                with contextlib.suppress(MissingResults):
+                    self.choose_learning_rates(size)
+
     def _swept(self, size: str) -> list[dict[str, Any]]:
         """Rows of `learning_rates` from grids: losses averaged over seeds, a diverged seed makes a rate diverged."""
         rows = []
@@ -216,7 +247,8 @@ class Study:
         """Rows of `learning_rates` from the search of a tuned scale, which never ends at an edge."""
 
         def val_loss(config: RunConfig) -> float:
-            return self._required(Planned("sweep", config)).row["val_loss"]
+            found = self.loss(config.name)  # also of runs that another machine made
+            return self._required(Planned("sweep", config)).row["val_loss"] if found is None else found
 
         rows = []
         for optimizer in self.protocol.optimizers:
@@ -232,30 +264,41 @@ class Study:
     def common_loss(self, size: str) -> pd.DataFrame:
         """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
 
-        Common Loss: the lowest validation loss that ALL runs of the size reach, diverged ones left out. Columns: size,
-        common_loss, run, optimizer, seed, step (of that checkpoint), val_loss (there), final_step. No run, no row.
+        See the module `common_loss`, whose columns these are; of the checkpoints whose weights are still there.
         """
         results = [self._required(p) for p in self._at("full_precision", size)]
-        results = [r for r in results if r.row["status"] == "finished"]
-        evaluations = [result.evaluations for result in results]
-        threshold = max((table.val_loss.min() for table in evaluations), default=None)
-        rows = []
-        for result, table in zip(results, evaluations, strict=True):
-            first = table[table.val_loss <= threshold].iloc[0]
-            rows.append(
-                {
-                    "size": size,
-                    "common_loss": threshold,
-                    "run": result.config.name,
-                    "optimizer": result.config.optimizer,
-                    "seed": result.config.seed,
-                    "step": int(first.step),
-                    "val_loss": first.val_loss,
-                    "final_step": result.row["steps"],
-                }
-            )
-        columns = ["size", "common_loss", "run", "optimizer", "seed", "step", "val_loss", "final_step"]
-        return pd.DataFrame(rows, columns=columns)
+        evaluations = [result.evaluations.assign(run=result.config.name) for result in results]
+        runs = pd.DataFrame([result.row for result in results], columns=[*results[0].row] if results else RUN_COLUMNS)
+        return common_loss(runs, pd.concat(evaluations) if evaluations else pd.DataFrame(columns=RUN_COLUMNS))
+
+    def common_losses(self, ended: set[str]) -> list[pd.DataFrame]:
+        """The Common Loss of every size whose full-precision runs have all `ended`."""
+        full = {size: self._at("full_precision", size) for size in self._sizes("full_precision")}
+        sizes = [size for size, runs in full.items() if runs and all(p.config.name in ended for p in runs)]
+        return [self.common_loss(size) for size in sizes]
+
+    def blocks(self) -> Iterator[tuple[str, int, list[Planned]]]:
+        """(size, seed, its full-precision runs, one an optimizer): what a Common Loss is taken over in `by_seed`."""
+        for size in self._sizes("full_precision"):
+            runs = self._at("full_precision", size)
+            for seed in dict.fromkeys(p.config.seed for p in runs):
+                yield size, seed, [p for p in runs if p.config.seed == seed]
+
+    def measure_block(self, size: str, seed: int) -> bool:
+        """Measures the runs of a size and seed lightly at their Common Loss, once all of them have ended here.
+
+        Returns whether it did (or found it done).
+        """
+        from beyond_outliers.study.measure import measure_run
+
+        runs = next(runs for at, of, runs in self.blocks() if (at, of) == (size, seed))
+        results = {p.config.name: r for p in runs if (r := self.result(p)) is not None}
+        if len(results) < len(runs):
+            return False
+        evaluations = pd.concat([r.evaluations.assign(run=name) for name, r in results.items()])
+        for row in common_loss(pd.DataFrame([r.row for r in results.values()]), evaluations).itertuples():
+            measure_run(results[row.run], int(row.step), "light", self.protocol.measure)
+        return True
 
     def measure(self, purpose: str, size: str) -> None:
         """Measures the runs of a purpose and size: finals in full, Common Loss and sweep checkpoints lightly."""
@@ -275,47 +318,25 @@ class Study:
             if planned.config.name in common:
                 measure_run(result, common[planned.config.name], "light", settings)
 
+    def measure_one(self, planned: Planned) -> None:
+        """Measures one run that has ended here in everything that its purpose asks for; a diverged run in nothing."""
+        import torch
+
+        from beyond_outliers.study.measure import measure_run
+        from beyond_outliers.study.trajectory import measure_trajectory
+
+        torch.set_num_threads(self.protocol.threads)
+        result, settings = self._required(planned), self.protocol.measure
+        if result.row["status"] == "finished":
+            measure_run(result, result.row["steps"], "light" if planned.purpose == "sweep" else "full", settings)
+            if planned.purpose == "full_precision" and settings.trajectory:
+                measure_trajectory(result, settings)
+
     def collect(self) -> None:
-        """Writes the tables of data/results/SCALE from the folders of the runs that have ended; interrupted studies
-        have tables, too. Rows of runs that ended elsewhere stay. MissingResults when there is nothing to write.
-        """
-        from beyond_outliers.study.measure import measure_folder
+        """Writes the tables of the runs that have ended (see `collect`)."""
+        from beyond_outliers.study.collect import collect
 
-        purposes: dict[str, list[str]] = {}
-        for planned in self.planned():
-            purposes.setdefault(planned.config.name, []).append(planned.purpose)
-        results = {p.config.name: r for p in self.planned() if (r := self.result(p)) is not None}
-        if not results:
-            raise MissingResults(f"no run of {self.scale} has ended: run `make reproduce SCALE={self.scale}` first")
-        full = {size: self._at("full_precision", size) for size in self._sizes("full_precision")}
-        ended = [size for size, runs in full.items() if runs and all(p.config.name in results for p in runs)]
-        common = [self.common_loss(size) for size in ended]
-        checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
-        checkpoints += [(row.run, "common", row.step) for table in common for row in table.itertuples()]
-        parts = {
-            "runs": [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])],
-            "curves": [r.metrics.assign(run=name) for name, r in results.items()],
-            "common_loss": common,
-        }
-        for name in MEASURED:
-            files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
-            parts[name] = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
-        self.results.mkdir(parents=True, exist_ok=True)
-        for name, tables in parts.items():
-            if tables:
-                kept = {run for run, of in purposes.items() if name != "common_loss" or "full_precision" in of}
-                table = self._merge(name, pd.concat(tables, ignore_index=True), kept)
-                paths.write_whole(self.results / f"{name}.csv", table.to_csv(index=False))
-
-    def _merge(self, name: str, table: pd.DataFrame, kept: set[str]) -> pd.DataFrame:
-        """`table` plus the committed rows of runs in `kept` that have no folder here (trained on another machine)."""
-        file = self.results / f"{name}.csv"
-        table = table[["run", *[column for column in table.columns if column != "run"]]]
-        if file.exists():
-            old = pd.read_csv(file)
-            old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
-            table = pd.concat([table, old], ignore_index=True) if len(old) else table
-        return table
+        collect(self)
 
     def ensure(self, progress: bool = True) -> "Study":
         """Trains and measures, size by size, what the tables lack; `make reproduce` does it in parallel."""

@@ -1,6 +1,16 @@
 """The result tables of a scale: their names, and the error for one that is not there."""
 
-TABLES = ("runs", "curves", "learning_rates", "common_loss", "zero_shot", "ptq", "outliers", "propagation")
+TABLES = (
+    "runs",
+    "curves",
+    "learning_rates",
+    "common_loss",
+    "zero_shot",
+    "ptq",
+    "outliers",
+    "propagation",
+    "trajectory",
+)
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
 
 

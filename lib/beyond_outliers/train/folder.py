@@ -17,10 +17,13 @@ from safetensors.torch import load_model
 from torch import nn
 
 from beyond_outliers import paths
-from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.run import LlamaConfig, ModelConfig, Olmo2Config, RunConfig
+from beyond_outliers.llama import Llama
 from beyond_outliers.model import Olmo2
 from beyond_outliers.quantizers.convert import prepare_qat
 from beyond_outliers.quantizers.formats import QuantSpec
+
+MODELS: dict[type[ModelConfig], type[nn.Module]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def build_model(config: RunConfig) -> nn.Module:
     """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Olmo2(config.model)
+        model = MODELS[type(config.model)](config.model)
     if config.quantization:
         spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
         model = prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"])

@@ -1,0 +1,170 @@
+"""Executed notebooks as Markdown pages that code hosts render: figures/SCALE/NAME.md, beside the figures they show.
+
+nbconvert does the work. Before it, every output is rewritten: a figure becomes a link to the file that `plots.save`
+wrote, an HTML table becomes a Markdown table, code is left out. What changes from run to run without a change of
+substance (commit, versions, object addresses) does not enter, so the same tables give the same bytes. The first line
+is a fingerprint of the notebook's source and of the scale's tables, by which a stale page is recognised.
+"""
+
+import hashlib
+import html.parser
+import json
+import re
+from pathlib import Path
+
+from beyond_outliers import paths
+from beyond_outliers.config.protocol import scales
+
+FIGURE = re.compile(r"^figure ([\w.+-]+)$")  # what a saved figure says of itself as plain text
+LARGEST = 150_000  # bytes a page
+
+
+class StalePage(RuntimeError):
+    """A page was made from other tables or another notebook than those that are there now."""
+
+
+# --------------------------------------------------------------------------------------------------------- one output
+
+
+class _Table(html.parser.HTMLParser):
+    """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.heads = 0
+        self.caption = ""
+        self._cell: list[str] | None = None
+        self._span = (1, 1)
+        self._below: dict[int, int] = {}  # column -> rows that a cell above still covers
+        self._in_caption = self._in_head = False
+
+    def handle_starttag(self, tag, attributes):
+        of = dict(attributes)
+        if tag == "tr":
+            self.rows.append([])
+            self.heads += self._in_head
+        elif tag in ("td", "th"):
+            self._fill()
+            self._cell, self._span = [], (int(of.get("rowspan", 1)), int(of.get("colspan", 1)))
+        elif tag == "caption":
+            self._in_caption = True
+        elif tag == "thead":
+            self._in_head = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th") and self._cell is not None:
+            rows, columns = self._span
+            text = " ".join("".join(self._cell).split())
+            for i in range(columns):
+                if rows > 1:
+                    self._below[len(self.rows[-1])] = rows - 1
+                self.rows[-1].append(text if i == 0 or self._in_head else "")  # a heading stands over all it spans
+            self._cell = None
+            self._fill()
+        elif tag == "caption":
+            self._in_caption = False
+        elif tag == "thead":
+            self._in_head = False
+
+    def _fill(self):
+        while self._below.get(len(self.rows[-1]), 0):
+            self._below[len(self.rows[-1])] -= 1
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell.append(data)
+        elif self._in_caption:
+            self.caption += data
+
+
+def markdown_table(source: str) -> str:
+    """A Markdown table of the first table in `source` (HTML, as pandas writes it); ValueError if there is none."""
+    table = _Table()
+    table.feed(source)
+    rows = [row for row in table.rows if row]
+    if not rows:
+        raise ValueError("there is no table in this HTML output")
+    width = max(map(len, rows))
+    rows = [[cell.replace("|", "\\|") for cell in row] + [""] * (width - len(row)) for row in rows]
+    heads, body = rows[: max(1, table.heads)], rows[max(1, table.heads) :]
+    # pandas writes the names of columns and index in rows of their own: one heading a column is what Markdown has
+    heading = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
+    lines = [heading, ["---"] * width, *body]
+    caption = f"*{table.caption.strip()}*\n\n" if table.caption.strip() else ""
+    return caption + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown_output(output: dict) -> dict | None:
+    """The output of a cell as it stands on a page; None for what a page leaves out (warnings, progress bars)."""
+    if output["output_type"] == "stream":
+        return output if output["name"] == "stdout" else None
+    data = output.get("data", {})
+    plain = data.get("text/plain", "")
+    if found := FIGURE.match(plain.strip()):
+        text = f"![{found[1]}]({found[1]}.png)\n"
+    elif "text/markdown" in data:
+        text = data["text/markdown"]
+    elif "<table" in data.get("text/html", ""):
+        text = markdown_table(data["text/html"])
+    elif "image/png" in data:
+        raise ValueError("a figure was shown without plots.save: a page can only link to a saved one")
+    else:
+        text = f"```\n{plain}\n```\n"
+    return {"output_type": "display_data", "data": {"text/markdown": text}, "metadata": {}}
+
+
+# ------------------------------------------------------------------------------------------------------------ a page
+
+
+def fingerprint(scale: str, name: str) -> str:
+    """16 hex digits of the notebook's source and of every table of the scale."""
+    digest = hashlib.sha256()
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    digest.update(json.dumps([[cell["cell_type"], "".join(cell["source"])] for cell in cells]).encode())
+    for file in sorted((paths.RESULTS / scale).glob("*.csv")):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def write_page(executed: Path, scale: str, name: str) -> Path:
+    """figures/SCALE/NAME.md from an executed notebook. ValueError where it is too large, or a figure is missing."""
+    import nbconvert
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            hidden = "setup" in cell.metadata.get("tags", []) or "notebook.begin" in cell.source
+            shown = [] if hidden else [markdown_output(output) for output in cell.outputs]
+            cell.outputs = [nbformat.from_dict(output) for output in shown if output]
+        else:
+            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.md)", cell.source)
+    body, _ = nbconvert.MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
+    body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+    folder = paths.FIGURES / scale
+    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", body):
+        if not (folder / figure).exists():
+            raise ValueError(f"{name} shows the figure {figure}, which is not in {folder}")
+    source = f"[source](../../notebooks/{name}.ipynb)"
+    head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages](README.md)\n\n"
+    if len(head + body) > LARGEST:
+        raise ValueError(f"the page {name} of {scale} has {len(head + body)} bytes, more than {LARGEST}")
+    target = folder / f"{name}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    paths.write_whole(target, head + body)
+    return target
+
+
+def check_pages(scale: str, names: list[str]) -> None:
+    """StalePage or FileNotFoundError, with the command that makes it, for pages that are old or missing."""
+    if scale not in scales():
+        raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
+    for name in names:
+        page = paths.FIGURES / scale / f"{name}.md"
+        if not page.exists():
+            raise FileNotFoundError(f"{page} is not there: run `make figures SCALE={scale}`")
+        made_from = page.read_text().split(" -->")[0].rpartition(" ")[2]
+        if made_from != fingerprint(scale, name):
+            raise StalePage(f"{page} was made from other tables or another notebook: run `make figures SCALE={scale}`")

@@ -1,0 +1,154 @@
+"""From the folders of runs to the tidy tables of data/results/SCALE, and from another machine's tables into them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers import paths
+from beyond_outliers.study.common_loss import common_loss
+from beyond_outliers.study.measure import measure_folder
+from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
+from beyond_outliers.study.trajectory import trajectory_file
+from beyond_outliers.train.folder import RunResult
+
+if TYPE_CHECKING:
+    from beyond_outliers.study.study import Study
+
+# what two machines may say differently of the same run without disagreeing on its result
+MACHINE = ("seconds", "tokens_per_second", "device", "device_name", "processor", "threads", "python", "torch", "numpy")
+MACHINE += ("version", "commit", "finished_at")
+
+
+def collect(study: "Study") -> None:
+    """Writes the tables of the runs that have ended; rows of planned runs that ended elsewhere stay.
+
+    MissingResults when there is nothing to write.
+    """
+    purposes: dict[str, list[str]] = {}
+    for planned in study.planned():
+        purposes.setdefault(planned.config.name, []).append(planned.purpose)
+    results = {p.config.name: r for p in study.planned() if (r := study.result(p)) is not None}
+    if not results and not (study.results / "runs.csv").exists():
+        raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
+    by_seed = study.protocol.measure.trajectory
+    study.results.mkdir(parents=True, exist_ok=True)
+    kept = set(purposes)
+    _write(
+        study, "runs", [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])], kept
+    )
+    curves = [r.metrics.assign(run=name) for name, r in results.items()]
+    if by_seed:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
+        curves = [curve.dropna(subset="val_loss") for curve in curves]
+    _write(study, "curves", curves, kept)
+    common = _common_by_seed(study) if by_seed else study.common_losses(set(results))
+    checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
+    checkpoints += [
+        (row.run, "common", row.step) for table in common for row in table.itertuples() if row.run in results
+    ]
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for name in MEASURED:
+        files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
+        parts[name] = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
+    if by_seed:
+        along = [trajectory_file(result) for result in results.values()]
+        parts["trajectory"] = [pd.read_csv(file) for file in along if file.exists()]
+    for name, tables in parts.items():
+        _write(study, name, tables, kept)
+    if by_seed and common:  # of all rows, wherever they were made
+        paths.write_whole(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
+    elif common:
+        _write(study, "common_loss", common, {run for run, of in purposes.items() if "full_precision" in of})
+
+
+def _common_by_seed(study: "Study") -> list[pd.DataFrame]:
+    """The Common Loss of every size and seed whose runs are all in the tables."""
+    runs = study.runs("full_precision")
+    if runs.empty:
+        return []
+    complete = runs.groupby(["size", "seed"]).optimizer.transform("nunique") == len(study.protocol.optimizers)
+    return [common_loss(runs[complete], study.table("curves"), by=("size", "seed"))]
+
+
+def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]) -> None:
+    """The table of these rows plus the committed ones of runs in `kept` that have no folder here."""
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        return
+    table = pd.concat(tables, ignore_index=True)
+    table = table[["run", *[column for column in table.columns if column != "run"]]]
+    file = study.results / f"{name}.csv"
+    if file.exists():
+        old = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")
+        old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
+        table = pd.concat([table, old], ignore_index=True) if len(old) else table
+    paths.write_whole(file, table.to_csv(index=False))
+
+
+def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
+    """Runs of the committed tables that are complete there: diverged, or with rows in every table of `wanted`.
+
+    at_common_loss: also rows measured at the Common Loss, which its whole size and seed must have reached.
+    """
+    if not (study.results / "runs.csv").exists():
+        return set()
+    runs = study.table("runs")
+    names = set(runs.run)
+    for name in wanted:
+        file = study.results / f"{name}.csv"
+        rows = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["run", "checkpoint"])
+        if at_common_loss and "checkpoint" in rows:
+            rows = rows[rows.checkpoint == "common"]
+        names &= set(rows.run)
+    return names | set(runs.run[runs.status == "diverged"])
+
+
+def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
+    """Whether everything that a purpose asks for has been measured on a run that ended here."""
+    if result.row["status"] != "finished":
+        return True
+    folder = measure_folder(result.folder, result.row["steps"])
+    full = (folder / "full.done").exists()
+    if purpose == "sweep":
+        return full or (folder / "light.done").exists()
+    along = purpose == "full_precision" and study.protocol.measure.trajectory
+    return full and (not along or trajectory_file(result).exists())
+
+
+def merge(study: "Study", folder: Path) -> pd.DataFrame:
+    """Pools the tables in `folder` (another machine's data/results/SCALE) with this scale's, run by run.
+
+    A run in both is kept as it is here. Returns those runs with both losses and their difference, one row each.
+    ValueError for a folder without the table `runs`, or with runs that this scale does not plan.
+    """
+    if not (folder / "runs.csv").exists():
+        raise ValueError(f"{folder} has no runs.csv; valid: a folder like {study.results}")
+    theirs = pd.read_csv(folder / "runs.csv", dtype={"size": str}, float_precision="round_trip")
+    here = study.results / "runs.csv"
+    ours = pd.read_csv(here, dtype={"size": str}, float_precision="round_trip") if here.exists() else theirs.iloc[:0]
+    if (strangers := set(theirs.scale) - {study.scale}) and len(theirs):
+        raise ValueError(f"{folder} holds runs of scale {', '.join(sorted(strangers))}, not of {study.scale}")
+    new = set(theirs.run) - set(ours.run)
+    study.results.mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        source, target = folder / f"{name}.csv", study.results / f"{name}.csv"
+        if name == "common_loss" or not source.exists():
+            continue
+        table = pd.read_csv(source, dtype={"size": str}, float_precision="round_trip")
+        if name == "learning_rates":
+            keys = ["size", "optimizer"]
+            old = (
+                pd.read_csv(target, dtype={"size": str}, float_precision="round_trip") if target.exists() else table[:0]
+            )
+            known = set(map(tuple, old[keys].values))
+            table = table[[tuple(key) not in known for key in table[keys].values]]
+        else:
+            table = table[table.run.isin(new)]
+            old = pd.read_csv(target, float_precision="round_trip") if target.exists() else table[:0]
+        paths.write_whole(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
+    both = ours.merge(theirs, on="run", suffixes=("_here", "_there"))
+    columns = ["run", "val_loss_here", "val_loss_there", "device_name_here", "device_name_there"]
+    difference = (both.val_loss_here - both.val_loss_there).abs()
+    return both[columns].assign(difference=np.where(difference.isna(), np.nan, difference))

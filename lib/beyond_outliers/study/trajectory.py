@@ -1,0 +1,111 @@
+"""What happens to a run along its training: loss, damage, R_L and outliers at every checkpoint that it kept.
+
+One row a (checkpoint, format). Weights averaged over the last checkpoints are rows too, so that two accounts of the
+damage can be told apart: the decay of the learning rate makes it and averaging undoes it (arXiv 2510.06213), or it
+comes with convergence (arXiv 2604.15167). The Common Loss is read off this table, whatever runs it is taken over.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from beyond_outliers import paths
+from beyond_outliers.config.scale import Measure
+from beyond_outliers.corpus.tokens import open_corpus
+from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.propagation.output_error import output_errors
+from beyond_outliers.quantizers.convert import quantize_model
+from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.study.measure import validation_batches
+from beyond_outliers.train.folder import RunResult, build_model, weights_path
+
+AVERAGED = 4  # checkpoints: a fifth of a run of twenty
+
+
+def averaged_model(result: RunResult, steps: list[int]) -> nn.Module:
+    """The model whose every weight is the mean (in float64) of the weights of several checkpoints; evaluation mode."""
+    states = [load_file(weights_path(result.folder, step)) for step in steps]
+    mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(states[0][name]) for name in states[0]}
+    model = build_model(result.config)
+    missing, unexpected = model.load_state_dict(mean, strict=False)
+    if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
+        raise ValueError(f"checkpoints of {result.config.name} do not fit: {[*unexpected, *missing]}")
+    return model.eval()
+
+
+def trajectory_table(
+    result: RunResult, specs: list[QuantSpec], validation_tokens: int, propagation_tokens: int
+) -> pd.DataFrame:
+    """One row a (checkpoint, format) of a full-precision run, the unquantized model among the formats as "none".
+
+    Columns: run, step, averaged (checkpoints whose mean the weights are; 1: the checkpoint itself, AVERAGED at the end
+    of the constant learning rate and at the end of the run), spec, val_loss, increase (nats over the same weights
+    unquantized), R_L, R_L_centred, R_final_norm (see `output_errors`); for "none": mmr (mean over linear inputs without
+    `down`, whose median is near zero) and kurtosis (mean over all linear inputs).
+    """
+    config = result.config
+    corpus = open_corpus(config.corpus)
+    batches = validation_batches(corpus, config.context, propagation_tokens)
+    steps = [int(step) for step in result.evaluations.step]
+    constant = [step for step in steps if step <= (1 - config.decay) * result.row["steps"]]
+    points = [(step, 1, [step]) for step in steps]
+    points += [(some[-1], AVERAGED, some[-AVERAGED:]) for some in (constant, steps) if len(some) >= AVERAGED]
+    rows = []
+    for step, averaged, over in points:
+        model = result.load_model(step) if averaged == 1 else averaged_model(result, over)
+
+        def loss(one: nn.Module) -> float:
+            return validation_loss(one, corpus.validation, config.context, max_tokens=validation_tokens).loss
+
+        inputs, base = activation_metrics(model, batches), loss(model)
+        point = {"run": config.name, "step": step, "averaged": averaged}
+        outliers = {"mmr": average(inputs[inputs.kind != "down"])["mmr"], "kurtosis": average(inputs)["kurtosis"]}
+        rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0, **outliers})
+        for spec in specs:
+            quantized = quantize_model(model, spec)
+            found = loss(quantized)
+            errors = output_errors(model, quantized, batches)
+            rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
+    return pd.DataFrame(rows)
+
+
+def trajectory_file(result: RunResult) -> Path:
+    return result.folder / "trajectory.csv"
+
+
+def measure_trajectory(result: RunResult, settings: Measure) -> Path:
+    """Writes the table of a run in the primary spec, if it is not there.
+
+    At half the tokens of a final measurement, since there are twenty times as many models.
+    """
+    file = trajectory_file(result)
+    if not file.exists():
+        specs = [QuantSpec.named(settings.primary)]
+        tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
+        paths.write_whole(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
+    return file
+
+
+def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """A run's rows of one format at the validation loss `threshold` (nats), by linear interpolation in that loss.
+
+    `trajectory`: step, base_loss (unquantized), increase, ... in the order of steps. Between the first checkpoint at or
+    below the threshold and the one before it; at that checkpoint itself where it is the first of the run. Returns every
+    numeric column at that point. ValueError when no checkpoint reaches the threshold.
+    """
+    reached = np.flatnonzero(trajectory.base_loss.to_numpy() <= threshold)
+    if not len(reached):
+        raise ValueError(
+            f"no checkpoint reaches the loss {threshold:.4f}; the lowest is {trajectory.base_loss.min():.4f}"
+        )
+    after = trajectory.iloc[reached[0]]
+    before = trajectory.iloc[max(reached[0] - 1, 0)]
+    gap = before.base_loss - after.base_loss
+    share = (before.base_loss - threshold) / gap if gap > 0 else 1.0
+    numeric = trajectory.select_dtypes("number").columns
+    return {name: float(before[name] + share * (after[name] - before[name])) for name in numeric}
