@@ -1,7 +1,9 @@
 """Configurations, protocols and the choice of learning rates."""
 
+import json
 import math
 
+import pandas as pd
 import pytest
 
 from beyond_outliers import paths
@@ -27,6 +29,45 @@ def test_json_round_trip_and_run_id(run_config):
     assert run_config.replace(lr=6e-3).run_id != run_config.run_id
     assert run_config.replace(seed=1).run_id != run_config.run_id
     assert run_config.run_id in run_config.name
+
+
+# these runs are in committed tables, or in everybody's folder of smoke runs: their ids are there to stay
+@pytest.mark.parametrize(
+    ("scale", "size", "optimizer", "lr", "scheme", "name"),
+    [
+        ("pocket", "0.04M", "adamw", 0.03, None, "0.04M-adamw-lr0.03-s0-f9f9b25dad"),
+        ("laptop", "0.08M", "muon", 0.0089, "quest", "0.08M-muon-lr0.0089-s0-quest-3280207062"),
+        ("smoke", "tiny", "soap", 0.02, None, "tiny-soap-lr0.02-s0-93a0c384c6"),
+    ],
+)
+def test_run_ids_stay(scale, size, optimizer, lr, scheme, name):
+    assert Protocol.load(scale).config(size, optimizer, lr=lr, scheme=scheme).name == name
+
+
+@pytest.mark.parametrize("scale", ["pocket", "laptop"])
+def test_every_committed_run_is_rebuilt_from_its_scale_file(scale):
+    protocol, runs = Protocol.load(scale), pd.read_csv(paths.RESULTS / scale / "runs.csv")
+    assert len(runs) > 40
+    for row in runs.itertuples():
+        scheme = None if row.scheme == "none" else row.scheme
+        config = protocol.config(row.size, row.optimizer, lr=row.lr, seed=row.seed, scheme=scheme)
+        assert (config.run_id, config.name) == (row.run_id, row.run)
+        assert RunConfig.from_json(config.to_json()).run_id == row.run_id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": "long"}, "context must be a whole number .*not 'long'"),
+        ({"size": "a/b"}, "size must be a text of letters.*not 'a/b'"),
+        ({"lr": math.nan}, "lr must be a finite number .*not nan"),
+        ({"seed": -1}, "seed must be .*not -1"),
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+    ],
+)
+def test_json_that_is_no_run_is_refused(run_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(json.dumps(json.loads(run_config.to_json()) | change))
 
 
 def test_steps_come_nearest_to_the_token_budget(run_config):

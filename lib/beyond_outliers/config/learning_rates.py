@@ -51,7 +51,8 @@ def read_rates(scale: str) -> dict[tuple[str, str], Rates]:
     file = learning_rates_file(scale)
     if not file.exists():
         return {}
-    rows = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip").to_dict("records")
+    exact = {"lr": float, "auxiliary": float}  # every bit counts: run ids are hashed from them
+    rows = pd.read_csv(file, dtype={"size": str}, converters=exact).to_dict("records")
     return {(row["size"], row["optimizer"]): Rates(row["lr"], row.get("auxiliary")) for row in rows}
 
 

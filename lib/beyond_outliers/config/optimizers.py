@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ class Entry:
     subject: bool = True
 
     @property
-    def optimizer(self) -> "type[torch.optim.Optimizer]":
+    def optimizer(self) -> "Callable[..., torch.optim.Optimizer]":
         """The class itself; imports its module, and torch with it."""
         module, _, name = self.source.partition(":")
         return getattr(importlib.import_module(module), name)

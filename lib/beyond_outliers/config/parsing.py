@@ -63,7 +63,7 @@ class Different:
 
     least: int = 1
 
-    def allows(self, value: tuple) -> bool:
+    def allows(self, value: tuple[Any, ...]) -> bool:
         return len(value) >= self.least and len(set(value)) == len(value)
 
     def __str__(self) -> str:
@@ -105,19 +105,21 @@ def parse(value: Any, kind: Any, where: str) -> Any:
         return _parse_table(value, base, where)
     if not _is(value, container):
         raise ValueError(f"{where} must be {describe(kind)}, not {value!r}")
+    given = value
     if container is tuple and get_args(base):
         value = tuple(parse(entry, get_args(base)[0], f"{where}[{place}]") for place, entry in enumerate(value))
     elif container is dict and get_args(base):
         of_keys, of_values = get_args(base)
         value = {parse(k, of_keys, f"a key of {where}"): parse(v, of_values, f"{where}.{k}") for k, v in value.items()}
     if not all(limit.allows(value) for limit in limits):
-        raise ValueError(f"{where} must be {describe(kind)}, not {value!r}")
+        raise ValueError(f"{where} must be {describe(kind)}, not {given!r}")
     return value
 
 
 def check_fields(instance: Any) -> None:
     """ValueError unless every field of a dataclass object fits its annotation."""
-    for name, kind in _hints(type(instance)).items():
+    its_class: Any = type(instance)
+    for name, kind in _hints(its_class).items():
         parse(getattr(instance, name), kind, name)
 
 
@@ -136,7 +138,7 @@ def describe(kind: Any) -> str:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """Annotations of a dataclass's fields, with their metadata."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

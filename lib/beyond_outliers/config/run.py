@@ -4,6 +4,7 @@ Nothing here imports torch, so that the workflow engine can expand a study in mi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -167,7 +168,7 @@ class RunConfig(Training):
     scale: Name
     size: Name
     optimizer: str
-    lr: Rate
+    lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
     model: ModelConfig
     corpus: CorpusConfig
     seed: Seed = 0
@@ -190,7 +191,7 @@ class RunConfig(Training):
         """Optimizer steps that come nearest to `tokens_per_parameter`."""
         return max(1, round(self.tokens_per_parameter * self.model.n_parameters / self.tokens_per_step))
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str:
         """First 10 hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
@@ -212,7 +213,10 @@ class RunConfig(Training):
     def from_json(cls, text: str) -> "RunConfig":
         """The run of `to_json`; ValueError for unknown or missing keys and for values that do not fit."""
         raw = json.loads(text)
-        return parse({**raw, "model": model_config(**raw["model"])}, cls, "")
+        if "model" in raw:
+            raw["model"] = model_config(**raw["model"])
+        config: RunConfig = parse(raw, cls, "")
+        return config
 
     def replace(self, **changes: Any) -> "RunConfig":
         return dataclasses.replace(self, **changes)

@@ -169,7 +169,7 @@ class Scale:
             raise ValueError("[sizes] names no size; valid: one or more")
         for purpose, runs in self.plan:
             self._check_plan(purpose, runs)
-        for key in ("validation_tokens", "propagation_tokens"):
+        for key in ("validation_tokens", "propagation_tokens", "calibration_tokens"):
             tokens, least = getattr(self.measure, key), self.training.context
             if tokens < least:
                 raise ValueError(f"measure.{key} must be {least} (training.context) or more, not {tokens}")
@@ -231,6 +231,7 @@ def read_scale(name: str) -> Scale:
     if not file.exists():
         raise ValueError(f"unknown scale {name!r}; valid: {', '.join(scales())}")
     try:
-        return parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
+        scale: Scale = parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
     except ValueError as error:  # TOML that cannot be read is one, too
         raise ValueError(f"{file}: {error}") from None
+    return scale

@@ -46,6 +46,7 @@ class Study:
         self.scale = scale
         self.results = paths.RESULTS / scale
         self.runs_folder = paths.RUNS / scale
+        self._found: dict[str, Planned] = {}  # planned runs by name, those of `find`
         self._losses: dict[str, float] = {}  # of the runs of a search that have ended
 
     # --------------------------------------------------------------------------------------------------------- tables
@@ -89,7 +90,9 @@ class Study:
 
     def find(self, name: str) -> Planned:
         """The planned run of that name; ValueError when there is none."""
-        return self.protocol.find(name, self.loss)
+        if name not in self._found:
+            self._found |= {planned.config.name: planned for planned in reversed(self.planned())}
+        return self._found[name] if name in self._found else self.protocol.find(name, self.loss)
 
     def loss(self, name: str) -> float | None:
         """Final validation loss of a run, from its folder or else from the tables; nan: diverged, None: not ended."""
@@ -105,7 +108,7 @@ class Study:
         file = self.results / "runs.csv"
         if not file.exists():
             return {}
-        rows = pd.read_csv(file, usecols=["run", "val_loss"], float_precision="round_trip")
+        rows = pd.read_csv(file, usecols=["run", "val_loss"])
         return dict(zip(rows.run, rows.val_loss, strict=True))
 
     def result(self, planned: Planned) -> "RunResult | None":
@@ -169,7 +172,8 @@ class Study:
                     if quantization:
                         choose("scheme", quantization["scheme"], SCHEMES)
         model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
-        for name, hyper in protocol.settings.hyper.items():
+        for name, given in protocol.settings.hyper.items():
+            hyper: dict[str, Any] = dict(given)
             with self._names(f"hyper.{name}"):
                 build_optimizer(model, name, lr=1e-3, **hyper)
 
@@ -210,7 +214,7 @@ class Study:
         rows = self._searched(size) if self.protocol.tuned else self._swept(size)
         table, file = pd.DataFrame(rows), learning_rates_file(self.scale)
         if file.exists():
-            old = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")
+            old = pd.read_csv(file, dtype={"size": str})
             table = pd.concat([old[(old["size"] != size) & old["size"].isin(self._sizes("sweep"))], table])
         table = table.sort_values("size", key=lambda sizes: sizes.map(self.protocol.sizes.index), kind="stable")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,268 @@
+"""Scale files: every key with every kind of bad value is refused, by file, key, value and what is valid."""
+
+import copy
+import json
+import math
+import tomllib
+
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, optimizers, scales
+from beyond_outliers.config.optimizers import REGISTRY
+from beyond_outliers.optimizers import build_optimizer
+from beyond_outliers.study import Study
+
+
+def toml(table: dict, path: tuple[str, ...] = ()) -> str:
+    """A table of tables as TOML text."""
+    lines = [f"[{'.'.join(json.dumps(key) for key in path)}]"] if path else []
+    lines += [f"{json.dumps(k)} = {literal(v)}" for k, v in table.items() if not isinstance(v, dict)]
+    return "\n".join([*lines, *(toml(v, (*path, k)) for k, v in table.items() if isinstance(v, dict)), ""])
+
+
+def literal(value) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    return {math.inf: "inf"}.get(value, "nan" if value != value else json.dumps(value))
+
+
+def read(scale: str) -> dict:
+    return tomllib.loads((paths.SCALES / f"{scale}.toml").read_text())
+
+
+def swept() -> dict:
+    """A scale with grids that sets every key there is."""
+    table = read("smoke")
+    table["corpus"] |= {"validation_share": 0.04}
+    table["training"] |= {"weight_decay": 0.1, "warmup": 0.1, "decay": 0.2, "clip": 1.0}
+    table["sizes"]["tiny"] |= {"n_kv_heads": 2, "mlp_ratio": 4, "rope_base": 1024.0, "norm_eps": 1e-6, "init_std": 0.02}
+    table["sizes"]["tiny"]["architecture"] = "olmo2"
+    table["plan"]["qat"]["head"] = True
+    table["measure"] |= {"primary": "W4A4", "calibration_tokens": 512, "trajectory": True}
+    return table
+
+
+WHOLE = {"swept": swept(), "tuned": read("confirm")}
+
+
+def keys(table: dict, path: tuple[str, ...] = ()):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from keys(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def tables(table: dict, path: tuple[str, ...] = ()):
+    yield path
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from tables(value, (*path, key))
+
+
+def with_value(table: dict, path: tuple[str, ...], value) -> dict:
+    table = copy.deepcopy(table)
+    inner = table
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return table
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+
+    def of(table: dict) -> Protocol:
+        (tmp_path / "own.toml").write_text(toml(table))
+        return Protocol.load("own")
+
+    return of
+
+
+BAD = {
+    bool: [1, "yes", []],
+    int: ["12", "four", 4.5, -64, 2**30, True, math.nan, []],
+    float: ["fast", -0.5, 2**30, 1e300, math.nan, math.inf, False, []],
+    str: [3, True, []],
+    list: ["int4", 4, [[]], [math.nan]],
+}
+WHERE_ZERO_IS_VALID = {"seed", "weight_decay", "warmup", "decay", "norm_eps", "init_std", "tolerance"}
+
+
+# whole numbers in the files, but not by nature
+FLOATS = {"tokens_per_parameter", "limit_mb", "factor"}
+
+
+def bad_values(key: str, value) -> list:
+    """Values of the wrong type or range for a key, by the valid one that it has."""
+    kind = float if key in FLOATS else type(value)
+    values = list(BAD[kind])
+    if kind in (int, float) and key not in WHERE_ZERO_IS_VALID:
+        values.append(0)
+    if kind is list:
+        values += [value + value] + [[]] * (key not in ("formats", "specs"))  # everything twice; nothing
+    return values
+
+
+def test_the_whole_scales_of_these_tests_are_valid(load):
+    for table in WHOLE.values():
+        load(table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "valid"),
+    [
+        pytest.param(kind, path, value, id=f"{kind}-{'.'.join(path)}")
+        for kind, table in WHOLE.items()
+        for path, value in keys(table)
+        if path[0] != "hyper"  # whose ranges are the optimizers' own
+    ],
+)
+def test_bad_values_are_refused(load, kind, path, valid):
+    for value in bad_values(path[-1], valid):
+        with pytest.raises(ValueError) as refused:
+            load(with_value(WHOLE[kind], path, value))
+        message = str(refused.value)
+        if path[0] == "learning_rates" and "different lengths" in message:
+            continue
+        # seeds may be one list for all sizes or one a size: the whole is named
+        key = ".".join(path[:3] if path[2:3] == ("seeds",) else path)
+        assert "own.toml" in message and key in message and "must be " in message, message
+        bad = value[0] if isinstance(value, list) and len(value) == 1 else value  # the entry of the list
+        assert repr(bad) in message, message
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_unknown_keys_are_refused_in_every_table(load, kind):
+    fits = {"learning_rates": [1e-3, 1e-2], "start": {"lr": 1e-3, "auxiliary": 1e-3}, "hyper": {}, "seeds": [1]}
+    said = r"own\.toml.*(unknown keys \['nonsense'\]; valid: |names size 'nonsense')"
+    for path in tables(WHOLE[kind]):
+        if path[-1:] != ("sizes",):  # where any name is a size
+            with pytest.raises(ValueError, match=said):
+                load(with_value(WHOLE[kind], (*path, "nonsense"), fits.get("".join(path[-1:]), 1)))
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_missing_sections_are_refused(load, kind):
+    for section in set(WHOLE[kind]) - {"hyper"}:
+        table = {key: value for key, value in WHOLE[kind].items() if key != section}
+        with pytest.raises(ValueError, match=rf"own\.toml.*{section}"):
+            load(table)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", ".hidden", "tiny model", "größe", "a\nb"])
+def test_sizes_have_names_that_folders_can_have(load, name):
+    table = copy.deepcopy(WHOLE["swept"])
+    table["sizes"][name] = table["sizes"]["tiny"]
+    with pytest.raises(ValueError, match=r"key of sizes must be a text of letters.*not '"):
+        load(table)
+
+
+@pytest.mark.parametrize("name", ["../pocket", "a/pocket", "", "..", "po ket"])
+def test_a_scale_is_a_name_and_not_a_path(name):
+    with pytest.raises(ValueError, match="the name of a scale must be a text of letters"):
+        Protocol.load(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "message"),
+    [
+        ("swept", ("training", "micro_batch"), 3, "batch_size 8 is not a multiple of micro_batch 3"),
+        ("swept", ("training", "warmup"), 0.9, "warmup 0.9 and decay 0.2"),
+        ("swept", ("sizes", "tiny", "width"), 30, "sizes.tiny: width 30 does not divide"),
+        ("swept", ("learning_rates", "adamw"), [1e-3], r"different lengths \[1, 2\]"),
+        ("swept", ("measure", "propagation_tokens"), 63, r"propagation_tokens must be 64 \(training.context\) or more"),
+        ("swept", ("measure", "formats"), [], "either formats or specs must say"),
+        ("swept", ("measure", "specs"), ["W4A4"], "either formats or specs must say"),
+        ("swept", ("sizes", "tiny", "architecture"), "olmo", "sizes.tiny: unknown architecture 'olmo'; valid: olmo2"),
+        ("swept", ("hyper", "muon", "adam_lr"), 1e-3, r"hyper.muon has unknown keys \['adam_lr'\].*adamw_lr"),
+        ("swept", ("hyper", "muon", "adamw_lr"), math.nan, "hyper.muon.adamw_lr must be .*not nan"),
+        ("swept", ("plan", "schemes", "optimizers"), ["sgd"], "plan.schemes names optimizer 'sgd'; valid: adamw"),
+        ("swept", ("plan", "qat", "seeds"), {"small": [0]}, "plan.qat.seeds has no seeds for size 'tiny'"),
+        (
+            "swept",
+            ("plan", "qat", "seeds"),
+            {"tiny": [0], "tini": [0]},
+            "plan.qat.seeds names size 'tini'; valid: tiny",
+        ),
+        ("tuned", ("hyper",), {"muon": {"embedding_lr": 0.1}}, r"hyper.muon has unknown keys \['embedding_lr'\]"),
+        (
+            "tuned",
+            ("plan", "sweep"),
+            {"sizes": ["0.08M"], "seeds": [0]},
+            "which tunes every size, for none",
+        ),
+        ("tuned", ("learning_rates",), {"adamw": [1e-3]}, "either .learning_rates. or .tuning.start."),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(load, kind, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        load(with_value(WHOLE[kind], path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("hyper", "muon", "adamw_lr"), -0.1, r"own.toml: hyper.muon: adamw_lr must be at least 0, not -0.1"),
+        (("hyper", "muon", "ns_steps"), "five", r"own.toml: hyper.muon: "),
+        (("measure", "formats"), ["int9"], r"own.toml: measure.formats: .*'int9'; valid: .*int4"),
+        (("measure", "primary"), "W3A3", r"own.toml: measure.primary: unknown spec 'W3A3'; valid: .*W4A4\+head"),
+        (("plan", "qat", "scheme"), "guest", r"own.toml: plan.qat: unknown scheme 'guest'; valid: quest"),
+    ],
+)
+def test_what_only_the_library_can_judge_is_refused_before_anything_runs(load, path, value, message):
+    load(with_value(WHOLE["swept"], path, value))
+    with pytest.raises(ValueError, match=message):
+        Study("own").check()
+
+
+def test_whole_numbers_stay_whole():
+    """20 and 20.0 are the same number and different run ids."""
+    steps = Protocol.load("smoke").settings.training, Protocol.load("pocket").settings.training
+    assert [type(training.tokens_per_parameter) for training in steps] == [float, int]
+
+
+def test_a_scale_without_qat_is_valid_and_says_what_it_lacks(load):
+    table = copy.deepcopy(WHOLE["swept"])
+    del table["plan"]["qat"], table["plan"]["schemes"]
+    protocol = load(table)
+    assert protocol.purposes() == ["sweep", "full_precision"] and protocol.purposes("small") == ["full_precision"]
+
+
+# ------------------------------------------------------------------------------------------------------ the optimizers
+
+
+def test_hyperparameters_read_off_the_source_are_those_of_the_class():
+    import inspect
+
+    for name, entry in REGISTRY.items():
+        signature = set(inspect.signature(entry.optimizer.__init__).parameters)
+        expected = signature - {"self", "params", "lr", "weight_decay"} | {"embedding_lr", "vector_lr"}
+        assert set(entry.hyperparameters) == expected, name
+
+
+def test_the_six_have_one_look_each():
+    entries = [REGISTRY[name] for name in OPTIMIZER_NAMES]
+    assert [len({getattr(e, key) for e in entries}) for key in ("label", "colour", "marker", "source")] == [6] * 4
+    assert "sgd" in REGISTRY and "sgd" not in OPTIMIZER_NAMES
+
+
+def test_a_seventh_optimizer_is_one_entry(load, monkeypatch):
+    """With grids in a scale file it is swept; scales that do not name it stay as they are."""
+    entry = optimizers.Entry("RMSprop", "torch.optim.rmsprop:RMSprop", "#F0E442", "*")
+    monkeypatch.setitem(REGISTRY, "rmsprop", entry)
+    assert {"alpha", "momentum", "centered"} <= set(entry.hyperparameters)
+    table = with_value(WHOLE["swept"], ("learning_rates", "rmsprop"), [1e-3, 1e-2])
+    table["hyper"]["rmsprop"] = {"alpha": 0.9}
+    protocol = load(table)
+    assert protocol.optimizers == (*OPTIMIZER_NAMES, "rmsprop")
+    assert [p.config.lr for p in protocol.sweep_runs() if p.config.optimizer == "rmsprop"] == [1e-3, 1e-2]
+    import torch
+
+    built = build_optimizer(torch.nn.Sequential(torch.nn.Linear(4, 4)), "rmsprop", lr=1e-3, alpha=0.9)
+    assert isinstance(built, torch.optim.RMSprop) and built.defaults["alpha"] == 0.9
+    monkeypatch.undo()
+    for scale in scales():
+        assert Protocol.load(scale).optimizers == OPTIMIZER_NAMES

@@ -1,0 +1,135 @@
+"""Tuned scales: the search run by run, and the main runs that take its rates."""
+
+import itertools
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune, tuned_config
+
+QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
+
+
+@pytest.fixture
+def protocol():
+    return Protocol.load("confirm")
+
+
+def made_up_loss(config) -> float:
+    """A bowl in both log rates, whose bottom moves with the width; beyond it the run diverges."""
+    lr, auxiliary = (math.log2(rate) for rate in (config.lr, config.hyper["embedding_lr"]))
+    steep = {"adamw": 0.05, "muon": 0.002}.get(config.optimizer, 0.02)
+    loss = 3 + steep * (lr + 5 + config.model.width / 32) ** 2 + steep * (auxiliary + 4) ** 2
+    return math.nan if lr > -1 or auxiliary > 2 else loss
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.015, 0.2])
+@pytest.mark.parametrize("bottom", [-7.3, -5.0, -1.6, 3.2])
+@pytest.mark.parametrize("cliff", [1, 4, math.inf])
+def test_a_line_search_chooses_by_the_rule(bottom, cliff, tolerance):
+    """By brute force over a long line: the smallest rate within tolerance of the best, none beside a cliff."""
+
+    def loss(rate: float) -> float:
+        return 0.03 * (math.log2(rate) - bottom) ** 2 if math.log2(rate) < bottom + cliff else math.nan
+
+    found = line_search(loss, 0.1, 2, tolerance)
+    line = [float(f"{0.1 * 2.0**k:.6g}") for k in range(-40, 40)]
+    safe = [rate for rate, above in itertools.pairwise(line) if math.isfinite(loss(rate) + loss(above))]
+    best = min(safe, key=loss)
+    assert found["rate"] == min(rate for rate in safe if loss(rate) <= loss(best) + tolerance)
+    tried = list(found["tried"])
+    assert tried[0] < found["rate"] < tried[-1] and tried == sorted(tried)
+    assert found["tried"] == pytest.approx({rate: loss(rate) for rate in tried}, nan_ok=True)
+
+
+def test_the_search_goes_on_from_run_to_run(protocol):
+    """Each round trains what is pending: at most one run a size and optimizer, and in the end all that `tune` asks."""
+    losses: dict[str, float] = {}
+    for _ in range(200):
+        planned = protocol.sweep_runs(losses=losses.get)
+        assert {p.purpose for p in planned} == {"sweep"} and set(losses) <= {p.config.name for p in planned}
+        pending = [p.config for p in planned if p.config.name not in losses]
+        assert len({(c.size, c.optimizer) for c in pending}) == len(pending)
+        if not pending:
+            break
+        losses |= {config.name: made_up_loss(config) for config in pending}
+    asked = set()
+
+    def val_loss(config):
+        asked.add(config.name)
+        return made_up_loss(config)
+
+    for size in protocol.sizes:
+        for optimizer in protocol.optimizers:
+            tune(protocol, size, optimizer, val_loss)
+    assert set(losses) == asked and len(planned) == len(asked)
+    at = protocol.sweep_runs("0.16M", losses=losses.get)
+    assert at == [p for p in planned if p.config.size == "0.16M"] and {p.config.seed for p in at} == {100}
+
+
+def test_before_anything_is_known_each_search_of_the_smallest_size_has_one_run(protocol):
+    first = protocol.sweep_runs()
+    assert [(p.config.size, p.config.optimizer) for p in first] == [("0.08M", name) for name in protocol.optimizers]
+    for planned in first:
+        start = protocol.tuning.start[planned.config.optimizer]
+        assert planned.config == tuned_config(protocol, "0.08M", planned.config.optimizer, start.lr, start.auxiliary)
+    assert protocol.find(first[0].config.name) == first[0]
+
+
+def test_main_runs_take_the_rates_of_their_own_size(protocol):
+    rates = {
+        (size, optimizer): Rates(1e-2 / 2**i, 2e-2 * 2**j)
+        for i, size in enumerate(protocol.sizes)
+        for j, optimizer in enumerate(protocol.optimizers)
+    }
+    runs = protocol.runs(rates)
+    assert len(runs) == 2 * 6 * (10 + 10 + 6)
+    for (size, optimizer), chosen in rates.items():
+        tuned = tuned_config(protocol, size, optimizer, chosen.lr, chosen.auxiliary).replace(seed=200)
+        of = {p.purpose: p.config for p in runs if p.config.replace(quantization=None) == tuned}
+        assert of["full_precision"].run_id == tuned.run_id
+        assert of["qat"].run_id == tuned.replace(quantization={**QUEST, "head": True}).run_id
+        assert tuned.hyper == auxiliary_rates(optimizer, chosen.auxiliary, protocol.model(size).width)
+    some = {("0.08M", name): Rates(1e-2, 1e-2) for name in protocol.optimizers}
+    assert {p.config.size for p in protocol.runs(some)} == {"0.08M"}, "no size takes another's rates"
+    with pytest.raises(ValueError, match="lacks the auxiliary rate of scale confirm"):
+        protocol.runs({("0.08M", "muon"): 1e-2})
+
+
+def test_a_scale_that_does_not_ask_for_the_head_says_nothing_of_it():
+    protocol = Protocol.load("laptop")
+    assert protocol.config("0.08M", "muon", lr=1e-2, scheme="quest").quantization == QUEST
+    runs = protocol.runs({(size, name): 1e-2 for size in protocol.sizes for name in protocol.optimizers})
+    assert all(p.config.quantization == QUEST for p in runs if p.purpose == "qat")
+
+
+def test_rates_come_back_from_the_table_as_they_went_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    assert read_rates("confirm") == {}
+    (tmp_path / "confirm").mkdir()
+    third = float(f"{0.02 / 3:.17g}")  # a number whose last bit a quick parser loses
+    rows = [("0.08M", "muon", third, 0.02), ("0.16M", "muon", 0.1 + 0.2, third)]
+    table = pd.DataFrame(rows, columns=["size", "optimizer", "lr", "auxiliary"])
+    table.to_csv(tmp_path / "confirm" / "learning_rates.csv", index=False)
+    rates = read_rates("confirm")
+    assert rates == {("0.08M", "muon"): Rates(third, 0.02), ("0.16M", "muon"): Rates(0.1 + 0.2, third)}
+    config = Protocol.load("confirm").config("0.16M", "muon", seed=3)
+    assert (config.lr, config.hyper["embedding_lr"]) == (0.1 + 0.2, third)
+
+
+def test_only_tuned_scales_have_a_rule_and_only_swept_ones_grids(protocol):
+    with pytest.raises(ValueError, match=r"smoke has no \[tuning\]"):
+        Protocol.load("smoke").tuning  # noqa: B018
+    with pytest.raises(ValueError, match="confirm has no grids"):
+        protocol.grid("adamw")
+
+
+def test_runs_of_the_search_keep_their_ids(protocol):
+    """Runs of this name were trained before the scale file was parsed into classes."""
+    assert tuned_config(protocol, "0.08M", "psgd", 0.005, 0.01).hyper == {"embedding_lr": 0.01, "vector_lr": 0.01}
+    found = tuned_config(protocol, "0.16M", "adamw", 0.04, 0.04)
+    assert found.name == "0.16M-adamw-lr0.04-s100-47ec0afa92"
+    assert json.loads(found.to_json())["tokens_per_parameter"] == 20
