@@ -104,7 +104,7 @@ def c6(rows) -> Estimate:
 
 @judged_on(predictor_table, "lr", "R_L", "accuracy")
 def c7(rows) -> Estimate:
-    return next(_correlations(rows, "accuracy", ("R_L",)))
+    return next(iter(_correlations(rows, "accuracy", ("R_L",))))
 
 
 def _modules(study) -> pd.DataFrame:

@@ -57,6 +57,7 @@ class TextEncoder:
         return encoded
 
     def _encode_slowly(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        assert self._slow is not None  # its callers have one
         # a slow tokenizer that is told to split special tokens also splits added words: only where there is one
         split = {"split_special_tokens": True} if any(t in text for t in self._slow.all_special_tokens) else {}
         return self._slow.encode(

@@ -101,7 +101,7 @@ def climbmix(
     tokenizer = tokenizer or Tokenizer.from_pretrained(pin["tokenizer"], revision=pin["tokenizer_revision"])
     for number, row in enumerate(rows):
         _require_column(row, "tokens", where, number)
-        text = tokenizer.decode(row["tokens"]) if row["tokens"] else None
+        text = tokenizer.decode(row["tokens"]) if row["tokens"] else ""
         if _is_text(text, where, number, skipped):
             yield f"row {number}", text
 

@@ -180,7 +180,8 @@ def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
                     print(f"{folder} is damaged; building it again", file=sys.stderr)
                     shutil.rmtree(folder)
                 corpus = _build(config, folder, context)
-                _OPEN[folder] = _stamp(folder), corpus
+                if stamp := _stamp(folder):
+                    _OPEN[folder] = stamp, corpus
     _require_windows(corpus.meta, context)
     return corpus
 
@@ -259,7 +260,7 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> Co
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
     (temporary / "store").mkdir(parents=True)
     try:
-        skipped = Counter()
+        skipped: Counter[str] = Counter()
         with Store.open(temporary / "store") as store:
             store.add(tqdm(documents(config, skipped), desc="documents", unit=" texts", leave=False, disable=None))
             train, validation = store.split(config.validation_share)

@@ -36,4 +36,4 @@ def build_optimizer(
             own = hyper.pop(rate)
             groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
     # torch's base class takes defaults instead; ours all take these two
-    return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)  # type: ignore[call-arg]
+    return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
