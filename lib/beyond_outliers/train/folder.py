@@ -8,6 +8,7 @@ state.pt                   optimizer state of the last evaluation, removed when 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -25,7 +26,7 @@ from beyond_outliers.model import Olmo2
 from beyond_outliers.quantizers.convert import prepare_qat
 from beyond_outliers.quantizers.formats import QuantSpec
 
-MODELS: dict[type[ModelConfig], type[Olmo2] | type[Llama]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
+MODELS: dict[type[ModelConfig], Callable[..., Decoder]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
 
 
 @dataclass(frozen=True)
