@@ -1,9 +1,14 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
 #   make reproduce              train, quantize, measure, run every notebook       (SCALE=pocket)
-#   make test                   the test suite
+#   make test                   everything: checks, the test suite, a whole study at scale smoke
+#   make test-fast              the tests that take less than a minute in all
+#   make check                  ruff and mypy alone
+#   make bench                  the benchmarks, on a machine that does nothing else; prints, writes no table
 #   make figures SCALE=laptop   figures and HTML again from the tables of a scale, no training
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
-#   make lab | make clean       JupyterLab | remove what can be made again
+#   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
+#   make lab                    JupyterLab
+#   make clean | make distclean remove what can be made again | the environment and downloads, too
 
 SCALE  ?= pocket
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -18,7 +23,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce figures plan test lint lab clean distclean
+.PHONY: help env reproduce figures plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,16 +49,28 @@ figures: $(READY)
 plan: $(READY)
 	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)
 
-test: $(READY)
+check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
 	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/benchmarks --override-ini addopts="--import-mode=importlib" --benchmark-only
+
+hooks: $(READY)
+	$(BIN)/pre-commit install
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf data/runs data/cache/corpus data/cache/compiled data/results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache
+	rm -rf data/runs data/cache/corpus data/cache/compiled data/results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache .mypy_cache
 
 distclean: clean
 	rm -rf $(VENV) data/cache *.egg-info lib/*.egg-info

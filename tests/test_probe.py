@@ -138,6 +138,7 @@ def test_windows_are_full_consecutive_and_keep_special_tokens(tokenizer):
     assert windows(fast, text, 8, 3).flatten().tolist() == ids[:24]
 
 
+@pytest.mark.slow
 def test_trained_encoder():
     """all-MiniLM-L6-v2, the one trained checkpoint that comes without a hub."""
     try:

@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, rotary: Rotary, scale: float, qk_norm: nn.Module | None = None):
         super().__init__()
         self.head_size = config.head_size
-        kv_width = config.n_kv_heads * config.head_size
+        kv_width = config.kv_heads * config.head_size
         self.q = nn.Linear(config.width, config.width, bias=False)
         self.k = nn.Linear(config.width, kv_width, bias=False)
         self.v = nn.Linear(config.width, kv_width, bias=False)

@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
     Yields the device of the first model's parameters.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    configs = [config for model in models if getattr(config := getattr(model, "config", None), "use_cache", False)]
+    found: list[Any] = [getattr(model, "config", None) for model in models]
+    configs = [config for config in found if getattr(config, "use_cache", False)]
     try:
         for model in models:
             model.eval()
@@ -62,6 +64,11 @@ def is_linear(module: nn.Module) -> bool:
     """A linear layer of full precision, or one of this project's quantized ones."""
     weight = getattr(module, "weight", None)
     return "Linear" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight (out, in) of what `is_linear` accepts; torch types the attributes of modules as Tensor or Module."""
+    return cast(Tensor, linear.weight)
 
 
 def find_head(model: nn.Module) -> str | None:

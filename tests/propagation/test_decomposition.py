@@ -6,50 +6,16 @@ import gc
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from beyond_outliers.model import Olmo2, Olmo2Config, ReluSquared, ResidualAdd
-from beyond_outliers.propagation import decompose, relative_error, spectral_norm, summarise
+from beyond_outliers.propagation import decompose, relative_error, summarise
 from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model
+from rounded_models import ids, olmo, quantize
 
 COLUMNS = ["index", "name", "kind", "R", "A", "B", "C", "gain"]
+
 RATIOS = ["spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"]
-
-
-def rounded(x, levels=7):
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / levels
-    return (x / scale).round() * scale
-
-
-class RoundedLinear(nn.Module):
-    """Stands in for a quantized linear layer: absmax rows, 4 bits, activations optional."""
-
-    def __init__(self, linear, activations):
-        super().__init__()
-        self.weight = nn.Parameter(rounded(linear.weight.detach()))
-        self.bias, self.activations = linear.bias, activations
-
-    def forward(self, x):
-        return F.linear(rounded(x) if self.activations else x, self.weight, self.bias)
-
-
-def quantize(model, activations=True, skip=()):
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name not in skip:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, RoundedLinear(module, activations))
-    return model
-
-
-def olmo(dtype=torch.float64, **changes):
-    torch.manual_seed(0)
-    return Olmo2(Olmo2Config(vocab_size=200, width=16, depth=2, n_heads=2, n_kv_heads=1, **changes)).to(dtype)
-
-
-def ids(*shape, seed=0):
-    return torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(seed))
 
 
 class ThreeLayers(nn.Module):
@@ -470,13 +436,6 @@ def test_bad_input_is_named():
         relative_error(model, quantized, ids(4, 4), confidence=95)
 
 
-def test_spectral_norm():
-    generator = np.random.default_rng(0)
-    for shape in ((5, 9), (9, 5), (1, 4)):
-        weight = generator.normal(size=shape)
-        assert spectral_norm(torch.from_numpy(weight)) == pytest.approx(np.linalg.svd(weight)[1][0], rel=1e-12)
-
-
 def test_summary():
     model = olmo(torch.float32)
     table = decompose(model, quantize(model), ids(2, 8))
@@ -484,44 +443,3 @@ def test_summary():
     assert found["R_L"] == table["R"].iloc[-1]
     assert found["mean_B"] == pytest.approx(table["B"].mean())
     assert found["linear_gain"] == pytest.approx(linear["gain"].mean())
-
-
-# -------------------------------------------------------------------------------------------------- R_L alone
-
-
-def test_relative_error_is_the_last_r_and_its_sample_comes_near():
-    model = olmo(torch.float32)
-    quantized, batches = quantize(model), [ids(20, 16), ids(12, 16, seed=1)]
-    full = relative_error(model, quantized, batches)
-    assert full.value == pytest.approx(decompose(model, quantized, batches, "block")["R"].iloc[-1], rel=1e-6)
-    assert (full.n_sequences, full.n_tokens) == (32, 512)
-    part = relative_error(model, quantized, batches, sample=8)
-    assert (part.n_sequences, part.n_tokens) == (8, 128)
-    assert part.low < full.value < part.high and part.high - part.low > full.high - full.low
-    assert part == relative_error(model, quantized, batches, sample=8)
-    assert part != relative_error(model, quantized, batches, sample=8, seed=1)
-    assert relative_error(model, quantized, batches, sample=100) == full
-    as_mappings = [{"ids": batch} for batch in batches]
-    assert relative_error(model, quantized, as_mappings, sample=8) == part
-
-
-def test_interval_formula_and_coverage():
-    """Sequences of a known population: the 90 % interval holds the truth about nine times in ten."""
-    torch.manual_seed(0)
-    model = nn.Linear(3, 3, bias=False)
-    quantized = nn.Linear(3, 3, bias=False)
-    quantized.weight.data = model.weight.data + 0.1 * torch.randn(3, 3)
-    population = torch.randn(4000, 2, 3) * torch.rand(4000, 1, 1)
-    with torch.no_grad():
-        d = (quantized(population) - model(population)).double().square().sum((1, 2)).numpy()
-        n = model(population).double().square().sum((1, 2)).numpy()
-    truth, covered = d.sum() / n.sum(), 0
-    for seed in range(150):
-        found = relative_error(model, quantized, population, sample=40, confidence=0.9, seed=seed)
-        covered += found.low <= truth <= found.high
-    assert 0.83 <= covered / 150 <= 0.97
-    # with the tokens that it asks for, 95 % of the estimates lie within 5 %
-    needed = relative_error(model, quantized, population).tokens_for_5_percent
-    rows = np.random.default_rng(0).choice(4000, (2000, round(needed / 2)))
-    estimates = d[rows].sum(1) / n[rows].sum(1)
-    assert np.mean(np.abs(estimates / truth - 1) < 0.05) == pytest.approx(0.95, abs=0.02)

@@ -423,6 +423,7 @@ def test_a_lone_layer_and_half_precision():
     assert 0 < (rounded(x) - exact).norm() < (plain(x) - exact).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [False, True])
 def test_the_loss_rises_less_than_by_rounding_to_nearest(trained, text, head):
     inputs, targets = text[:, :-1], text[:, 1:]

@@ -54,6 +54,7 @@ def test_noiseless_losses_give_back_every_parameter(form):
 
 
 @pytest.mark.filterwarnings("error")  # nothing to warn about
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fixed_ratio", "full"])
 def test_intervals_cover_the_truth_as_often_as_they_say(form):
     """Nominal 95 %; of 40 data sets at least 33 must be covered (38 expected, binomial standard deviation 1.4)."""

@@ -9,22 +9,44 @@ from beyond_outliers import paths
 from beyond_outliers.notebook import notebooks
 
 README, DATA = paths.ROOT / "README.md", paths.DATA / "README.md"
+CONTRIBUTING = paths.ROOT / "CONTRIBUTING.md"
 TABLES = [t for t in sorted(paths.RESULTS.rglob("*.csv")) if t.parent.name != "smoke"]  # smoke is never committed
 
 
-def paragraph(table: str) -> str:
-    """What data/README.md says of a table: from its bold name to the next blank line."""
-    found = re.search(rf"^\*\*{re.escape(table)}\*\*.*?(?=\n\n|\Z)", DATA.read_text(), re.DOTALL | re.MULTILINE)
-    assert found, f"data/README.md has no paragraph on {table}"
-    return found[0]
+def explained() -> dict[str, list[str]]:
+    """Table -> the columns that data/README.md explains: its rows "| table | `column`, ... | meaning |"."""
+    columns = {}
+    for table, names, meaning in re.findall(
+        r"^\| ([^|`]+) \| (`[^|]+`) \| ([^|]+) \|$", DATA.read_text(), re.MULTILINE
+    ):
+        assert meaning.strip(), (table, names)
+        columns.setdefault(table, []).extend(re.findall(r"`([^`]+)`", names))
+    return columns
+
+
+LIKE_RUNS = ("auxiliary_learning_rates.csv", "sgd_baseline.csv")  # "have the columns of runs.csv"
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_column_of_every_committed_table_is_explained(file):
-    everywhere = DATA.read_text().split("**runs.csv**")[0]  # what all tables have
-    like_runs = paragraph("runs.csv") if "columns of runs.csv" in paragraph(file.name) else ""
-    text = everywhere + paragraph(file.name) + like_runs
-    assert [column for column in pd.read_csv(file, nrows=1).columns if f"`{column}`" not in text] == []
+    known = explained()
+    valid = known["*every table of a run*"] + known["runs.csv" if file.name in LIKE_RUNS else file.name]
+    assert [column for column in pd.read_csv(file, nrows=1).columns if column not in valid] == []
+    assert len(re.findall(rf"^\| {re.escape(file.name)} \| [^`|]", DATA.read_text(), re.MULTILINE)) == 1, (
+        "one row: what?"
+    )
+
+
+def test_every_column_that_is_explained_is_there_and_explained_once():
+    committed = {}
+    for file in TABLES:
+        committed.setdefault(file.name, set()).update(pd.read_csv(file, nrows=1).columns)
+    committed["*every table of a run*"] = set().union(*committed.values())
+    committed["ptq.csv"].add("method")  # in tables from now on
+    committed["learning_rates.csv"] |= {"auxiliary", "auxiliary_grid"}  # of tuned scales; none is committed yet
+    for table, columns in explained().items():
+        assert len(set(columns)) == len(columns), table
+        assert set(columns) <= committed[table], table
 
 
 @pytest.mark.parametrize("document", [README, DATA], ids=["README.md", "data/README.md"])
@@ -44,9 +66,21 @@ def test_every_notebook_has_a_line_and_a_thumbnail():
 
 
 def test_every_make_target_named_is_there():
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", README.read_text(), re.MULTILINE))
-    targets = set(re.findall(r"^([a-z]+):", (paths.ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"reproduce", "test", "figures", "plan"} <= named <= targets
+    makefile = (paths.ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for document, least in ((README, {"reproduce", "test", "figures", "plan"}), (CONTRIBUTING, {"test", "test-fast"})):
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), re.MULTILINE))
+        assert least <= named <= targets, document.name
+    helped = set(
+        re.findall(r"\bmake ([a-z-]+)", "".join(line for line in makefile.splitlines() if line.startswith("#   ")))
+    )
+    assert helped == targets - {"help"}, "make help says what every target does"
+
+
+def test_every_path_that_contributing_names_is_there():
+    named = re.findall(r"^- `([^`]+)`: ", CONTRIBUTING.read_text(), re.MULTILINE)
+    assert len(named) > 20
+    assert [path for path in named if not (paths.ROOT / path).exists()] == []
 
 
 def test_the_optimizer_table_shows_the_measured_milliseconds():

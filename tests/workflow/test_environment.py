@@ -60,6 +60,7 @@ def test_lib_is_not_ignored():
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_lib_imports_without_what_only_notebooks_need():
     """A training node may have little more than torch, numpy, pandas, scipy, safetensors, tokenizers and tqdm."""
     import subprocess

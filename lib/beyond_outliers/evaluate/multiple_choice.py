@@ -132,15 +132,16 @@ def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Wind
     rows = np.repeat(np.arange(len(batch)), counts)
     columns = np.concatenate([np.arange(w.first - 1 - w.begin, len(w)) for w in batch])
     targets = np.concatenate([s[w.first : w.end] for s, w in zip(sequences, batch, strict=True)])
-    ids, rows_there, columns, targets = (
+    inputs, at_rows, at_columns, labels = (
         torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device) for x in (ids, rows, columns, targets)
     )
-    if hasattr(model, "hidden") and hasattr(model, "head"):
+    hidden, head = getattr(model, "hidden", None), getattr(model, "head", None)
+    if hidden is not None and head is not None:
         # the head is most of a small model's work, and a context's logits are not needed
-        logits = model.head(model.hidden(ids)[rows_there, columns])
+        logits = head(hidden(inputs)[at_rows, at_columns])
     else:
-        logits = model(ids)[rows_there, columns]
-    losses = cross_entropy(logits, targets, "none").double().cpu().numpy()
+        logits = model(inputs)[at_rows, at_columns]
+    losses = cross_entropy(logits, labels, "none").double().cpu().numpy()
     return -np.bincount(rows, weights=losses, minlength=len(batch))
 
 
@@ -176,6 +177,7 @@ def zero_shot(
         raise ValueError(f"limit must be at least 1 question, not {limit}")
     rows = []
     for task in tasks:
+        questions: Sequence[Question]
         if task == "cloze":
             questions = cloze_questions(heldout_documents() if heldout is None else heldout)
         else:

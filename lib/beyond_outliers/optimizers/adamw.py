@@ -44,7 +44,7 @@ class AdamW(_Checked, torch.optim.AdamW):
     ):
         require_common(lr, weight_decay)
         require_betas(betas)
-        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
 
 
 class SGD(_Checked, torch.optim.SGD):

@@ -6,7 +6,8 @@ of fewer than two dimensions (norm gains, QK scales). A group that names no role
 or a QK scale is not the regularisation that the hyperparameter means.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ class NonFiniteGradientError(ValueError):
     """A gradient holds NaN or infinity: the run has diverged. Parameters and state are as before the step."""
 
 
-class RoleGroups:
-    """Mixin for `torch.optim.Optimizer`: groups carry `role` and `initial_lr`; non-finite gradients are refused.
+class RoleGroups(torch.optim.Optimizer):
+    """Base, alone or beside one of torch's: groups carry `role` and `initial_lr`; non-finite gradients are refused.
 
     `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults.
     """
 
-    role_defaults: ClassVar[dict[str, dict]] = {}
+    role_defaults: Mapping[str, dict] = MappingProxyType({})
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
@@ -71,6 +72,7 @@ class RoleGroups:
 
 def laid_out_like(p: Tensor) -> Tensor:
     """p's gradient with p's strides: a copy if it has others, which torch's fused kernels would read in wrong order."""
+    assert p.grad is not None, "parameters without gradient are left alone"
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
 
 
@@ -118,7 +120,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("head", "lm_head")
     }
-    groups = {"matrix": [], "embedding": [], "vector": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "vector": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in tables else "matrix"

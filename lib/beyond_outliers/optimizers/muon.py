@@ -72,7 +72,7 @@ class Muon(StackedOptimizer):
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(ns_steps >= 1, "ns_steps", ns_steps, "at least 1")
         require_betas(adamw_betas, "adamw_betas")
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "betas": tuple(adamw_betas), "eps": adamw_eps}
         super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})
 

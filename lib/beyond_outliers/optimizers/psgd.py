@@ -84,7 +84,7 @@ class PSGD(StackedOptimizer):
         self.generator.set_state(state_dict["generator"].cpu())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict:
-        state = {"momentum": torch.zeros_like(parameter), "since_update": 0, "updates": 0}
+        state: dict = {"momentum": torch.zeros_like(parameter), "since_update": 0, "updates": 0}
         for side, size in zip(("left", "right"), parameter.shape or (1,), strict=False):
             triangular = parameter.ndim == 2 and 1 < size <= group["max_size_triangular"]
             state[side] = torch.eye(size) if triangular else torch.ones(size)
@@ -182,9 +182,9 @@ def precondition(
         x = products["left"] @ x
     else:
         x = left_product(q, left_product(q, x), transposed=True)
-    q = state.get("right")
-    if q is None:
+    if "right" not in state:
         return x
+    q = state["right"]
     if q.ndim == 3 and products is not None and calls * rows >= columns:
         if "right" not in products:
             products["right"] = left_product(q, q, transposed=True)

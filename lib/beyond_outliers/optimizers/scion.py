@@ -59,7 +59,7 @@ class Scion(StackedOptimizer):
         require(embedding_lmo in EMBEDDING_LMOS, "embedding_lmo", embedding_lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
         require(ns_steps >= 1, "ns_steps", ns_steps, "at least 1")
         require(not (constrained and weight_decay), "weight_decay", weight_decay, "0 when constrained")
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
+        defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
         super().__init__(params, defaults, {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}})

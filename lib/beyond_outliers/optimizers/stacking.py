@@ -1,6 +1,7 @@
 """Stacks of same-shaped parameters: the base of the matrix optimizers, which update a whole stack in one call."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class Stack:
     def __init__(self, params: list[Tensor], per_parameter: list[dict]):
         self.params = params
         self.per_parameter = per_parameter
-        self.state = {}
-        self.derived = {}
+        self.state: dict[str, Tensor] = {}
+        self.derived: dict[str, Any] = {}
         for key, value in per_parameter[0].items():
             if isinstance(value, Tensor):
                 self.state[key] = torch.stack([entry[key] for entry in per_parameter])
@@ -40,9 +41,8 @@ class Stack:
 
     def gradient(self) -> Tensor:
         """(N, *shape). May alias `p.grad`: never write to it."""
-        if len(self.params) == 1:
-            return self.params[0].grad.unsqueeze(0)
-        return torch.stack([p.grad for p in self.params])
+        gradients = [p.grad for p in self.params if p.grad is not None]  # all have one, see `stacks`
+        return gradients[0].unsqueeze(0) if len(gradients) == 1 else torch.stack(gradients)
 
     def descend(self, update: Tensor, lr: float) -> None:
         """p <- p - lr * update, with `update` (N, *shape)."""
@@ -54,7 +54,7 @@ class Stack:
             torch._foreach_mul_(self.params, factor)
 
 
-class StackedOptimizer(RoleGroups, torch.optim.Optimizer):
+class StackedOptimizer(RoleGroups):
     """Base of the matrix optimizers: finds the stacks and calls `update(group, stack)` for each.
 
     A subclass gives `init_state(group, parameter) -> dict of tensors` and `update(group, stack)`. Parameters without
@@ -63,7 +63,7 @@ class StackedOptimizer(RoleGroups, torch.optim.Optimizer):
 
     def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
         self.role_defaults = role_defaults or {}
-        self._stacks = {}
+        self._stacks: dict[int, tuple[list[int], list[Stack]]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
@@ -82,7 +82,7 @@ class StackedOptimizer(RoleGroups, torch.optim.Optimizer):
         signature = [id(p) for p in live]
         cached = self._stacks.get(id(group))
         if cached is None or cached[0] != signature:
-            buckets = {}
+            buckets: dict[tuple, list[Tensor]] = {}
             for p in live:
                 if not self.state[p]:
                     self.state[p] = {"step": 0, **self.init_state(group, p)}

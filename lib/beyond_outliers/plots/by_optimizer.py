@@ -122,11 +122,10 @@ def heatmap(
         grid = grid.reindex(order, axis=axis).set_axis([LABELS.get(name, name) for name in order], axis=axis)
     figure, ax = plt.subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
     shown = grid.round(digits) + 0.0  # no -0.00
-    limits = (
-        {"robust": True}
-        if norm == "linear"
-        else {"norm": NORMS[norm](vmin=grid.min(axis=None), vmax=grid.max(axis=None))}
-    )
+    make_norm = NORMS[norm]
+    limits: dict = {"robust": True}
+    if make_norm is not None:
+        limits = {"norm": make_norm(vmin=grid.min(axis=None), vmax=grid.max(axis=None))}
     sns.heatmap(grid, annot=shown, fmt=f".{digits}f", cmap="rocket_r", ax=ax, cbar_kws={"label": ""}, **limits)
     ax.set(xlabel="", ylabel="")
     ax.set_title(textwrap.fill(label, int(11 * figure.get_size_inches()[0])), fontsize=9)

@@ -6,6 +6,7 @@
 import base64
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -92,7 +93,7 @@ def label_y(axes, label: str) -> None:
 
 def legend(figure: plt.Figure) -> None:
     """One legend of everything that some panel shows."""
-    unique = {}
+    unique: dict[str, Any] = {}
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         unique |= dict(zip(labels, handles, strict=True))

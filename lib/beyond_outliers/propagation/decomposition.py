@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating
+from beyond_outliers.modules import as_batches, evaluating, weight_of
 from beyond_outliers.propagation.norms import Ratios, dot, pieces, spectral_norm, squared_norms
 from beyond_outliers.propagation.recording import Call, Tape, clones, floats, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
@@ -70,7 +70,7 @@ class _Row:
                 self.inputs[position].add(dot(x, x), dot(d, d))
         if self.kind == "linear":
             wide = torch.promote_types(h[0].dtype, torch.float32)
-            middle = (self.module.weight.to(wide) + self.quantized.weight.to(wide)) / 2
+            middle = (weight_of(self.module).to(wide) + weight_of(self.quantized).to(wide)) / 2
             error = hq[0].to(wide) - h[0].to(wide)
             self.phi.add(squared_norms(error, self.reduction), squared_norms(F.linear(error, middle), self.reduction))
             self.psi.add(squared_norms(h[0], self.reduction), squared_norms(f_h[0], self.reduction))
@@ -96,7 +96,7 @@ class _Row:
         row |= {"gain": a / r_in if r_in else np.nan}
         row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
         if self.kind == "linear":
-            weight, quantized = self.module.weight.double(), self.quantized.weight.double()
+            weight, quantized = weight_of(self.module).double(), weight_of(self.quantized).double()
             norm, middle_norm = spectral_norm(weight), spectral_norm((weight + quantized) / 2)
             row["spectral_ratio"] = (middle_norm / norm) ** 2
             row["cos_phi"] = float(self.phi.values()[0] ** 0.5 / middle_norm)

@@ -44,17 +44,17 @@ class Ratios:
     """Sums of `numerators` over a `denominator`, (rows,) squared norms: "global" over all rows, "token" of ratios."""
 
     def __init__(self, reduction: str):
-        self.reduction, self.sums = reduction, 0.0
+        self.reduction, self.sums = reduction, torch.zeros((), dtype=torch.float64)
 
     def add(self, denominator: Tensor, *numerators: Tensor):
         if self.reduction == "token":
             kept = denominator != 0  # a row of zeros has no relative error
-            numerators = [x[kept] / denominator[kept] for x in numerators]
+            numerators = tuple(x[kept] / denominator[kept] for x in numerators)
             denominator = kept.double()
         self.sums = self.sums + torch.stack([denominator.sum(), *(x.sum() for x in numerators)])
 
     def values(self) -> np.ndarray:
-        sums = self.sums.cpu().numpy() if isinstance(self.sums, Tensor) else np.zeros(2)
+        sums = self.sums.cpu().numpy() if self.sums.ndim else np.zeros(2)
         with np.errstate(divide="ignore", invalid="ignore"):
             return sums[1:] / sums[0]
 

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +70,12 @@ def relative_error(
             first = pairs[0][0]
             n_tokens += first[..., 0].numel()
             for i in range(len(first)):
-                error = signal = 0.0
+                error: Tensor | float = 0.0
+                signal: Tensor | float = 0.0
                 for x, xq in pairs:
                     for h, hq in pieces((x[i], xq[i]), "global"):
-                        d = hq - h
-                        error, signal = error + dot(d, d), signal + dot(h, h)
+                        dh = hq - h
+                        error, signal = error + dot(dh, dh), signal + dot(h, h)
                 errors.append(float(error))
                 signals.append(float(signal))
     if not errors:
@@ -120,11 +122,13 @@ def output_errors(model: nn.Module, quantized: nn.Module, batches) -> dict[str, 
     for one in (model, quantized):
         if not (hasattr(one, "hidden") and hasattr(one, "head")):
             raise ValueError(f"{type(one).__name__} does not split into `hidden` and `head`: use relative_error")
+    exact: Any = model  # has `hidden` and `head`, as has the other
+    rounded: Any = quantized
     sums = np.zeros((3, 2))  # readings by (error, signal)
     with evaluating(model, quantized) as device:
         for batch in as_batches(batches):
-            hidden, hidden_q = (one.hidden(batch.to(device)) for one in (model, quantized))
-            logits, logits_q = model.head(hidden), quantized.head(hidden_q)
+            hidden, hidden_q = (one.hidden(batch.to(device)) for one in (exact, rounded))
+            logits, logits_q = exact.head(hidden), rounded.head(hidden_q)
             centred, centred_q = (z - z.mean(-1, keepdim=True) for z in (logits.double(), logits_q.double()))
             pairs = (logits, logits_q), (centred, centred_q), (hidden, hidden_q)
             sums += [[_squares(xq.double() - x.double()), _squares(x.double())] for x, xq in pairs]

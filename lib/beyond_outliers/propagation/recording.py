@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ def clones(value):
 @contextmanager
 def opened_attention(attention: str, *models: nn.Module) -> Iterator[None]:
     """Lets the attention mixing of this project's model run as visible modules, if asked to."""
-    mixers = [m for model in models for m in model.modules() if getattr(m, "opened", None) is False]
+    mixers: list[Any] = [m for model in models for m in model.modules() if getattr(m, "opened", None) is False]
     try:
         for mixer in mixers if attention == "open" else ():
             mixer.opened = True

@@ -60,7 +60,8 @@ def quantize_model(model: nn.Module, spec: QuantSpec, calibration=None) -> nn.Mo
 
     quantized = _converted(model, spec, make)
     if calibration is not None:
-        layers = {module: name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
+        modules = quantized.named_modules()
+        layers: dict[nn.Module, str] = {m: name for name, m in modules if isinstance(m, QuantizedLinear)}
         round_in_order(quantized, layers, calibration, round_layer)
     return quantized
 

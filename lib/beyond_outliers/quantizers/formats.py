@@ -70,7 +70,7 @@ class Grid:
     grid's own; `scale`, from the largest magnitudes of the groups, `largest`, and that of the whole tensor."""
 
     largest: float = 0.0
-    round_unit: Callable[[Tensor], Tensor] | None = None
+    round_unit: Callable[[Tensor], Tensor] = torch.round
     block: int | None = None
     scale: Callable[[Tensor, float, Tensor], Tensor] = _absmax_scale
 
@@ -107,7 +107,7 @@ def round_to_scale(x: Tensor, grid: str, scale: Tensor, top: Tensor) -> Tensor:
     return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
 
 
-def choose(kind: str, value: str, valid) -> None:
+def choose(kind: str, value: object, valid) -> None:
     """ValueError naming `value` and the valid ones unless it is one of them."""
     if value not in valid:
         raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")

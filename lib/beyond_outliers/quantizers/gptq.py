@@ -23,6 +23,7 @@ What the paper leaves open, or what differs here:
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ class Hessian:
     """2/n sum x x^T over what `add` was given, (in, in) float64; the products of one call in at least float32."""
 
     def __init__(self):
-        self.total, self.rows = 0.0, 0
+        self.total, self.rows = torch.zeros((), dtype=torch.float64), 0
 
     def add(self, x: Tensor):
         """x: (..., in)."""
@@ -206,7 +207,7 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
 
 def _count_runs(model: nn.Module, layers: dict[nn.Module, str], batch) -> Counter:
     """How often each layer runs for one batch, in order of the first run."""
-    counts = Counter()
+    counts: Counter[nn.Module] = Counter()
     handles = [layer.register_forward_pre_hook(lambda layer, _: counts.update([layer])) for layer in layers]
     try:
         forward(model, batch)
@@ -218,7 +219,7 @@ def _count_runs(model: nn.Module, layers: dict[nn.Module, str], batch) -> Counte
 
 def _merge(runs: list[Counter]) -> list[nn.Module]:
     """One order of all layers; those that run for some batches only come before what follows them there."""
-    order = []
+    order: list[nn.Module] = []
     for counts in runs:
         place = len(order)
         for layer in reversed(counts):
@@ -254,11 +255,11 @@ class _Walk:
             for handle in handles:
                 handle.remove()
 
-    def watch(self, layer: nn.Module, args: tuple):
-        """Before each run of each layer."""
+    def watch(self, layer: Any, args: tuple):
+        """Before each run of each layer, a module with `operand`."""
         if layer is not self.waiting[0]:
             return
-        self.hessian.add(layer.operand(args[0]))
+        self.hessian.add(layer.operand(args[0]))  # type: ignore[operator]  # narrowed to Module by the line before
         self.left -= 1
         if self.left:
             return

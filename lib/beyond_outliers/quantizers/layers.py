@@ -15,6 +15,9 @@ class QuantizedLinear(nn.Module):
     activation_quantizer: module from (..., in) to the same shape, None to leave inputs alone.
     """
 
+    rounded: Tensor
+    bias: Tensor | None
+
     def __init__(
         self, rounded: Tensor, bias: Tensor | None, activation_quantizer: nn.Module | None, rotation: int | None
     ):
@@ -57,7 +60,7 @@ class QATLinear(nn.Linear):
         rotated = self._rotate(linear.weight.detach())
         self.weight_quantizer = make_quantizer(scheme, spec.weights, spec, rotated)
         self.activation_quantizer = make_quantizer(scheme, spec.activations, spec)
-        self.held = None
+        self.held: tuple[Tensor, Tensor | None] | None = None
 
     def _rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else hadamard_transform(x, self.rotation)

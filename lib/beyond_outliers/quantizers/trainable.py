@@ -161,9 +161,10 @@ def _notice_step(quantizer: LSQQuantizer, _keys):
 
 BITS = tuple(range(1, 9))
 SCHEMES = ("quest", "ste", "lsq")
+Quantizer = QuestQuantizer | AbsMaxQuantizer | LSQQuantizer
 
 
-def make_quantizer(scheme: str, grid: str, spec: QuantSpec, weight: Tensor | None = None) -> nn.Module | None:
+def make_quantizer(scheme: str, grid: str, spec: QuantSpec, weight: Tensor | None = None) -> Quantizer | None:
     """Quantizer of a layer's `weight` (given) or activations on `grid`, None for "none"; the caller rotates."""
     choose("scheme", scheme, SCHEMES)
     if grid == "none":
@@ -186,6 +187,8 @@ def staircase(scheme: str, bits: int = 4, n: int = 4001) -> pd.DataFrame:
     from scipy.stats import norm
 
     row = torch.from_numpy(norm.ppf((torch.arange(n, dtype=torch.float64).numpy() + 0.5) / n)).requires_grad_()
-    y = make_quantizer(scheme, f"int{bits}", QuantSpec()).double()(row)
+    quantizer = make_quantizer(scheme, f"int{bits}", QuantSpec())
+    assert quantizer is not None, "integer formats have one"
+    y = quantizer.double()(row)
     (gradient,) = torch.autograd.grad(y.sum(), row)
     return pd.DataFrame({"x": row.detach().numpy(), "y": y.detach().numpy(), "gradient": gradient.numpy()})

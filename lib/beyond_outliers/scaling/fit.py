@@ -13,7 +13,7 @@ many starts. All starts, all bootstrap resamples and all profiles are minimised 
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -215,7 +215,7 @@ def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
     return laws
 
 
-def _mirror(of: dict[tuple, object], full_precision) -> dict:
+def _mirror(of: Mapping[tuple, object], full_precision) -> dict:
     """Column keys -> names, "rho" a dict by bits with `full_precision` at 16."""
     rho = {key[2]: of[key] for key in sorted((k for k in of if k[0] == "rho"), key=lambda k: k[2])}
     return {key[0]: of[key] for key in of if key[0] != "rho"} | {"rho": {FULL_PRECISION: full_precision} | rho}

@@ -45,7 +45,7 @@ class ScalingLaw:
 
     def table(self) -> pd.DataFrame:
         """One row a parameter: parameter, bits (rho only), value, low, high, identified."""
-        rows = [
+        rows: list[tuple] = [
             (name, None, value, self.intervals[name], self.identified[name]) for name, value in self.parameters.items()
         ]
         rows += [

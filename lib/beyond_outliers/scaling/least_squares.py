@@ -104,10 +104,12 @@ def build_problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence
         raise ValueError(f"cannot share {unknown} in the form {form!r}; valid: {', '.join(FORMS[form])}")
     groups = runs[by].tolist() if by else [None] * len(runs)
     bits = runs["bits"].tolist()
-    roles = {name: [(name, None if name in share else g, None) for g in groups] for name in FORMS[form]}
+    roles: dict[str, list[tuple | None]] = {
+        name: [(name, None if name in share else g, None) for g in groups] for name in FORMS[form]
+    }
     roles["rho"] = [None if b == FULL_PRECISION else ("rho", g, b) for g, b in zip(groups, bits, strict=True)]
     keys = list(dict.fromkeys(key for name in roles for key in roles[name] if key is not None))
-    position = {key: column for column, key in enumerate(keys)} | {None: -1}
+    position: dict[tuple | None, int] = {key: column for column, key in enumerate(keys)} | {None: -1}
     log_n = np.log(runs["N"].to_numpy(dtype=float))
     log_d = np.log(runs["D"].to_numpy(dtype=float)) if form == "full" else None
     loss = runs["loss"].to_numpy(dtype=float)
@@ -144,7 +146,7 @@ def starting_points(problem: Problem) -> np.ndarray:
             elif name == "E":
                 theta[column] = np.log(share * loss[members].min())
             elif name in ("A", "B"):
-                slope, where = (alpha, problem.x) if name == "A" else (beta, problem.y)
+                slope, where = (beta, problem.y) if name == "B" and problem.y is not None else (alpha, problem.x)
                 excess = (loss - share * loss[members].min())[members] / (2 if full else 1)
                 theta[column] = np.log(np.median(excess * np.exp(slope * where[members])))
         starts.append(theta)

@@ -17,10 +17,6 @@ from beyond_outliers.train.folder import RunResult
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
 
-# what two machines may say differently of the same run without disagreeing on its result
-MACHINE = ("seconds", "tokens_per_second", "device", "device_name", "processor", "threads", "python", "torch", "numpy")
-MACHINE += ("version", "commit", "finished_at")
-
 
 def collect(study: "Study") -> None:
     """Writes the tables of the runs that have ended; rows of planned runs that ended elsewhere stay.

@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    compile = {"auto": "auto", "yes": True, "no": False}[given.compile]
-    result = train(config, device=given.device, compile=compile, threads=given.threads)
+    compile: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
+    result = train(config, device=given.device, compile=compile[given.compile], threads=given.threads)
     if result.row:
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
     return 0

@@ -10,6 +10,7 @@ state.pt                   optimizer state of the last evaluation, removed when 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
@@ -68,14 +69,14 @@ def load_result(folder: Path) -> RunResult | None:
     return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
 
 
-def build_model(config: RunConfig) -> nn.Module:
+def build_model(config: RunConfig) -> Olmo2:
     """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MODELS[type(config.model)](config.model)
     if config.quantization:
         spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
-        model = prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"])
+        model = cast(Olmo2, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
     return model
 
 

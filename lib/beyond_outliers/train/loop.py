@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
@@ -27,6 +28,7 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.quantizers.convert import weights_held
@@ -79,7 +81,11 @@ def train(
         run.loop()
     finally:
         run.close()
-    return load_result(folder) if run.rank == 0 else RunResult(config, folder, {})
+    if run.rank != 0:
+        return RunResult(config, folder, {})
+    done = load_result(folder)
+    assert done is not None, "a run that has ended has written its result"
+    return done
 
 
 class LossModule(nn.Module):
@@ -87,7 +93,7 @@ class LossModule(nn.Module):
     whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
     """
 
-    def __init__(self, model: nn.Module, compiled: bool):
+    def __init__(self, model: Olmo2, compiled: bool):
         super().__init__()
         self.model = model
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -117,11 +123,12 @@ class _Run:
         self.compiled = _should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
-        self.loss = LossModule(self.model, self.compiled)
+        self.loss: LossModule | DistributedDataParallel = LossModule(self.model, self.compiled)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
-        self.step, self.rows, self.seconds = 0, [], 0.0
+            self.loss = DistributedDataParallel(self.loss, device_ids=ids)
+        self.step, self.seconds = 0, 0.0
+        self.rows: list[dict] = []
         self.progress = progress and self.rank == 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
@@ -183,7 +190,12 @@ class _Run:
         with held:  # QAT rounds the weights once a step, not once a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
-                with self._autocast(), contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync():
+                with (
+                    self._autocast(),
+                    self.loss.no_sync()
+                    if isinstance(self.loss, DistributedDataParallel) and not last
+                    else contextlib.nullcontext(),
+                ):
                     loss = self.loss(x.to(self.device), y.to(self.device)) / parts
                     loss.backward()
                 total += loss.detach()
@@ -301,7 +313,7 @@ def _should_compile(compile: bool | str, config: RunConfig, device: torch.device
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
     if compile != "auto":
-        return compile
+        return bool(compile)
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
         return False  # TorchInductor builds its kernels with a C++ compiler
     operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step

@@ -1,0 +1,47 @@
+"""R_L alone against the whole decomposition, and the coverage of its interval."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from beyond_outliers.propagation import decompose, relative_error
+from rounded_models import ids, olmo, quantize
+
+
+def test_relative_error_is_the_last_r_and_its_sample_comes_near():
+    model = olmo(torch.float32)
+    quantized, batches = quantize(model), [ids(20, 16), ids(12, 16, seed=1)]
+    full = relative_error(model, quantized, batches)
+    assert full.value == pytest.approx(decompose(model, quantized, batches, "block")["R"].iloc[-1], rel=1e-6)
+    assert (full.n_sequences, full.n_tokens) == (32, 512)
+    part = relative_error(model, quantized, batches, sample=8)
+    assert (part.n_sequences, part.n_tokens) == (8, 128)
+    assert part.low < full.value < part.high and part.high - part.low > full.high - full.low
+    assert part == relative_error(model, quantized, batches, sample=8)
+    assert part != relative_error(model, quantized, batches, sample=8, seed=1)
+    assert relative_error(model, quantized, batches, sample=100) == full
+    as_mappings = [{"ids": batch} for batch in batches]
+    assert relative_error(model, quantized, as_mappings, sample=8) == part
+
+
+def test_interval_formula_and_coverage():
+    """Sequences of a known population: the 90 % interval holds the truth about nine times in ten."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3, bias=False)
+    quantized = nn.Linear(3, 3, bias=False)
+    quantized.weight.data = model.weight.data + 0.1 * torch.randn(3, 3)
+    population = torch.randn(4000, 2, 3) * torch.rand(4000, 1, 1)
+    with torch.no_grad():
+        d = (quantized(population) - model(population)).double().square().sum((1, 2)).numpy()
+        n = model(population).double().square().sum((1, 2)).numpy()
+    truth, covered = d.sum() / n.sum(), 0
+    for seed in range(150):
+        found = relative_error(model, quantized, population, sample=40, confidence=0.9, seed=seed)
+        covered += found.low <= truth <= found.high
+    assert 0.83 <= covered / 150 <= 0.97
+    # with the tokens that it asks for, 95 % of the estimates lie within 5 %
+    needed = relative_error(model, quantized, population).tokens_for_5_percent
+    rows = np.random.default_rng(0).choice(4000, (2000, round(needed / 2)))
+    estimates = d[rows].sum(1) / n[rows].sum(1)
+    assert np.mean(np.abs(estimates / truth - 1) < 0.05) == pytest.approx(0.95, abs=0.02)

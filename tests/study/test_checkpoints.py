@@ -1,0 +1,43 @@
+"""Checkpoints that are committed: written in bfloat16, loaded as the run's model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from beyond_outliers import paths
+from beyond_outliers.config.protocol import Planned
+from beyond_outliers.study import checkpoints
+from beyond_outliers.train import train
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, run_config):
+    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path / "checkpoints")
+    results = {
+        seed: train(run_config.replace(seed=seed), root=tmp_path / "runs", compile=False, progress=False)
+        for seed in (4, 3)
+    }
+    planned = [Planned("full_precision", result.config) for result in results.values()]
+    return SimpleNamespace(scale="test", planned=lambda: planned, result=lambda p: results[p.config.seed])
+
+
+def test_the_lowest_seed_is_kept_and_loads_within_bfloat16(study):
+    (file,) = checkpoints.keep(study)
+    assert checkpoints.checkpoints("test") == {file.stem: file}
+    config, model = checkpoints.load_checkpoint(file)
+    assert config.seed == 3 and file.stem == config.name
+    original = study.result(SimpleNamespace(config=config)).load_model()
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.bfloat16().float()), name
+    assert model.head.weight is model.embedding.weight and not model.training
+
+
+def test_too_much_and_foreign_files_are_refused(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="more than 1,000"):
+        checkpoints.keep(study)
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="no config"):
+        checkpoints.load_checkpoint(tmp_path / "x.safetensors")

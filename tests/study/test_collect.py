@@ -1,0 +1,82 @@
+"""Pooling tables of two machines, and which committed runs count as done."""
+
+import pandas as pd
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.study import collect
+from beyond_outliers.study.study import Study
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    return Study("confirm")
+
+
+def write(folder, losses, scale="confirm", device="x86_64", **tables):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"run": run, "scale": scale, "size": "0.08M", "val_loss": loss, "status": "finished", "device_name": device}
+        for run, loss in losses.items()
+    ]
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+    for name, table in tables.items():
+        pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
+
+
+def test_new_runs_come_in_and_known_ones_stay_with_their_difference(study, tmp_path):
+    write(study.results, {"a": 3.0, "b": 2.0}, ptq={"run": ["a", "b"], "increase": [0.1, 0.2]})
+    there = tmp_path / "there"
+    write(there, {"b": 2.25, "c": 1.0}, device="aarch64", ptq={"run": ["b", "c"], "increase": [0.9, 0.3]})
+    both = collect.merge(study, there)
+    assert both.to_dict("records") == [
+        {"run": "b", "val_loss_here": 2.0, "val_loss_there": 2.25, "device_name_here": "x86_64",
+         "device_name_there": "aarch64", "difference": 0.25}
+    ]  # fmt: skip
+    assert pd.read_csv(study.results / "runs.csv").set_index("run").val_loss.to_dict() == {"a": 3.0, "b": 2.0, "c": 1.0}
+    assert pd.read_csv(study.results / "ptq.csv").set_index("run").increase.to_dict() == {"a": 0.1, "b": 0.2, "c": 0.3}
+    again = collect.merge(study, there)
+    assert len(again) == 2 and len(pd.read_csv(study.results / "runs.csv")) == 3
+
+
+def test_an_empty_scale_takes_everything(study, tmp_path):
+    there = tmp_path / "there"
+    rates = {"size": ["0.08M"], "optimizer": ["muon"], "lr": [0.1]}
+    write(there, {"c": 0.1 + 0.2}, learning_rates=rates)
+    assert collect.merge(study, there).empty
+    assert pd.read_csv(study.results / "runs.csv", float_precision="round_trip").val_loss.tolist() == [0.1 + 0.2]
+    assert pd.read_csv(study.results / "learning_rates.csv").to_dict("list") == rates
+
+
+def test_chosen_rates_here_are_not_overwritten(study, tmp_path):
+    write(study.results, {"a": 3.0}, learning_rates={"size": ["0.08M"], "optimizer": ["muon"], "lr": [0.1]})
+    there = tmp_path / "there"
+    write(there, {"a": 3.0}, learning_rates={"size": ["0.08M"] * 2, "optimizer": ["muon", "soap"], "lr": [0.7, 0.2]})
+    collect.merge(study, there)
+    found = pd.read_csv(study.results / "learning_rates.csv")
+    assert dict(zip(found.optimizer, found.lr, strict=True)) == {"muon": 0.1, "soap": 0.2}
+
+
+def test_other_scales_and_folders_without_runs_are_refused(study, tmp_path):
+    with pytest.raises(ValueError, match=r"no runs\.csv"):
+        collect.merge(study, tmp_path)
+    write(tmp_path / "laptop", {"a": 1.0}, scale="laptop")
+    with pytest.raises(ValueError, match="scale laptop, not of confirm"):
+        collect.merge(study, tmp_path / "laptop")
+
+
+def test_a_committed_run_is_adopted_when_every_table_has_it(study):
+    ptq = {"run": ["a", "a", "b"], "checkpoint": ["final", "common", "final"]}
+    write(study.results, {"a": 3.0, "b": 2.0, "c": 1.0}, ptq=ptq)
+    assert collect.adopted(study, ("ptq",)) == {"a", "b"}
+    assert collect.adopted(study, ("ptq",), at_common_loss=True) == {"a"}
+    assert collect.adopted(study, ("ptq", "outliers")) == set()
+
+
+def test_diverged_runs_need_no_measurements(study):
+    write(study.results, {"a": 3.0})
+    runs = pd.read_csv(study.results / "runs.csv").assign(status="diverged", val_loss=float("nan"))
+    runs.to_csv(study.results / "runs.csv", index=False)
+    assert collect.adopted(study, ("ptq",)) == {"a"}

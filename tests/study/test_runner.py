@@ -1,0 +1,55 @@
+"""What is run next: the study's order, parts of a plan, and what counts as done."""
+
+import pytest
+
+from beyond_outliers.config.learning_rates import Rates
+from beyond_outliers.study import runner
+from beyond_outliers.study.__main__ import main
+from beyond_outliers.study.study import Study
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Scale confirm with rates chosen at the first two sizes and nothing trained."""
+    from beyond_outliers import paths
+
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    study = Study("confirm")
+    rates = {(size, name): Rates(0.01, 0.02) for size in ("0.08M", "0.16M") for name in study.protocol.optimizers}
+    monkeypatch.setattr("beyond_outliers.study.study.read_rates", lambda scale: rates)
+    return study
+
+
+def test_sizes_come_in_turn_and_quantized_runs_last(study):
+    queue = runner.waiting(study, done=set())
+    kinds = list(dict.fromkeys((p.purpose, p.config.size) for p in queue))
+    full, quantized = ("full_precision", "qat"), ("0.08M", "0.16M")
+    assert kinds == [("sweep", "0.08M"), *((purpose, size) for purpose in full for size in quantized)]
+    first = [p.config for p in queue if p.purpose == "full_precision"][:7]
+    assert [c.optimizer for c in first[:6]] == list(study.protocol.optimizers)
+    assert [c.seed for c in first] == [200] * 6 + [201]
+
+
+def test_done_runs_are_left_out(study):
+    queue = runner.waiting(study, done=set())
+    rest = runner.waiting(study, done={queue[0].config.name, queue[9].config.name})
+    assert [p.config.name for p in rest] == [p.config.name for i, p in enumerate(queue) if i not in (0, 9)]
+
+
+def test_parts_of_a_plan_are_disjoint_complete_and_keep_blocks_together(study):
+    whole = {p.config.name for p in runner.waiting(study, set())}
+    parts = [runner.waiting(study, set(), (i, 3)) for i in (1, 2, 3)]
+    names = [{p.config.name for p in part} for part in parts]
+    assert set.union(*names) == whole and sum(map(len, names)) == len(whole)
+    assert min(map(len, names)) > len(whole) / 4
+    for part in parts:
+        blocks = [(p.config.size, p.config.seed) for p in part if p.purpose == "full_precision"]
+        assert all(blocks.count(block) == 6 for block in blocks)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "x", "1"])
+def test_a_part_that_is_none_is_refused(shard, capsys):
+    with pytest.raises(SystemExit):
+        main(["continue", "--scale", "confirm", "--shard", shard])
+    assert "no part of a plan" in capsys.readouterr().err

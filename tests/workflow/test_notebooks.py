@@ -1,0 +1,107 @@
+"""Every notebook at scale smoke: it runs, draws its figures and shows what the tables say."""
+
+import json
+import re
+
+import pandas as pd
+import papermill
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.claims import CLAIMS, rules
+from beyond_outliers.notebook import notebooks, paper, run_notebook
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def executed(study):
+    """name -> (HTML path, executed notebook) of all notebooks, by papermill."""
+    found = {}
+    for name in notebooks():
+        html = run_notebook(name, "smoke", build=False)
+        found[name] = html, json.loads((paths.RUNS / "smoke" / "notebooks" / f"{name}.ipynb").read_text())
+    return found
+
+
+def outputs(notebook: dict) -> str:
+    """All text that a notebook's cells put out, HTML tables included."""
+    parts = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            parts += [*output.get("text", []), *data.get("text/plain", []), *data.get("text/html", [])]
+    return "".join(parts)
+
+
+EXPECTED = {
+    "01_full_precision": ["01_loss_curves", "01_final_loss", "01_learning_rates", "01_cloze_accuracy"],
+    "02_outlier_metrics": ["02_mmr", "02_mmr_learning_rate", "02_outliers_against_damage"],
+    "03_ptq": ["03_w4a4_increase", "03_formats_tiny", "03_formats_small"],
+    "04_error_propagation": ["04_depth", "04_abc", "04_gain", "04_figure1", "04_correlations_increase"],
+    "05_qat": ["05_increase", "05_curves", "05_staircases"],
+    "06_scaling_laws": ["06_fits", "06_rho"],
+    "07_claims": ["07_claims"],
+    "08_probe_your_model": ["08_depth", "08_outliers"],
+}
+
+
+def test_there_is_an_expectation_for_every_notebook():
+    assert sorted(EXPECTED) == notebooks()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_notebook_runs_and_draws_its_figures(executed, name):
+    html, notebook = executed[name]
+    text = outputs(notebook)
+    assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    for figure in EXPECTED[name]:
+        for kind in ("png", "pdf"):
+            assert (html.parent / f"{figure}.{kind}").stat().st_size > 2000, figure
+    for said in ("&#x27;smoke&#x27;", "torch", "commit"):  # parameters, versions and commit are shown
+        assert said in text or said.replace("&#x27;", "'") in text
+    assert "Traceback" not in text
+    assert html.stat().st_size > 50_000
+
+
+def test_notebook_01_shows_the_losses_of_the_tables(executed, study):
+    text = outputs(executed["01_full_precision"][1])
+    for loss in study.runs("full_precision").val_loss:
+        assert f"{loss:.4f}" in text
+
+
+def test_notebook_03_shows_increases_and_the_papers_table(executed, study):
+    text = outputs(executed["03_ptq"][1])
+    w4a4 = study.measured("ptq").query("spec == 'W4A4'")
+    for increase in w4a4.increase:
+        assert f"{increase:.3f}" in text
+    for accuracy in paper("table3_ptq_w4a4").accuracy:
+        assert f"{accuracy:.2f}".rstrip("0").rstrip(".") in text
+
+
+def test_notebook_04_finds_the_identity(executed):
+    residual = re.search(r"largest \|R - \(A \+ B \+ C\)\| .*: (\S+)", outputs(executed["04_error_propagation"][1]))
+    assert float(residual[1]) < 1e-9
+
+
+def test_notebook_07_judges_every_claim(executed, study):
+    table = pd.read_csv(study.results / "claims.csv")
+    assert list(table.id) == list(CLAIMS) == list(rules()) == list(paper("claims").id)
+    assert set(table.verdict) <= {"reproduced", "not reproduced", "undecided"}
+    assert (table[table.n < 3].verdict == "undecided").all()
+    assert table.comment.str.len().min() > 20
+    assert set(table.notebook) <= set(notebooks())
+
+
+def test_notebooks_refuse_unknown_parameters(study):
+    with pytest.raises(ValueError, match=r"no parameter scael; valid: scale, build"):
+        run_notebook("01_full_precision", "smoke", scael="pocket")
+    with pytest.raises(ValueError, match="02_outlier_metrics"):
+        run_notebook("01_full_prescision", "smoke")
+
+
+def test_papermill_by_hand_refuses_unknown_parameters(study, tmp_path):
+    """papermill itself only warns; the notebook's first cell does not go on."""
+    source = paths.NOTEBOOKS / "01_full_precision.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match=r"unknown notebook parameters: scael; valid: scale"):
+        papermill.execute_notebook(source, tmp_path / "out.ipynb", {"scael": "smoke"}, progress_bar=False)
