@@ -4,7 +4,8 @@
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
 #   make bench                  the benchmarks, on a machine that does nothing else; prints, writes no table
-#   make figures SCALE=laptop   figures and HTML again from the tables of a scale, no training
+#   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
+#   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
@@ -23,7 +24,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce figures plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue figures plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,10 @@ reproduce: $(READY)
 
 figures: $(READY)
 	$(BIN)/python -m beyond_outliers.study render --scale $(SCALE) --jobs $(CORES)
+
+continue: $(READY)
+	$(BIN)/python -m beyond_outliers.study continue --scale $(SCALE) --jobs $(CORES) \
+		$(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))
 
 plan: $(READY)
 	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)

@@ -1,4 +1,4 @@
-# The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> measurements -> tables; then notebooks.
+# The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> measurements -> tables; then verdicts, notebooks.
 #
 # Every file that decides what is done lies in data/runs/SCALE (git-ignored); committed tables and figures are written
 # beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
@@ -140,10 +140,20 @@ rule collect:
         "{COMMAND} collect --scale {SCALE}"
 
 
+rule claims:
+    input:
+        f"{WORK}/collected-{SIZES[-1]}",
+    output:
+        touch(f"{WORK}/claims.done"),
+    shell:
+        "{sys.executable} -m beyond_outliers.claims --scale {SCALE}"
+
+
 rule notebook:
     input:
         outputs([Step("collect", size=SIZES[-1])]),
         f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
+        lambda wildcards: rules.claims.output if wildcards.notebook == "07_claims" else [],
     output:
         f"{FIGURES}/{{notebook}}.html",
         touch(f"{WORK}/notebooks/{{notebook}}.done"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from beyond_outliers import model as model_module
 from beyond_outliers.model import Olmo2, Olmo2Config
@@ -136,6 +136,52 @@ def test_windows_are_full_consecutive_and_keep_special_tokens(tokenizer):
     assert windows(tokenizer, text, 8, 3).flatten().tolist() == ids[:24]
     fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert windows(fast, text, 8, 3).flatten().tolist() == ids[:24]
+
+
+def test_settings_stored_in_a_tokenizer_do_not_enter_windows(tokenizer):
+    text = TEXT.read_text()
+    expected = torch.tensor(tokenizer.encode(text).ids[:96]).view(3, 32)
+    for length in (None, 64):
+        stored = Tokenizer.from_str(tokenizer.to_str())
+        stored.enable_truncation(16, direction="left")
+        stored.enable_padding(length=length, pad_id=1, direction="left")
+        before = stored.to_str()
+        assert torch.equal(windows(stored, text, 32, 3), expected)
+        fast = tf.PreTrainedTokenizerFast(tokenizer_object=stored, truncation_side="left", padding_side="left")
+        wrapped = fast.backend_tokenizer.to_str()  # the wrapper adds a padding token of its own
+        assert torch.equal(windows(fast, text, 32, 3), expected)
+        assert stored.to_str() == before and fast.backend_tokenizer.to_str() == wrapped
+
+
+def test_windows_of_a_slow_tokenizer():
+    """ByT5, Python alone: bytes + 3, each window ended by </s> (1)."""
+    text = "Ünïcode text, and </s> in it. " * 20
+    slow = tf.ByT5Tokenizer(model_max_length=8)
+    ids = [byte + 3 for byte in text.encode()]
+    expected = [[*ids[i : i + 15], 1] for i in (0, 15, 30, 45)]
+    assert windows(slow, text, 16, 4).tolist() == expected
+    with pytest.raises(ValueError, match="1 special tokens leave no room in a window of 1 tokens"):
+        windows(slow, text, 1, 4)
+
+
+def test_special_tokens_stand_around_every_window_whoever_wraps_the_tokenizer(tokenizer):
+    framed = Tokenizer.from_str(tokenizer.to_str())
+    framed.add_special_tokens(["<s>", "</s>"])
+    begin, end = framed.token_to_id("<s>"), framed.token_to_id("</s>")
+    framed.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", begin), ("</s>", end)])
+    text = TEXT.read_text() + "<s>"
+    ids = tokenizer.encode(text).ids
+    expected = [[begin, *ids[i : i + 6], end] for i in range(0, 30, 6)]
+    assert windows(framed, text, 8, 5).tolist() == expected
+    assert windows(tf.PreTrainedTokenizerFast(tokenizer_object=framed), text, 8, 5).tolist() == expected
+    assert not set(windows(framed, "<s> and </s> are text here " * 9, 8, 99)[:, 1:-1].flatten().tolist()) & {begin, end}
+
+
+def test_windows_of_unknown_words_are_named_with_their_share():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "known": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.warns(UserWarning, match="75% of the tokens of the text are the unknown token"):
+        assert windows(words, "known to no one " * 10, 8, 2).tolist() == [[1, 0, 0, 0] * 2] * 2
 
 
 @pytest.mark.slow

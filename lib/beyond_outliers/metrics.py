@@ -197,3 +197,8 @@ def average(table: pd.DataFrame) -> pd.Series:
     read ReLU outputs have most medians near zero: look at `skipped` before reading an average that includes them.
     """
     return table[METRICS].mean()
+
+
+def without_down(table: pd.DataFrame) -> pd.DataFrame:
+    """Inputs without those of the MLP's second layer: squared ReLU makes their median near zero, their MMR enormous."""
+    return table[table["kind"] != "down"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers import paths
+from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
 from beyond_outliers.propagation import RelativeError, decompose, relative_error, summarise
 from beyond_outliers.quantizers import QuantSpec, quantize_model
@@ -154,18 +155,23 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
 def windows(tokenizer, text: str, context: int, sequences: int) -> Tensor:
     """(sequences or fewer, context) int64 ids: consecutive full windows of `text`.
 
-    A `transformers` tokenizer puts its special tokens ([CLS], <s>, ...) around every window, as the model saw them in
-    training. ValueError when the text does not fill two windows (an interval needs two).
+    The special tokens that the tokenizer puts around a text ([CLS], <s>, ...) stand around every window, as the model
+    saw them in training; padding and truncation stored in the tokenizer do not count. `tokenizer`: as in `TextEncoder`.
+    ValueError when the text does not fill two windows (an interval needs two). Warns when more than 5 % of the tokens
+    are unknown.
     """
-    if callable(tokenizer):
-        encoded = tokenizer(text, truncation=True, max_length=context, return_overflowing_tokens=True)["input_ids"]
-        full = [ids for ids in encoded if len(ids) == context]
-    else:
-        ids = tokenizer.encode(text).ids
-        full = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
+    encoder = TextEncoder(tokenizer)
+    before, after = encoder.frame(text)
+    room = context - len(before) - len(after)
+    if room < 1:
+        raise ValueError(f"{len(before) + len(after)} special tokens leave no room in a window of {context} tokens")
+    (ids,) = encoder([text])
+    bare = [ids[i : i + room] for i in range(0, len(ids) - room + 1, room)][:sequences]
+    encoder.warn_of_unknown(bare, "the text")
+    full = [before + window + after for window in bare]
     if len(full) < 2:
         raise ValueError(f"the text fills {len(full)} windows of {context} tokens; at least 2 are needed")
-    return torch.tensor(full[:sequences])
+    return torch.tensor(full)
 
 
 def _longest(model: nn.Module) -> int:

@@ -1,12 +1,16 @@
 """Predictors and claims on tables whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers.claims import Estimate, correlations, mean, rules, share, verdict
+from beyond_outliers import paths
+from beyond_outliers.claims import Estimate, correlations, mean, read_verdicts, rules, share, verdict, verdicts
 from beyond_outliers.claims import ledger as claims
+from beyond_outliers.study import TABLES, Study
 
 OPTIMIZERS = ["adamw", "muon", "psgd", "scion", "shampoo", "soap"]
 
@@ -42,11 +46,17 @@ def test_too_few_points_have_no_interval():
     assert np.isnan(constant.pearson)
 
 
-def test_wilson_interval_agrees_with_scipy():
+def test_wilson_interval_solves_its_equation():
+    """Its ends are the shares p from which the observed one lies exactly 1.96 standard errors, of p itself, away."""
     for hits, n in ((3, 3), (0, 5), (7, 20)):
         found = share([True] * hits + [False] * (n - hits))
-        low, high = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
-        assert (found.low, found.high) == pytest.approx((low, high)) and found.value == hits / n
+        assert found.value == hits / n and found.n == n
+        for end in (found.low, found.high):
+            if 1e-9 < end < 1 - 1e-9:
+                away = abs(found.value - end) / np.sqrt(end * (1 - end) / n)
+                assert away == pytest.approx(stats.norm.ppf(0.975))
+        assert 0 <= found.low <= found.value <= found.high <= 1
+    assert share([True] * 3).low == pytest.approx(3 / (3 + stats.norm.ppf(0.975) ** 2)) and share([]).n == 0
 
 
 def test_bootstrap_interval_of_a_mean():
@@ -191,10 +201,8 @@ def predictors_with(slopes: dict[str, float], n: int = 60) -> pd.DataFrame:
         ("C7", {"R_L": 0.6}, "undecided"),
     ],
 )
-def test_claims_on_correlations(monkeypatch, claim, slopes, expected):
-    monkeypatch.setattr(claims, "predictor_table", lambda study: predictors_with(slopes))
-    rule = rules()[claim]
-    found = claims.CLAIMS[claim](None)
+def test_claims_on_correlations(claim, slopes, expected):
+    rule, found = rules()[claim], claims.CLAIMS[claim].estimate(predictors_with(slopes))
     assert found.n == 60 and verdict(found, rule["side"], rule["threshold"]) == expected
 
 
@@ -213,16 +221,81 @@ def scaling_losses(rho: dict[str, float]) -> pd.DataFrame:
     ("shampoo", "others", "expected"),
     [(0.95, 0.6, "reproduced"), (0.6, 0.95, "not reproduced"), (0.8, 0.8, "undecided")],
 )
-def test_the_claim_on_parameter_efficiency(monkeypatch, shampoo, others, expected):
+def test_the_claim_on_parameter_efficiency(shampoo, others, expected):
     runs = scaling_losses(dict.fromkeys(OPTIMIZERS, others) | {"shampoo": shampoo})
-    monkeypatch.setattr(claims, "scaling_runs", lambda study: runs)
-    rule, found = rules()["C14"], claims.c14(None)
+    rule, found = rules()["C14"], claims.c14.estimate(runs)
     assert verdict(found, rule["side"], rule["threshold"]) == expected
     assert found.low < shampoo - others + 0.1 and found.high > shampoo - others - 0.1  # the highest of five lies above
 
 
-def test_an_optimizer_whose_quantized_runs_all_diverged_leaves_rho_open(monkeypatch):
+@pytest.mark.parametrize("bits", [4, 16])
+def test_an_optimizer_whose_runs_of_one_precision_all_diverged_leaves_rho_open(bits):
     runs = scaling_losses(dict.fromkeys(OPTIMIZERS, 0.8))
-    monkeypatch.setattr(claims, "scaling_runs", lambda study: runs[(runs.optimizer != "soap") | (runs.bits == 16)])
-    found = claims.c14(None)
+    found = claims.c14.estimate(runs[(runs.optimizer != "soap") | (runs.bits != bits)])
     assert np.isnan(found.value) and found.n == 4
+
+
+# ------------------------------------------------------------------------------------- more and fewer than the six
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """copied(change): a study with the committed tables of scale laptop, each passed through `change`."""
+
+    def copy(change):
+        study = Study("laptop")
+        for name in {file.stem for file in study.results.glob("*.csv")} & set(TABLES):
+            change(study.table(name)).to_csv(tmp_path / f"{name}.csv", index=False)
+        study.results = tmp_path
+        return study
+
+    return copy
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_seventh_optimizer_changes_no_verdict(copied, factor):
+    """Its rows are Muon's with every measured number smaller, or larger, than anyone's."""
+    measured = ["val_loss", "increase", "mmr", "kurtosis", "accuracy", "R", "A", "B", "C", "R_in", "gain"]
+    measured += ["spectral_ratio"]
+
+    def with_lion(table):
+        own = table.optimizer == "muon" if "optimizer" in table else table.run.str.contains("-muon-")
+        lion = table[own].copy()
+        for column in lion.columns.intersection(["run", "optimizer"]):
+            lion[column] = lion[column].str.replace("muon", "lion")
+        for column in lion.columns.intersection(measured):
+            lion[column] *= factor
+        return pd.concat([lion, table], ignore_index=True)
+
+    before, study = verdicts(Study("laptop")), copied(with_lion)
+    assert "lion" in set(study.runs("sweep").optimizer) & set(study.measured("propagation").optimizer)
+    after = verdicts(study)
+    assert len(after) == 14
+    pd.testing.assert_frame_equal(before, after, check_exact=True)
+
+
+def test_without_one_of_the_six_nothing_is_decided_and_it_says_why(copied):
+    def without_shampoo(table):
+        keep = table.optimizer != "shampoo" if "optimizer" in table else ~table.run.str.contains("-shampoo-")
+        return table[keep]
+
+    table = verdicts(copied(without_shampoo))
+    assert len(table) == 14 and set(table.verdict) == {"undecided"}
+    assert table.comment.str.startswith("No rows of shampoo: ").all()
+
+
+# ------------------------------------------------------------------------------------------------ what is committed
+
+
+@pytest.mark.parametrize("scale", [file.parent.name for file in sorted(paths.RESULTS.glob("*/claims.csv"))])
+def test_committed_verdicts_are_those_of_the_committed_tables(scale):
+    study = Study(scale)
+    pd.testing.assert_frame_equal(pd.read_csv(study.results / "claims.csv"), verdicts(study), check_dtype=False)
+
+
+def test_verdicts_are_read_where_they_are_written_and_computed_where_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "verdicts", lambda study: pd.DataFrame({"id": ["computed"]}))
+    study = SimpleNamespace(results=tmp_path)
+    assert read_verdicts(study).id.tolist() == ["computed"] and not list(tmp_path.iterdir())
+    pd.DataFrame({"id": ["written"]}).to_csv(tmp_path / "claims.csv", index=False)
+    assert read_verdicts(study).id.tolist() == ["written"]

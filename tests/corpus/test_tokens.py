@@ -1,36 +1,38 @@
-"""Corpus: split, tokens, batches."""
+"""Tokens and batches: building, opening, and what stands in the files."""
 
 import hashlib
 import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
-from beyond_outliers.corpus import BOUNDARY, Batches, bytes_per_token, corpus_folder, documents, open_corpus, split
+from beyond_outliers import paths
+from beyond_outliers.config import CorpusConfig
+from beyond_outliers.corpus import (
+    BOUNDARY,
+    Batches,
+    bpe,
+    bytes_per_token,
+    corpus_folder,
+    documents,
+    open_corpus,
+    sample,
+    split,
+)
 from beyond_outliers.corpus import tokens as corpus
+from beyond_outliers.evaluate import cloze_questions, encode_requests
+from beyond_outliers.train import train
 
 
 @pytest.fixture(scope="module")
 def built(corpus_config):
     return open_corpus(corpus_config)
-
-
-def test_the_split_is_by_group_and_drops_duplicates_across_it():
-    pairs = [(f"g{i}", f"text {i} number {j}") for i in range(50) for j in range(4)]
-    pairs += [(f"g{i}", "the same sentence everywhere") for i in range(50)]
-    train, validation = split(pairs, 0.1)
-    assert "the same sentence everywhere" in train and "the same sentence everywhere" not in validation
-    assert not set(train) & set(validation)
-    assert len(train) + len(validation) == 201
-    groups = [{text.split()[1] for text in part if text.startswith("text")} for part in (train, validation)]
-    assert not groups[0] & groups[1]
-    assert 3 <= len(groups[1]) <= 7
-    assert split(reversed(pairs), 0.1)[1] != [] and set(split(reversed(pairs), 0.1)[1]) == set(validation)
-
-
-def test_a_corpus_of_one_group_cannot_be_split():
-    with pytest.raises(ValueError, match="at least two groups"):
-        split([("only", "a"), ("only", "b")], 0.1)
 
 
 def test_tokens_decode_to_the_documents(built, corpus_config):
@@ -49,14 +51,221 @@ def test_bytes_per_token_count_the_bytes_of_the_text(built):
     assert built.token_bytes[np.asarray(built.validation)].sum() == built.meta["validation"]["bytes"]
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder for a corpus of the test's own, cache and all."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    return tmp_path
+
+
+def write_rows(path, texts, groups=None):
+    groups = groups or [None] * len(texts)
+    path.write_text("".join(json.dumps({"text": t, "group": g}) + "\n" for t, g in zip(texts, groups, strict=True)))
+    return CorpusConfig(source=str(path), vocab_size=270, validation_share=0.1)
+
+
+def prose(n, seed=0):
+    rng, words = random.Random(seed), [a + b for a in "acegi" for b in "bd"]
+    return [" ".join(rng.choices(words, k=20)) + f" {i}" for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "shape", ["{} see <|endoftext|> here", "<|endoftext|>{}", "{}<|endoftext|>", "<|endoftext|>" * 3 + "{}"]
+)
+def test_the_boundary_inside_a_text_is_text(own, shape):
+    texts = [shape.format(text) for text in prose(200)]
+    built = open_corpus(write_rows(own / "rows.jsonl", texts))
+    train, validation = np.asarray(built.train), np.asarray(built.validation)
+    assert (train == 0).sum() == built.meta["train"]["documents"]
+    assert (validation == 0).sum() == built.meta["validation"]["documents"] == len(built.heldout_documents())
+    assert set(built.heldout_documents()) <= set(texts)
+    assert built.token_bytes[validation].sum() == built.meta["validation"]["bytes"]
+    # the same tokens wherever the corpus's tokenizer is used later
+    first = built.heldout[0]
+    end = np.flatnonzero(validation == 0)[1]
+    assert built.tokenizer.encode(first).ids == validation[1:end].tolist()
+    reopened = Tokenizer.from_file(str(built.folder / "tokenizer.json"))
+    assert (
+        encode_requests(reopened, [("x", first)])[0][0][2:]
+        == encode_requests(built.tokenizer, [("x", first)])[0][0][2:]
+    )
+
+
+def test_settings_stored_in_a_tokenizer_do_not_enter_a_token_file(built, tmp_path):
+    texts = prose(50)
+    plain = corpus.write_tokens(tmp_path / "plain.bin", built.tokenizer, texts)
+    changed = Tokenizer.from_str(built.tokenizer.to_str())
+    changed.enable_padding(length=64, pad_id=1)
+    changed.enable_truncation(8)
+    changed.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    assert corpus.write_tokens(tmp_path / "changed.bin", changed, iter(texts)) == plain
+    assert plain["documents"] == 50 and plain["bytes"] == sum(len(t.encode()) for t in texts)
+    assert changed.padding["length"] == 64 and changed.truncation["max_length"] == 8  # the caller's, as it was
+
+
+def test_tokens_do_not_depend_on_the_size_of_a_chunk(built, tmp_path, monkeypatch):
+    texts = [*prose(50), "long " * 500]
+    whole = corpus.write_tokens(tmp_path / "whole.bin", built.tokenizer, texts)
+    monkeypatch.setattr(corpus, "CHUNK", 100)
+    assert corpus.write_tokens(tmp_path / "parts.bin", built.tokenizer, texts) == whole
+
+
+def test_heldout_documents_are_decoded_when_they_are_asked_for(built):
+    texts = built.heldout_documents()
+    assert len(built.heldout) == len(texts) > 10
+    assert built.heldout[3] == texts[3] and built.heldout[-1] == texts[-1] and built.heldout[2:9:3] == texts[2:9:3]
+    assert cloze_questions(built.heldout, 20) == cloze_questions(texts, 20)
+    with pytest.raises(IndexError):
+        built.heldout[len(texts)]
+
+
+def test_rows_without_text_are_counted_in_the_corpus(own):
+    config = write_rows(own / "rows.jsonl", [*prose(200), None, "", None])
+    with pytest.warns(UserWarning, match=r"3 rows without text were skipped: .*rows\.jsonl"):
+        meta = open_corpus(config).meta
+    assert meta["skipped"] == {config.source: 3}
+    assert meta["train"]["documents"] + meta["validation"]["documents"] == 200
+
+
+def nothing_kept(config):
+    folder = corpus_folder(config)
+    return not folder.exists() and not list(folder.parent.glob(".building-*"))
+
+
+def test_a_validation_side_without_text_is_an_error_and_not_kept(own):
+    """Every held-out text stands in training, too."""
+    texts = prose(30)
+    config = write_rows(own / "rows.jsonl", texts * 10, [f"g{i}" for i in range(10) for _ in texts])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no text is left"), pytest.warns(UserWarning, match=r"0\.00% of the text"):
+            open_corpus(config)
+        assert nothing_kept(config)
+
+
+def test_a_side_too_short_for_a_window_is_an_error_and_not_kept(own):
+    config = write_rows(own / "rows.jsonl", prose(200))
+    tokens = open_corpus(replace(config, vocab_size=271)).meta["validation"]["tokens"]
+    with pytest.raises(ValueError, match=rf"the validation side has \d+ tokens, windows of {2 * tokens} need at least"):
+        open_corpus(config, context=2 * tokens)
+    assert nothing_kept(config)
+    built = open_corpus(config, context=32)  # long enough for these
+    n = built.meta["validation"]["tokens"]
+    assert open_corpus(config, context=n - 1) is built
+    with pytest.raises(ValueError, match=f"the validation side has {n} tokens, windows of {n} need at least {n + 1}"):
+        open_corpus(config, context=n)
+    assert built.folder.exists()  # good for shorter windows
+
+
+def test_training_refuses_a_corpus_too_short_for_its_windows(run_config, own):
+    config = write_rows(own / "rows.jsonl", prose(60))
+    config = run_config.replace(corpus=replace(config, vocab_size=320), context=4000)
+    with pytest.raises(ValueError, match="windows of 4000 need"):
+        train(config, root=own, progress=False)
+    assert nothing_kept(config.corpus)
+
+
+class Text(list):
+    """Texts in memory with the size that `sample` asks for."""
+
+    bytes = property(lambda self: sum(len(t.encode()) for t in self))
+
+
+def test_a_tokenizer_is_trained_on_all_of_a_small_corpus_and_a_spread_of_a_large_one(monkeypatch):
+    texts = Text(f"text {i} " + "ä" * (i % 50) for i in range(3000))
+    assert list(sample(texts, texts.bytes)) == texts
+    part = list(sample(texts, 10_000))
+    assert part == list(sample(texts, 10_000)) and set(part) <= set(texts)
+    assert 9_000 < sum(len(t.encode()) for t in part) <= 10_000
+    numbers = np.array([int(t.split()[1]) for t in part])
+    assert (np.histogram(numbers, 10, (0, 3000))[0] > 5).all()  # from all over the corpus
+    monkeypatch.setattr(bpe, "LONGEST_IN_SAMPLE", 100)  # of a document larger than the sample: its beginning
+    giants = Text(f"giant {i} " + "x" * 100_000 for i in range(20))
+    part = list(sample(giants, 1000))
+    assert len(part) >= 9 and all(len(t) == 100 for t in part)
+
+
 def test_opening_again_builds_nothing(built, corpus_config, monkeypatch):
     monkeypatch.setattr(corpus, "_build", lambda *_: pytest.fail("built again"))
     assert open_corpus(corpus_config).meta == built.meta
 
 
-def test_other_settings_give_another_folder(built, corpus_config, text_file):
-    from dataclasses import replace
+def test_a_corpus_is_opened_and_hashed_once_a_process(built, corpus_config, monkeypatch):
+    open_corpus(corpus_config)
+    hashed = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, _: hashed.append(file.name) or pytest.fail("hashed again"))
+    assert open_corpus(corpus_config) is open_corpus(corpus_config)
+    assert not hashed
 
+
+def test_another_process_checks_a_corpus_again(built, corpus_config, monkeypatch):
+    """As in a new process: nothing remembered. The files are read, and found good."""
+    monkeypatch.setattr(corpus, "_OPEN", {})
+    corpus._checksum.cache_clear()
+    before = hashlib.file_digest
+    hashed = []
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: hashed.append(Path(file.name).name) or before(file, kind)
+    )
+    for _ in range(3):
+        assert open_corpus(corpus_config).meta == built.meta
+    assert sorted(hashed) == ["prose.jsonl", "train.bin", "validation.bin"]
+
+
+def test_damage_of_any_kind_is_noticed(own, capsys):
+    config = write_rows(own / "rows.jsonl", prose(200))
+    meta = open_corpus(config).meta
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-2])
+
+    damages = [("meta.json", cut), ("train.bin", cut), ("validation.bin", Path.unlink), ("tokenizer.json", Path.unlink)]
+    for name, damage in [*damages, ("meta.json", Path.unlink)]:
+        damage(corpus_folder(config) / name)
+        assert open_corpus(config).meta == meta
+        assert "damaged" in capsys.readouterr().err
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+from beyond_outliers import paths
+from beyond_outliers.config import CorpusConfig
+from beyond_outliers.corpus import open_corpus, tokens
+source, paths.CACHE = sys.argv[1], Path(sys.argv[2])
+before = tokens._build
+def build(*arguments):
+    with (paths.CACHE / "builds").open("a") as file:
+        file.write("x")
+    time.sleep(2)
+    return before(*arguments)
+tokens._build = build
+print(open_corpus(CorpusConfig(source=source, vocab_size=270, validation_share=0.1)).meta["train"]["sha256"])
+"""
+
+
+def test_processes_that_need_a_corpus_at_once_build_it_once(own):
+    write_rows(own / "rows.jsonl", prose(200))
+    command = [sys.executable, "-c", BUILD, str(own / "rows.jsonl"), str(own)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {process.communicate(timeout=120)[0] for process in running}
+    assert all(process.returncode == 0 for process in running)
+    assert len(printed) == 1 and len(printed.pop()) == 65
+    assert (own / "builds").read_text() == "x"
+
+
+def test_a_build_that_was_killed_blocks_nothing(own):
+    """It leaves its lock file and its half-built folder behind."""
+    config = write_rows(own / "rows.jsonl", prose(200))
+    dies = "(arguments[1].parent / f'.building-{arguments[1].name}').mkdir(); __import__('os')._exit(9)"
+    killed = BUILD.replace("time.sleep(2)", dies)
+    command = [sys.executable, "-c", killed, config.source, str(own)]
+    assert subprocess.run(command).returncode == 9
+    assert list((own / "corpus").glob(".building-*"))
+    assert open_corpus(config).meta["train"]["tokens"] > 0
+    assert not list((own / "corpus").glob(".building-*"))
+
+
+def test_other_settings_give_another_folder(built, corpus_config, text_file):
     assert corpus_folder(replace(corpus_config, vocab_size=300)) != built.folder
     before = corpus_folder(corpus_config)
     original = text_file.read_text()
@@ -79,8 +288,6 @@ def test_damaged_tokens_are_built_again(built, corpus_config, capsys):
 
 
 def test_an_interrupted_build_leaves_nothing(corpus_config, monkeypatch):
-    from dataclasses import replace
-
     config = replace(corpus_config, vocab_size=290)
 
     def interrupted(*_):

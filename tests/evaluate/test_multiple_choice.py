@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 import zipfile
 
 import numpy as np
@@ -130,11 +131,78 @@ def test_continuation_tokens_follow_the_harness():
 
 
 def test_without_a_boundary_token_an_empty_context_is_refused():
-    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     assert encode_requests(plain, [("a", " b")]) == [([0, 1], 1)]
     with pytest.raises(ValueError, match="nothing comes before the continuation"):
         encode_requests(plain, [("", "b")])
+
+
+def stored(tokenizer):
+    """Copies with padding, truncation, or both stored in them."""
+    copies = [Tokenizer.from_str(tokenizer.to_str()) for _ in range(3)]
+    for copy in copies[:2]:
+        copy.enable_padding(pad_id=1, length=300)
+    for copy in copies[1:]:
+        copy.enable_truncation(4)
+    return copies
+
+
+def test_settings_stored_in_a_tokenizer_do_not_enter_scores(model, tokenizer):
+    expected = [naive(model, tokenizer, *request) for request in requests(20)]
+    for copy in stored(tokenizer):
+        before = copy.to_str()
+        assert encode_requests(copy, requests(20)) == encode_requests(tokenizer, requests(20))
+        np.testing.assert_allclose(score(model, copy, requests(20)), expected, rtol=1e-6, atol=1e-5)
+        assert copy.to_str() == before
+    documents = sentences(60, length=80, seed=11)
+    plain, *others = (
+        zero_shot(model, t, ("cloze",), heldout=documents, progress=False) for t in (tokenizer, *stored(tokenizer))
+    )
+    assert all(other.equals(plain) for other in others)
+
+
+def test_fast_tokenizers_of_transformers_score_as_what_they_wrap(model, tokenizer):
+    tf = pytest.importorskip("transformers")
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=5, pad_token="<|endoftext|>")
+    fast.backend_tokenizer.enable_truncation(4)
+    assert encode_requests(fast, requests()) == encode_requests(tokenizer, requests())
+    assert fast.backend_tokenizer.truncation["max_length"] == 4
+
+
+def test_slow_tokenizers_of_transformers_score_byte_for_byte():
+    """ByT5 is Python alone: ids are bytes + 3. A bigram table of known numbers scores them."""
+    tf = pytest.importorskip("transformers")
+    slow = tf.ByT5Tokenizer(model_max_length=4)
+    pairs = [("ab", " cé"), ("ab ", "longer than four"), ("x", "</s>")]
+    joined = ["ab cé", "ab longer than four", "x</s>"]
+    encoded = encode_requests(slow, pairs)
+    assert [ids for ids, _ in encoded] == [[byte + 3 for byte in text.encode()] for text in joined]
+    assert [first for _, first in encoded] == [2, 2, 1]
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(384, 384)
+    logits = log_softmax(table.weight.detach().numpy())
+    expected = [sum(logits[a, b] for a, b in zip(ids[f - 1 :], ids[f:], strict=False)) for ids, f in encoded]
+    np.testing.assert_allclose(score(table, slow, pairs), expected, rtol=1e-5)
+    documents = sentences(60, length=80, seed=11)
+    assert zero_shot(table, slow, ("cloze",), heldout=documents, progress=False).n[0] > 50
+
+
+def test_the_boundary_inside_a_request_is_text(tokenizer):
+    ((ids, first),) = encode_requests(tokenizer, [("the <|endoftext|> value", " of <|endoftext|>")])
+    assert ids.count(0) == 1 and ids[0] == 0
+    assert tokenizer.decode(ids[1:]) == "the <|endoftext|> value of <|endoftext|>"
+    assert tokenizer.decode(ids[first:]) == " of <|endoftext|>"
+
+
+def test_unknown_words_in_requests_are_named_with_their_share():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.warns(UserWarning, match="25% of the tokens of the requests are the unknown token"):
+        encode_requests(words, [("a b", " c"), ("a d", " a b b")])  # "c" and "d" of eight words
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_requests(words, [("a b", " a")])
 
 
 def test_score_refuses_an_empty_context_length(model, tokenizer):

@@ -1,5 +1,6 @@
 """Every notebook at scale smoke: it runs, draws its figures and shows what the tables say."""
 
+import html
 import json
 import re
 
@@ -7,20 +8,28 @@ import pandas as pd
 import papermill
 import pytest
 
+from beyond_outliers import notebook as notebook_module
 from beyond_outliers import paths
-from beyond_outliers.claims import CLAIMS, rules
-from beyond_outliers.notebook import notebooks, paper, run_notebook
+from beyond_outliers.claims import CLAIMS, rules, verdicts
+from beyond_outliers.claims.__main__ import write_verdicts
+from beyond_outliers.notebook import notebooks, paper, render, run_notebook
 
 pytestmark = pytest.mark.slow
 
 
+def contents(folder) -> dict:
+    """path -> (time of the last change, bytes) of every file below a folder."""
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.fixture(scope="module")
 def executed(study):
-    """name -> (HTML path, executed notebook) of all notebooks, by papermill."""
-    found = {}
+    """name -> (HTML path, executed notebook) of all notebooks, by papermill; none of them may touch a table."""
+    found, before = {}, contents(study.results)
     for name in notebooks():
-        html = run_notebook(name, "smoke", build=False)
-        found[name] = html, json.loads((paths.RUNS / "smoke" / "notebooks" / f"{name}.ipynb").read_text())
+        page = run_notebook(name, "smoke", build=False)
+        found[name] = page, json.loads((paths.RUNS / "smoke" / "notebooks" / f"{name}.ipynb").read_text())
+        assert contents(study.results) == before, f"{name} wrote below {study.results}"
     return found
 
 
@@ -52,16 +61,16 @@ def test_there_is_an_expectation_for_every_notebook():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_notebook_runs_and_draws_its_figures(executed, name):
-    html, notebook = executed[name]
+    page, notebook = executed[name]
     text = outputs(notebook)
     assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     for figure in EXPECTED[name]:
         for kind in ("png", "pdf"):
-            assert (html.parent / f"{figure}.{kind}").stat().st_size > 2000, figure
+            assert (page.parent / f"{figure}.{kind}").stat().st_size > 2000, figure
     for said in ("&#x27;smoke&#x27;", "torch", "commit"):  # parameters, versions and commit are shown
         assert said in text or said.replace("&#x27;", "'") in text
     assert "Traceback" not in text
-    assert html.stat().st_size > 50_000
+    assert page.stat().st_size > 50_000
 
 
 def test_notebook_01_shows_the_losses_of_the_tables(executed, study):
@@ -85,12 +94,30 @@ def test_notebook_04_finds_the_identity(executed):
 
 
 def test_notebook_07_judges_every_claim(executed, study):
-    table = pd.read_csv(study.results / "claims.csv")
+    table, text = verdicts(study), outputs(executed["07_claims"][1])
     assert list(table.id) == list(CLAIMS) == list(rules()) == list(paper("claims").id)
     assert set(table.verdict) <= {"reproduced", "not reproduced", "undecided"}
     assert (table[table.n < 3].verdict == "undecided").all()
     assert table.comment.str.len().min() > 20
     assert set(table.notebook) <= set(notebooks())
+    for row in table.dropna(subset="value").itertuples():
+        assert row.claim in html.unescape(text) and f"{row.value:.2f}" in text
+
+
+def test_rendering_reads_the_verdicts_and_writes_no_table(executed, study, monkeypatch):
+    """`make figures` where claims.csv is there: notebook 07 shows what it says, and nothing below data changes."""
+    write_verdicts(study)
+    file = study.results / "claims.csv"
+    table = pd.read_csv(file)
+    table.loc[0, "comment"] = "A sentence that no rule would say."
+    table.to_csv(file, index=False)
+    before = contents(study.results)
+    monkeypatch.setattr(notebook_module, "notebooks", lambda: ["07_claims"])
+    render("smoke", 1)
+    assert contents(study.results) == before
+    shown = outputs(json.loads((paths.RUNS / "smoke" / "notebooks" / "07_claims.ipynb").read_text()))
+    assert "A sentence that no rule would say." in shown
+    file.unlink()
 
 
 def test_notebooks_refuse_unknown_parameters(study):

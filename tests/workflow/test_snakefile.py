@@ -32,7 +32,7 @@ def jobs_of(text):
 def test_the_workflow_plans_one_job_a_run(tmp_path):
     """From nothing, Snakemake sees the sweep's runs; the main runs follow when the learning rates are known."""
     jobs = jobs_of(dry_run("smoke", tmp_path))
-    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["notebook"]) == (1, 12, 1, 8)
+    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["claims"], jobs["notebook"]) == (1, 12, 1, 1, 8)
 
 
 def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
@@ -67,6 +67,7 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
         [work / p.config.name / "result.json" for p in study.planned() if p.purpose != "sweep"],
         [work / name for name in purposes],
         [work / f"collected-{size}" for size in sizes],
+        [work / "claims.done"],
         [work / "notebooks" / f"{name}.done" for name in notebooks()],
         [tmp_path / "figures" / "smoke" / f"{name}.html" for name in notebooks()],
     ):
@@ -80,4 +81,4 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
     text = dry_run("smoke", tmp_path)
     jobs = jobs_of(text)
     assert f"run={lost}" in text and jobs["train"] == 1 and jobs["notebook"] == 8
-    assert "choose" not in jobs and jobs["measure"] == 1
+    assert "choose" not in jobs and jobs["measure"] == jobs["claims"] == 1

@@ -8,7 +8,9 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.config import OPTIMIZER_NAMES, read_learning_rates
-from beyond_outliers.study import TABLES, MissingResults, Study
+from beyond_outliers.corpus import open_corpus
+from beyond_outliers.quantizers import quantize_model
+from beyond_outliers.study import TABLES, MissingResults, Study, measure
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +76,20 @@ def test_quantization_tables_are_complete_and_consistent(study):
         assert np.allclose(rows.increase.dropna(), rows.val_loss[rows.spec != "none"] - base), checkpoint
     eight, four = (final[final.spec == s].increase.abs().mean() for s in ("W8A8", "W4A4"))
     assert eight < four
+
+
+def test_a_checkpoint_is_quantized_once_a_format(study, monkeypatch):
+    """Its loss, its accuracy and its error propagation are those of one quantized model."""
+    planned = next(p for p in study.planned("tiny") if p.purpose == "full_precision")
+    result, made = study.result(planned), []
+    monkeypatch.setattr(
+        measure, "quantize_model", lambda model, spec, inputs=None: made.append(spec) or quantize_model(model, spec)
+    )
+    model, corpus = result.load_model(result.row["steps"]), open_corpus(result.config.corpus)
+    tables = measure._tables(model, corpus, result.config, "light", study.protocol.measure)
+    assert [spec.name for spec in made] == ["W4A4", "W4"]
+    committed = study.measured("ptq").query("checkpoint == 'final' and spec == 'W4A4'").set_index("run").increase
+    assert tables["ptq"].set_index("spec").increase["W4A4"] == pytest.approx(committed[planned.config.name], rel=1e-9)
 
 
 def test_error_propagation_adds_up(study):

@@ -199,8 +199,10 @@ def near_one(table: pd.DataFrame, rule: dict, optimizers: Sequence[str], sizes: 
         (low, high), (low_99, high_99) = (tuple(map(np.ndarray.item, against.interval(c))) for c in (USUAL, STRICT))
         verdict = str(decide(high < rule["threshold"], low_99 > rule["threshold"]))
         layers = table[table["optimizer"] == name]
-        largest = layers.loc[layers["distance"].idxmax()] if len(layers) else None
-        comment = f"Undecided, {thin(own)}." if thin(own) else f"Largest: {largest.distance:.3f}, {largest['name']}."
+        comment = f"Undecided, {thin(own)}."
+        if not thin(own):
+            largest = layers.loc[layers["distance"].idxmax()]
+            comment = f"Largest: {largest['distance']:.3f}, {largest['name']}."
         estimate = float(against.estimate[0])
         parts.append(Finding(verdict, comment, name, estimate, low, high, low_99, high_99, numbers(own)))
     return summary(parts, f"Largest of all layers: {table.distance.max():.3f}." if len(table) else "")

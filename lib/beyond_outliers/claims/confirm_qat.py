@@ -44,11 +44,12 @@ def reversal(table: pd.DataFrame, rule: dict, optimizers: Sequence[str], sizes: 
         losses[best] = np.inf
         rival = optimizers[int(losses.argmin())]
         against = contrast(there, [(name, rival)])
-        ends = [float(end[0]) for c in (USUAL, STRICT) for end in against.interval(c)]
+        (low_95, high_95), (low_99, high_99) = ([float(end[0]) for end in against.interval(c)] for c in (USUAL, STRICT))
         low, high = (float(end[0]) for end in against.interval(1 - (1 - USUAL) / comparisons))
         comment = f"Under QAT {name}, the best in full precision, minus {rival}; corrected {low:.4f} to {high:.4f}."
+        estimate = float(against.estimate[0])
         parts.append(
-            Finding(verdict, comment, size, float(against.estimate[0]), *ends, n=str(there.n.min()), rival=rival)
+            Finding(verdict, comment, size, estimate, low_95, high_95, low_99, high_99, str(there.n.min()), rival)
         )
     return [Finding(exists([part.verdict for part in parts]), verdicts_of(parts), n=numbers(qat)), *parts]
 
@@ -74,10 +75,11 @@ def efficiency(table: pd.DataFrame, rule: dict, optimizers: Sequence[str], sizes
     values = np.array([estimate[who] - estimate[rival] for rival in rivals])
     verdict = judge_efficiency(values, ends[USUAL], ends[STRICT], half["margin"])
     place = int(values.argmin())
-    intervals = [float(end[place]) for c in (USUAL, STRICT) for end in ends[c]]
+    (low, high), (low_99, high_99) = (tuple(float(end[place]) for end in ends[c]) for c in (USUAL, STRICT))
     comment = ", ".join(f"{name} {np.exp(estimate[name]):.3f}" for name in optimizers)
     n = numbers(by_bits[1])
-    return [Finding(verdict, f"rho: {comment}.", WHOLE, float(values[place]), *intervals, n=n, rival=rivals[place])]
+    value, rival = float(values[place]), rivals[place]
+    return [Finding(verdict, f"rho: {comment}.", WHOLE, value, low, high, low_99, high_99, n, rival)]
 
 
 def judge_efficiency(estimate: np.ndarray, usual: np.ndarray, strict: np.ndarray, margin: float) -> str:

@@ -1,157 +1,166 @@
 """The paper's fourteen claims against a study's tables: a number, an interval, and a verdict by a rule set beforehand.
 
-data/paper/claims.csv has the claims, data/claims.toml the rule of each. One function a claim below returns an
-`Estimate`; `verdicts(study)` applies the rules.
+data/paper/claims.csv has the claims, data/claims.toml the rule of each. A claim below says which rows are read (a
+reading of `claims.readings`) and which `Estimate` is made of them; `verdicts(study)` applies the rules. The claims are
+about the paper's six optimizers: rows of others are left out first, and without one of the six nothing is decided.
 """
 
 import tomllib
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from beyond_outliers import paths
+from beyond_outliers.claims import readings
 from beyond_outliers.claims.predictors import predictor_table
-from beyond_outliers.claims.statistics import LEAST_UNITS, Estimate, correlations, mean, share, verdict
-from beyond_outliers.config.protocol import OPTIMIZER_NAMES
+from beyond_outliers.claims.readings import PAPER_OPTIMIZERS
+from beyond_outliers.claims.statistics import LEAST_UNITS, Estimate, correlations, mean, share, unknown, verdict
 
 
-def _ranked(table: pd.DataFrame, value: str) -> list[list[str]]:
-    """Optimizers from the lowest to the highest `value`, one list a (size, seed) that has all six of them."""
-    units = [rows.sort_values(value).optimizer.tolist() for _, rows in table.groupby(["size", "seed"], sort=False)]
-    return [order for order in units if set(order) == set(OPTIMIZER_NAMES)]
+@dataclass(frozen=True)
+class Claim:
+    """What is read off a study, what is made of it, and the columns that matter (beside size, optimizer and seed)."""
+
+    read: Callable[..., pd.DataFrame]
+    estimate: Callable[[pd.DataFrame], Estimate]
+    columns: tuple[str, ...]
+
+    def rows(self, study) -> pd.DataFrame:
+        """The rows behind the number: those of the paper's optimizers."""
+        return of_the_paper(self.read(study))
+
+    def __call__(self, study) -> Estimate:
+        rows = self.rows(study)
+        if lacking := [name for name in PAPER_OPTIMIZERS if name not in set(rows.optimizer)]:
+            return unknown(0, f"No rows of {', '.join(lacking)}: the claim is about all six optimizers of the paper.")
+        return self.estimate(rows)
 
 
-def _mmr(study, purpose: str = "full_precision") -> pd.DataFrame:
-    rows = study.measured("outliers", purpose)
-    rows = rows[(rows.checkpoint == "final") & (rows.kind != "down")]  # the median of relu^2 is near zero
-    return rows.groupby(["run", "size", "optimizer", "seed", "lr"], sort=False).mmr.mean().reset_index()
+CLAIMS: dict[str, Claim] = {}
 
 
-def c1(study) -> Estimate:
-    return share(order[0] == "muon" for order in _ranked(study.runs("full_precision"), "val_loss"))
+def judged_on(read: Callable[..., pd.DataFrame], *columns: str):
+    """Enters a function of rows into CLAIMS, under its name in capitals, as the estimate from what `read` reads."""
+
+    def enter(estimate: Callable[[pd.DataFrame], Estimate]) -> Claim:
+        CLAIMS[estimate.__name__.upper()] = claim = Claim(read, estimate, columns)
+        return claim
+
+    return enter
 
 
-def c2(study) -> Estimate:
-    sweeps = _mmr(study, "sweep").groupby(["optimizer", "size", "seed"], sort=False)
-    rho = sweeps.apply(lambda rows: spearmanr(rows.lr, rows.mmr).statistic, include_groups=False)
-    return min((mean(values) for _, values in rho.groupby("optimizer")), key=lambda estimate: estimate.value)
+def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the paper's six optimizers."""
+    return rows[rows.optimizer.isin(PAPER_OPTIMIZERS)].reset_index(drop=True)
 
 
-def c3(study) -> Estimate:
-    orders = _ranked(_mmr(study), "mmr")
-    return share(order[0] == "muon" and order[-1] == "shampoo" for order in orders)
+def ranked(rows: pd.DataFrame, value: str) -> list[list[str]]:
+    """The six from the lowest to the highest `value`, one list a (size, seed) that has all of them."""
+    units = of_the_paper(rows).sort_values(value).groupby(["size", "seed"], sort=False).optimizer.agg(list)
+    return [order for order in units if set(order) == set(PAPER_OPTIMIZERS)]
 
 
-def _damage(study) -> list[list[str]]:
-    ptq = study.measured("ptq").query("checkpoint == 'common' and spec == 'W4A4'")
-    return _ranked(ptq, "increase")
+def extreme(values: pd.Series, optimizers: pd.Series, pick: Callable[..., Estimate]) -> Estimate:
+    """The lowest or highest (pick: min, max) of the optimizers' means."""
+    return pick((mean(own) for _, own in values.groupby(optimizers)), key=lambda estimate: estimate.value)
 
 
-def c4(study) -> Estimate:
-    return share(order[0] == "shampoo" for order in _damage(study))
+@judged_on(readings.full_precision, "lr", "status", "val_loss")
+def c1(rows) -> Estimate:
+    return share(order[0] == "muon" for order in ranked(rows, "val_loss"))
 
 
-def c5(study) -> Estimate:
-    return share(order[-1] == "muon" for order in _damage(study))
+@judged_on(readings.mmr_trend, "trend")
+def c2(rows) -> Estimate:
+    return extreme(rows.trend, rows.optimizer, min)
 
 
-def _correlation(study, target: str, candidates: tuple[str, ...]) -> list[Estimate]:
-    found = correlations(predictor_table(study), within="size", candidates=candidates, targets=(target,))
-    return [Estimate(row.pearson, row.pearson_low, row.pearson_high, row.n) for row in found.itertuples()]
+@judged_on(readings.mmr, "mmr")
+def c3(rows) -> Estimate:
+    return share(order[0] == "muon" and order[-1] == "shampoo" for order in ranked(rows, "mmr"))
 
 
-def c6(study) -> Estimate:
-    return max(_correlation(study, "increase", ("mmr", "kurtosis")), key=lambda estimate: estimate.value)
+@judged_on(readings.damage, "checkpoint", "spec", "increase")
+def c4(rows) -> Estimate:
+    return share(order[0] == "shampoo" for order in ranked(rows, "increase"))
 
 
-def c7(study) -> Estimate:
-    return _correlation(study, "accuracy", ("R_L",))[0]
+@judged_on(readings.damage, "checkpoint", "spec", "increase")
+def c5(rows) -> Estimate:
+    return share(order[-1] == "muon" for order in ranked(rows, "increase"))
 
 
-def _modules(study, attention: str = "unit") -> pd.DataFrame:
-    table = study.measured("propagation").query("checkpoint == 'final' and attention == @attention")
-    return table[(table.R_in > 0) & (table.R > 0)]
+def _correlations(rows: pd.DataFrame, target: str, candidates: tuple[str, ...]) -> Iterable[Estimate]:
+    found = correlations(rows, within="size", candidates=candidates, targets=(target,))
+    return (Estimate(row.pearson, row.pearson_low, row.pearson_high, row.n) for row in found.itertuples())
 
 
-def c8(study) -> Estimate:
-    modules = _modules(study)
-    return mean(((modules.A > modules.B) & (modules.A > modules.C.abs())).groupby(modules.run).mean())
+@judged_on(predictor_table, "lr", "mmr", "kurtosis", "increase")
+def c6(rows) -> Estimate:
+    return max(_correlations(rows, "increase", ("mmr", "kurtosis")), key=lambda estimate: estimate.value)
 
 
-def c9(study) -> Estimate:
-    norms = _modules(study).query("kind == 'norm'")
-    return mean((norms.R < norms.R_in).groupby(norms.run).mean())
+@judged_on(predictor_table, "lr", "R_L", "accuracy")
+def c7(rows) -> Estimate:
+    return next(iter(_correlations(rows, "accuracy", ("R_L",))))
 
 
-def _linear(study) -> pd.DataFrame:
-    return _modules(study, "open").query("kind == 'linear' and name != 'head'").dropna(subset="gain")
+def _modules(study) -> pd.DataFrame:
+    return readings.with_input_error(readings.modules(study))
 
 
-def c10(study) -> Estimate:
-    linear = _linear(study)
-    distance = (linear.spectral_ratio - 1).abs().groupby([linear.optimizer, linear.run]).mean()
-    return max((mean(values) for _, values in distance.groupby("optimizer")), key=lambda estimate: estimate.value)
+def _norms(study) -> pd.DataFrame:
+    return _modules(study).query("kind == 'norm'")
 
 
-def c11(study) -> Estimate:
-    gain = _linear(study).groupby(["run", "size", "optimizer", "seed"], sort=False).gain.mean().reset_index()
-    orders = _ranked(gain, "gain")
+@judged_on(_modules, "name", "kind", "A", "B", "C")
+def c8(rows) -> Estimate:
+    return mean(readings.accumulated_dominates(rows).groupby(rows.run).mean())
+
+
+@judged_on(_norms, "name", "R_in", "R")
+def c9(rows) -> Estimate:
+    return mean(readings.error_falls(rows).groupby(rows.run).mean())
+
+
+@judged_on(readings.block_linears, "name", "spectral_ratio")
+def c10(rows) -> Estimate:
+    distance = (rows.spectral_ratio - 1).abs().groupby([rows.optimizer, rows.run]).mean()
+    return extreme(distance, distance.index.get_level_values("optimizer"), max)
+
+
+@judged_on(readings.linear_gain, "gain")
+def c11(rows) -> Estimate:
+    orders = ranked(rows, "gain")
     return share(order[-1] == "muon" and set(order[:2]) == {"adamw", "shampoo"} for order in orders)
 
 
-def _fp_and_qat(study) -> pd.DataFrame:
-    keys = ["size", "optimizer", "seed"]
-    full, qat = (study.runs(purpose)[[*keys, "val_loss"]] for purpose in ("full_precision", "qat"))
-    both = full.merge(qat, on=keys, suffixes=("", "_qat"))
-    return both.assign(drop=(both.val_loss_qat - both.val_loss) / both.val_loss)
-
-
-def c12(study) -> Estimate:
-    both = _fp_and_qat(study)
-    pairs = zip(_ranked(both, "val_loss"), _ranked(both, "val_loss_qat"), strict=True)
+@judged_on(readings.qat_losses, "val_loss_fp", "val_loss_qat")
+def c12(rows) -> Estimate:
+    pairs = zip(ranked(rows, "val_loss_fp"), ranked(rows, "val_loss_qat"), strict=True)
     return share(full[0] != qat[0] for full, qat in pairs)
 
 
-def c13(study) -> Estimate:
-    return share(order[0] == "shampoo" for order in _ranked(_fp_and_qat(study), "drop"))
+@judged_on(readings.qat_losses, "val_loss_fp", "val_loss_qat", "relative_increase")
+def c13(rows) -> Estimate:
+    return share(order[0] == "shampoo" for order in ranked(rows, "relative_increase"))
 
 
-def c14(study) -> Estimate:
-    from beyond_outliers.scaling.fit import fit_scaling_law
-    from beyond_outliers.scaling.law import IdentificationWarning
-
-    runs = scaling_runs(study)
-    sizes = runs.N.nunique()
-    if sizes < LEAST_UNITS:
-        return Estimate(np.nan, np.nan, np.nan, sizes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", IdentificationWarning)
-        laws = {name: fit_scaling_law(rows) for name, rows in runs.groupby("optimizer")}
-    if not all(law.identified["rho"].get(4) for law in laws.values()):  # no entry: every QAT run diverged
-        return Estimate(np.nan, np.nan, np.nan, sizes)
-    ours = laws.pop("shampoo")
-    rival = max(laws.values(), key=lambda law: law.rho[4])
-    (low, high), (rival_low, rival_high) = ours.intervals["rho"][4], rival.intervals["rho"][4]
-    difference = ours.rho[4] - rival.rho[4]
-    down = np.hypot(ours.rho[4] - low, rival_high - rival.rho[4])
-    up = np.hypot(high - ours.rho[4], rival.rho[4] - rival_low)
+@judged_on(readings.scaling_runs, "bits", "N", "D", "loss")
+def c14(rows) -> Estimate:
+    sizes = rows.N.nunique()
+    if sizes < LEAST_UNITS or set(rows.optimizer[rows.bits == 16]) < set(PAPER_OPTIMIZERS):
+        return unknown(sizes)
+    rho = readings.efficiencies(readings.scaling_laws(rows)).set_index("optimizer")
+    if not all(rho.identified.get(name, False) for name in PAPER_OPTIMIZERS):  # no entry: every QAT run diverged
+        return unknown(sizes)
+    ours, rival = rho.loc["shampoo"], rho.loc[rho.drop("shampoo").rho.idxmax()]
+    difference = ours.rho - rival.rho
+    down = np.hypot(ours.rho - ours.low, rival.high - rival.rho)
+    up = np.hypot(ours.high - ours.rho, rival.rho - rival.low)
     return Estimate(difference, difference - down, difference + up, sizes)
-
-
-def scaling_runs(study) -> pd.DataFrame:
-    """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed."""
-    parts = [study.runs("full_precision").assign(bits=16), study.runs("qat").assign(bits=4)]
-    runs = pd.concat(parts, ignore_index=True).query("status == 'finished'")
-    runs = runs.rename(columns={"n_parameters": "N", "tokens": "D", "val_loss": "loss"})
-    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed"]].reset_index(drop=True)
-
-
-CLAIMS: dict[str, Callable[..., Estimate]] = {
-    f"C{i}": f for i, f in enumerate((c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14), start=1)
-}
 
 
 def rules() -> dict[str, dict]:
@@ -160,13 +169,14 @@ def rules() -> dict[str, dict]:
 
 
 def complete_cells(study) -> int:
-    """Sizes times seeds at which the full-precision runs of all optimizers have ended, diverged or not."""
-    return len(_ranked(study.runs("full_precision"), "val_loss"))
+    """Sizes times seeds at which the full-precision runs of all six optimizers have ended, diverged or not."""
+    return len(ranked(readings.full_precision(study), "val_loss"))
 
 
 def verdicts(study) -> pd.DataFrame:
-    """One row a claim: id, section, claim, statistic, paper, value, low, high, n, unit, threshold, verdict, comment,
-    notebook; also written to data/results/SCALE/claims.csv."""
+    """One row a claim: id, section, claim, statistic, paper, value, low, high, n, unit, holds, verdict, comment,
+    notebook. Computed from the study's tables; `python -m beyond_outliers.claims` writes them to claims.csv.
+    """
     texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id")
     cells = complete_cells(study)
     rows = []
@@ -187,18 +197,23 @@ def verdicts(study) -> pd.DataFrame:
                 "unit": rule["unit"],
                 "holds": f"{rule['side']} {rule['threshold']:g}",
                 "verdict": judged,
-                "comment": _comment(found, rule, judged, cells),
+                "comment": comment(found, rule, judged, cells),
                 "notebook": rule["notebook"],
             }
         )
-    table = pd.DataFrame(rows)
-    study.results.mkdir(parents=True, exist_ok=True)
-    table.to_csv(study.results / "claims.csv", index=False)
-    return table
+    return pd.DataFrame(rows)
 
 
-def _comment(found: Estimate, rule: dict, judged: str, cells: int) -> str:
+def read_verdicts(study) -> pd.DataFrame:
+    """The verdicts as the workflow wrote them to claims.csv; computed now, and not written, where it has not."""
+    file = study.results / "claims.csv"
+    return pd.read_csv(file) if file.exists() else verdicts(study)
+
+
+def comment(found: Estimate, rule: dict, judged: str, cells: int) -> str:
     """One sentence on why the verdict is what it is."""
+    if found.reason:
+        return found.reason
     if found.n < LEAST_UNITS:
         return f"Only {found.n} of the {LEAST_UNITS} units ({rule['unit']}) that a verdict needs."
     if not np.isfinite(found.value):

@@ -1,9 +1,11 @@
-"""Which cheap number predicts the damage of quantization? Candidates, targets, and correlations with intervals.
+"""Which cheap number predicts the damage of quantization? Candidates and targets, one row a run.
 
 Paper: arXiv 2509.23500, section 5 and figure 1 (MMR, kurtosis and R_L against accuracy after PTQ, over optimizers).
 """
 
 import pandas as pd
+
+from beyond_outliers.claims import readings
 
 # candidate -> where it comes from; all of them in every table, none picked after the fact
 CANDIDATES = {
@@ -21,28 +23,18 @@ TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy a
 
 def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
     """One row a run: size, optimizer, lr, seed, every candidate and both targets of the paper's W4A4 format."""
-    keys = ["run", "size", "optimizer", "lr", "seed"]
-
-    def measured(name: str) -> pd.DataFrame:
-        table = study.measured(name, purpose)
-        return table[table.checkpoint == checkpoint]
-
-    inputs = measured("outliers")
-    outliers = inputs.groupby(keys, sort=False)[["kurtosis", "noise_gain", "expected_error"]].mean()
-    modules = measured("propagation")
-    linear = modules[(modules.attention == "open") & (modules.kind == "linear") & (modules.name != "head")]
-    modules = modules[modules.attention == "unit"]
-    ptq, accuracy = measured("ptq").query("spec == 'W4A4'"), measured("zero_shot").query("spec == 'W4A4'")
+    where = {"purpose": purpose, "checkpoint": checkpoint}
+    inputs = readings.measured(study, "outliers", **where)
+    averages = inputs.groupby(readings.RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
     columns = {
-        "mmr": inputs[inputs.kind != "down"].groupby("run").mmr.mean(),
-        "mmr_all": inputs.groupby("run").mmr.mean(),
-        "mean_B": modules.groupby("run").B.mean(),
-        "R_L": modules.sort_values("index").groupby("run").R.last(),
-        "mean_gain": linear.groupby("run").gain.mean(),
-        "increase": ptq.set_index("run").increase,
-        "accuracy": accuracy[accuracy.task == "cloze"].set_index("run").accuracy,
+        "mmr": readings.mmr(study, **where).set_index("run").mmr,
+        "mean_B": readings.new_error(study, **where).set_index("run").mean_B,
+        "R_L": readings.output_error(study, **where).set_index("run").R_L,
+        "mean_gain": readings.linear_gain(study, **where).set_index("run").gain,
+        "increase": readings.damage(study, **where).set_index("run").increase,
+        "accuracy": readings.cloze(study, "W4A4", **where).set_index("run").accuracy,
     }
-    table = outliers.reset_index()
+    table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
     for name, values in columns.items():
         table[name] = table.run.map(values)
-    return table
+    return table[[*readings.RUN, *CANDIDATES, *TARGETS]]

@@ -4,44 +4,50 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, rankdata
+from scipy.stats import binomtest, bootstrap, rankdata
 
 from beyond_outliers.claims.predictors import CANDIDATES, TARGETS
 
 LEAST_UNITS = 3
 CONFIDENCE = 0.95
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its interval and the number of units behind it."""
+    """A statistic with its interval and the number of units behind it; `reason` says why there is none."""
 
     value: float
     low: float
     high: float
     n: int
+    reason: str = ""
+
+
+def unknown(n: int, reason: str = "") -> Estimate:
+    """No number, for a reason."""
+    return Estimate(np.nan, np.nan, np.nan, n, reason)
 
 
 def share(hits) -> Estimate:
     """Share of true values with its Wilson interval."""
-    hits = np.asarray(list(hits), dtype=bool)
-    n = len(hits)
-    if n == 0:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    p, z = hits.mean(), norm.ppf((1 + CONFIDENCE) / 2)
-    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(float(p), float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n)), n)
+    hits = [bool(hit) for hit in hits]
+    if not hits:
+        return unknown(0)
+    found = binomtest(sum(hits), len(hits))
+    interval = found.proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(found.statistic, float(interval.low), float(interval.high), len(hits))
 
 
-def mean(values, draws: int = 2000, seed: int = 0) -> Estimate:
+def mean(values, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Mean with its percentile bootstrap interval; no interval for fewer than two values."""
     values = np.asarray(list(values), dtype=float)
     n = len(values)
     if n < 2:
         return Estimate(float(values.mean()) if n else np.nan, np.nan, np.nan, n)
-    means = values[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    return Estimate(float(values.mean()), *map(float, np.percentile(means, [tail, 100 - tail])), n)
+    options = {"n_resamples": draws, "confidence_level": CONFIDENCE, "method": "percentile"}
+    low, high = bootstrap((values,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
+    return Estimate(float(values.mean()), float(low), float(high), n)
 
 
 def verdict(estimate: Estimate, side: str, threshold: float, cells: int = LEAST_UNITS) -> str:
@@ -61,7 +67,7 @@ def correlations(
     within: str | None = None,
     candidates: tuple[str, ...] = tuple(CANDIDATES),
     targets: tuple[str, ...] = tuple(TARGETS),
-    draws: int = 2000,
+    draws: int = DRAWS,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -80,11 +86,12 @@ def correlations(
             row = {"target": target, "candidate": candidate, "n": len(kept)}
             for name, transform in (("pearson", lambda v: v), ("spearman", rankdata)):
                 u, v = (_without_group_means(transform(values), groups) for values in (x, y))
-                picks = rng.integers(len(kept), size=(draws, len(kept))) if len(kept) else np.zeros((0, 0), int)
                 low = high = np.nan
                 if len(kept) > 3:
-                    low, high = np.nanpercentile(_pearson(u[picks], v[picks]), [tail, 100 - tail])
-                value = _pearson(u[None], v[None])[0] if len(kept) > 1 else np.nan
+                    drawn = bootstrap((u, v), _pearson, paired=True, n_resamples=draws, method="percentile", rng=rng)
+                    # a resample of one point over and over has no correlation: scipy's own interval would be NaN
+                    low, high = np.nanpercentile(drawn.bootstrap_distribution, [tail, 100 - tail])
+                value = _pearson(u, v) if len(kept) > 1 else np.nan
                 row |= {name: value, f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -94,8 +101,8 @@ def _without_group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return values - pd.Series(values).groupby(groups).transform("mean").to_numpy()
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlation along the last axis of (draws, n) arrays; NaN where one side is constant."""
-    x, y = (values - values.mean(-1, keepdims=True) for values in (x, y))
+def _pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Correlation along an axis; NaN where one side is constant. scipy's `pearsonr` warns at each of those."""
+    x, y = (values - values.mean(axis, keepdims=True) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+        return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))

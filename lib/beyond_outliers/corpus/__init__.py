@@ -1,28 +1,32 @@
 """Text to tokens to batches."""
 
 from beyond_outliers.corpus.batches import Batches
+from beyond_outliers.corpus.bpe import BOUNDARY, bytes_per_token, sample, train_tokenizer
+from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.sources import READERS, SHORTEST, climbmix, documents, local_text, plain, uniform
+from beyond_outliers.corpus.store import Store, Texts, split
 from beyond_outliers.corpus.tokens import (
-    BOUNDARY,
-    BUILDER,
+    BUILDERS,
     Corpus,
-    bytes_per_token,
+    Heldout,
     corpus_folder,
     heldout_documents,
     open_corpus,
-    split,
-    train_tokenizer,
     write_tokens,
 )
 from beyond_outliers.corpus.wheels import fetch_source, sources
 
 __all__ = [
     "BOUNDARY",
-    "BUILDER",
+    "BUILDERS",
     "READERS",
     "SHORTEST",
     "Batches",
     "Corpus",
+    "Heldout",
+    "Store",
+    "TextEncoder",
+    "Texts",
     "bytes_per_token",
     "climbmix",
     "corpus_folder",
@@ -32,6 +36,7 @@ __all__ = [
     "local_text",
     "open_corpus",
     "plain",
+    "sample",
     "sources",
     "split",
     "train_tokenizer",

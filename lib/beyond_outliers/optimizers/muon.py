@@ -97,22 +97,14 @@ class Muon(StackedOptimizer):
 
 
 def adamw_step(group: dict, stack: Stack, step: int) -> None:
-    """torch's fused AdamW kernel on a stack with state exp_avg and exp_avg_sq."""
-    beta1, beta2 = group["betas"]
-    # The kernel only reads the counts, so all may share a tensor.
-    counts = [torch.full((), step, dtype=torch.float32, device=stack.params[0].device)] * len(stack.params)
-    torch._fused_adamw_(
-        stack.params,
-        [laid_out_like(p) for p in stack.params],
-        stack.state["exp_avg"].unbind(),
-        stack.state["exp_avg_sq"].unbind(),
-        [],
-        counts,
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
+    """torch's fused AdamW on a stack: an inner optimizer whose state are the stack's own exp_avg and exp_avg_sq."""
+    inner = stack.derived.get("adamw")
+    if inner is None:
+        inner = stack.derived["adamw"] = torch.optim.AdamW(stack.params, fused=True)
+        for p, entry in zip(stack.params, stack.per_parameter, strict=True):
+            count = torch.tensor(float(step - 1), device=p.device)
+            inner.state[p] = {"step": count, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
+    inner.param_groups[0] |= {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    for p in stack.params:
+        p.grad = laid_out_like(p)
+    inner.step()

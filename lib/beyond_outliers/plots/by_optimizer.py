@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import EngFormatter
 
+from beyond_outliers.claims.readings import with_error
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
 
 
@@ -156,7 +157,7 @@ def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
     rows = -(-len(optimizers) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
     for ax, optimizer in zip(axes.flat, optimizers, strict=False):
-        means = table[(table.optimizer == optimizer) & (table.R > 0)].groupby("index")[["R", "A", "B", "C"]].mean()
+        means = with_error(table[table.optimizer == optimizer]).groupby("index")[["R", "A", "B", "C"]].mean()
         bottom = np.zeros(len(means))
         for part, colour in zip("AB", ["#0072B2", "#E69F00"], strict=True):
             ax.bar(means.index, means[part] / means.R, bottom=bottom, color=colour, width=0.9, label=part)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from beyond_outliers.claims.readings import with_error
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, legend, tidy_log
 
 CANDIDATES = {  # of `predictors`, as axes name them
@@ -111,7 +112,7 @@ def claims_ledger(table: pd.DataFrame) -> plt.Figure:
 def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
     """R and its parts A and B along the depth of any model, one point a module, coloured by kind."""
     figure, ax = plt.subplots(figsize=(9, 3.4))
-    shown = modules[modules.R > 0]
+    shown = with_error(modules)
     ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
     for (kind, rows), colour in zip(
         shown.groupby("kind", sort=False), sns.color_palette("colorblind", 12), strict=False

@@ -204,11 +204,11 @@ class QuantSpec:
             if found := re.fullmatch(r"(tensor|block)(\d*)", part):
                 options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
         if found := re.fullmatch(r"(?:W([a-z]*\d+))?(?:A([a-z]*\d+))?", start):
-            grids = [f"int{grid}" if grid and grid.isdigit() else grid or "none" for grid in found.groups()]
+            grids = [f"int{grid}" if (grid or "").isdigit() else grid or "none" for grid in found.groups()]
         else:
             grids = ["none" if start == "FP" else start] * 2
         with contextlib.suppress(ValueError):
-            if (spec := cls(*grids, **options)).name == name:
+            if (spec := cls(weights=grids[0], activations=grids[1], **options)).name == name:
                 return spec
         raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
 

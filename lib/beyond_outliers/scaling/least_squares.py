@@ -160,6 +160,11 @@ def minimise(
 
     weights (S, n) multiply the runs; `frozen` (S, P) marks parameters that stay. Reweighting by min(1, delta / |r|)
     gives a quadratic that touches the Huber loss from above, so that each accepted step lowers it.
+
+    `scipy.optimize.least_squares(loss="huber")` finds the same minima (tests/scaling/test_least_squares.py), but one
+    problem a call: a law with 200 resamples on 30 runs of five sizes takes it 1.2 s on one core (`full`: 2.1 s), this
+    0.1 s. At every verdict on six optimizers that is 7 s against 0.6 s, and in the test that intervals cover the truth,
+    80 laws, two minutes against some seconds.
     """
     theta = np.clip(theta, problem.lower, problem.upper)
     frozen = np.zeros(theta.shape, dtype=bool) if frozen is None else frozen

@@ -30,8 +30,10 @@ def _where(study: Study) -> None:
     print(f"Start with    {figures / '01_full_precision.html'}")
 
 
-STEPS = ("corpus", "train", "tune", "choose", "measure", "collect", "notebook", "render", "plan", "where")
-STEPS += ("continue", "merge", "keep")
+STEPS = (
+    *("corpus", "train", "tune", "choose", "measure", "collect"),
+    *("notebook", "render", "plan", "where", "continue", "merge", "keep"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -156,7 +156,7 @@ def _zero_shot(
         corpus.tokenizer,
         tasks,
         limit=settings.questions,
-        heldout=corpus.heldout_documents(),
+        heldout=corpus.heldout,
         context=context,  # these models are useless beyond the positions that they were trained on
         progress=False,
     )

@@ -40,7 +40,8 @@ def waiting(study: Study, done: set[str], shard: tuple[int, int] = (1, 1)) -> li
     Size by size the search for its rates and its runs in full precision, then size by size the quantized ones. A run of
     a search is known when the one before it has ended, main runs when the search of their size has.
     """
-    sizes, found = study.protocol.sizes, {}
+    sizes = study.protocol.sizes
+    found: dict[str, tuple[tuple, Planned]] = {}
     for place, planned in enumerate(study.planned()):
         late = planned.purpose in ("qat", "schemes")
         key = late, sizes.index(planned.config.size), PURPOSES.index(planned.purpose), place

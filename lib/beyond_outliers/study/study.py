@@ -64,13 +64,18 @@ class Study:
         """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes.
 
         In the order in which every table and figure shows them: sizes from small to large, the paper's order of
-        optimizers, seeds, learning rates.
+        optimizers (others behind them, by name), seeds, learning rates.
         """
         runs = self.table("runs")
         runs = runs[[purpose in purposes.split("+") for purposes in runs.purpose]]
-        order = {name: place for names in (self.protocol.sizes, OPTIMIZER_NAMES) for place, name in enumerate(names)}
-        by = ["size", "optimizer", "seed", "lr"]
-        return runs.sort_values(by, key=lambda column: column.map(order).fillna(column), ignore_index=True)
+        known = {"size": list(self.protocol.sizes), "optimizer": list(OPTIMIZER_NAMES)}
+
+        def place(column: pd.Series) -> pd.Series:
+            first = known.get(column.name)
+            names = sorted(set(column)) if first is None else [*first, *sorted(set(column) - set(first))]
+            return column.map({name: position for position, name in enumerate(names)})
+
+        return runs.sort_values(["size", "optimizer", "seed", "lr"], key=place, ignore_index=True)
 
     def measured(self, name: str, purpose: str = "full_precision") -> pd.DataFrame:
         """A measured table (zero_shot, ptq, outliers, propagation) joined with size, optimizer, lr and seed."""

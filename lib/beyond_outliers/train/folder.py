@@ -8,6 +8,7 @@ state.pt                   optimizer state of the last evaluation, removed when 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,12 +20,13 @@ from torch import nn
 
 from beyond_outliers import paths
 from beyond_outliers.config.run import LlamaConfig, ModelConfig, Olmo2Config, RunConfig
+from beyond_outliers.decoder import Decoder
 from beyond_outliers.llama import Llama
 from beyond_outliers.model import Olmo2
 from beyond_outliers.quantizers.convert import prepare_qat
 from beyond_outliers.quantizers.formats import QuantSpec
 
-MODELS: dict[type[ModelConfig], type[nn.Module]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
+MODELS: dict[type[ModelConfig], Callable[..., Decoder]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ def load_result(folder: Path) -> RunResult | None:
     return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
 
 
-def build_model(config: RunConfig) -> Olmo2:
+def build_model(config: RunConfig) -> Decoder:
     """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MODELS[type(config.model)](config.model)
     if config.quantization:
         spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
-        model = cast(Olmo2, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
+        model = cast(Decoder, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
     return model
 
 

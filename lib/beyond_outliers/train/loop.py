@@ -27,8 +27,8 @@ from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
+from beyond_outliers.decoder import Decoder
 from beyond_outliers.evaluate.loss import validation_loss
-from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.quantizers.convert import weights_held
@@ -93,7 +93,7 @@ class LossModule(nn.Module):
     whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
     """
 
-    def __init__(self, model: Olmo2, compiled: bool):
+    def __init__(self, model: Decoder, compiled: bool):
         super().__init__()
         self.model = model
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -114,7 +114,7 @@ class _Run:
         self.device = _device(device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.corpus: Corpus = open_corpus(config.corpus)
+        self.corpus: Corpus = open_corpus(config.corpus, config.context)
         self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
         self.model = build_model(config).to(self.device)
         self.optimizer = build_optimizer(

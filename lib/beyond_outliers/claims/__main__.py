@@ -1,0 +1,64 @@
+"""The verdicts of a study from the shell: written to its claims.csv, or one claim shown with the rows behind it.
+
+python -m beyond_outliers.claims --scale laptop            writes data/results/laptop/claims.csv
+python -m beyond_outliers.claims show C4 --scale laptop    rule, estimate, verdict, rows; writes nothing
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from beyond_outliers import paths
+from beyond_outliers.claims.ledger import CLAIMS, comment, complete_cells, rules, verdicts
+from beyond_outliers.claims.statistics import verdict
+from beyond_outliers.config.protocol import scales
+from beyond_outliers.study.study import Study
+from beyond_outliers.study.tables import MissingResults
+
+
+def write_verdicts(study: Study) -> Path:
+    """Judges every claim and writes claims.csv beside the study's tables. MissingResults where there are none."""
+    file = study.results / "claims.csv"
+    paths.write_whole(file, verdicts(study).to_csv(index=False))
+    return file
+
+
+def show(study: Study, name: str, limit: int | None) -> str:
+    """Rule, estimate, verdict and the first `limit` rows (None: all) behind a claim, as text."""
+    claim, rule, cells = CLAIMS[name], rules()[name], complete_cells(study)
+    found, rows = claim(study), claim.rows(study)
+    judged = verdict(found, rule["side"], rule["threshold"], cells)
+    shown = rows[["size", "optimizer", "seed", *claim.columns]].head(len(rows) if limit is None else limit)
+    lines = [
+        f"{name} at scale {study.scale}",
+        f"statistic  {rule['statistic']}",
+        f"rule       {rule['side']} {rule['threshold']:g}, over {rule['unit']}",
+        f"paper      {rule['paper']}",
+        f"estimate   {found.value:.4g} [{found.low:.4g}, {found.high:.4g}], n {found.n}",
+        f"verdict    {judged}. {comment(found, rule, judged, cells)}",
+        f"notebook   {rule['notebook']}",
+        "",
+        shown.to_string(index=False, float_format="{:.4g}".format),
+    ]
+    more = len(rows) - len(shown)
+    return "\n".join(lines + [f"... and {more:,} rows more (--rows 0: all)"] * (more > 0))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.claims", description=__doc__.split("\n")[0])
+    parser.add_argument("command", nargs="*", metavar="show CLAIM", help="a claim to show: show C4; without: write all")
+    parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
+    parser.add_argument("--rows", type=int, default=60, help="how many rows to show, 0: all (default 60)")
+    given = parser.parse_args(arguments)
+    if given.command and (given.command[0] != "show" or given.command[1:] not in [[name] for name in CLAIMS]):
+        parser.error(f"cannot do {' '.join(given.command)!r}; valid: show CLAIM, with CLAIM of {', '.join(CLAIMS)}")
+    study = Study(given.scale)
+    try:
+        print(show(study, given.command[1], given.rows or None) if given.command else write_verdicts(study))
+    except MissingResults as missing:
+        parser.exit(1, f"{missing}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

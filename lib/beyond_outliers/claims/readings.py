@@ -1,0 +1,235 @@
+"""What is read off a study's tables: one definition a quantity, for rules, predictors, figures and notebooks alike.
+
+A reading is a function of a study, or of rows that another reading gave; it computes and never writes. `study` is
+anything with the methods `runs`, `measured` and `table` of `beyond_outliers.study.Study`.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from beyond_outliers.metrics import without_down
+from beyond_outliers.scaling.fit import fit_scaling_law
+from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
+
+PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # whom the paper's claims are about
+CHECKPOINTS = ("final", "common")
+RUN = ["run", "size", "optimizer", "lr", "seed"]
+CELL = ["size", "optimizer", "seed"]
+
+
+def measured(study, table: str, purpose: str = "full_precision", checkpoint: str | None = "final") -> pd.DataFrame:
+    """Rows of a measured table at a checkpoint: "final", "common" (the first that reaches the Common Loss), None: both.
+
+    ValueError for another checkpoint.
+    """
+    if checkpoint not in (*CHECKPOINTS, None):
+        raise ValueError(f"unknown checkpoint {checkpoint!r}; valid: {', '.join(CHECKPOINTS)}, None")
+    rows = study.measured(table, purpose)
+    return rows if checkpoint is None else rows[rows.checkpoint == checkpoint]
+
+
+def _run_means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One row a run: RUN and the mean of a column."""
+    return rows.groupby(RUN, sort=False)[column].mean().reset_index()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def full_precision(study) -> pd.DataFrame:
+    """The main runs in full precision, one row each, as in the table `runs`."""
+    return study.runs("full_precision")
+
+
+def validation_curves(study, runs: pd.DataFrame, columns: Sequence[str] = ("size", "optimizer")) -> pd.DataFrame:
+    """The evaluations of `runs` after the first step (tokens, val_loss, ...), with these `columns` of the runs."""
+    curves = study.table("curves").dropna(subset="val_loss").merge(runs[["run", *columns]], on="run")
+    return curves[curves.tokens > 0]
+
+
+def common_loss(study) -> pd.DataFrame:
+    """The table common_loss, and two columns on how far its checkpoints can be compared.
+
+    share: the part of its training that a run needed to reach the Common Loss. undershoot: how far (nats) its first
+    checkpoint that does lies below; evaluations are some steps apart.
+    """
+    table = study.table("common_loss")
+    return table.assign(share=table.step / table.final_step, undershoot=table.common_loss - table.val_loss)
+
+
+def ranking(rows: pd.DataFrame, value: str, by: Sequence[str] = ("size",)) -> pd.Series:
+    """Optimizers from the lowest to the highest mean of `value`, "soap < muon < ...", one text a value of `by`."""
+    means = rows.groupby([*by, "optimizer"], sort=False)[value].mean().reset_index().sort_values(value)
+    order = rows.drop_duplicates(list(by)).set_index(list(by)).index
+    return means.groupby(list(by), sort=False).optimizer.agg(" < ".join).loc[order]
+
+
+# ------------------------------------------------------------------------------------------------------------ outliers
+
+
+def mmr(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """MMR, one row a run: mean over the inputs of linear layers, without `down`."""
+    return _run_means(without_down(measured(study, "outliers", purpose, checkpoint)), "mmr")
+
+
+def mmr_trend(study) -> pd.DataFrame:
+    """Rank correlation (`trend`) of MMR with the learning rate, one row a sweep: size, optimizer, seed."""
+    sweeps = mmr(study, "sweep").groupby(CELL, sort=False)
+    rows = [(*cell, spearmanr(runs.lr, runs.mmr).statistic) for cell, runs in sweeps]
+    return pd.DataFrame(rows, columns=[*CELL, "trend"])
+
+
+# -------------------------------------------------------------------------------------------------- error propagation
+
+
+def modules(
+    study, purpose: str = "full_precision", checkpoint: str = "final", attention: str | None = "unit"
+) -> pd.DataFrame:
+    """Rows of propagation, one a run and module; attention as one module ("unit"), opened up ("open"), None: both."""
+    rows = measured(study, "propagation", purpose, checkpoint)
+    return rows if attention is None else rows[rows.attention == attention]
+
+
+def with_error(rows: pd.DataFrame) -> pd.DataFrame:
+    """Modules whose output has an error."""
+    return rows[rows.R > 0]
+
+
+def with_input_error(rows: pd.DataFrame) -> pd.DataFrame:
+    """Modules whose input has an error, and whose output has one: in those before, nothing can accumulate."""
+    return with_error(rows[rows.R_in > 0])
+
+
+def accumulated_dominates(rows: pd.DataFrame) -> pd.Series:
+    """Whether the accumulated error A of a module exceeds both the new error B and the interaction |C|."""
+    return (rows.A > rows.B) & (rows.A > rows.C.abs())
+
+
+def error_falls(rows: pd.DataFrame) -> pd.Series:
+    """Whether the relative error is smaller behind a module than before it."""
+    return rows.R < rows.R_in
+
+
+def error_by(rows: pd.DataFrame, by: str | pd.Series) -> pd.DataFrame:
+    """What modules do to the error that reaches them, one row a value of `by`, over those whose input has one.
+
+    modules: how many; factor: geometric mean of R / R_in; falls: share at which R falls; new: mean of B / R, the share
+    of the output's error that is new.
+    """
+    rows = with_input_error(rows)
+    each = rows.assign(factor=np.log(rows.R / rows.R_in), falls=error_falls(rows), new=rows.B / rows.R)
+    found = each.groupby(by, sort=False).agg(
+        modules=("R", "size"), factor=("factor", "mean"), falls=("falls", "mean"), new=("new", "mean")
+    )
+    return found.assign(factor=np.exp(found.factor))
+
+
+def output_error(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """R_L, one row a run: the relative error behind the last module."""
+    rows = modules(study, purpose, checkpoint).sort_values("index", kind="stable")
+    return rows.groupby(RUN, sort=False).R.last().rename("R_L").reset_index()
+
+
+def new_error(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """mean_B, one row a run: mean new error B over the modules, attention as one."""
+    return _run_means(modules(study, purpose, checkpoint), "B").rename(columns={"B": "mean_B"})
+
+
+def block_linears(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """Linear layers of the blocks that have a gain, attention opened up: no head, and none whose input is exact."""
+    rows = modules(study, purpose, checkpoint, attention="open")
+    return rows[(rows.kind == "linear") & (rows.name != "head")].dropna(subset="gain")
+
+
+def linear_gain(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """Mean linear gain, one row a run: mean of `gain` over `block_linears`."""
+    return _run_means(block_linears(study, purpose, checkpoint), "gain")
+
+
+# -------------------------------------------------------------------------------------------------------- quantization
+
+
+def damage(
+    study, purpose: str = "full_precision", checkpoint: str | None = "common", spec: str = "W4A4"
+) -> pd.DataFrame:
+    """Rows of ptq in one format; `increase` is the damage: nats a token over the same weights unquantized."""
+    rows = measured(study, "ptq", purpose, checkpoint)
+    return rows[rows.spec == spec]
+
+
+def accuracy(
+    study, specs: Sequence[str] = ("none",), purpose: str = "full_precision", checkpoint: str | None = "final"
+) -> pd.DataFrame:
+    """Rows of zero_shot in these formats: "none", "W4A4", ..., or "QAT" for the purpose qat."""
+    rows = measured(study, "zero_shot", purpose, checkpoint)
+    return rows[rows.spec.isin(specs)]
+
+
+def cloze(study, spec: str = "none", purpose: str = "full_precision", checkpoint: str | None = "final") -> pd.DataFrame:
+    """Accuracy on `cloze`, the task that models of these sizes can do, one row a run and checkpoint."""
+    rows = accuracy(study, (spec,), purpose, checkpoint)
+    return rows[rows.task == "cloze"]
+
+
+def chance(rows: pd.DataFrame) -> pd.DataFrame:
+    """How well accuracies are known, a row a task: questions, chance, mean standard error."""
+    return rows.groupby("task", sort=False)[["n", "chance", "standard_error"]].mean()
+
+
+def _with_qat(full: pd.DataFrame, qat: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """`columns` of both, by size, optimizer and seed, with _fp and _qat behind their names."""
+    return full[[*CELL, *columns]].merge(qat[[*CELL, *columns]], on=CELL, suffixes=("_fp", "_qat"))
+
+
+def qat_losses(study) -> pd.DataFrame:
+    """Losses of full precision beside QAT, one row a size, optimizer and seed that has both.
+
+    val_loss_fp, val_loss_qat, status_qat; increase (nats a token); relative_increase: increase over val_loss_fp.
+    """
+    both = _with_qat(full_precision(study), study.runs("qat"), ["val_loss", "status"]).drop(columns="status_fp")
+    increase = both.val_loss_qat - both.val_loss_fp
+    return both.assign(increase=increase, relative_increase=increase / both.val_loss_fp)
+
+
+def qat_accuracies(study) -> pd.DataFrame:
+    """Cloze accuracies of full precision beside QAT, one row a size, optimizer and seed that has both.
+
+    relative_drop: (fp - qat) / fp, the paper's definition; drop_error: its standard error, from the two standard errors
+    as if independent.
+    """
+    both = _with_qat(cloze(study), cloze(study, "QAT", "qat"), ["accuracy", "standard_error"])
+    drop = (both.accuracy_fp - both.accuracy_qat) / both.accuracy_fp
+    errors = (both.standard_error_fp / both.accuracy_fp) ** 2 + (both.standard_error_qat / both.accuracy_qat) ** 2
+    return both.assign(relative_drop=drop, drop_error=both.accuracy_qat / both.accuracy_fp * errors**0.5)
+
+
+# --------------------------------------------------------------------------------------------------------- scaling law
+
+
+def scaling_runs(study) -> pd.DataFrame:
+    """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed."""
+    parts = [full_precision(study).assign(bits=16), study.runs("qat").assign(bits=4)]
+    runs = pd.concat(parts, ignore_index=True).query("status == 'finished'")
+    runs = runs.rename(columns={"n_parameters": "N", "tokens": "D", "val_loss": "loss"})
+    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed"]].reset_index(drop=True)
+
+
+def scaling_laws(runs: pd.DataFrame) -> dict[str, ScalingLaw]:
+    """One law an optimizer, fitted to its `scaling_runs`. What they do not identify stands in the law's `warnings`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdentificationWarning)
+        return {name: fit_scaling_law(rows) for name, rows in runs.groupby("optimizer", sort=False)}
+
+
+def efficiencies(laws: dict[str, ScalingLaw], bits: int = 4) -> pd.DataFrame:
+    """The parameter efficiency at `bits`, a row a law that has one: optimizer, rho, low, high, identified."""
+    rows = [
+        (name, law.rho[bits], *law.intervals["rho"][bits], law.identified["rho"][bits])
+        for name, law in laws.items()
+        if bits in law.rho
+    ]
+    return pd.DataFrame(rows, columns=["optimizer", "rho", "low", "high", "identified"])
