@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from beyond_outliers import paths
+from beyond_outliers.claims.confirm_readings import confirm_verdicts
+from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import CLAIMS, comment, complete_cells, rules, verdicts
 from beyond_outliers.claims.statistics import verdict
 from beyond_outliers.config.protocol import scales
@@ -17,9 +19,14 @@ from beyond_outliers.study.tables import MissingResults
 
 
 def write_verdicts(study: Study) -> Path:
-    """Judges every claim and writes claims.csv beside the study's tables. MissingResults where there are none."""
+    """Judges every claim and writes claims.csv beside the study's tables. MissingResults where there are none.
+
+    At scale confirm, whose rules were written first, also verdicts.csv, by those.
+    """
     file = study.results / "claims.csv"
     paths.write_whole(file, verdicts(study).to_csv(index=False))
+    if study.scale == SCALE:
+        paths.write_whole(study.results / "verdicts.csv", confirm_verdicts(study).to_csv(index=False))
     return file
 
 
