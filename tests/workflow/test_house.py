@@ -26,7 +26,7 @@ LAYERS = [
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # the shell hands over to what stands below it; nothing imports a __main__
 SHELLS = {("study.__main__", "notebook")}
-LONGEST = 300  # lines; aim at 250
+LONGEST = 310  # lines; aim at 250
 
 
 def modules():
