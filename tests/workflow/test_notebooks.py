@@ -52,6 +52,7 @@ EXPECTED = {
     "06_scaling_laws": ["06_fits", "06_rho"],
     "07_claims": ["07_claims"],
     "08_probe_your_model": ["08_depth", "08_outliers"],
+    "09_real_quantizers": ["09_methods"],
 }
 
 
