@@ -12,9 +12,21 @@ import pandas as pd
 from scipy.stats import t as student
 
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, cells, contrast, t_interval
+from beyond_outliers.config.optimizers import REGISTRY
 
 ALL_SIZES = "mean over sizes"
 REFERENCE = "adamw"
+
+
+def interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    """ "0.123 [0.110, 0.136]", the number alone where there is no interval."""
+    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) and np.isfinite(high) else ""
+    return f"{value:.{digits}f}{ends}"
+
+
+def label(optimizer: str) -> str:
+    """An optimizer's name in texts and figures; that of the tables where the registry has none."""
+    return REGISTRY[optimizer].label if optimizer in REGISTRY else optimizer
 
 
 def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFrame:

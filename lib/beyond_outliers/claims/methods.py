@@ -12,7 +12,6 @@ from scipy.stats import rankdata
 
 from beyond_outliers.claims import comparisons, readings
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, t_interval
-from beyond_outliers.config.optimizers import REGISTRY
 
 FORMATS = {"W4A4": "int4", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}  # first part of a spec's name: weights and activations
 RTN = "RTN"
@@ -34,7 +33,7 @@ def format_and_method(spec: str, head: bool) -> tuple[str, str] | None:
 def measured(study) -> pd.DataFrame:
     """One row a run, format and method: RUN, format, method, val_loss (after quantization), increase (nats a token)."""
     rows = readings.measured(study, "ptq")
-    head = "head" in study.protocol.measure.primary.split("+")
+    head = "head" in readings.primary(study).split("+")
     named = {spec: found for spec in rows.spec.unique() if (found := format_and_method(spec, head))}
     rows = rows[rows.spec.isin(list(named))]
     rows = rows.assign(format=[named[s][0] for s in rows.spec], method=[named[s][1] for s in rows.spec])
@@ -66,18 +65,12 @@ def missing(study) -> str:
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
     """Mean of `value` over seeds with its interval, as text ("0.123 [0.110, 0.136]"), methods as columns in order."""
     table = comparisons.means(rows, value, ("format", "method"))
-    text = [interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    text = [comparisons.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
     keys = ["format", "size", "optimizer"]
     table = table.assign(text=text, key=list(zip(*(table[key] for key in keys), strict=True)))
     wide = table.pivot_table(index=keys, columns="method", values="text", aggfunc="first", sort=False)
     runs = table.groupby(keys, sort=False).n.max().rename("runs")
     return wide[[method for method in ORDER if method in wide]].join(runs).fillna("")
-
-
-def interval(value: float, low: float, high: float, digits: int = 3) -> str:
-    """ "0.123 [0.110, 0.136]", the number alone where there is no interval."""
-    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) and np.isfinite(high) else ""
-    return f"{value:.{digits}f}{ends}"
 
 
 def left(rows: pd.DataFrame) -> pd.DataFrame:
@@ -161,14 +154,17 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     rows = measured(study)
     rows = rows[rows.format == "int4"]
     table = comparisons.ratios(rows, "increase", ("method",), reference)
-    who, whose = f"the damage of {REGISTRY[optimizer].label}", f"that of {REGISTRY[reference].label}"
+    who, whose = f"the damage of {comparisons.label(optimizer)}", f"that of {comparisons.label(reference)}"
     lines = []
     for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):
         by = own.set_index("method")
         if RTN not in by.index or len(by) < 2:
             continue
         last = [method for method in ORDER if method in by.index][-1]
-        told = [f"{interval(*by.loc[m, ['ratio', 'low', 'high']], 2)} times {whose} under {m}" for m in (RTN, last)]
+        told = [
+            f"{comparisons.interval(*by.loc[m, ['ratio', 'low', 'high']], 2)} times {whose} under {m}"
+            for m in (RTN, last)
+        ]
         at = "over the sizes" if size == comparisons.ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
     lines += _survival(agreement(rows))
@@ -179,7 +175,7 @@ def _survival(table: pd.DataFrame) -> list[str]:
     """Sentences on the order of the optimizers, one a size, of the last method of each."""
     lines = []
     for row in table.drop_duplicates("size", keep="last").to_dict("records"):
-        tau = interval(row["kendall"], row["kendall_low"], row["kendall_high"], 2)
+        tau = comparisons.interval(row["kendall"], row["kendall_low"], row["kendall_high"], 2)
         lines.append(
             f"- int4, at {row['size']}: {row['method']} and RTN put {(1 + row['kendall']) / 2:.0%} of the pairs of "
             f"{row['optimizers']} optimizers in the same order (Kendall's tau {tau}, n {row['n']})."
