@@ -81,6 +81,13 @@ def test_few_runs_have_no_interval():
     assert value(table, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
 
 
+def test_differences_as_text_have_a_row_an_optimizer():
+    table = along.as_text(along.differences(along.changes(along.trajectory(Followed(FALL)))))
+    assert list(table.columns) == list(along.QUANTITIES.values())
+    assert table.loc[("s", "adamw"), along.QUANTITIES["before"]] == "0.020 [0.020, 0.020]"
+    assert [optimizer for _, optimizer in table.index] == ["adamw", "muon", along.EVERY]
+
+
 def test_curves_are_of_the_checkpoints_themselves():
     curves = along.curves(along.trajectory(Followed(FALL)))
     end = curves[(curves.share == 1) & (curves.optimizer == "muon")]

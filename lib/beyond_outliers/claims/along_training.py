@@ -16,13 +16,13 @@ from beyond_outliers.study.tables import MissingResults
 
 DECAY_FROM = 1 - RunConfig.decay  # share of the run at which the learning rate begins to fall
 EVERY = "mean of optimizers"
-QUANTITIES = {
-    "decay": "damage: at the end less at the last checkpoint of the constant rate",
-    "before": "damage: the same over a stretch as long before it",
-    "averaging, constant": "damage: averaged weights less those of the last checkpoint, at the constant rate",
-    "averaging, end": "damage: the same at the end",
-    "averaging, constant: loss after": "loss after quantization: averaged weights less the last, at the constant rate",
-    "averaging, end: loss after": "loss after quantization: the same at the end",
+QUANTITIES = {  # differences in nats, of the damage where nothing else is said
+    "decay": "the end less the last checkpoint of the constant rate",
+    "before": "that checkpoint less one as long before it",
+    "averaging, constant": "averaged weights less the last checkpoint, at the constant rate",
+    "averaging, end": "averaged weights less the last checkpoint, at the end",
+    "averaging, constant: loss after": "loss after quantization, averaged less last, at the constant rate",
+    "averaging, end: loss after": "loss after quantization, averaged less last, at the end",
 }
 
 
@@ -90,6 +90,15 @@ def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFram
     ends = (low[0], high[0]) if n >= LEAST_SEEDS else (np.nan, np.nan)
     row = (quantity, size, EVERY, mean, *ends, n)
     return pd.DataFrame([row], columns=["quantity", "size", "optimizer", "mean", "low", "high", "n"])
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """`differences` with a row a size and optimizer, a column a quantity (in words), "0.123 [0.110, 0.136]" in cells."""
+    text = [comparisons.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    wide = table.assign(text=text).pivot_table(
+        index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
+    )
+    return wide.rename(columns=QUANTITIES).fillna("")
 
 
 def finding(study) -> str:
