@@ -22,7 +22,7 @@ TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy a
 
 
 def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
-    """One row a run: size, optimizer, lr, seed, every candidate and both targets of the paper's W4A4 format."""
+    """One row a run: size, optimizer, lr, seed, every candidate and both targets, in the scale's primary format."""
     where = {"purpose": purpose, "checkpoint": checkpoint}
     inputs = readings.measured(study, "outliers", **where)
     averages = inputs.groupby(readings.RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
@@ -32,7 +32,7 @@ def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "f
         "R_L": readings.output_error(study, **where).set_index("run").R_L,
         "mean_gain": readings.linear_gain(study, **where).set_index("run").gain,
         "increase": readings.damage(study, **where).set_index("run").increase,
-        "accuracy": readings.cloze(study, "W4A4", **where).set_index("run").accuracy,
+        "accuracy": readings.cloze(study, readings.primary(study), **where).set_index("run").accuracy,
     }
     table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
     for name, values in columns.items():
