@@ -13,6 +13,7 @@ from beyond_outliers import paths
 from beyond_outliers.claims import CLAIMS, rules, verdicts
 from beyond_outliers.claims.__main__ import write_verdicts
 from beyond_outliers.notebook import notebooks, paper, render, run_notebook
+from beyond_outliers.pages import check_pages, said, write_index
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,7 @@ def outputs(notebook: dict) -> str:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             parts += [*output.get("text", []), *data.get("text/plain", []), *data.get("text/html", [])]
+            parts += data.get("text/markdown", [])
     return "".join(parts)
 
 
@@ -118,6 +120,19 @@ def test_rendering_reads_the_verdicts_and_writes_no_table(executed, study, monke
     shown = outputs(json.loads((paths.RUNS / "smoke" / "notebooks" / "07_claims.ipynb").read_text()))
     assert "A sentence that no rule would say." in shown
     file.unlink()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_page_begins_with_what_was_found(executed, study, name):
+    """The index quotes every page, and the pages are of these tables."""
+    page = executed[name][0].with_suffix(".md").read_text()
+    places = [page.index(text) for text in ("\n# ", "\n**Finding.** ", "\n**Question.** ")]
+    assert places == sorted(places) and page[places[0] : places[1]].count("\n") == 2  # title, empty line, finding
+    index = write_index("smoke").read_text()
+    assert (
+        f"({name}.md)" in index and said(executed[name][0].with_suffix(".md"), "Finding").replace("|", "\\|") in index
+    )
+    check_pages("smoke", [name])
 
 
 def test_notebooks_refuse_unknown_parameters(study):
