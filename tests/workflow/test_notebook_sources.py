@@ -91,7 +91,7 @@ def test_without_tables_a_notebook_says_how_long_they_take_and_how_to_make_them(
 
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     monkeypatch.setattr(plan, "measure_throughput", lambda config, threads: 10_000.0)  # tokens a second
-    with pytest.raises(MissingResults, match="make reproduce SCALE=smoke.*build=True") as missing:
+    with pytest.raises(MissingResults, match=r"make reproduce SCALE=smoke.*build=True") as missing:
         opened(Study("smoke"), build=False)
     hours = plan.plan_table(Study("smoke")).hours.sum()
     assert f"about {60 * hours:.0f} minutes" in str(missing.value)
