@@ -56,8 +56,8 @@ def missing(study) -> str:
             lacks = [method for method in ORDER if method not in there]
             if lacks:
                 lacking.setdefault(", ".join(lacks) if there else "any method", []).append(size)
-        for lacks, at in lacking.items():
-            what = f"{format} by {lacks}" if lacks != "any method" else format
+        for names, at in lacking.items():
+            what = f"{format} by {names}" if names != "any method" else format
             parts.append(what if at == sizes else f"{what} at {', '.join(at)}")
     return f"Not in the tables of scale {study.scale} (yet): {'; '.join(parts)}." if parts else ""
 
@@ -161,9 +161,10 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
         if RTN not in by.index or len(by) < 2:
             continue
         last = [method for method in ORDER if method in by.index][-1]
-        told = [
-            f"{relative.interval(*by.loc[m, ['ratio', 'low', 'high']], 2)} times {whose} under {m}" for m in (RTN, last)
-        ]
+        told = []
+        for method in (RTN, last):
+            ratio, low, high = by.loc[method, ["ratio", "low", "high"]]
+            told.append(f"{relative.interval(ratio, low, high, 2)} times {whose} under {method}")
         at = "over the sizes" if size == relative.ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
     lines += _survival(agreement(rows))
