@@ -4,7 +4,7 @@ Every other module that looks into a model goes through here, so that each of th
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -238,15 +238,14 @@ def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     return made.get(model, model)
 
 
-def replace_linears(model: nn.Module, kept: str | None, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Replaces, in place, every layer that `computes_linear` but the one named `kept` by what `make` gives for it.
+def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Replaces, in place, every layer that `computes_linear`, except those in `kept`, by what `make` gives for it.
 
     Modes and hooks go over. Returns `model`, or what stands for it. A ValueError of `make` gets the layer's name.
     """
-    stays = None if kept is None else model.get_submodule(kept)
     made: dict[nn.Module, nn.Module] = {}
     for module, name in every_module(model).items():
-        if module is stays or why_not_replaced(module) is not None:
+        if module in kept or why_not_replaced(module) is not None:
             continue
         try:
             made[module] = make(module).train(module.training)

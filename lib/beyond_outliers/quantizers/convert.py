@@ -4,7 +4,7 @@ Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they co
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +20,14 @@ from beyond_outliers.modules import (
     substitute,
     take_hooks,
 )
-from beyond_outliers.quantizers.coverage import Quantization, known_weights, rounding_layers, watched_weights
+from beyond_outliers.quantizers.coverage import (
+    UNCALLED,
+    Quantization,
+    known_weights,
+    path,
+    rounding_layers,
+    watched_weights,
+)
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
@@ -33,33 +40,46 @@ from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 
 
-def _converted(model: nn.Module, record: Quantization, make: Callable, treat: Callable | None) -> nn.Module:
+def _converted(
+    model: nn.Module,
+    record: Quantization,
+    make: Callable,
+    treat: Callable | None,
+    example=None,
+    past: Collection[str] = (),
+) -> nn.Module:
     """A copy of a full-precision model with `record` on it.
 
     make(linear) gives what stands for a linear layer; treat(module, sums) rounds in place a module that multiplies by
-    weights of its own (see `operands`), None where that cannot be.
+    weights of its own (see `operands`), None where that cannot be. past: names of weights to leave alone because they
+    are read past their layers; those that the pass of `example` shows are added, and the model is converted anew.
     """
     if rounding_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
-    model = open_layers(copy.deepcopy(model))
-    head = find_head(model)
-    kept = None if record.spec.head else head
-    model = replace_linears(model, kept, make)
-    stays = None if kept is None else model.get_submodule(kept)
-    for module, name in every_module(model).items():
-        if module is stays or treat is None or isinstance(module, (QuantizedLinear, QATLinear)):
+    copied = open_layers(copy.deepcopy(model))
+    head = find_head(copied)
+    kept = {module for module, name in every_module(copied).items() if name in past}
+    kept |= set() if head is None or record.spec.head else {copied.get_submodule(head)}
+    copied = replace_linears(copied, kept, make)
+    for module, name in every_module(copied).items():
+        if module in kept or treat is None or isinstance(module, (QuantizedLinear, QATLinear)):
             continue
         sums = own_products(module)
         try:
-            if sums:
+            if sums and not any(path(name, own) in past for own in sums):
                 treat(module, sums)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from error
-    if not rounding_layers(model):
+    if not rounding_layers(copied):
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
-    record.weights = known_weights(model, head, record.spec)
-    model.quantization = record
-    return model
+    record.weights = known_weights(copied, head, record.spec, past)
+    if example is not None:
+        record.weights = watched_weights(copied, record, example)
+        found = [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]
+        if found:
+            return _converted(model, record, make, treat, example, [*past, *found])
+    copied.quantization = record
+    return copied
 
 
 def quantize_model(
@@ -91,22 +111,22 @@ def quantize_model(
     if (spec.method == "gptq") != (calibration is not None):
         given = "without" if calibration is None else "with"
         raise ValueError(f"method {spec.method!r} {given} calibration; valid: 'gptq' with it, 'rtn' without")
-    quantized = rounded_structure(model, spec, round_weights=calibration is None)
+    batches = None if calibration is None else list(as_batches(calibration))
+    example = next(iter(batches or ()), None) if example is None else example
+    quantized = rounded_structure(model, spec, batches is None, example)
     record: Quantization = quantized.quantization
-    if calibration is not None:
-        batches = list(as_batches(calibration))
+    if batches is not None:
         _round_by_gptq(quantized, spec, batches)
         record.weights = [
             w if w.kind == "linear" or not w.rounded else replace(w, reason=NEAREST) for w in record.weights
         ]
-        example = batches[0] if example is None else example
-    if example is not None:
-        record.weights = watched_weights(quantized, record, example)
     record.report(strict)
     return quantized
 
 
-def rounded_structure(model: nn.Module, spec: QuantSpec, round_weights: bool = True) -> nn.Module:
+def rounded_structure(
+    model: nn.Module, spec: QuantSpec, round_weights: bool = True, example=None, past: Collection[str] = ()
+) -> nn.Module:
     """`quantize_model` without its reports; linear layers keep their weights as they are unless `round_weights`."""
 
     def operand() -> nn.Module | None:
@@ -128,7 +148,7 @@ def rounded_structure(model: nn.Module, spec: QuantSpec, round_weights: bool = T
             _as_buffer(module, name, along(lambda w: _round_matrices(w, spec), weight, dim))
         _attach(module, Rounding(sums, _rotated(operand(), spec.rotate)))
 
-    return refuse_save_pretrained(_converted(model, Quantization(spec), make, treat))
+    return refuse_save_pretrained(_converted(model, Quantization(spec), make, treat, example, past))
 
 
 def _round_by_gptq(quantized: nn.Module, spec: QuantSpec, batches: list):
@@ -187,6 +207,15 @@ def prepare_qat(
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
     if spec.method != "rtn":
         raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
+    prepared = trainable_structure(model, spec, scheme, example)
+    prepared.quantization.report(strict)
+    return prepared
+
+
+def trainable_structure(
+    model: nn.Module, spec: QuantSpec, scheme: str, example=None, past: Collection[str] = ()
+) -> nn.Module:
+    """`prepare_qat` without its reports."""
     rotate = scheme == "quest" or spec.rotate
 
     def make(linear: nn.Linear) -> QATLinear:
@@ -201,11 +230,7 @@ def prepare_qat(
         _attach(module, Rounding(sums, *(_rotated(part, rotate) for part in parts)))
 
     record = Quantization(spec, "qat", scheme)
-    prepared = _converted(model, record, make, None if scheme == "lsq" else treat)
-    if example is not None:
-        record.weights = watched_weights(prepared, record, example)
-    record.report(strict)
-    return prepared
+    return _converted(model, record, make, None if scheme == "lsq" else treat, example, past)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ finds what no list of layers can: weights read past their layers, tables that se
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -107,7 +107,8 @@ def coverage(quantized: nn.Module, batch=None) -> pd.DataFrame:
     """
     record = record_of(quantized)
     if batch is not None:
-        record.weights = watched_weights(quantized, record, batch)
+        rows = watched_weights(quantized, record, batch)
+        record.weights = [replace(row, rounded=False) if row.reason == UNCALLED else row for row in rows]
     return record.table()
 
 
@@ -131,7 +132,7 @@ def rounding_layers(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _path(owner: str, name: str) -> str:
+def path(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
 
 
@@ -143,7 +144,7 @@ def _treated(model: nn.Module) -> list[tuple[Weight, Tensor, nn.Module]]:
             for own in module.operand_rounding.sums:
                 tensor = getattr(module, own)
                 kind = "experts" if tensor.ndim > 2 else "linear" if isinstance(module, nn.Linear) else "router"
-                found.append((Weight(_path(name, own), kind, tensor.numel(), True), tensor, module))
+                found.append((Weight(path(name, own), kind, tensor.numel(), True), tensor, module))
         else:
             tensor = module.rounded if isinstance(module, QuantizedLinear) else module._parameters.get("weight")
             entries = module.in_features * module.out_features
@@ -151,8 +152,11 @@ def _treated(model: nn.Module) -> list[tuple[Weight, Tensor, nn.Module]]:
     return found
 
 
-def known_weights(model: nn.Module, head: str | None, spec: QuantSpec) -> list[Weight]:
-    """Rows of a converted model, in the order of its modules, by what these are; `head`: the name of its head."""
+def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Collection[str] = ()) -> list[Weight]:
+    """Rows of a converted model, in the order of its modules, by what these are.
+
+    head: the name of its head. past: names of weights that are known to be read past their layers.
+    """
     rows = [weight for weight, _, _ in _treated(model)]
     handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
     modules = every_module(model)
@@ -160,10 +164,10 @@ def known_weights(model: nn.Module, head: str | None, spec: QuantSpec) -> list[W
         if module is kept:
             rows.append(Weight(name, "linear", module.weight.numel(), False, HEAD))
         elif module not in handled:
-            rows += _left_alone(module, name)
+            rows += (replace(row, reason=UNCALLED) if row.name in past else row for row in _left_alone(module, name))
     if spec.head and head is None:
         tables = [(m, n) for m, n in modules.items() if isinstance(m, nn.Embedding)]
-        rows += [Weight(_path(n, "weight"), "embedding", m.weight.numel(), False, NO_HEAD) for m, n in tables[:1]]
+        rows += [Weight(path(n, "weight"), "embedding", m.weight.numel(), False, NO_HEAD) for m, n in tables[:1]]
     order = {name: i for i, name in enumerate(modules.values())}
     return sorted(rows, key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], len(order))))
 
@@ -183,7 +187,7 @@ def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
     if isinstance(module, (*_QUIET, nn.utils.parametrize.ParametrizationList)):
         return
     for own, tensor in _matrices(module).items():
-        row = Weight(name if own == "weight" else _path(name, own), "parameter", tensor.numel(), False, UNSEEN)
+        row = Weight(name if own == "weight" else path(name, own), "parameter", tensor.numel(), False, UNSEEN)
         known = next((value for kind, value in _KNOWN.items() if isinstance(module, kind)), None)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             yield replace(row, kind="linear", reason="already quantized")
@@ -223,6 +227,7 @@ _PRODUCTS = frozenset([  # aten operators that sum over a dimension of two opera
     "grouped_mm_fallback", "linear", "lstm", "matmul", "mkldnn_rnn_layer", "mm", "mv", "_thnn_fused_gru_cell",
     "_linear_pointwise", "linear_pointwise",
 ])
+_SUMS = frozenset(["addbmm", "addmm", "addmv", "baddbmm"])  # those whose first operand is added to the product
 # fmt: on
 
 
@@ -256,15 +261,16 @@ class _Products(TorchDispatchMode):
         operator = function.overloadpacket.__name__
         inputs = _floats(args, kwargs)
         active = any(x in self.activations for x in inputs)
-        origins = [self.sources[x] for x in inputs if x not in self.activations and x in self.sources]
+        operands = _floats(args[1:] if operator in _SUMS else args, kwargs)
+        origins = [self.sources[x] for x in operands if x not in self.activations and x in self.sources]
         made_of = frozenset().union(*origins)
         activated = active or operator == "embedding"
         if operator in _PRODUCTS:
             for source in made_of:
-                owned = not self.owners.get(source, set()).isdisjoint(self.open)
-                if active or owned:
-                    self.uses.setdefault(source, set()).add((operator, owned))
-                activated |= owned  # what a layer makes of a constant input is its output, no weight any more
+                owners = self.owners.get(source, set())
+                if active or owners & set(self.open[-1:]):
+                    self.uses.setdefault(source, set()).add((operator, not owners.isdisjoint(self.open)))
+                    activated = True  # what a layer makes of a constant input is its output, no weight any more
             activated |= len(origins) > 1
         for x in _floats(output):
             if activated:
@@ -308,7 +314,10 @@ def _floats(*values) -> list[Tensor]:
 
 
 def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weight]:
-    """The record's rows, corrected by what one forward pass shows."""
+    """The record's rows, corrected by what one forward pass shows.
+
+    A row of reason `UNCALLED` that is rounded: the layer rounds, and others read its weight without its inputs.
+    """
     treated = _treated(model)
     names = {id(tensor): weight.name for weight, tensor, _ in treated if tensor is not None}
     candidates = {id(tensor): tensor for _, tensor, _ in treated if tensor is not None}
@@ -318,7 +327,7 @@ def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weigh
         for own, tensor in _candidates(module).items():
             if id(tensor) not in names:
                 names[id(tensor)] = (
-                    name if own == "weight" and not isinstance(module, nn.Embedding) else _path(name, own)
+                    name if own == "weight" and not isinstance(module, nn.Embedding) else path(name, own)
                 )
                 candidates[id(tensor)] = tensor
                 owner[names[id(tensor)]] = module
@@ -331,7 +340,7 @@ def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weigh
         _, uses = used.pop(row.name, (None, set()))
         past = row.rounded and record.spec.activations != "none" and any(not owned for _, owned in uses)
         if past:
-            rows.append(replace(row, rounded=False, reason=UNCALLED))
+            rows.append(replace(row, reason=UNCALLED))
         elif row.reason == NO_HEAD:
             rows += [replace(row, reason=UNCALLED)] if uses else []
         elif row.reason == UNSEEN:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from beyond_outliers.modules import hidden_modules
-from beyond_outliers.quantizers.coverage import Quantization, Weight, record_of
+from beyond_outliers.quantizers.coverage import UNCALLED, Quantization, Weight, record_of
 from beyond_outliers.quantizers.formats import QuantSpec
 
 TENSORS, SETTINGS = "quantized.safetensors", "quantization.json"
@@ -69,7 +69,7 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     """
     from safetensors.torch import load_file
 
-    from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, rounded_structure
+    from beyond_outliers.quantizers.convert import freeze_qat, rounded_structure, trainable_structure
 
     folder = Path(folder)
     if not (folder / SETTINGS).is_file() or not (folder / TENSORS).is_file():
@@ -77,10 +77,12 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     spec, stage, scheme = QuantSpec(**settings["spec"]), settings["stage"], settings["scheme"]
     model = model if isinstance(model, nn.Module) else model()
+    weights = [Weight(**weight) for weight in settings["weights"]]
+    past = [weight.name for weight in weights if weight.reason == UNCALLED]
     if stage == "ptq":
-        loaded = rounded_structure(model, spec, round_weights=False)
+        loaded = rounded_structure(model, spec, round_weights=False, past=past)
     else:
-        loaded = prepare_qat(model, spec, scheme)
+        loaded = trainable_structure(model, spec, scheme, past=past)
         loaded = freeze_qat(loaded) if stage == "frozen" else loaded
     tensors, own = load_file(folder / TENSORS), loaded.state_dict()
     wrong = sorted(tensors.keys() ^ own.keys())
@@ -90,7 +92,6 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     if wrong:
         raise ValueError(f"{type(model).__name__} does not fit {settings['model']}, saved: {', '.join(wrong[:8])}")
     loaded.load_state_dict(tensors)
-    weights = [Weight(**weight) for weight in settings["weights"]]
     loaded.quantization = Quantization(spec, stage, scheme, weights, settings["never_ran"])
     return loaded.eval() if not model.training else loaded
 
