@@ -3,6 +3,7 @@
 Every other module that looks into a model goes through here, so that each of these has one implementation.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,18 +68,19 @@ def as_batches(batches) -> Iterable:
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer of full precision (GPT-2's Conv1D is one too), or one of this project's quantized ones."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return False
-    if isinstance(module, nn.Linear) and not getattr(module, "rounds_operands", False):
-        return computes_linear(module)
-    return "Linear" in type(module).__name__ or is_conv1d(module)
+    if isinstance(module, nn.Linear):  # its weight is not looked at: computing a parametrized one may change it
+        return getattr(module, "rounds_operands", False) or computes_linear(module)
+    return is_conv1d(module) or ("Linear" in type(module).__name__ and _has_matrix(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is stored transposed, (in, out)."""
+    return type(module).__name__ == "Conv1D" and _has_matrix(module)
+
+
+def _has_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -211,6 +213,13 @@ def every_module(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in model.named_modules()} | hidden_modules(model)
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that keep a computed tensor, as torch's old weight_norm and pruning do."""
+    kept = (value for module in every_module(model) for value in vars(module).values())
+    computed = [value for value in kept if isinstance(value, Tensor) and value.grad_fn is not None]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
 def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """Puts made[module] in place of every `module` below `model` or held in its attributes, under all of its names.
 
@@ -245,9 +254,9 @@ def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callabl
     """
     made: dict[nn.Module, nn.Module] = {}
     for module, name in every_module(model).items():
-        if module in kept or why_not_replaced(module) is not None:
-            continue
         try:
+            if module in kept or why_not_replaced(module) is not None:
+                continue
             made[module] = make(module).train(module.training)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error

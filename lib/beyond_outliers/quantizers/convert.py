@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from beyond_outliers.modules import (
     as_batches,
+    copy_of,
     every_module,
     find_head,
     replace_linears,
@@ -56,7 +57,7 @@ def _converted(
     """
     if rounding_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
-    copied = open_layers(copy.deepcopy(model))
+    copied = open_layers(copy_of(model))
     head = find_head(copied)
     kept = {module for module, name in every_module(copied).items() if name in past}
     kept |= set() if head is None or record.spec.head else {copied.get_submodule(head)}
