@@ -266,3 +266,14 @@ def test_gptq_reports_as_well():
     x = torch.randn(64, 16)
     found = left(Free(), QuantSpec(method="gptq"), calibration=[x[:16], x[16:32]])
     assert list(found) == ["mixed"]
+
+    class Half(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[..., : self.out_features // 2]
+
+    model = nn.Sequential(nn.Linear(16, 16), Half(16, 8))
+    table = coverage(quantize_model(model, QuantSpec(method="gptq"), calibration=x, strict=True))
+    assert table["rounded"].all() and table["reason"].tolist() == [
+        "",
+        "rounded to nearest: GPTQ takes linear layers only",
+    ]

@@ -143,7 +143,7 @@ def _treated(model: nn.Module) -> list[tuple[Weight, Tensor, nn.Module]]:
         if hasattr(module, "operand_rounding"):
             for own in module.operand_rounding.sums:
                 tensor = getattr(module, own)
-                kind = "experts" if tensor.ndim > 2 else "linear" if isinstance(module, nn.Linear) else "router"
+                kind = "experts" if tensor.ndim > 2 else "linear subclass" if isinstance(module, nn.Linear) else "router"
                 found.append((Weight(path(name, own), kind, tensor.numel(), True), tensor, module))
         else:
             tensor = module.rounded if isinstance(module, QuantizedLinear) else module._parameters.get("weight")
