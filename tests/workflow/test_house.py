@@ -12,7 +12,7 @@ LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 LAYERS = [
     {"paths"},
     {"config"},
-    {"cross_entropy", "modules"},
+    {"cross_entropy", "modules", "terms"},
     {"corpus"},
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},

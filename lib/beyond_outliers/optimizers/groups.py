@@ -106,7 +106,8 @@ class RoleGroups(torch.optim.Optimizer):
 
 def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> None:
     """ValueError unless the tensors of a saved state are those that the optimizer keeps, in shape and name."""
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    # counts are numbers or tensors without dimension, as are the states of parameters without any
+    tensors = {k: value for k, value in state.items() if isinstance(value, Tensor) and (value.ndim or k in shapes)}
     if shapes and (missing := sorted(set(shapes) - set(tensors))):
         raise ValueError(
             f"the state of {name} lacks {', '.join(missing)}: it is another optimizer's or another shape's"
