@@ -93,7 +93,7 @@ def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFram
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """`differences` with a row a size and optimizer, a column a quantity (in words), "0.123 [0.110, 0.136]" in cells."""
+    """`differences`, a row a size and optimizer, a column a quantity in words, "0.123 [0.110, 0.136]" in cells."""
     text = [comparisons.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
     wide = table.assign(text=text).pivot_table(
         index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
