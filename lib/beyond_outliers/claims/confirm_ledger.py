@@ -21,18 +21,20 @@ EXPLORATORY = "laptop"  # the scale whose verdicts stay visible beside those of 
 
 INTRODUCTION = """## The confirmatory verdicts
 
-Judged by `data/claims-confirm.toml`, rules that were committed before the first of the runs that count. Sizes are strata,
-seeds replicates, and every estimate is a difference (or slope, share, correlation) with a 95 % interval. *Reproduced*:
-every part excludes the threshold on the claimed side; *not reproduced*: one excludes it on the other side (of contrasts at
-99 %); *tie*: the nearest rival lies within a margin stated beforehand; *undecided*: the rest, and whatever has fewer than
-three runs of an optimizer at a size. Damage is the loss increase under `W4A4+head` (4-bit weights and activations of every
-linear layer, the tied output head included). In the figure each row has a scale of its own and the claimed side to the
-right; a claim of several parts holds if its parts do."""
+Judged by `data/claims-confirm.toml`, rules that were committed before the first of the runs that count. Sizes are
+strata, seeds replicates, and every estimate is a difference (or slope, share, correlation) with a 95 % interval.
+*Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several; *not
+reproduced*: one lies on the other side (of differences at 99 %); *tie*: the nearest rival lies within a margin stated
+beforehand; *undecided*: the rest, and whatever has fewer than three runs of an optimizer at a size. Correlations (C6, C7)
+must also survive without each optimizer. Damage is the loss increase under `W4A4+head`: 4-bit weights and activations of
+every linear layer, the tied output head included. In the figure each row has a scale of its own, with the claimed side to
+the right; a claim of several parts holds if all of them do (C12, which claims that something occurs, if one does)."""
 BEFORE = """## What the exploratory study said, and why that can differ
 
-`then`: the verdict of scale `laptop` by the rules of `data/claims.toml`, which stay as they were; `now`: the one above. Two
-things changed for every claim: the regime (thousands of optimizer steps in place of hundreds, learning rates tuned at every
-size, more seeds, the head quantized), and how it is judged (`why`). A change of verdict alone does not tell which did it."""
+`then`: the verdict of scale `laptop` by the rules of `data/claims.toml`, which stay as they were; `now`: the one above.
+Two things changed for every claim: the regime (thousands of optimizer steps in place of hundreds, learning rates tuned
+at every size, more seeds, the head quantized), and how it is judged (`why`). A change of verdict alone does not tell
+which of the two did it."""
 
 
 def read(study) -> pd.DataFrame:
@@ -88,7 +90,7 @@ def short(comment: str) -> str:
 
 
 def by_claim(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim: its verdict on the six, on the paper's three, and on the six without head, and what is behind it.
+    """One row a claim: its verdict on the six, on the paper's three, on the six without head, and what is behind it.
 
     Estimate and rival are those of the whole, "" where a claim has several parts.
     """

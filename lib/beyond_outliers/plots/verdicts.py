@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from beyond_outliers.plots.theme import LABELS
+
 VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
     "reproduced": "#009E73",
     "not reproduced": "#D55E00",
@@ -20,9 +22,8 @@ def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> plt.Figure:
     """
     if unknown := sorted(set(table.verdict) - set(VERDICT_COLOURS)):
         raise ValueError(f"unknown verdicts {unknown}; valid: {', '.join(VERDICT_COLOURS)}")
-    figure, ax = plt.subplots(figsize=(11, 0.27 * len(table) + 1))
-    parts = table.groupby("id", sort=False).part.transform("size") > 1
-    for place, (row, inside) in enumerate(zip(table.itertuples(), parts, strict=True)):
+    figure, ax = plt.subplots(figsize=(12, 0.27 * len(table) + 1))
+    for place, row in enumerate(table.itertuples()):
         colour = VERDICT_COLOURS[row.verdict]
         ax.axhspan(place - 0.46, place + 0.46, color=colour, alpha=0.14, lw=0)
         ends = np.array([row.low, row.estimate, row.high], dtype=float)
@@ -31,12 +32,14 @@ def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> plt.Figure:
             reach = np.nanmax(np.abs(away)) or 1.0
             ax.plot(away[[0, 2]] / reach, [place, place], color=colour, lw=2)
             ax.plot(away[1] / reach, place, "o", color=colour, ms=5)
-        word = row.verdict if row.part == "whole" or not inside else f"  {row.verdict}"
-        weight = "bold" if row.part == "whole" else "normal"
-        ax.text(1.1, place, word, va="center", fontsize=8, weight=weight)
-        ax.text(1.62, place, _numbers(row), va="center", fontsize=7)
+        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        ax.annotate(row.verdict, (1, place), (6, 0), weight="bold" if row.part == "whole" else "normal", **style)
+        ax.annotate(_numbers(row), (1, place), (78, 0), **style)
     ax.axvline(0, color="black", lw=0.8)
-    labels = [f"{row.id}  {_cut(claims[row.id])}" if row.part == "whole" else row.part for row in table.itertuples()]
+    labels = [
+        f"{row.id}  {_cut(claims[row.id])}" if row.part == "whole" else LABELS.get(row.part, row.part)
+        for row in table.itertuples()
+    ]
     ax.set_yticks(range(len(table)), labels, fontsize=7)
     ax.set_xticks([-1, 0, 1], ["", "threshold", "claimed side"], fontsize=8)
     ax.set(xlim=(-1.05, 1.05), ylim=(len(table) - 0.5, -0.5))
