@@ -19,10 +19,11 @@ CLAIMS = pd.Series({"C1": "First", "C2": "Second " * 30, "C8": "Third"})
 
 def test_the_claimed_side_is_right_and_numbers_are_written_out():
     (ax,) = plots.confirm_ledger(pd.DataFrame(ROWS, columns=COLUMNS), CLAIMS).axes
-    spans = [line.get_xdata().tolist() for line in ax.get_lines() if len(line.get_xdata()) == 2][:-1]
+    spans = [list(line.get_xdata()) for line in ax.get_lines() if len(line.get_xdata()) == 2][:-1]
     assert spans == [pytest.approx(ends) for ends in ([1, 0.6], [-1, -0.25], [-1, 1])]
     texts = [text.get_text() for text in ax.texts]
     assert texts[:2] == ["reproduced", "-0.4 [-0.5, -0.3] nats, n 3"] and texts[2:4] == ["tie", ""]
+    assert texts[-1] == "0.85 [0.7, 0.9] share, threshold 0.8, n 3"
     labels = [text.get_text() for text in ax.get_yticklabels()]
     assert labels[0] == "C1  First" and labels[1].endswith("...") and len(labels[1]) < 90 and labels[2] == "Muon"
     plt.close("all")

@@ -55,4 +55,5 @@ def _numbers(row) -> str:
     if not np.isfinite(row.estimate):
         return ""
     ends = f" [{row.low:.3g}, {row.high:.3g}]" if np.isfinite(row.low) else ""
-    return f"{row.estimate:.3g}{ends} {row.unit}, n {row.n}"
+    threshold = f", threshold {row.threshold:g}" if row.threshold else ""
+    return f"{row.estimate:.3g}{ends} {row.unit}{threshold}{f', n {row.n}' if row.n else ''}"
