@@ -24,11 +24,12 @@ INTRODUCTION = """## The confirmatory verdicts
 Judged by `data/claims-confirm.toml`, rules that were committed before the first of the runs that count. Sizes are
 strata, seeds replicates, and every estimate is a difference (or slope, share, correlation) with a 95 % interval.
 *Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several; *not
-reproduced*: one lies on the other side (of differences at 99 %); *tie*: the nearest rival lies within a margin stated
-beforehand; *undecided*: the rest, and whatever has fewer than three runs of an optimizer at a size. Correlations (C6,
-C7) must also survive without each optimizer. Damage is the loss increase under `W4A4+head`: 4-bit weights and activations
-of every linear layer, the tied output head included. In the figure each row has a scale of its own, with the claimed side
-to the right; a claim of several parts holds if all of them do (C12, which claims that something occurs, if one does)."""
+reproduced*: one lies on the other side (of differences at 99 %); *tie*: the nearest rival lies within a margin
+stated beforehand; *undecided*: the rest, and whatever has fewer than three runs of an optimizer at a size.
+Correlations (C6, C7) must also survive without each optimizer. Damage is the loss increase under `W4A4+head`: 4-bit
+weights and activations of every linear layer, the tied output head included. In the figure each row has a scale of
+its own, with the claimed side to the right; a claim of several parts holds if all of them do (C12, which claims that
+something occurs, if one does)."""
 BEFORE = """## What the exploratory study said, and why that can differ
 
 `then`: the verdict of scale `laptop` by the rules of `data/claims.toml`, which stay as they were; `now`: the one above.

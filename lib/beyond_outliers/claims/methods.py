@@ -56,8 +56,8 @@ def missing(study) -> str:
             lacks = [method for method in ORDER if method not in there]
             if lacks:
                 lacking.setdefault(", ".join(lacks) if there else "any method", []).append(size)
-        for lacks, at in lacking.items():
-            what = f"{format} by {lacks}" if lacks != "any method" else format
+        for ways, at in lacking.items():
+            what = f"{format} by {ways}" if ways != "any method" else format
             parts.append(what if at == sizes else f"{what} at {', '.join(at)}")
     return f"Not in the tables of scale {study.scale} (yet): {'; '.join(parts)}." if parts else ""
 
@@ -162,8 +162,8 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
             continue
         last = [method for method in ORDER if method in by.index][-1]
         told = [
-            f"{comparisons.interval(*by.loc[m, ['ratio', 'low', 'high']], 2)} times {whose} under {m}"
-            for m in (RTN, last)
+            f"{comparisons.interval(row.ratio, row.low, row.high, 2)} times {whose} under {method}"
+            for method, row in by.loc[[RTN, last]].iterrows()
         ]
         at = "over the sizes" if size == comparisons.ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")

@@ -1,5 +1,7 @@
 """The ledger of the confirmatory rules: one row a claim and part, its estimate, interval and verdict."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -32,7 +34,8 @@ def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> plt.Figure:
             reach = np.nanmax(np.abs(away)) or 1.0
             ax.plot(away[[0, 2]] / reach, [place, place], color=colour, lw=2)
             ax.plot(away[1] / reach, place, "o", color=colour, ms=5)
-        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        style = beside | {"va": "center", "fontsize": 7}
         ax.annotate(row.verdict, (1, place), (6, 0), weight="bold" if row.part == "whole" else "normal", **style)
         ax.annotate(_numbers(row), (1, place), (78, 0), **style)
     ax.axvline(0, color="black", lw=0.8)
