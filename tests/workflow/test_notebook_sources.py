@@ -6,6 +6,7 @@ import re
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.config import Protocol
 from beyond_outliers.notebook import check_parameters, notebooks, parameters_of
 
 
@@ -16,6 +17,14 @@ def test_parameters_are_checked_by_name_and_type():
         check_parameters({**namespace, "m": 4})
     with pytest.raises(ValueError, match="n must be int, not True"):
         check_parameters({**namespace, "n": True})
+
+
+def test_notebooks_that_a_scale_has_no_runs_for_are_left_out(tmp_path, monkeypatch):
+    assert notebooks(Protocol.load("smoke")) == notebooks()
+    text = (paths.SCALES / "smoke.toml").read_text()
+    (tmp_path / "own.toml").write_text(re.sub(r"^qat = .*\n", "", text, flags=re.M))
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+    assert set(notebooks()) - set(notebooks(Protocol.load("own"))) == {"05_qat", "06_scaling_laws"}
 
 
 @pytest.mark.parametrize("file", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
