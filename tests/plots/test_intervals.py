@@ -41,8 +41,8 @@ def test_a_forest_draws_every_interval_and_hollow_points_without_one(ratios):
 
 def test_lines_over_methods_have_gaps_where_a_method_lacks(ratios):
     table = pd.concat([ratios.assign(format="int4", method=method) for method in ("RTN", "both")])
-    table = pd.concat([table, ratios.assign(format="nvfp4", method="RTN")])
-    figure = plots.method_lines(table, ("RTN", "GPTQ", "both"), "y")
+    table = pd.concat([table, ratios.assign(format="nvfp4", method="GPTQ")])
+    figure = plots.method_lines(table, ("RTN", "GPTQ", "rotation", "both"), "y")  # rotation is nowhere: left out
     assert [ax.get_title() for ax in figure.axes] == ["int4, s", "int4, m", "nvfp4, s", "nvfp4, m"]
     line = figure.axes[0].containers[1].lines[0]
     assert line.get_ydata()[[0, 2]].tolist() == [2, 2] and np.isnan(line.get_ydata()[1])

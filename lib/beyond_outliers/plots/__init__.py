@@ -19,6 +19,7 @@ from beyond_outliers.plots.findings import (
 )
 from beyond_outliers.plots.intervals import along_training, centred_points, method_lines, rate_paths, ratio_forest
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, save, set_theme
+from beyond_outliers.plots.verdicts import confirm_ledger
 
 __all__ = [
     "COLOURS",
@@ -28,6 +29,7 @@ __all__ = [
     "candidate_scatter",
     "centred_points",
     "claims_ledger",
+    "confirm_ledger",
     "correlation_forest",
     "depth_profile",
     "efficiencies",

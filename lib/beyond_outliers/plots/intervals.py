@@ -55,9 +55,10 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
 
 
 def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt.Figure:
-    """Ratios to AdamW over the methods, an optimizer a line: a column of panels a size, a row a format."""
+    """Ratios to AdamW over the methods that there are, an optimizer a line: panels a size (column) and format (row)."""
     if table.empty:
         return _nothing("no size has AdamW and another optimizer yet")
+    methods = [method for method in methods if method in set(table.method)]
     sizes, formats = (list(dict.fromkeys(table[column])) for column in ("size", "format"))
     shape = (len(formats), len(sizes))
     size = (2.9 * shape[1] + 1.4, 2.4 * shape[0] + 0.5)
@@ -137,10 +138,10 @@ def _equal_damage(ax: plt.Axes, own: pd.DataFrame) -> None:
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     damage = own.after - own.before
     seen = damage[own.before.between(left, right) & own.after.between(bottom, top)]
-    for level in np.unique(np.round(np.quantile(seen, [0.1, 0.5, 0.9]), 2)):
+    for place, level in enumerate(np.unique(np.round(np.quantile(seen, [0.1, 0.5, 0.9]), 2))):
         ax.plot([left, right], [left + level, right + level], color="grey", ls=":", lw=0.8, zorder=0)
-        x = max(left, bottom - level)
-        ax.text(x, x + level, f" +{level:.2f}", fontsize=7, color="grey", ha="left", va="bottom")
+        y = max(bottom + (0.03 + 0.07 * place) * (top - bottom), left + level)  # one above the other
+        ax.text(y - level, y, f" +{level:.2f}", fontsize=7, color="grey", ha="left", va="center")
 
 
 def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> plt.Figure:
