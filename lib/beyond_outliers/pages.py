@@ -29,7 +29,7 @@ BEGIN, END = "<!-- findings of scale {scale}: python -m beyond_outliers.pages re
 HEADLINES = {  # of the README's first screen
     "03_ptq": "Who is hurt by rounding?",
     "04_error_propagation": "What goes with the damage?",
-    "05_qat": "And training in 4 bits?",
+    "05_qat": "And when training itself is quantized?",
     "07_claims": "The claims.",
 }
 
