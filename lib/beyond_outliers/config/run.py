@@ -21,8 +21,8 @@ Seed = Annotated[int, Range(0, 10**6)]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model but for its vocabulary.
+class ModelConfig(ABC):
+    """Shape of a decoder. Made as one of the architectures below.
 
     `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
 
@@ -30,6 +30,9 @@ class Shape:
     width divide every linear layer's input.
     """
 
+    architecture: ClassVar[str]
+
+    vocab_size: Tokens = 32_000
     width: Annotated[int, Range(1, 2**16)] = 768
     depth: Annotated[int, Range(1, 1000)] = 4
     n_heads: Annotated[int, Range(1, 2**12)] = 6
@@ -53,14 +56,6 @@ class Shape:
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
-
-
-@dataclass(frozen=True)
-class ModelConfig(Shape, ABC):
-    """Shape of a decoder, its vocabulary included. Made as one of the architectures below."""
-
-    architecture: ClassVar[str]
-    vocab_size: Tokens = 32_000
 
     @property
     def head_size(self) -> int:

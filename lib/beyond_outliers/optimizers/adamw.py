@@ -45,6 +45,10 @@ class AdamW(_Checked, torch.optim.AdamW):
         require_common(lr, weight_decay)
         require_betas(betas)
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler then skips an overflow itself, as with all the others
+
+    def state_shapes(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Size]:
+        return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
 
 class SGD(_Checked, torch.optim.SGD):
@@ -53,3 +57,6 @@ class SGD(_Checked, torch.optim.SGD):
     def __init__(self, params, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0):
         require_common(lr, weight_decay)
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+
+    def state_shapes(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Size]:
+        return {"momentum_buffer": parameter.shape} if group["momentum"] else {}

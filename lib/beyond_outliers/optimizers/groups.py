@@ -48,6 +48,38 @@ class RoleGroups(torch.optim.Optimizer):
                 super().add_param_group(group)
                 group.setdefault("initial_lr", group["lr"])
 
+    def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
+        return {**super().__getstate__(), "role_defaults": dict(self.role_defaults)}
+
+    def state_shapes(self, group: dict, parameter: Tensor) -> dict[str, torch.Size]:
+        """Shapes of the tensors that a parameter's state holds, by key, once it has taken a step; counts left out."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but a state that does not fit is refused before anything is changed.
+
+        ValueError that names the parameter, the entry, its shape and the right one. Entries come out in the layout of
+        their parameter, which torch's fused kernels take for granted.
+        """
+        self.refuse_foreign_state(state_dict)
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and not value.is_contiguous():
+                    state[key] = value.contiguous()
+
+    def refuse_foreign_state(self, state_dict: dict) -> None:
+        groups = state_dict["param_groups"]
+        ours = [len(group["params"]) for group in self.param_groups]
+        if (theirs := [len(group["params"]) for group in groups]) != ours:
+            raise ValueError(f"the state has groups of {theirs} parameters, this optimizer of {ours}")
+        names = iter([name for name, _ in self.named_parameters()])
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                name, state = next(names), state_dict["state"].get(index)
+                if state:
+                    _refuse_misfit(name, state, self.state_shapes(group, parameter))
+
     def refuse_nonfinite_gradients(self) -> None:
         """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity.
 
@@ -68,6 +100,20 @@ class RoleGroups(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
             yield from zip(names, group["params"], strict=True)
+
+
+def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> None:
+    """ValueError unless the tensors of a saved state are those that the optimizer keeps, in shape and name."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    if shapes and (missing := sorted(set(shapes) - set(tensors))):
+        raise ValueError(
+            f"the state of {name} lacks {', '.join(missing)}: it is another optimizer's or another shape's"
+        )
+    for key, value in tensors.items():
+        if key not in shapes:
+            raise ValueError(f"the state of {name} has {key!r}; valid: {', '.join(shapes)}")
+        if value.shape != shapes[key]:
+            raise ValueError(f"the state of {name} has {key} of shape {tuple(value.shape)}, not {tuple(shapes[key])}")
 
 
 def laid_out_like(p: Tensor) -> Tensor:
@@ -103,6 +149,10 @@ def refuse_unusable(entry, role: str) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
         # Loading a state_dict casts the state to the parameter's dtype, so half-precision weights could not resume.
         raise ValueError(f"{name} is {tensor.dtype}: train float32 (or float64) weights under autocast instead")
+    if not tensor.is_contiguous():
+        # torch's fused kernels would write beside a strided view, and read a transposed one in the wrong order
+        strides = f"strides {tensor.stride()} for the shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is no contiguous tensor ({strides}): train a contiguous copy instead")
     if tensor.ndim > 2 or (tensor.ndim < 2) != (role == "vector"):
         valid = "fewer than 2 dimensions" if role == "vector" else "2 dimensions"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: role {role!r} takes {valid}")

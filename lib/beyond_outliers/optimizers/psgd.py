@@ -13,6 +13,8 @@ conventions are followed. Call n + 1, n from 0, gradient G (rows x cols), factor
     D <- D min(1, 1.1 / rms(D))
     W <- W - lr (D + wd W)                                      decay after clipping
 
+A gradient of zeros leaves the factors as they are (the reference lets the probe drive them to infinity).
+
 Due: a counter of calls since the last update reaches 1 / p, p = exp(-0.001 (n - 500)) clamped to [0.03, 1]: every
 call up to 500, every 34th in the end. The reference draws this at random in its older versions; counting it is
 reproducible. Every 100th update the factors of a matrix are balanced to equal largest entries, which leaves their
@@ -80,6 +82,11 @@ class PSGD(StackedOptimizer):
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        if "generator" not in state_dict:  # torch.distributed.checkpoint keeps nothing but state and groups
+            raise ValueError(
+                "this state of PSGD has no 'generator', whose probes a resumed run needs; "
+                "valid: what state_dict() returned, with all its keys"
+            )
         super().load_state_dict(state_dict)
         self.generator.set_state(state_dict["generator"].cpu())
 
@@ -94,7 +101,10 @@ class PSGD(StackedOptimizer):
     def update(self, group: dict, stack: Stack) -> None:
         step = stack.advance()
         beta, state = group["momentum"], stack.state
-        state["momentum"].lerp_(stack.gradient(), 1 - beta)
+        gradient = stack.gradient()
+        state["momentum"].lerp_(gradient, 1 - beta)
+        # a gradient of zeros says nothing of the curvature: the probe alone would drive the factors to infinity
+        learns = gradient.flatten(1).any(1) if gradient.ndim > 1 else gradient.bool()
         shape = state["momentum"].shape
         # A vector is one column whose right factor is absent.
         momentum = (state["momentum"] / (1 - beta**step)).view(shape[0], -1, *shape[2:])
@@ -106,7 +116,10 @@ class PSGD(StackedOptimizer):
             momentum.addcmul_(probe, DAMPING * momentum.abs().mean((1, 2), keepdim=True))
             if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
+            kept = None if learns.all() else {side: state[side].clone() for side in ("left", "right") if side in state}
             update_factors(state, momentum, probe, group["preconditioner_lr"])
+            for side, before in (kept or {}).items():
+                state[side][~learns] = before[~learns]
             stack.derived.clear()
             direction = precondition(state, momentum)
         else:

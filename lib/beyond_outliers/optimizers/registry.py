@@ -35,5 +35,4 @@ def build_optimizer(
             require(hyper[rate] >= 0, rate, hyper[rate], "at least 0")
             own = hyper.pop(rate)
             groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    # torch's base class takes defaults instead; ours all take these two
     return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)

@@ -63,7 +63,7 @@ class StackedOptimizer(RoleGroups):
 
     def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
         self.role_defaults = role_defaults or {}
-        self._stacks: dict[int, tuple[list[int], list[Stack]]] = {}
+        self._stacks: dict[int, tuple[list[tuple[int, int]], list[Stack]]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
@@ -73,15 +73,19 @@ class StackedOptimizer(RoleGroups):
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def state_shapes(self, group: dict, parameter: Tensor) -> dict[str, torch.Size]:
+        state = self.init_state(group, parameter.detach().to("meta"))
+        return {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+
     def update(self, group: dict, stack: Stack) -> None:
         raise NotImplementedError
 
     def stacks(self, group: dict) -> list[Stack]:
         """The group's stacks over the parameters that have a gradient; rebuilt only when that set changes."""
         live = [p for p in group["params"] if p.grad is not None]
-        signature = [id(p) for p in live]
         cached = self._stacks.get(id(group))
-        if cached is None or cached[0] != signature:
+        # the states, too: whoever clears them, or puts others in their place, must find that it has an effect
+        if cached is None or cached[0] != [(id(p), id(self.state.get(p))) for p in live]:
             buckets: dict[tuple, list[Tensor]] = {}
             for p in live:
                 if not self.state[p]:
@@ -91,7 +95,7 @@ class StackedOptimizer(RoleGroups):
                 buckets.setdefault(key, []).append(p)
             parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]])]
             found = [Stack(part, [self.state[p] for p in part]) for part in parts]
-            self._stacks[id(group)] = cached = (signature, found)
+            self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], found)
         return cached[1]
 
     @torch.no_grad()

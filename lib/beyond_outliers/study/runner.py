@@ -7,7 +7,10 @@ that no change of machine can lose a measurement. Tables are collected while it 
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
@@ -65,6 +68,22 @@ def train_and_measure(scale: str, purpose: str, config: str) -> str:
     return planned.config.name
 
 
+def end_with_parent() -> None:
+    """Ends this worker when its parent does, however that was killed: two workers must never train the same run."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def continue_study(
     study: Study, jobs: int, hours: float | None = None, shard: tuple[int, int] = (1, 1), progress: bool = True
 ) -> int:
@@ -83,7 +102,9 @@ def continue_study(
                 study.measure_block(size, seed)
     already, collected = len(done), time.monotonic()
     bar = tqdm(desc=f"study {study.scale}", unit="run", disable=None if progress else True)
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent, max_tasks_per_child=25)
+    signal.signal(signal.SIGTERM, _stop)  # of a batch system: workers end, tables are collected
     try:
         while True:
             study.choose_what_is_found()

@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import subprocess
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from beyond_outliers import paths
 
 def provenance(device: torch.device, compiled: bool) -> dict:
     """Where, when and with what a number was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": device.type,
         "device_name": name,
@@ -27,6 +28,24 @@ def provenance(device: torch.device, compiled: bool) -> dict:
         "commit": git_commit(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """The CPU, as exactly as the system tells, and the vector instructions that torch uses on it.
+
+    Numbers differ between processors in their last digits, and training amplifies that: 7 thousandths of a nat in the
+    median, a tenth at most, between two x86 machines.
+    """
+    fields = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [
+        f"{key.removeprefix('cpu ')} {fields[key]}" for key in ("cpu family", "model", "stepping") if key in fields
+    ]
+    return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
 
 
 def git_commit() -> str:

@@ -1,0 +1,77 @@
+"""The house: imports flow one way between the wings, modules are short, no submodule bears the name of an export."""
+
+import ast
+import importlib
+import pkgutil
+
+import beyond_outliers
+from beyond_outliers import paths
+
+LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
+# what stands in a row may import from itself and from the rows above
+LAYERS = [
+    {"paths", "terms"},
+    {"config"},
+    {"cross_entropy", "modules"},
+    {"corpus"},
+    {"decoder", "model", "llama", "optimizers", "quantizers"},
+    {"evaluate", "metrics"},
+    {"propagation", "scaling"},
+    {"train", "probe"},
+    {"study"},
+    {"claims"},
+    {"plots"},
+    {"pages", "notebook"},
+]
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+# the shell hands over to what stands below it; nothing imports a __main__
+SHELLS = {("study.__main__", "notebook")}
+LONGEST = 300  # lines; aim at 250
+
+
+def modules():
+    """(dotted name below the package, file) of every module."""
+    for file in sorted(LIBRARY.rglob("*.py")):
+        yield ".".join(file.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__"), file
+
+
+def imported(file):
+    """First parts below the package of everything that a module imports, also inside functions; types left out."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("beyond_outliers"):
+            below = node.module.split(".")[1:]
+            yield from below[:1] or [alias.name for alias in node.names]
+
+
+def test_every_module_has_its_row():
+    tops = {name.split(".")[0] for name, _ in modules() if name and name != "__init__"}
+    assert tops == set(ROW)
+
+
+def test_imports_flow_one_way():
+    against = [
+        f"{name} imports {target}"
+        for name, file in modules()
+        if name not in ("", "__init__")
+        for target in imported(file)
+        if target in ROW and ROW[target] > ROW[name.split(".")[0]] and (name, target) not in SHELLS
+    ]
+    assert not against, against
+
+
+def test_modules_read_in_one_sitting():
+    long = {name: lines for name, file in modules() if (lines := len(file.read_text().splitlines())) > LONGEST}
+    assert not long, long
+
+
+def test_no_submodule_bears_the_name_of_an_export():
+    for wing in pkgutil.iter_modules(beyond_outliers.__path__):
+        if wing.ispkg:
+            package = importlib.import_module(f"beyond_outliers.{wing.name}")
+            submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+            assert not submodules & set(package.__all__), wing.name
+            assert all(hasattr(package, name) for name in package.__all__), wing.name
