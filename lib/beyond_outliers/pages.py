@@ -26,7 +26,12 @@ from beyond_outliers.terms import explained
 FIGURE = re.compile(r"^figure ([\w.+-]+)$")  # what a saved figure says of itself as plain text
 LARGEST = 150_000  # bytes a page
 BEGIN, END = "<!-- findings of scale {scale}: python -m beyond_outliers.pages readme -->", "<!-- end of findings -->"
-HEADLINES = ("03_ptq", "04_error_propagation", "05_qat", "07_claims")  # of the README's first screen
+HEADLINES = {  # of the README's first screen
+    "03_ptq": "Who is hurt by rounding?",
+    "04_error_propagation": "What goes with the damage?",
+    "05_qat": "And when training itself is quantized?",
+    "07_claims": "The claims.",
+}
 
 
 class StalePage(RuntimeError):
@@ -248,13 +253,16 @@ def check_pages(scale: str, names: list[str]) -> None:
 
 
 def headlines(scale: str) -> str:
-    """What the README says of a scale: three findings and the count of verdicts, between BEGIN and END."""
+    """What the README says of a scale: three findings, the count of verdicts and the terms, between BEGIN and END."""
     from beyond_outliers.claims.findings import FINDINGS
     from beyond_outliers.study.study import Study
 
     study = Study(scale)
-    bullets = [f"- {FINDINGS[name](study)} ([page](figures/{scale}/{name}.md))" for name in HEADLINES]
-    return "\n".join([BEGIN.format(scale=scale), *bullets, END])
+    bullets = [
+        f"- **{lead}** {FINDINGS[name](study)} [Page](figures/{scale}/{name}.md)" for name, lead in HEADLINES.items()
+    ]
+    terms = explained("\n".join(bullets)).replace("](../", "](")
+    return "\n".join([BEGIN.format(scale=scale), *bullets, "", terms, END])
 
 
 def write_headlines(readme: Path, scale: str) -> None:

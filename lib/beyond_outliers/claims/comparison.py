@@ -43,7 +43,7 @@ def written(found: Interval, digits: int = 3, scale: float = 1.0) -> str:
 
 
 class Comparison:
-    """The paper's six by one value, over the sizes at which all of them have runs, or enough runs for an interval."""
+    """Optimizers by one value, over the sizes at which all of them have runs, or enough runs for an interval."""
 
     def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS):
         """`rows`: size, optimizer, seed and `value`, one row a run; NaN for a run that diverged.
@@ -56,7 +56,7 @@ class Comparison:
         if wanted is None:
             there = [label(name) for name in optimizers if name in set(rows.optimizer)]
             raise NothingToCompare(
-                f"no size has runs of all {len(optimizers)} optimizers yet (so far: {listed(there)})"
+                f"no size has runs of {listed([label(name) for name in optimizers])} yet (so far: {listed(there)})"
             )
         self.sizes = [size for size, n in zip(sizes, least, strict=True) if n >= wanted]
         self.cells: Cells = cells(rows, value, optimizers, self.sizes)

@@ -1,7 +1,7 @@
 """What each notebook found, in a sentence or two with numbers, uncertainty and n, made from a study's tables.
 
 FINDINGS: name of a notebook -> function of a study that returns Markdown. Each says what the tables cannot say, too.
-Which of six optimizers is named lowest or highest is read off the same runs, and the intervals do not know it.
+Which optimizer is named lowest or highest is read off the same runs, and the intervals do not know it.
 """
 
 from collections.abc import Callable
@@ -54,6 +54,11 @@ def eligible(study, rows: pd.DataFrame) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
+def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
+    """The paper's optimizers that the scale has, by one value of eligible rows; NothingToCompare as `Comparison`."""
+    return Comparison(eligible(study, rows), value, [n for n in PAPER_OPTIMIZERS if n in study.protocol.optimizers])
+
+
 def _beside(compared: Comparison, first: str, second: str) -> str:
     """How far `first` lies above `second`, and whether that is more than luck."""
     found = compared.difference(first, second)
@@ -65,7 +70,7 @@ def _beside(compared: Comparison, first: str, second: str) -> str:
 def full_precision(study) -> str:
     runs = eligible(study, readings.full_precision(study))
     finished = runs[runs.status == "finished"]
-    compared = Comparison(finished, "val_loss")
+    compared = compare(study, finished, "val_loss")
     best, second, *_, last = compared.order
     diverged = len(runs) - len(finished)
     left_out = f" Left out: {diverged} diverged run{'s' * (diverged > 1)}." if diverged else ""
@@ -78,38 +83,40 @@ def full_precision(study) -> str:
 
 @finding("02_outlier_metrics")
 def outlier_metrics(study) -> str:
-    compared = Comparison(eligible(study, readings.mmr(study)), "mmr")
+    compared = compare(study, readings.mmr(study), "mmr")
     lowest, highest = compared.order[0], compared.order[-1]
+    numbers, n = _correlations(study, {"mmr": "MMR at", "kurtosis": "kurtosis at"}, "increase")
     return (
         f"MMR is lowest for {label(lowest)}, {written(compared.mean(lowest), 2)}, and highest for {label(highest)}, "
         f"{written(compared.mean(highest), 2)} ({compared.over}, {compared.n(lowest, highest)}).{compared.caveat} "
-        f"{_predicts(study, {'mmr': 'MMR', 'kurtosis': 'kurtosis'}, 'increase')}"
+        f"The loss increase under {study.protocol.measure.primary} correlates with {listed(numbers)} (Pearson within "
+        f"sizes, n {n} runs)."
     )
 
 
-def _predicts(study, candidates: dict[str, str], target: str) -> str:
-    """Pearson correlations within sizes with what quantization costs, as a sentence."""
-    spec = study.protocol.measure.primary
+def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[str], int]:
+    """Pearson correlations with what quantization costs, within sizes: "MMR 0.31 [-0.08, 0.58]" each, and the runs.
+
+    candidates: column of `predictor_table` -> name. Without an interval where an optimizer has few seeds; none at all
+    of fewer than three runs.
+    """
     checkpoint = "common" if study.scale == SCALE else "final"  # as the rules of the scale have it
-    table = eligible(study, predictor_table(study, checkpoint=checkpoint, spec=spec))
-    certain = Comparison(table, target).certain
+    table = predictor_table(study, checkpoint=checkpoint, spec=study.protocol.measure.primary)
+    table = eligible(study, table).dropna(subset=target)
+    certain = compare(study, table, target).certain
     found = correlations(table, within="size", candidates=tuple(candidates), targets=(target,)).set_index("candidate")
-    goes_with = {"increase": f"the loss increase under {spec}", "accuracy": f"cloze accuracy under {spec}"}[target]
-    numbers = [
-        f"{name} {written((row.pearson, row.pearson_low, row.pearson_high) if certain else without(row.pearson), 2)}"
-        for name, row in zip(candidates.values(), found.loc[list(candidates)].itertuples(), strict=True)
-        if np.isfinite(row.pearson)
-    ]
-    if not numbers:
-        return f"Too few runs to correlate anything with {goes_with}."
-    n = int(found.n.max())
-    return f"Pearson correlation with {goes_with}, within sizes: {listed(numbers)} (n {n} runs of six optimizers)."
+    numbers = []
+    for name, row in zip(candidates.values(), found.loc[list(candidates)].itertuples(), strict=True):
+        interval = (row.pearson, row.pearson_low, row.pearson_high) if certain else without(row.pearson)
+        if np.isfinite(row.pearson):
+            numbers.append(f"{name} {written(interval, 2)}")
+    return numbers, int(found.n.max())
 
 
 @finding("03_ptq")
 def ptq(study) -> str:
     spec = study.protocol.measure.primary
-    compared = Comparison(eligible(study, readings.damage(study, spec=spec)), "increase")
+    compared = compare(study, readings.damage(study, spec=spec), "increase")
     difference = compared.difference("muon", "shampoo")
     apart = "" if excludes_zero(difference) or not compared.certain else ", which can be none"
     least, second, *_, most = compared.order
@@ -128,12 +135,14 @@ def error_propagation(study) -> str:
         raise NothingToCompare("no run's error has been measured")
     shares = readings.accumulated_dominates(modules).groupby(modules.run).mean()
     runs = modules.drop_duplicates("run").assign(share=lambda rows: rows.run.map(shares))
-    mean = t_interval(shares) if Comparison(runs, "share").certain else without(shares.mean())
-    accuracy = _predicts(study, {"R_L": "R_L"}, "accuracy")
+    mean = t_interval(shares) if compare(study, runs, "share").certain else without(shares.mean())
+    increase, n = _correlations(study, {"R_L": "the loss increase at"}, "increase")
+    accuracy, _ = _correlations(study, {"R_L": "cloze accuracy at"}, "accuracy")
     return (
-        f"{_predicts(study, {'R_L': 'R_L'}, 'increase')} {accuracy} Inherited error (A) exceeds both new error (B) and "
-        f"their interaction (C) in {written(mean, 0, 100)} % of the modules (mean over {len(shares)} runs, "
-        "those included that add no error)."
+        f"Under {study.protocol.measure.primary} the error at the network's end, R_L, correlates with "
+        f"{listed(increase + accuracy)} (Pearson within sizes, n {n} runs). Inherited error (A) "
+        f"exceeds both new error (B) and their interaction (C) in {written(mean, 0, 100)} % of the modules (mean over "
+        f"{len(shares)} runs, modules that add no error included)."
     )
 
 
@@ -141,7 +150,7 @@ def error_propagation(study) -> str:
 def qat(study) -> str:
     losses = eligible(study, readings.qat_losses(study))
     losses = losses[losses.status_qat == "finished"] if len(losses) else losses
-    increase, full, quantized = (Comparison(losses, of) for of in ("increase", "val_loss_fp", "val_loss_qat"))
+    increase, full, quantized = (compare(study, losses, of) for of in ("increase", "val_loss_fp", "val_loss_qat"))
     least, most = increase.order[0], increase.order[-1]
     best, second = quantized.order[:2]
     same = f"{label(best)}, best in full precision, is" if best == full.order[0] else f"{label(best)} is"
@@ -167,7 +176,7 @@ def scaling_laws(study) -> str:
             "none of the optimizers: nothing can be said about who gets most out of one."
         )
     numbers = [f"{label(name)} {written((row.rho, row.low, row.high), 2)}" for name, row in known.iterrows()]
-    others = [label(name) for name in PAPER_OPTIMIZERS if name not in known.index]
+    others = [label(name) for name in runs.optimizer.unique() if name not in known.index]
     unknown = f" Not identified: {listed(others)}." if others else ""
     return (
         f"A 4-bit parameter is worth rho full-precision ones: {listed(numbers)} ({sizes} "
