@@ -205,6 +205,136 @@ CAUSAL = {
         GROUPED | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_multiple_of": 8},
         ("conv",),
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 1},
+        (),
+    ),
+    "hunyuan_moe": ("HunYuanMoEV1Config", LOCAL | {"head_dim": 8, "moe_topk": 2, "num_experts": 4}, ()),
+    "dots1": ("Dots1Config", DEEPSEEK | {"n_group": 1}, ()),
+    "flex_olmo": ("FlexOlmoConfig", MOE, ()),
+    "lfm2_moe": ("Lfm2MoeConfig", MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, ("conv",)),
+    "minimax_m2": ("MiniMaxM2Config", LOCAL | {"head_dim": 8}, ()),
+    "longcat": (
+        "LongcatFlashConfig",
+        SHAPE
+        | MLA
+        | {
+            "num_layers": 1,
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "moe_topk": 2,
+            "zero_expert_num": 1,
+            "head_dim": 8,
+        },
+        ("router.classifier",),
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        GROUPED
+        | {
+            "head_dim": 8,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "num_hidden_layers": 3,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+        ("conv1d",),
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        LOCAL
+        | {
+            "layer_types": ["mamba", "attention"],
+            "shared_intermediate_size": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+        ("conv1d",),
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        MOE
+        | {
+            "head_dim": 8,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        ("conv1d",),
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        GROUPED
+        | {
+            "mamba_d_state": 8,
+            "mamba_headdim": 16,
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 1,
+            "layers_block_type": ["mamba", "hybrid"],
+            "chunk_size": 8,
+        },
+        ("conv1d",),
+    ),
+    "cohere2_moe": ("Cohere2MoeConfig", MOE, ()),
+    "gemma4": (
+        "Gemma4TextConfig",
+        GROUPED
+        | {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 8,
+        },
+        (),
+    ),
+    "aria": (
+        "AriaTextConfig",
+        SHAPE | {"num_key_value_heads": 2, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        (),
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        GROUPED
+        | {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+        ("conv1d",),
+    ),
+    "arcee": ("ArceeConfig", GROUPED, ()),
+    "helium": ("HeliumConfig", GROUPED | {"head_dim": 8}, ()),
+    "persimmon": ("PersimmonConfig", SHAPE, ()),
+    "apertus": ("ApertusConfig", GROUPED, ()),
+    "seed_oss": ("SeedOssConfig", GROUPED | {"head_dim": 8}, ()),
+    "diffllama": ("DiffLlamaConfig", GROUPED, ()),
+    "xlstm": ("xLSTMConfig", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}, ()),
+    "falcon_mamba": (
+        "FalconMambaConfig",
+        {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+        ("conv1d", "dt_proj"),
+    ),
 }
 HIDDEN = {
     "bert": ("BertConfig", SHAPE, ()),
@@ -401,8 +531,8 @@ def test_coverage(name):
 
 
 TEXT = Path(model_module.__file__)
-# experts that other tokens reach; a configuration that says -1 positions; nothing but convolutions
-NOT_PROBED = {"dbrx", "xlnet", "squeezebert"}
+# experts that other tokens reach; -1 positions; nothing but convolutions; weights that are zero
+NOT_PROBED = {"dbrx", "xlnet", "squeezebert", "xlstm"}
 
 
 @pytest.fixture(scope="module")

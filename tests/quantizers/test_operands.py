@@ -141,6 +141,15 @@ class Scaled(nn.Linear):
         return F.linear(x, 0.5 * self.weight, self.bias)
 
 
+class ElementwiseGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 16))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 class LoRA(nn.Linear):
     def __init__(self, *shape):
         super().__init__(*shape)
@@ -171,6 +180,8 @@ def test_subclasses_of_linear_are_rounded_exactly_or_named():
     )
     for name in ("scaled", "lora"):
         assert torch.equal(quantized[name](x), model[name](x))
+    gated = quantize_model(nn.Sequential(ElementwiseGate(), nn.Linear(16, 16)), QuantSpec(), example=x, strict=True)
+    assert coverage(gated)["name"].tolist() == ["1"]  # named like a router, and no product
     qat = prepare_qat(nn.Sequential(LoRA(16, 8), nn.Linear(8, 8)), QuantSpec())
     assert {"0.weight", "0.bias", "0.down", "0.up"} <= {name for name, _ in qat.named_parameters()}
 

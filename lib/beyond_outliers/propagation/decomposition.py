@@ -35,7 +35,7 @@ from beyond_outliers.modules import as_batches, evaluating, linear_weight
 from beyond_outliers.propagation.norms import Ratios, dot, pieces, spectral_norm, squared_norms
 from beyond_outliers.propagation.recording import Call, Tape, clones, floats, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
-from beyond_outliers.quantizers.coverage import Runs
+from beyond_outliers.quantizers.watching import Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from beyond_outliers.modules import as_batches, evaluating, forward
 from beyond_outliers.propagation.norms import dot, pieces
 from beyond_outliers.propagation.recording import floats
-from beyond_outliers.quantizers.coverage import Runs
+from beyond_outliers.quantizers.watching import Runs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Number formats, rotations, trainable quantizers, and models under quantization."""
 
 from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
-from beyond_outliers.quantizers.coverage import CoverageWarning, Quantization, coverage
+from beyond_outliers.quantizers.coverage import CoverageWarning, Quantization
 from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
@@ -17,6 +17,7 @@ from beyond_outliers.quantizers.trainable import (
     optimal_gaussian_scale,
     staircase,
 )
+from beyond_outliers.quantizers.watching import coverage
 
 __all__ = [
     "GRIDS",

@@ -6,18 +6,14 @@ finds what no list of layers can: weights read past their layers, tables that se
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
-from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward, why_not_replaced
+from beyond_outliers.modules import UNCALLED, every_module, why_not_replaced
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 
@@ -99,19 +95,6 @@ class Quantization:
         warnings.warn(text, CoverageWarning, stacklevel=3)
 
 
-def coverage(quantized: nn.Module, batch=None) -> pd.DataFrame:
-    """Table of `quantized.quantization`: one row a matrix-multiply weight; `attrs["share"]` is the share rounded.
-
-    batch: an input (see `forward`); its pass through the model is watched, and the record brought up to date.
-    Raises ValueError for a model that no function of this wing returned.
-    """
-    record = record_of(quantized)
-    if batch is not None:
-        rows = watched_weights(quantized, record, batch)
-        record.weights = [replace(row, rounded=False) if row.reason == UNCALLED else row for row in rows]
-    return record.table()
-
-
 def record_of(quantized: nn.Module) -> Quantization:
     record = vars(quantized).get("quantization")
     if not isinstance(record, Quantization):
@@ -136,7 +119,7 @@ def path(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
 
 
-def _treated(model: nn.Module) -> list[tuple[Weight, Tensor, nn.Module]]:
+def treated_weights(model: nn.Module) -> list[tuple[Weight, Tensor, nn.Module]]:
     """Rounded weights with their tensors and owners."""
     found = []
     for module, name in rounding_layers(model).items():
@@ -159,7 +142,7 @@ def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Col
 
     head: the name of its head. past: names of weights that are known to be read past their layers.
     """
-    rows = [weight for weight, _, _ in _treated(model)]
+    rows = [weight for weight, _, _ in treated_weights(model)]
     handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
     modules = every_module(model)
     for module, name in modules.items():
@@ -218,197 +201,3 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     lazy = nn.parameter.UninitializedTensorMixin
     own = {name: tensor for name, tensor in own.items() if not isinstance(tensor, lazy)}
     return {name: tensor for name, tensor in own.items() if sum(length > 1 for length in tensor.shape) > 1}
-
-
-# ------------------------------------------------------------------------------------------- by a watched forward pass
-
-# fmt: off
-_PRODUCTS = frozenset([  # aten operators that sum over a dimension of two operands
-    "_grouped_mm", "_mkl_linear", "_native_multi_head_attention", "_scaled_mm", "_transformer_encoder_layer_fwd",
-    "_trilinear", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "_convolution", "dot",
-    "grouped_mm_fallback", "linear", "lstm", "matmul", "mkldnn_rnn_layer", "mm", "mv", "_thnn_fused_gru_cell",
-    "_linear_pointwise", "linear_pointwise",
-])
-_SUMS = frozenset(["addbmm", "addmm", "addmv", "baddbmm"])  # those whose first operand is added to the product
-# fmt: on
-
-
-class _Products(TorchDispatchMode):
-    """Watches one forward pass for products of an activation with something made of a weight alone.
-
-    An activation descends from an embedding lookup, a floating-point input, or a product. uses: id of the weight ->
-    (operator, whether a module that owns the weight was running).
-    """
-
-    def __init__(self, model: nn.Module, weights: list[Tensor]):
-        super().__init__()
-        self.modules = every_module(model)
-        self.owners: dict[int, set] = {}
-        for module in self.modules:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self.owners.setdefault(id(tensor), set()).add(module)
-            for part in getattr(module, "parametrizations", {}).values():
-                for tensor in part.parameters():
-                    self.owners.setdefault(id(tensor), set()).add(module)
-        self.sources, self.activations = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        for tensor in weights:
-            self.sources[tensor] = frozenset([id(tensor)])
-        self.open: list[nn.Module] = []
-        self.ran: set[nn.Module] = set()
-        self.uses: dict[int, set[tuple[str, bool]]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        operator = function.overloadpacket.__name__
-        inputs = _floats(args, kwargs)
-        active = any(x in self.activations for x in inputs)
-        operands = _floats(args[1:] if operator in _SUMS else args, kwargs)
-        origins = [self.sources[x] for x in operands if x not in self.activations and x in self.sources]
-        made_of = frozenset().union(*origins)
-        activated = active or operator == "embedding"
-        if operator in _PRODUCTS:
-            for source in made_of:
-                owners = self.owners.get(source, set())
-                if active or owners & set(self.open[-1:]):
-                    self.uses.setdefault(source, set()).add((operator, not owners.isdisjoint(self.open)))
-                    activated = True  # what a layer makes of a constant input is its output, no weight any more
-            activated |= len(origins) > 1
-        for x in _floats(output):
-            if activated:
-                self.activations[x] = True
-            elif made_of and x not in self.sources:
-                self.sources[x] = made_of
-        return output
-
-    def _enter(self, module, args):
-        self.open.append(module)
-        self.ran.add(module)
-
-    def _leave(self, module, args, output):
-        if self.open and self.open[-1] is module:
-            self.open.pop()
-
-    def run(self, model: nn.Module, batch) -> "_Products":
-        handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in self.modules]
-        handles += [m.register_forward_hook(self._leave) for m in self.modules]
-        for x in _floats(batch):
-            self.activations[x] = True
-        try:
-            with evaluating(model), self:
-                forward(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self
-
-
-def _floats(*values) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found += [value] if value.is_floating_point() else []
-        elif isinstance(value, (tuple, list)):
-            found += _floats(*value)
-        elif isinstance(value, Mapping):
-            found += _floats(*value.values())
-    return found
-
-
-def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weight]:
-    """The record's rows, corrected by what one forward pass shows.
-
-    A row of reason `UNCALLED` that is rounded: the layer rounds, and others read its weight without its inputs.
-    """
-    treated = _treated(model)
-    names = {id(tensor): weight.name for weight, tensor, _ in treated if tensor is not None}
-    candidates = {id(tensor): tensor for _, tensor, _ in treated if tensor is not None}
-    tables = set()
-    owner = {}
-    for module, name in every_module(model).items():
-        for own, tensor in _candidates(module).items():
-            if id(tensor) not in names:
-                names[id(tensor)] = (
-                    name if own == "weight" and not isinstance(module, nn.Embedding) else path(name, own)
-                )
-                candidates[id(tensor)] = tensor
-                owner[names[id(tensor)]] = module
-            if isinstance(module, nn.Embedding):
-                tables.add(id(tensor))
-    seen = _Products(model, list(candidates.values())).run(model, batch)
-    used = {names[i]: (i, uses) for i, uses in seen.uses.items()}
-    rows = []
-    for row in record.weights:
-        _, uses = used.pop(row.name, (None, set()))
-        past = row.rounded and record.spec.activations != "none" and any(not owned for _, owned in uses)
-        if past:
-            rows.append(replace(row, reason=UNCALLED))
-        elif row.reason == NO_HEAD:
-            rows += [replace(row, reason=UNCALLED)] if uses else []
-        elif row.reason == UNSEEN:
-            if uses:
-                convolved = any("convolution" in operator for operator, _ in uses)
-                rows.append(replace(row, reason="convolution" if convolved else OUTSIDE))
-            elif owner.get(row.name) not in seen.ran:
-                rows.append(row)
-        else:
-            rows.append(row)
-    known = {
-        id(m.weight) for m, n in every_module(model).items() if any(r.name == n and r.reason == HEAD for r in rows)
-    }
-    for name, (i, _) in used.items():
-        if i in known:
-            continue
-        is_table = i in tables
-        reason = (UNCALLED if record.spec.head else HEAD) if is_table else OUTSIDE
-        rows.append(Weight(name, "embedding" if is_table else "parameter", candidates[i].numel(), False, reason))
-    return rows
-
-
-def _candidates(module: nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return {}
-    return {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point() and p.ndim > 1}
-
-
-# --------------------------------------------------------------------------------------------- which layers ran
-
-
-class Runs:
-    """Counts the runs of the layers that round, while a measurement goes on.
-
-    `check(batch)`, once it is over: layers that never ran are put into the record as such; if one pass of `batch` shows
-    that some module reads such a layer's weight without calling it, that is a ValueError: its inputs were not rounded.
-    """
-
-    def __init__(self, quantized: nn.Module):
-        self.model, self.layers, self.counts = quantized, rounding_layers(quantized), Counter()
-
-    @contextmanager
-    def counted(self) -> Iterator["Runs"]:
-        handles = [
-            layer.register_forward_pre_hook(lambda layer, _: self.counts.update([layer])) for layer in self.layers
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def check(self, batch):
-        idle = {layer: name for layer, name in self.layers.items() if not self.counts[layer]}
-        record = vars(self.model).get("quantization")
-        if record is not None:
-            record.never_ran = list(idle.values())
-        if not idle:
-            return
-        treated = [(w, t) for w, t, owner in _treated(self.model) if owner in idle and t is not None]
-        uses = _Products(self.model, [tensor for _, tensor in treated]).run(self.model, batch).uses
-        read = [weight.name for weight, tensor in treated if id(tensor) in uses]
-        if read and record is not None and record.spec.activations != "none":
-            raise ValueError(
-                f"layers that were replaced but never ran, whose weights another module reads: {', '.join(read)}"
-            )
-        warnings.warn(
-            f"layers that never ran in this measurement: {', '.join(idle.values())}", CoverageWarning, stacklevel=3
-        )

@@ -28,6 +28,10 @@ _PRODUCTS = {
 # fmt: on
 
 
+class NotAProduct(RuntimeError):
+    """A weight is used in a way in which its operand cannot be rounded."""
+
+
 class RoundedProducts(TorchFunctionMode):
     """Rounds both operands of products with `weights`: the other one by `operand`, the weight by `weight`, if given.
 
@@ -59,22 +63,31 @@ class RoundedProducts(TorchFunctionMode):
             return function(*self._einsum(args))
         if label in _PRODUCTS and not (kwargs.keys() - {"offs", "bias", "out_dtype", "out"}):
             return function(*self._product(args, *_PRODUCTS[label]), **kwargs)
+        if label not in _MOVES:
+            return self._read(function, label, args, kwargs, sorted(names)[0])
         output = function(*args, **kwargs)
-        made = list(_tensors(output))
-        if made and label not in _MOVES:
-            raise RuntimeError(f"the weight {sorted(names)[0]!r} is used by {label}, which is no matrix product")
-        for tensor in made:
-            (name,) = names if len(names) == 1 else (sorted(names)[0],)
-            self.tracked[id(tensor)] = name, tensor
+        for tensor in _tensors(output):
+            self.tracked[id(tensor)] = sorted(names)[0], tensor
+        return output
+
+    def _read(self, function, label: str, args: tuple, kwargs: dict, name: str):
+        """The result of a function that makes no tensor of a weight, such as its shape; any other is an error."""
+        refusal = NotAProduct(f"the weight {name!r} is used by {label}, which is no matrix product")
+        try:
+            output = function(*args, **kwargs)
+        except RuntimeError as error:
+            raise refusal from error
+        if any(True for _ in _tensors(output)):
+            raise refusal
         return output
 
     def _pair(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> tuple[Tensor, Tensor]:
         names = self.name(a), self.name(b)
         if all(names):
-            raise RuntimeError(f"the product of two weights, {names[0]!r} and {names[1]!r}, has no activation to round")
+            raise NotAProduct(f"the product of two weights, {names[0]!r} and {names[1]!r}, has no activation to round")
         for name, x, dim in ((names[0], a, a_dim), (names[1], b, b_dim)):
             if name and x.shape[dim] != self.widths[name]:
-                raise RuntimeError(
+                raise NotAProduct(
                     f"a product sums over {x.shape[dim]} entries of {name!r}; its rows have {self.widths[name]}"
                 )
         self.met.update(filter(None, names))
@@ -95,7 +108,7 @@ class RoundedProducts(TorchFunctionMode):
         letters = inputs.replace("...", ".").split(",")
         summed = set(letters[0]) & set(letters[-1]) - set(output) - {"."}
         if len(operands) != 2 or len(summed) != 1 or not output:
-            raise RuntimeError(
+            raise NotAProduct(
                 f"einsum({equation!r}) with a weight: only two operands that share one summed index can be rounded"
             )
         index = summed.pop()
@@ -184,33 +197,49 @@ def own_products(module: nn.Module) -> dict[str, int] | None:
         found = dict.fromkeys(_EXPERTS[label], -1)
     elif label in _TRANSPOSED_EXPERTS:
         found = dict.fromkeys(_TRANSPOSED_EXPERTS[label], -2)
-    elif label.lower().endswith(("router", "gate")) and not any(True for _ in module.children()):
-        found = {"weight": -1} if "weight" in own and own["weight"].ndim == 2 else None
+    elif label.lower().endswith(("router", "gate")) and own.get("weight") is not None and own["weight"].ndim == 2:
+        found = None if _has_layers(module) or _refuses(module, module.weight) else {"weight": -1}
     else:
         return None
     usable = found and all(own.get(name) is not None and own[name].ndim > 1 for name in found)
     return found if usable else None
 
 
-@torch.no_grad()
+def _has_layers(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
 def _multiplies(linear: nn.Linear) -> bool:
-    """Whether a forward of its own makes nothing but products with `weight`, seen on rows of three shapes."""
+    """Whether a forward of its own makes nothing but products with `weight`, as far as a few rows show."""
     own = {name for name, _ in linear.named_parameters()}
     if not has_own_forward(linear, nn.Linear) or own - {"weight", "bias"} or any(True for _ in linear.children()):
         return False
-    if "forward" in vars(linear) or linear.weight.device.type == "meta":
-        return False
-    training, met = linear.training, False
-    rows = torch.arange(8 * linear.in_features, device=linear.weight.device).add(1).sin().to(linear.weight.dtype)
+    return (
+        "forward" not in vars(linear)
+        and linear.weight.device.type != "meta"
+        and _refuses(linear, linear.weight) is False
+    )
+
+
+@torch.no_grad()
+def _refuses(module: nn.Module, weight: Tensor) -> bool | None:
+    """Whether `module` uses its `weight` (out, in) in another way than in products, tried on rows of two shapes.
+
+    None: not to be seen, because the module does not take such rows.
+    """
+    training, answer = module.training, None
+    rows = torch.arange(8 * weight.shape[1], device=weight.device).add(1).sin().to(weight.dtype)
     try:
-        linear.training = False
-        for shape in ((8, -1), (2, 4, linear.in_features)):
-            mode = RoundedProducts({"weight": linear.weight}, {"weight": -1}, None)
-            with mode:
-                linear.forward(rows.reshape(shape))
-            met |= bool(mode.met)
-    except Exception:  # a product that cannot be rounded, or rows that this forward does not take
-        return False
+        module.eval()
+        for shape in ((8, -1), (2, 4, weight.shape[1])):
+            mode = RoundedProducts({"weight": weight}, {"weight": -1}, None)
+            with torch.random.fork_rng(devices=[]), mode:
+                module.forward(rows.reshape(shape).clone())
+            answer = False if mode.met else answer
+    except NotAProduct:
+        return True
+    except Exception:  # whatever a forward of its own asks of its input that these rows are not
+        return None if not isinstance(module, nn.Linear) else answer
     finally:
-        linear.training = training
-    return met
+        module.train(training)
+    return answer
