@@ -9,6 +9,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
@@ -120,7 +121,7 @@ def probe(
         activation_metrics(model, batches, spec),
         decompose(model, quantized, batches, granularity=granularity, attention=attention),
         relative_error(model, quantized, batches),
-        quantized.quantization,
+        cast(Quantization, quantized.quantization),
     )
 
 

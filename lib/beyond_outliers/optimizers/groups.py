@@ -171,7 +171,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     head = find_head(model)
     if head is not None:
         tables.add(id(model.get_submodule(head)._parameters.get("weight")))
-    groups = {"matrix": [], "embedding": [], "vector": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "vector": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in tables else "matrix"

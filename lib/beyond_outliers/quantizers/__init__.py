@@ -1,12 +1,12 @@
 """Number formats, rotations, trainable quantizers, and models under quantization."""
 
 from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
-from beyond_outliers.quantizers.coverage import CoverageWarning, Quantization
 from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
+from beyond_outliers.quantizers.report import CoverageWarning, Quantization
 from beyond_outliers.quantizers.saving import load_quantized, save_quantized
 from beyond_outliers.quantizers.trainable import (
     SCHEMES,

@@ -21,13 +21,13 @@ from beyond_outliers.modules import (
     substitute,
     take_hooks,
 )
-from beyond_outliers.quantizers.coverage import UNCALLED, Quantization, known_weights, path, rounding_layers
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
 from beyond_outliers.quantizers.operands import Rounding, along, own_products
+from beyond_outliers.quantizers.report import UNCALLED, Quantization, known_weights, path, rounding_layers
 from beyond_outliers.quantizers.saving import refuse_save_pretrained
 from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.watching import watched_weights

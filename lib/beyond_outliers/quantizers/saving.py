@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from beyond_outliers.modules import hidden_modules
-from beyond_outliers.quantizers.coverage import UNCALLED, Quantization, Weight, record_of
 from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.report import UNCALLED, Quantization, Weight, record_of
 
 TENSORS, SETTINGS = "quantized.safetensors", "quantization.json"
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward
-from beyond_outliers.quantizers.coverage import (
+from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.report import (
     HEAD,
     NO_HEAD,
     OUTSIDE,
@@ -25,7 +26,6 @@ from beyond_outliers.quantizers.coverage import (
     rounding_layers,
     treated_weights,
 )
-from beyond_outliers.quantizers.formats import QuantSpec
 
 # fmt: off
 _PRODUCTS = frozenset([  # aten operators that sum over a dimension of two operands
@@ -193,7 +193,8 @@ class Runs:
     """
 
     def __init__(self, quantized: nn.Module):
-        self.model, self.layers, self.counts = quantized, rounding_layers(quantized), Counter()
+        self.model, self.layers = quantized, rounding_layers(quantized)
+        self.counts: Counter = Counter()
 
     @contextmanager
     def counted(self) -> Iterator["Runs"]:
