@@ -72,6 +72,7 @@ def size_of(run):
 
 rule all:
     input:
+        f"{FIGURES}/README.md",
         expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks(PROTOCOL)),
         # asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it
         [file for size in SWEPT for file in outputs(sweep(PROTOCOL, size))],
@@ -159,3 +160,12 @@ rule notebook:
         touch(f"{WORK}/notebooks/{{notebook}}.done"),
     shell:
         "{COMMAND} notebook --scale {SCALE} --name {wildcards.notebook} --tables-only"
+
+
+rule index:
+    input:
+        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks(PROTOCOL)),
+    output:
+        f"{FIGURES}/README.md",
+    shell:
+        "{sys.executable} -m beyond_outliers.pages index --scale {SCALE}"

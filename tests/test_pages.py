@@ -35,7 +35,11 @@ def test_html_without_a_table_is_refused():
 
 
 def executed(tmp_path, *outputs):
-    cells = [nbformat.v4.new_markdown_cell("# 1. Title\n\nsee [four](04_error_propagation.ipynb)")]
+    cells = [
+        nbformat.v4.new_markdown_cell(
+            "# 1. Title\n\n**Question.** Who | what?\n\nsee [four](04_error_propagation.ipynb)"
+        )
+    ]
     cells += [nbformat.v4.new_code_cell("secret = 1", outputs=[nbformat.from_dict(output)]) for output in outputs]
     path = tmp_path / "executed.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
@@ -91,3 +95,70 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
         pages.check_pages("smoke", ["01_full_precision"])
     with pytest.raises(ValueError, match="unknown scale 'huge'"):
         pages.check_pages("huge", [])
+
+
+def test_links_and_code_in_a_table_are_kept():
+    table = pd.DataFrame({"a": ['<a href="../data/claims.toml#L3">rule</a>'], "b": ["<code>make test</code>"]})
+    lines = pages.markdown_table(table.style.hide(axis="index").to_html()).splitlines()
+    assert lines[-1] == "| [rule](../data/claims.toml#L3) | `make test` |"
+
+
+def test_links_of_a_notebook_lead_somewhere_from_its_page():
+    text = '[a](03_ptq.ipynb) [b](../data/README.md#terms) ![c](../figures/smoke/03_x.png) <a href="07_claims.ipynb">'
+    expected = '[a](03_ptq.md) [b](../../data/README.md#terms) ![c](03_x.png) <a href="07_claims.md">'
+    assert pages.relinked(text, "smoke", "md") == expected
+    assert pages.relinked(expected, "smoke", "md") == expected  # a link of a page is left alone
+    assert pages.relinked('<a href="07_claims.ipynb">', "smoke", "html") == '<a href="07_claims.html">'
+
+
+def test_a_progress_bar_stays_out():
+    assert (
+        pages.markdown_output(shown(**{"application_vnd.jupyter.widget-view+json": "{}", "text_plain": "50%"})) is None
+    )
+
+
+@pytest.fixture
+def one_page(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(pages, "names_of", lambda scale: ["01_full_precision"])
+    found = shown(text_markdown="**Finding.** Muon, 1.0 [0.9, 1.1] under W4A4 | n 3.", text_plain="")
+    return pages.write_page(executed(tmp_path, found), "smoke", "01_full_precision")
+
+
+def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):
+    index = pages.write_index("smoke").read_text()
+    row = "| [1. Title](01_full_precision.md) | Who \\| what? | Muon, 1.0 [0.9, 1.1] under W4A4 \\| n 3. |"
+    assert row in index.splitlines()
+    assert "**W4A4**: weights and activations" in index and "](../../data/README.md#terms)" in index
+    before = index
+    assert pages.write_index("smoke").read_text() == before
+
+
+def test_an_index_of_missing_or_mute_pages_is_refused(one_page):
+    one_page.write_text(one_page.read_text().replace("**Finding.**", ""))
+    with pytest.raises(ValueError, match=r"01_full_precision\.md has no paragraph that begins with \*\*Finding"):
+        pages.write_index("smoke")
+    one_page.unlink()
+    with pytest.raises(FileNotFoundError, match="make figures SCALE=smoke"):
+        pages.write_index("smoke")
+
+
+def test_pages_are_checked_from_the_shell(one_page, capsys):
+    assert pages.main(["check", "--scale", "smoke"]) == 0
+    assert "1 pages of scale smoke are up to date" in capsys.readouterr().out
+    one_page.write_text(one_page.read_text().replace("made from ", "made from 0"))
+    with pytest.raises(SystemExit) as left:
+        pages.main(["check", "--scale", "smoke"])
+    assert left.value.code == 1 and "make figures SCALE=smoke" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pages.main(["check", "--scale", "huge"])
+    assert "huge" in capsys.readouterr().err
+
+
+def test_findings_are_put_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "headlines", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{pages.BEGIN.format(scale='laptop')}\n- old\n{pages.END}\nafter\n")
+    pages.write_headlines(readme, "laptop")
+    assert readme.read_text() == f"before\n{pages.BEGIN.format(scale='laptop')}\n- new\n{pages.END}\nafter\n"
+    with pytest.raises(ValueError, match="lacks the lines"):
+        pages.write_headlines(readme, "pocket")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -14,6 +15,10 @@ from tqdm.auto import tqdm
 from beyond_outliers import paths
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.study.study import Study
+from beyond_outliers.study.tables import MissingResults
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
 
 # what IPython and papermill put into a fresh namespace themselves
 _NOT_PARAMETERS = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -24,15 +29,81 @@ def begin(namespace: dict, study: bool = True):
 
     The valid parameters are the annotated names of that cell (`scale: str = "pocket"`). Any other public name in the
     namespace came from outside, misspelt: ValueError with the valid ones, as for a value of the wrong type. Shows a
-    table of the parameters, versions and commit, and returns the `Study` of the parameter `scale` (None: study=False).
+    table of the parameters, versions and commit, and returns the `Study` of the parameter `scale` (None: study=False),
+    trained and measured first where the parameter `build` asks for it. MissingResults where it does not and there is
+    nothing to read.
     """
     from beyond_outliers.plots.theme import set_theme
-    from beyond_outliers.study.study import Study
 
     parameters = check_parameters(namespace)
     set_theme()
     _show(parameters)
-    return Study(parameters["scale"]) if study else None
+    return opened(Study(parameters["scale"]), parameters.get("build", False)) if study else None
+
+
+def opened(study: Study, build: bool) -> Study:
+    """The study with everything that it plans (build), or as far as its tables go; MissingResults without tables."""
+    if build:
+        return study.ensure()
+    if not (study.results / "runs.csv").exists():
+        raise MissingResults(
+            f"Scale {study.scale} has no tables to read in {study.results}. To build them, which takes "
+            f"{time_to_build(study)}: run `make reproduce SCALE={study.scale}` (runs side by side), or this notebook "
+            "with the parameter build=True (one after the other)."
+        )
+    return study
+
+
+LARGEST_TIMED = 10_000_000  # parameters of a model that a few steps are timed of, to say how long a study takes
+
+
+def time_to_build(study: Study) -> str:
+    """How long training takes, from a few steps timed here; the command that says so where models are large."""
+    from beyond_outliers.study.plan import plan_table
+
+    if max(study.protocol.model(size).n_parameters for size in study.protocol.sizes) > LARGEST_TIMED:
+        return f"as long as `make plan SCALE={study.scale}` says"
+    hours = float(plan_table(study).hours.sum())
+    shown = f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.0f} hours"
+    return f"about {shown} of training on one core, one run after the other, and measurements on top"
+
+
+NOTE = (
+    "*Intervals are 95 %: of means and differences by t over seeds within sizes, of correlations by bootstrap over "
+    "runs. Who is lowest or highest was read off the same runs.*"
+)
+
+
+def finding(name: str, of: Any) -> "Markdown":
+    """What a notebook found, and the terms that it uses, as its second cell shows them.
+
+    of: the study (notebook 08: what `probe` found). ValueError for a notebook that has no finding.
+    """
+    from IPython.display import Markdown
+
+    from beyond_outliers.claims.findings import FINDINGS
+    from beyond_outliers.terms import explained
+
+    if name not in FINDINGS:
+        raise ValueError(f"no finding for the notebook {name!r}; valid: {', '.join(FINDINGS)}")
+    text = FINDINGS[name](of)
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    parts = [
+        f"**Finding.** {text}",
+        NOTE if "[" in text and hasattr(of, "scale") else "",
+        explained(f"{text}\n{prose}"),
+    ]
+    return Markdown("\n\n".join(filter(None, parts)))
+
+
+def verdicts_here(name: str, study: Study) -> "Markdown":
+    """The verdicts on the claims of a notebook, each with its estimate, n, reason and a link to its rule."""
+    from IPython.display import Markdown
+
+    from beyond_outliers.claims.evidence import verdict_lines
+
+    return Markdown(verdict_lines(study, name))
 
 
 def check_parameters(namespace: dict) -> dict:
@@ -103,7 +174,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     import nbconvert
     import papermill
 
-    from beyond_outliers.pages import write_page
+    from beyond_outliers.pages import relinked, write_page
 
     source = paths.NOTEBOOKS / f"{name}.ipynb"
     if not source.exists():
@@ -120,16 +191,18 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
     target = paths.FIGURES / scale / f"{name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html)
+    target.write_text(relinked(html, scale, "html"))
     write_page(executed, scale, name)
     return target
 
 
 def render(scale: str, jobs: int) -> None:
-    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own.
+    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own, and the index of pages.
 
     MissingResults when the scale has no tables yet; SystemExit with the end of their messages when notebooks fail.
     """
+    from beyond_outliers.pages import write_index
+
     study = Study(scale)
     study.table("runs")  # fail early, with the remedy
     names = notebooks(study.protocol)
@@ -149,3 +222,4 @@ def render(scale: str, jobs: int) -> None:
         raise SystemExit(
             f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
         )
+    write_index(scale)

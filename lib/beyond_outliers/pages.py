@@ -4,19 +4,34 @@ nbconvert does the work. Before it, every output is rewritten: a figure becomes 
 wrote, an HTML table becomes a Markdown table, code is left out. What changes from run to run without a change of
 substance (commit, versions, object addresses) does not enter, so the same tables give the same bytes. The first line
 is a fingerprint of the notebook's source and of the scale's tables, by which a stale page is recognised.
+
+python -m beyond_outliers.pages index --scale laptop     figures/laptop/README.md, a row a page
+python -m beyond_outliers.pages check --scale laptop     whether every page is there and of these tables
+python -m beyond_outliers.pages readme --scale laptop    the findings in README.md, again from the tables
 """
 
+import argparse
 import hashlib
 import html.parser
 import json
 import re
+import sys
 from pathlib import Path
 
 from beyond_outliers import paths
-from beyond_outliers.config.protocol import scales
+from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.study.tables import MissingResults
+from beyond_outliers.terms import explained
 
 FIGURE = re.compile(r"^figure ([\w.+-]+)$")  # what a saved figure says of itself as plain text
 LARGEST = 150_000  # bytes a page
+BEGIN, END = "<!-- findings of scale {scale}: python -m beyond_outliers.pages readme -->", "<!-- end of findings -->"
+HEADLINES = {  # of the README's first screen
+    "03_ptq": "Who is hurt by rounding?",
+    "04_error_propagation": "What goes with the damage?",
+    "05_qat": "And when training itself is quantized?",
+    "07_claims": "The claims.",
+}
 
 
 class StalePage(RuntimeError):
@@ -27,7 +42,7 @@ class StalePage(RuntimeError):
 
 
 class _Table(html.parser.HTMLParser):
-    """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty."""
+    """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty, links kept."""
 
     def __init__(self):
         super().__init__()
@@ -35,6 +50,7 @@ class _Table(html.parser.HTMLParser):
         self.heads = 0
         self.caption = ""
         self._cell: list[str] | None = None
+        self._target = ""  # of the link that is open
         self._span = (1, 1)
         self._below: dict[int, int] = {}  # column -> rows that a cell above still covers
         self._in_caption = self._in_head = False
@@ -47,6 +63,9 @@ class _Table(html.parser.HTMLParser):
         elif tag in ("td", "th"):
             self._fill()
             self._cell, self._span = [], (int(of.get("rowspan", 1)), int(of.get("colspan", 1)))
+        elif tag in ("a", "code") and self._cell is not None:
+            self._target = of.get("href", "") if tag == "a" else self._target
+            self._cell.append("[" if tag == "a" else "`")
         elif tag == "caption":
             self._in_caption = True
         elif tag == "thead":
@@ -62,6 +81,8 @@ class _Table(html.parser.HTMLParser):
                 self.rows[-1].append(text if i == 0 or self._in_head else "")  # a heading stands over all it spans
             self._cell = None
             self._fill()
+        elif tag in ("a", "code") and self._cell is not None:
+            self._cell.append(f"]({self._target})" if tag == "a" else "`")
         elif tag == "caption":
             self._in_caption = False
         elif tag == "thead":
@@ -101,6 +122,8 @@ def markdown_output(output: dict) -> dict | None:
     if output["output_type"] == "stream":
         return output if output["name"] == "stdout" else None
     data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
     plain = data.get("text/plain", "")
     if found := FIGURE.match(plain.strip()):
         text = f"![{found[1]}]({found[1]}.png)\n"
@@ -128,6 +151,13 @@ def fingerprint(scale: str, name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def relinked(text: str, scale: str, kind: str) -> str:
+    """Links of a notebook as a page in figures/SCALE needs them: other notebooks as pages of that `kind` (md, html)."""
+    text = re.sub(r"""(\]\(|href=")(\d\d_\w+)\.ipynb""", rf"\1\2.{kind}", text)
+    text = re.sub(rf"""(\]\(|href=")\.\./figures/{re.escape(scale)}/""", r"\1", text)
+    return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", r"\1../../", text)
+
+
 def write_page(executed: Path, scale: str, name: str) -> Path:
     """figures/SCALE/NAME.md from an executed notebook. ValueError where it is too large, or a figure is missing."""
     import nbconvert
@@ -139,10 +169,8 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
             hidden = "setup" in cell.metadata.get("tags", []) or "notebook.begin" in cell.source
             shown = [] if hidden else [markdown_output(output) for output in cell.outputs]
             cell.outputs = [nbformat.from_dict(output) for output in shown if output]
-        else:
-            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.md)", cell.source)
     body, _ = nbconvert.MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
-    body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+    body = relinked(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", scale, "md")
     folder = paths.FIGURES / scale
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", body):
         if not (folder / figure).exists():
@@ -157,14 +185,113 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
     return target
 
 
+# ---------------------------------------------------------------------------------------------------- all of a scale
+
+
+def page_of(scale: str, name: str) -> Path:
+    """Where a page lies; FileNotFoundError, with the command that makes it, where it is not there."""
+    page = paths.FIGURES / scale / f"{name}.md"
+    if not page.exists():
+        raise FileNotFoundError(f"{page} is not there: run `make figures SCALE={scale}`")
+    return page
+
+
+def names_of(scale: str) -> list[str]:
+    """The notebooks of a scale, in reading order; ValueError for a scale that is not there."""
+    from beyond_outliers.notebook import notebooks
+
+    if scale not in scales():
+        raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
+    return notebooks(Protocol.load(scale))
+
+
+def said(page: Path, what: str) -> str:
+    """The paragraph of a page that begins with **what.**; ValueError where there is none."""
+    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+)$", page.read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{page} has no paragraph that begins with **{what}.**: run `make figures` again")
+    return found[1]
+
+
+def write_index(scale: str) -> Path:
+    """figures/SCALE/README.md from the pages that lie beside it: a row a page with its question and its finding.
+
+    ValueError for an unknown scale, FileNotFoundError for a page that is not there.
+    """
+    rows = []
+    for name in names_of(scale):
+        page = page_of(scale, name)
+        title = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
+        cells = [f"[{title[1] if title else name}]({name}.md)", said(page, "Question"), said(page, "Finding")]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    head = ["| page | question | finding |", "| --- | --- | --- |"]
+    text = [
+        f"# What scale `{scale}` found",
+        "",
+        f"The notebooks, executed on the [tables of this scale](../../data/results/{scale}); sizes, seeds and rates: "
+        f"[{scale}.toml](../../data/scales/{scale}.toml). Made again by `make figures SCALE={scale}`.",
+        "",
+        *head,
+        *rows,
+        "",
+    ]
+    explanation = relinked(explained("\n".join(rows)), scale, "md")
+    target = paths.FIGURES / scale / "README.md"
+    paths.write_whole(target, "\n".join([*text, *([explanation, ""] if explanation else [])]))
+    return target
+
+
 def check_pages(scale: str, names: list[str]) -> None:
     """StalePage or FileNotFoundError, with the command that makes it, for pages that are old or missing."""
     if scale not in scales():
         raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
     for name in names:
-        page = paths.FIGURES / scale / f"{name}.md"
-        if not page.exists():
-            raise FileNotFoundError(f"{page} is not there: run `make figures SCALE={scale}`")
+        page = page_of(scale, name)
         made_from = page.read_text().split(" -->")[0].rpartition(" ")[2]
         if made_from != fingerprint(scale, name):
             raise StalePage(f"{page} was made from other tables or another notebook: run `make figures SCALE={scale}`")
+
+
+def headlines(scale: str) -> str:
+    """What the README says of a scale: three findings, the count of verdicts and the terms, between BEGIN and END."""
+    from beyond_outliers.claims.findings import FINDINGS
+    from beyond_outliers.study.study import Study
+
+    study = Study(scale)
+    bullets = [
+        f"- **{lead}** {FINDINGS[name](study)} [Page](figures/{scale}/{name}.md)" for name, lead in HEADLINES.items()
+    ]
+    terms = explained("\n".join(bullets)).replace("](../", "](")
+    return "\n".join([BEGIN.format(scale=scale), *bullets, "", terms, END])
+
+
+def write_headlines(readme: Path, scale: str) -> None:
+    """Puts `headlines` between its marks in a file; ValueError where it does not have them."""
+    text = readme.read_text()
+    begin, end = text.find(BEGIN.format(scale=scale)), text.find(END)
+    if not 0 <= begin < end:
+        raise ValueError(f"{readme} lacks the lines {BEGIN.format(scale=scale)!r} and {END!r}")
+    paths.write_whole(readme, text[:begin] + headlines(scale) + text[end + len(END) :])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.pages", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["check", "index", "readme"])
+    parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "check":
+            names = names_of(given.scale)
+            check_pages(given.scale, names)
+            print(f"{len(names)} pages of scale {given.scale} are up to date")
+        elif given.command == "index":
+            print(write_index(given.scale))
+        else:
+            write_headlines(paths.ROOT / "README.md", given.scale)
+    except (StalePage, FileNotFoundError, ValueError, MissingResults) as error:
+        parser.exit(1, f"{error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from beyond_outliers import paths
+from beyond_outliers import pages, paths
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import TABLES as STUDY_TABLES
 
@@ -97,9 +97,45 @@ def test_the_optimizer_table_shows_the_measured_milliseconds():
     assert {name.lower(): float(value) for name, value in shown.items()} == pytest.approx(dict(ours), rel=0.01)
 
 
-def test_the_readme_counts_the_verdicts_of_the_study_proper():
+def test_the_readme_says_what_the_tables_of_the_study_proper_say():
+    """Its findings, word for word; `python -m beyond_outliers.pages readme --scale laptop` writes them."""
+    block = pages.headlines("laptop")
+    assert block in README.read_text()
     verdicts = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").verdict.value_counts()
-    said = re.search(r"(\d+) reproduced,\s(\d+)\snot\sreproduced,\s(\d+)\sundecided", README.read_text())
-    assert dict(zip(["reproduced", "not reproduced", "undecided"], map(int, said.groups()), strict=True)) == dict(
-        verdicts
-    )
+    assert [f"{verdicts[name]} {name}" in block for name in verdicts.index] == [True] * len(verdicts)
+
+
+def test_a_changed_table_leaves_the_readme_behind(monkeypatch, tmp_path):
+    """The test above can fail: one more nat of damage in every run of Muon."""
+    for file in (paths.RESULTS / "laptop").glob("*.csv"):
+        (tmp_path / "laptop").mkdir(exist_ok=True)
+        (tmp_path / "laptop" / file.name).write_bytes(file.read_bytes())
+    table = pd.read_csv(tmp_path / "laptop" / "ptq.csv")
+    table.loc[table.run.str.contains("-muon-"), "increase"] += 1
+    table.to_csv(tmp_path / "laptop" / "ptq.csv", index=False)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    block = pages.headlines("laptop")
+    assert "costs Muon 1.136" in block and block not in README.read_text()
+
+
+def test_the_readme_names_every_wing_and_module_as_it_is():
+    library = paths.ROOT / "lib" / "beyond_outliers"
+    wings = {folder.parent.name for folder in library.glob("*/__init__.py")}
+    text = README.read_text()
+    assert set(re.findall(r"^\| \.\.\. `(\w+)/` \|", text, re.MULTILINE)) == wings
+    row = re.search(r"^\| `lib/beyond_outliers/` \| (.+) \|$", text, re.MULTILINE)[1]
+    assert set(re.findall(r"`(\w+)`", row)) <= {file.stem for file in library.glob("*.py")}
+
+
+def test_the_executed_page_comes_before_the_source():
+    for name in notebooks():
+        line = next(line for line in README.read_text().splitlines() if f"(notebooks/{name}.ipynb)" in line)
+        assert line.index(f"(figures/laptop/{name}.md)") < line.index(f"(notebooks/{name}.ipynb)")
+
+
+def test_the_citation_says_version_and_date_and_what_of_the_papers_code_is_public():
+    citation = (paths.ROOT / "CITATION.cff").read_text()
+    version = re.search(r'^version = "(.+)"', (paths.ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in citation and re.search(r'^date-released: "20\d\d-\d\d-\d\d"$', citation, re.M)
+    for text in (citation, README.read_text()):
+        assert "alexa" in text and "shipped no code" not in text

@@ -10,9 +10,9 @@ from beyond_outliers import paths
 LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 # what stands in a row may import from itself and from the rows above
 LAYERS = [
-    {"paths"},
+    {"paths", "terms"},
     {"config"},
-    {"cross_entropy", "modules"},
+    {"cross_entropy", "modules", "terms"},
     {"corpus"},
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
@@ -26,7 +26,7 @@ LAYERS = [
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # the shell hands over to what stands below it; nothing imports a __main__
 SHELLS = {("study.__main__", "notebook")}
-LONGEST = 300  # lines; aim at 250
+LONGEST = 310  # lines; aim at 250
 
 
 def modules():

@@ -6,8 +6,11 @@ import re
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.claims import rules
 from beyond_outliers.config import Protocol
-from beyond_outliers.notebook import check_parameters, notebooks, parameters_of
+from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of
+from beyond_outliers.study import MissingResults, Study
+from beyond_outliers.terms import IN_FULL, TERMS, explained, used
 
 
 def test_parameters_are_checked_by_name_and_type():
@@ -43,3 +46,63 @@ def test_parameters_are_typed_and_commented(name):
     for cell in source["cells"]:
         body = re.search(r"^def .*\n((?:    .*\n?|\n)+)", "".join(cell["source"]), re.M)
         assert not body or len(body[1].strip().splitlines()) <= 3, "a definition of its own belongs into lib"
+
+
+def cells_of(name):
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+
+
+@pytest.mark.parametrize("name", notebooks())
+def test_a_notebook_begins_with_its_title_and_its_finding(name):
+    """Title, parameters, begin, finding; then the question and the claim. On a page the two code cells do not show."""
+    kinds, sources = zip(*cells_of(name)[:5], strict=True)
+    assert kinds == ("markdown", "code", "code", "code", "markdown")
+    assert sources[0].startswith("# ") and "\n" not in sources[0].strip()
+    assert "build: bool = False" in sources[1] and "notebook.begin(globals()" in sources[2]
+    assert sources[3].splitlines()[-1].startswith(f'notebook.finding("{name}", ')
+    assert sources[4].startswith("**Question.** ")
+
+
+def test_the_verdicts_of_its_claims_follow_where_a_notebook_has_claims():
+    judged = {rule["notebook"] for rule in rules().values()}
+    for name in notebooks():
+        called = [source for _, source in cells_of(name) if "verdicts_here" in source]
+        assert called == ([f'notebook.verdicts_here("{name}", study)'] if name in judged else []), name
+
+
+def test_terms_are_defined_once_each_in_the_order_of_their_use():
+    assert used("QAT after W4A4+head, MMRs and R_L") == ["QAT", "W4A4", "R_L"]
+    line = explained("MMR and PTQ, and MMR again")
+    assert line.count("**MMR**: max-to-median") == line.count("**PTQ**: post-training") == 1
+    assert line.index("MMR") < line.index("PTQ") and explained("nothing of the kind") == ""
+
+
+def test_every_term_is_defined_in_full_where_the_pages_link_to():
+    path, _, heading = IN_FULL.partition("#")
+    section = re.search(rf"^## {heading}$(.+?)(?=^## )", (paths.ROOT / path).read_text(), re.M | re.S | re.I)[1]
+    assert re.findall(r"^- \*\*(.+?)\*\*", section, re.M) == list(TERMS)
+
+
+def test_a_finding_comes_with_the_terms_of_its_notebook(monkeypatch):
+    from beyond_outliers.claims import findings
+
+    monkeypatch.setitem(findings.FINDINGS, "03_ptq", lambda study: "Muon pays 0.1 [0.0, 0.2] nats under W4A4.")
+    text = finding("03_ptq", Study("laptop")).data
+    assert text.startswith("**Finding.** Muon pays 0.1 [0.0, 0.2] nats under W4A4.\n\n*Intervals are 95 %")
+    assert "**W4A4**: " in text and "**Common Loss**: " in text  # the second is in the notebook's own text
+    with pytest.raises(ValueError, match=r"no finding for the notebook '03_qtp'; valid: 01_full_precision"):
+        finding("03_qtp", Study("laptop"))
+
+
+def test_without_tables_a_notebook_says_how_long_they_take_and_how_to_make_them(monkeypatch, tmp_path):
+    from beyond_outliers.study import plan
+
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(plan, "measure_throughput", lambda config, threads: 10_000.0)  # tokens a second
+    with pytest.raises(MissingResults, match=r"make reproduce SCALE=smoke.*build=True") as missing:
+        opened(Study("smoke"), build=False)
+    hours = plan.plan_table(Study("smoke")).hours.sum()
+    assert f"about {60 * hours:.0f} minutes" in str(missing.value)
+    with pytest.raises(MissingResults, match="as long as `make plan SCALE=paper` says"):
+        opened(Study("paper"), build=False)

@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from beyond_outliers import notebook as notebook_module
-from beyond_outliers import paths
+from beyond_outliers import pages, paths
 from beyond_outliers.claims import CLAIMS, rules, verdicts
 from beyond_outliers.claims.__main__ import write_verdicts
 from beyond_outliers.notebook import notebooks, paper, render, run_notebook
@@ -40,6 +40,7 @@ def outputs(notebook: dict) -> str:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             parts += [*output.get("text", []), *data.get("text/plain", []), *data.get("text/html", [])]
+            parts += data.get("text/markdown", [])
     return "".join(parts)
 
 
@@ -113,12 +114,24 @@ def test_rendering_reads_the_verdicts_and_writes_no_table(executed, study, monke
     table.loc[0, "comment"] = "A sentence that no rule would say."
     table.to_csv(file, index=False)
     before = contents(study.results)
-    monkeypatch.setattr(notebook_module, "notebooks", lambda: ["07_claims"])
+    monkeypatch.setattr(notebook_module, "notebooks", lambda protocol=None: ["07_claims"])
     render("smoke", 1)
     assert contents(study.results) == before
     shown = outputs(json.loads((paths.RUNS / "smoke" / "notebooks" / "07_claims.ipynb").read_text()))
     assert "A sentence that no rule would say." in shown
     file.unlink()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_page_begins_with_what_was_found(executed, study, name):
+    """The index quotes every page, and the pages are of these tables."""
+    page = executed[name][0].with_suffix(".md").read_text()
+    places = [page.index(text) for text in ("\n# ", "\n**Finding.** ", "\n**Question.** ")]
+    assert places == sorted(places) and page[places[0] : places[1]].count("\n") == 2  # title, empty line, finding
+    index = pages.write_index("smoke").read_text()
+    found = pages.said(executed[name][0].with_suffix(".md"), "Finding")
+    assert f"({name}.md)" in index and found.replace("|", "\\|") in index
+    pages.check_pages("smoke", [name])
 
 
 def test_notebooks_refuse_unknown_parameters(study):

@@ -32,7 +32,14 @@ def jobs_of(text):
 def test_the_workflow_plans_one_job_a_run(tmp_path):
     """From nothing, Snakemake sees the sweep's runs; the main runs follow when the learning rates are known."""
     jobs = jobs_of(dry_run("smoke", tmp_path))
-    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["claims"], jobs["notebook"]) == (1, 12, 1, 1, 8)
+    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["claims"], jobs["notebook"], jobs["index"]) == (
+        1,
+        12,
+        1,
+        1,
+        8,
+        1,
+    )
 
 
 def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
@@ -70,6 +77,7 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
         [work / "claims.done"],
         [work / "notebooks" / f"{name}.done" for name in notebooks()],
         [tmp_path / "figures" / "smoke" / f"{name}.html" for name in notebooks()],
+        [tmp_path / "figures" / "smoke" / "README.md"],
     ):
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,5 +88,5 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
     (work / lost / "result.json").unlink()
     text = dry_run("smoke", tmp_path)
     jobs = jobs_of(text)
-    assert f"run={lost}" in text and jobs["train"] == 1 and jobs["notebook"] == 8
+    assert f"run={lost}" in text and jobs["train"] == jobs["index"] == 1 and jobs["notebook"] == 8
     assert "choose" not in jobs and jobs["measure"] == jobs["claims"] == 1

@@ -8,7 +8,7 @@ convergence (arXiv 2604.15167).
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims import comparisons, readings
+from beyond_outliers.claims import readings, relative
 from beyond_outliers.claims.confirm_kinds import with_zero
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, cells, contrast
 from beyond_outliers.config.run import RunConfig
@@ -42,7 +42,7 @@ def trajectory(study) -> pd.DataFrame:
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean damage of the checkpoints themselves, with interval: size, optimizer, share, mean, low, high, n."""
-    return comparisons.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
+    return relative.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     Behind the optimizers of a size stands EVERY: their unweighted mean, with Welch's interval from the spread over runs
     within optimizers (an estimate alone where one of them has fewer than three runs).
     """
-    each = comparisons.means(table, "value", ("quantity",))
+    each = relative.means(table, "value", ("quantity",))
     parts = []
     for quantity in QUANTITIES:
         for size, own in table[table.quantity == quantity].groupby("size", sort=False):
@@ -93,8 +93,8 @@ def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFram
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """`differences`, a row a size and optimizer, a column a quantity in words, "0.123 [0.110, 0.136]" in cells."""
-    text = [comparisons.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    """`differences`, a row a size and optimizer, a column a quantity in words, cells like "0.123 [0.110, 0.136]"."""
+    text = [relative.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
     wide = table.assign(text=text).pivot_table(
         index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
     )
@@ -107,7 +107,7 @@ def finding(study) -> str:
     lines = []
     for size, own in table[table.optimizer == EVERY].groupby("size", sort=False):
         by = own.set_index("quantity")
-        told = {name: comparisons.interval(*by.loc[name, ["mean", "low", "high"]]) for name in by.index}
+        told = {name: relative.interval(*by.loc[name, ["mean", "low", "high"]]) for name in by.index}
         text = f"- {size}, mean of the optimizers (n {by.n.min()}): damage changes by {told['decay']} nats in the decay"
         if "before" in told:
             text += f" and by {told['before']} over as long a stretch before it"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from beyond_outliers.claims import comparisons, readings
+from beyond_outliers.claims import readings, relative
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, t_interval
 
 FORMATS = {"W4A4": "int4", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}  # first part of a spec's name: weights and activations
@@ -56,16 +56,16 @@ def missing(study) -> str:
             lacks = [method for method in ORDER if method not in there]
             if lacks:
                 lacking.setdefault(", ".join(lacks) if there else "any method", []).append(size)
-        for ways, at in lacking.items():
-            what = f"{format} by {ways}" if ways != "any method" else format
+        for names, at in lacking.items():
+            what = f"{format} by {names}" if names != "any method" else format
             parts.append(what if at == sizes else f"{what} at {', '.join(at)}")
     return f"Not in the tables of scale {study.scale} (yet): {'; '.join(parts)}." if parts else ""
 
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
     """Mean of `value` over seeds with its interval, as text ("0.123 [0.110, 0.136]"), methods as columns in order."""
-    table = comparisons.means(rows, value, ("format", "method"))
-    text = [comparisons.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    table = relative.means(rows, value, ("format", "method"))
+    text = [relative.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
     keys = ["format", "size", "optimizer"]
     table = table.assign(text=text, key=list(zip(*(table[key] for key in keys), strict=True)))
     wide = table.pivot_table(index=keys, columns="method", values="text", aggfunc="first", sort=False)
@@ -84,7 +84,7 @@ def left(rows: pd.DataFrame) -> pd.DataFrame:
     others = rows[rows.method != RTN]
     both = others.assign(rtn=others.set_index(keys).index.map(base))
     both = both[(both.increase > 0) & (both.rtn > 0)]
-    found = comparisons.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
+    found = relative.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
     found[["mean", "low", "high"]] = np.exp(found[["mean", "low", "high"]])
     return found.rename(columns={"mean": "left"})
 
@@ -153,19 +153,19 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     """What the tables say of int4, in Markdown: one optimizer beside another, does the order survive, what lacks."""
     rows = measured(study)
     rows = rows[rows.format == "int4"]
-    table = comparisons.ratios(rows, "increase", ("method",), reference)
-    who, whose = f"the damage of {comparisons.label(optimizer)}", f"that of {comparisons.label(reference)}"
+    table = relative.ratios(rows, "increase", ("method",), reference)
+    who, whose = f"the damage of {relative.label(optimizer)}", f"that of {relative.label(reference)}"
     lines = []
     for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):
         by = own.set_index("method")
         if RTN not in by.index or len(by) < 2:
             continue
         last = [method for method in ORDER if method in by.index][-1]
-        told = [
-            f"{comparisons.interval(row.ratio, row.low, row.high, 2)} times {whose} under {method}"
-            for method, row in by.loc[[RTN, last]].iterrows()
-        ]
-        at = "over the sizes" if size == comparisons.ALL_SIZES else f"at {size}"
+        told = []
+        for method in (RTN, last):
+            ratio, low, high = by.loc[method, ["ratio", "low", "high"]]
+            told.append(f"{relative.interval(ratio, low, high, 2)} times {whose} under {method}")
+        at = "over the sizes" if size == relative.ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
     lines += _survival(agreement(rows))
     return "\n".join([*lines, "", missing(study)]).strip()
@@ -175,7 +175,7 @@ def _survival(table: pd.DataFrame) -> list[str]:
     """Sentences on the order of the optimizers, one a size, of the last method of each."""
     lines = []
     for row in table.drop_duplicates("size", keep="last").to_dict("records"):
-        tau = comparisons.interval(row["kendall"], row["kendall_low"], row["kendall_high"], 2)
+        tau = relative.interval(row["kendall"], row["kendall_low"], row["kendall_high"], 2)
         lines.append(
             f"- int4, at {row['size']}: {row['method']} and RTN put {(1 + row['kendall']) / 2:.0%} of the pairs of "
             f"{row['optimizers']} optimizers in the same order (Kendall's tau {tau}, n {row['n']})."

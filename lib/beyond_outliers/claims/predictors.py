@@ -21,8 +21,13 @@ CANDIDATES = {
 TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy after W4A4"}
 
 
-def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
-    """One row a run: size, optimizer, lr, seed, every candidate and both targets, in the scale's primary format."""
+def predictor_table(
+    study, purpose: str = "full_precision", checkpoint: str = "final", spec: str | None = None
+) -> pd.DataFrame:
+    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the format `spec`.
+
+    spec: None for the scale's primary format.
+    """
     where = {"purpose": purpose, "checkpoint": checkpoint}
     inputs = readings.measured(study, "outliers", **where)
     averages = inputs.groupby(readings.RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
@@ -31,8 +36,8 @@ def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "f
         "mean_B": readings.new_error(study, **where).set_index("run").mean_B,
         "R_L": readings.output_error(study, **where).set_index("run").R_L,
         "mean_gain": readings.linear_gain(study, **where).set_index("run").gain,
-        "increase": readings.damage(study, **where).set_index("run").increase,
-        "accuracy": readings.cloze(study, readings.primary(study), **where).set_index("run").accuracy,
+        "increase": readings.damage(study, spec=spec, **where).set_index("run").increase,
+        "accuracy": readings.cloze(study, spec or readings.primary(study), **where).set_index("run").accuracy,
     }
     table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
     for name, values in columns.items():

@@ -32,7 +32,7 @@ def _nothing(message: str) -> plt.Figure:
 
 
 def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
-    """`comparisons.ratios`, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
+    """`relative.ratios`, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     if table.empty:
         return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
     names = [name for name in LABELS if name in set(table.optimizer)]
@@ -83,7 +83,7 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt
 
 
 def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> plt.Figure:
-    """`comparisons.centred`: one point an optimizer, with the intervals of both coordinates, and its name beside it."""
+    """`relative.centred`: one point an optimizer, with the intervals of both coordinates, and its name beside it."""
     if table.empty:
         return _nothing("no size has every optimizer yet")
     figure, ax = plt.subplots(figsize=(5.2, 3.8))

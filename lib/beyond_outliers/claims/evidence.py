@@ -1,0 +1,100 @@
+"""The verdicts of a study with what stands behind each: rule, figure, and the command that prints its rows.
+
+At every scale the verdicts are the ledger's; at scale confirm, those of its own rules (six optimizers, primary format).
+"""
+
+import html
+import textwrap
+
+import pandas as pd
+
+from beyond_outliers import paths
+from beyond_outliers.claims.comparison import written
+from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, confirm_verdicts
+from beyond_outliers.claims.confirm_rules import SCALE
+from beyond_outliers.claims.ledger import read_verdicts
+
+# the figure to look at, by claim
+FIGURES = {
+    "C1": "01_final_loss",
+    "C2": "02_mmr_learning_rate",
+    "C3": "02_mmr",
+    "C4": "03_w4a4_increase",
+    "C5": "03_w4a4_increase",
+    "C6": "02_outliers_against_damage",
+    "C7": "04_figure1",
+    "C8": "04_abc",
+    "C9": "04_depth",
+    "C10": "04_gain",
+    "C11": "04_gain",
+    "C12": "05_curves",
+    "C13": "05_increase",
+    "C14": "06_rho",
+}
+LONGEST = 160  # characters of a comment in a list of verdicts; verdicts.csv has it in full
+COLUMNS = ["id", "claim", "statistic", "paper", "value", "low", "high", "n", "unit", "verdict", "comment", "notebook"]
+
+
+def judged(study) -> pd.DataFrame:
+    """One row a claim: COLUMNS, by the rules of the study's scale."""
+    if study.scale != SCALE:
+        return read_verdicts(study)[COLUMNS]
+    file = study.results / "verdicts.csv"
+    table = pd.read_csv(file) if file.exists() else confirm_verdicts(study)
+    whole = table[(table.spec == PRIMARY) & (table.optimizers == "six") & (table.part == "whole")]
+    rules = pd.DataFrame.from_dict(confirm_rules(), orient="index")[["statistic", "paper", "notebook"]]
+    texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id").claim
+    whole = whole.rename(columns={"estimate": "value"}).join(rules, on="id")
+    return whole.assign(claim=whole.id.map(texts), n=whole.n.fillna("0")).reset_index(drop=True)[COLUMNS]
+
+
+def rule_place(scale: str, claim: str) -> str:
+    """ "data/claims.toml#L58": where the rule of a claim stands; ValueError for a claim without one."""
+    file = paths.DATA / ("claims-confirm.toml" if scale == SCALE else "claims.toml")
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        if line.strip() == f"[{claim}]":
+            return f"data/{file.name}#L{number}"
+    raise ValueError(f"no rule for {claim!r} in data/{file.name}")
+
+
+def verdict_lines(study, notebook: str) -> str:
+    """Markdown: a line a claim of this notebook with verdict, estimate, n and reason; links are those of a notebook."""
+    lines = []
+    for row in judged(study).query("notebook == @notebook").itertuples():
+        estimate = f": {written((row.value, row.low, row.high), 2)}" if pd.notna(row.value) else ""
+        lines.append(
+            f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
+            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(row.comment, LONGEST, placeholder=' ...')}"
+        )
+    return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
+
+
+def _sentence(statistic: str) -> str:
+    return statistic.partition(". ")[0].rstrip(".")
+
+
+def evidence(study) -> pd.DataFrame:
+    """Claim by claim, to be shown as HTML: verdict and estimate, with links to rule, notebook and figure, and the
+    command that prints the rows behind it."""
+    rows = []
+    for row in judged(study).itertuples():
+        figure, command = FIGURES[row.id], f"python -m beyond_outliers.claims show {row.id} --scale {study.scale}"
+        rows.append(
+            {
+                "claim": f"{row.id} {html.escape(row.claim)}",
+                "verdict": row.verdict,
+                "estimate": written((row.value, row.low, row.high), 2) if pd.notna(row.value) else "none",
+                "n": f"{row.n} ({row.unit})",
+                "paper": html.escape(str(row.paper)),
+                "why": html.escape(row.comment),
+                "rule": link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
+                "figure": link(figure, f"../figures/{study.scale}/{figure}.png"),
+                "notebook": link(row.notebook, f"{row.notebook}.ipynb"),
+                "its rows": f"<code>{command}</code>",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def link(text: str, target: str) -> str:
+    return f'<a href="{target}">{text}</a>'
