@@ -34,7 +34,7 @@ def _nothing(message: str) -> plt.Figure:
 def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
     """`relative.ratios`, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     if table.empty:
-        return _nothing("no size has AdamW and another optimizer yet")
+        return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
     names = [name for name in LABELS if name in set(table.optimizer)]
     figure, axes = panels(table["size"], width=2.7, height=0.32 * len(names) + 1.3, sharex=True, sharey=True)
     for size, ax in axes.items():
@@ -57,7 +57,7 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
 def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt.Figure:
     """Ratios to AdamW over the methods that there are, an optimizer a line: panels a size (column) and format (row)."""
     if table.empty:
-        return _nothing("no size has AdamW and another optimizer yet")
+        return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
     methods = [method for method in methods if method in set(table.method)]
     sizes, formats = (list(dict.fromkeys(table[column])) for column in ("size", "format"))
     shape = (len(formats), len(sizes))
