@@ -177,3 +177,48 @@ def test_memory_does_not_grow_with_the_batches():
 
     activation_metrics(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), stream())
     assert most <= 1  # the batch that the loop variables still name
+
+
+class Branches(nn.Module):
+    """One layer for all rows, one for rows of a positive first feature, and a head whose width fits no block of 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.some, self.lm_head = nn.Linear(32, 33), nn.Linear(33, 33), nn.Linear(33, 8)
+
+    def forward(self, x):
+        y = self.all(x)
+        y = torch.where(x[:, :1] > 0, 1.0, 0.0) * y
+        chosen = x[:, 0] > 0
+        y[chosen] = self.some(y[chosen])
+        return self.lm_head(y)
+
+
+def test_a_layer_without_tokens_and_a_head_without_blocks():
+    torch.manual_seed(0)
+    model, x = Branches(), torch.rand(6, 32)
+    table = activation_metrics(model, [-x, x, -x])
+    assert table.set_index("name")["n_tokens"].to_dict() == {"all": 18, "some": 6, "lm_head": 18}
+    idle = activation_metrics(model, -x).set_index("name").loc["some"]
+    assert idle["n_tokens"] == 0 and np.isnan(idle["mmr"]) and np.isnan(idle["input_error"])
+    alone = activation_metrics(model, x).set_index("name").loc["some"]
+    both = table.set_index("name").loc["some"]
+    assert both["mmr"] == pytest.approx(alone["mmr"]) and both["input_error"] == pytest.approx(alone["input_error"])
+
+    model.some = nn.Identity()
+    blocks = activation_metrics(model, x, QuantSpec("mxfp4", "mxfp4")).set_index("name")
+    assert np.isnan(blocks.loc["lm_head", "expected_error"]) and blocks.loc["lm_head", "mmr"] > 1
+    assert blocks.loc["all", "input_error"] > 0
+    with pytest.raises(ValueError, match=r"layer 'lm_head': mxfp4: blocks of 32 do not divide the width 33"):
+        activation_metrics(model, x, QuantSpec("mxfp4", "mxfp4", head=True))
+
+
+def test_conv1d_is_the_linear_layer_that_it_is():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    conv, x = transformers.pytorch_utils.Conv1D(12, 16), torch.randn(20, 16)
+    linear = nn.Linear(16, 12)
+    linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
+    ours, expected = (activation_metrics(nn.Sequential(layer), x) for layer in (conv, linear))
+    for column in expected.columns.drop(["name", "kind"]):
+        assert ours[column][0] == pytest.approx(expected[column][0], rel=1e-5)

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, forward, is_linear
+from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 
@@ -98,7 +98,14 @@ def kurtosis(x: Tensor) -> Tensor:
 
 
 def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:
-    """||Q(x) - x||^2 over all of x (..., features), 0-d float64, in the basis in which `spec` rounds."""
+    """||Q(x) - x||^2 over all of x (..., features), 0-d float64, in the basis in which `spec` rounds.
+
+    NaN where the rows do not divide into the spec's blocks: only a layer that is left alone may have such rows.
+    """
+    try:
+        spec.check_width(x.shape[-1])
+    except ValueError:
+        return torch.full((), torch.nan, dtype=torch.float64, device=x.device)
     if spec.rotate:
         x = hadamard_transform(x, hadamard_block(x.shape[-1]))
     return (quantize_tensor(x, grid, spec.granularity, spec.block) - x).square().sum(dtype=torch.float64)
@@ -106,6 +113,8 @@ def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:
 
 def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
     """(9,) float64: what is summed over the rows of a linear layer's input."""
+    if x.numel() == 0:  # an expert without tokens
+        return torch.zeros(9, dtype=torch.float64, device=x.device)
     x = _rows(x)
     largest, median, mean = _absolute(x)
     error = _rounding_error(x, spec.activations, spec)
@@ -126,7 +135,8 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
 
     `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64
     sums are kept, whatever the number of batches. `spec` names the grids and the basis whose rounding the errors
-    describe (default W4A4); a head that `spec` leaves alone has its row all the same.
+    describe (default W4A4); a head that `spec` leaves alone has its row all the same, with NaN for the errors where its
+    width fits no block. A layer that got no token has a row of n_tokens 0 and NaN.
 
     Columns: index, name, kind (last part of the name: q, up, ...), mmr (median), mmr_mean, kurtosis (means over
     tokens), n_tokens, skipped (tokens left out of mmr because the median of |x| is zero: ReLU leaves many), and the
@@ -137,6 +147,13 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     linears = {module: name for name, module in model.named_modules() if is_linear(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layer")
+    head = None if spec.head else find_head(model)
+    for module, name in linears.items():
+        try:
+            if name != head:
+                spec.check_width(linear_weight(module).shape[1])
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
     sums: dict[str, Tensor] = {}
     previous: list = [None, None]  # q, k and v read the same tensor: its sums are taken once
 
@@ -159,7 +176,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
             handle.remove()
     if not sums:
         raise ValueError("there is no batch in batches")
-    weights = {name: module.weight.detach() for module, name in linears.items()}
+    weights = {name: linear_weight(module).detach() for module, name in linears.items()}
     return pd.DataFrame([_row(i, name, sums[name], weights[name], spec) for i, name in enumerate(sums)])
 
 

@@ -5,11 +5,12 @@ Every other module that looks into a model goes through here, so that each of th
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 def evaluating(*models: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients and no key/value cache inside; everything as it was afterwards.
 
-    Yields the device of the first model's parameters.
+    torch's fused transformer kernels, which read weights past the layers that own them, are off too. Yields the device
+    of the first model's parameters.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     found: list[Any] = [getattr(model, "config", None) for model in models]
     configs = [config for config in found if getattr(config, "use_cache", False)]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for model in models:
             model.eval()
         for config in configs:
@@ -31,6 +35,7 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
         with torch.no_grad():
             yield device_of(models[0])
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
         for config in configs:
@@ -60,46 +65,230 @@ def as_batches(batches) -> Iterable:
     return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
 
 
+# --------------------------------------------------------------------------------------------------- linear layers
+
+
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer of full precision, or one of this project's quantized ones."""
+    """A linear layer of full precision (GPT-2's Conv1D is one too), or one of this project's quantized ones."""
+    if isinstance(module, nn.Linear):  # its weight is not looked at: computing a parametrized one may change it
+        return getattr(module, "rounds_operands", False) or computes_linear(module)
+    return is_conv1d(module) or ("Linear" in type(module).__name__ and _has_matrix(module))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored transposed, (in, out)."""
+    return type(module).__name__ == "Conv1D" and _has_matrix(module)
+
+
+def _has_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return "Linear" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 2
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight (out, in) of what `is_linear` accepts; torch types the attributes of modules as Tensor or Module."""
-    return cast(Tensor, linear.weight)
+def linear_weight(module: nn.Module) -> Tensor:
+    """Weight of what `is_linear` accepts as (out, in); torch types the attributes of modules as Tensor or Module."""
+    weight = cast(Tensor, module.weight)
+    return weight.T if is_conv1d(module) else weight
+
+
+def settled_weight(linear: nn.Linear) -> Tensor:
+    """The weight (out, in), detached; a parametrized one as it is in evaluation mode."""
+    training = linear.training
+    try:
+        return linear.eval().weight.detach()
+    finally:
+        linear.train(training)
+
+
+def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether `module`'s forward is another than `base`'s: a subclass's, or one set on the module itself."""
+    return type(module).forward is not base.forward or "forward" in vars(module)
+
+
+@torch.no_grad()
+def computes_linear(linear: nn.Linear) -> bool:
+    """Whether calling `linear` is x W^T + b and no more: its class inherits nn.Linear's forward, or gives the same.
+
+    A forward of its own is tried on a few rows, in both modes, and only for layers that hold weight and bias alone.
+    """
+    if not has_own_forward(linear, nn.Linear):
+        return True
+    own = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
+    if own - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
+        return False
+    training, weight = linear.training, linear.weight
+    rows = torch.arange(2 * 2 * linear.in_features, device=weight.device).reshape(2, 2, -1).add(1).sin()
+    rows = (rows * torch.tensor([[[1.0], [100.0]]], device=weight.device)).to(weight.dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for linear.training in (True, False):
+                for x in (rows, rows[0]):
+                    expected, y = F.linear(x, weight, linear.bias), linear.forward(x.clone())
+                    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+                        return False
+                    if not torch.allclose(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+                        return False
+    except Exception:  # whatever a forward of its own asks of its input that these rows are not
+        return False
+    finally:
+        linear.training = training
+    return True
+
+
+HEAD_NAMES = ("head", "lm_head", "output", "embed_out", "decoder", "score")
 
 
 def find_head(model: nn.Module) -> str | None:
-    """Name of the output head: the linear layer that shares an embedding's weight, else the last one named head or
-    lm_head; None without either."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    tied = [name for name, module in linears if id(module.weight) in tables]
-    named = [name for name, _ in linears if name.rpartition(".")[2] in ("head", "lm_head")]
-    return (tied or named[-1:] or [None])[0]
+    """Name of the output head, None without one.
+
+    In this order: what `get_output_embeddings()` gives; the linear layer that shares an embedding's weight; the last
+    one named as in `HEAD_NAMES` (the general words only outside of lists of blocks); the last of all, outside of such
+    lists, where it has as many outputs as the vocabulary has entries.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    shared = {id(table.weight) for table in tables}
+    linears = [(name, module) for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    declared = _declared(model, "get_output_embeddings")
+    found = [name for name, module in linears if module is declared]
+    found += [name for name, module in linears if id(module._parameters.get("weight")) in shared]
+    if found:
+        return found[0]
+    outside = [(name, module) for name, module in linears if not any(part.isdigit() for part in name.split("."))]
+    certain = [name for name, _ in linears if name.rpartition(".")[2] in HEAD_NAMES[:2]]
+    named = certain or [name for name, _ in outside if name.rpartition(".")[2] in HEAD_NAMES]
+    if named:
+        return named[-1]
+    entries = _declared(model, "get_input_embeddings")
+    entries = entries if isinstance(entries, nn.Embedding) else next(iter(tables), None)
+    if entries is not None and outside and outside[-1][1].out_features == entries.num_embeddings:
+        return outside[-1][0]
+    return None
 
 
-def replace_linears(model: nn.Module, head: bool, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """A deep copy of `model`, every linear layer replaced in place of its name; the head only where asked for."""
-    model = copy.deepcopy(model)
-    kept = None if head else find_head(model)
-    made: dict[nn.Module, nn.Module] = {}  # a layer that is used under two names stays one layer
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        # torch's attention reads its out_proj's weight without calling it: activations could not be rounded there
-        if not isinstance(module, nn.Linear) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-            continue
-        if name == kept or (kept and module is model.get_submodule(kept)):
-            continue
-        if module not in made:
-            try:
-                made[module] = make(module).train(module.training)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
-        if not name:
-            return made[module]
-        model.set_submodule(name, made[module])
-    if not made:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
-    return model
+def _declared(model: nn.Module, method: str) -> nn.Module | None:
+    """What a `transformers` model says of itself; None where it does not."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------- layers in containers
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _held(value, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in nested lists, tuples and dicts, with names that say where."""
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _held(item, f"{name}[{i}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _held(item, f"{name}[{key!r}]")
+
+
+def hidden_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that only a plain attribute holds (a Python list of layers): `model.modules()` does not see them.
+
+    With names such as "blocks.0.parts[1].up"; neither `state_dict` nor `.to` nor `.eval()` reaches them.
+    """
+    seen, found = set(model.modules()), {}
+    waiting = list(model.named_modules())
+    while waiting:
+        owner, module = waiting.pop(0)
+        for attribute, value in vars(module).items():
+            if attribute in _INTERNAL:
+                continue
+            for name, root in _held(value, f"{owner}.{attribute}" if owner else attribute):
+                for inner, part in root.named_modules() if root not in seen else ():
+                    if part not in seen:
+                        seen.add(part)
+                        found[part] = f"{name}.{inner}" if inner else name
+                        waiting.append((found[part], part))
+    return found
+
+
+def every_module(model: nn.Module) -> dict[nn.Module, str]:
+    """All modules that the model can call, registered or hidden, with the first name of each."""
+    return {module: name for name, module in model.named_modules()} | hidden_modules(model)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that keep a computed tensor, as torch's old weight_norm and pruning do."""
+    kept = (value for module in every_module(model) for value in vars(module).values())
+    computed = [value for value in kept if isinstance(value, Tensor) and value.grad_fn is not None]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Puts made[module] in place of every `module` below `model` or held in its attributes, under all of its names.
+
+    Returns `model`, or what stands for it.
+    """
+
+    def swap(value):
+        if isinstance(value, nn.Module):
+            return made.get(value, value)
+        if isinstance(value, list):
+            value[:] = map(swap, value)
+        elif isinstance(value, tuple):
+            swapped = map(swap, value)
+            return type(value)(*swapped) if hasattr(value, "_fields") else type(value)(swapped)
+        elif isinstance(value, dict):
+            value.update({key: swap(item) for key, item in value.items()})
+        return value
+
+    for module in list(every_module(model)):
+        for name, child in module._modules.items():
+            module._modules[name] = made.get(child, child)
+        for attribute, value in list(vars(module).items()):
+            if attribute not in _INTERNAL and any(True for _ in _held(value, "")):
+                vars(module)[attribute] = swap(value)
+    return made.get(model, model)
+
+
+def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Replaces, in place, every layer that `computes_linear`, except those in `kept`, by what `make` gives for it.
+
+    Modes and hooks go over. Returns `model`, or what stands for it. A ValueError of `make` gets the layer's name.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for module, name in every_module(model).items():
+        try:
+            if module in kept or why_not_replaced(module) is not None:
+                continue
+            made[module] = make(module).train(module.training)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        take_hooks(module, made[module])
+    return substitute(model, made)
+
+
+UNCALLED = "parent reads .weight without calling the layer"
+
+
+def why_not_replaced(module: nn.Module) -> str | None:
+    """None for a layer that `replace_linears` can replace; otherwise why not, "" for what is no linear layer."""
+    if not isinstance(module, nn.Linear) or getattr(module, "rounds_operands", False):
+        return ""
+    if isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        raise ValueError(f"{type(module).__name__} has no weight yet; valid: a model that ran once")
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return UNCALLED  # the projection of torch's attention
+    stored = module._parameters.get("weight", module._buffers.get("weight"))
+    if stored is None:
+        if not nn.utils.parametrize.is_parametrized(module, "weight"):
+            return "weight computed by a hook"
+    elif not stored.is_floating_point() or stored.element_size() < 2 or type(stored.data) is not Tensor:
+        return "already quantized"
+    return None if computes_linear(module) else "subclass with its own forward"
+
+
+def take_hooks(source: nn.Module, target: nn.Module):
+    """Hooks on a layer that is replaced go on running around its replacement."""
+    for attribute in _INTERNAL:
+        if "hook" in attribute and "state_dict" not in attribute and vars(source)[attribute]:
+            vars(target)[attribute] = vars(source)[attribute]

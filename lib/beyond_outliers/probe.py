@@ -18,18 +18,23 @@ from beyond_outliers import paths
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
 from beyond_outliers.propagation import RelativeError, decompose, relative_error, summarise
-from beyond_outliers.quantizers import QuantSpec, quantize_model
+from beyond_outliers.quantizers import Quantization, QuantSpec, quantize_model
+from beyond_outliers.quantizers.opened import conv1d_to_linear, open_layers
+
+__all__ = ["Probe", "bundled_encoder", "conv1d_to_linear", "load", "probe", "windows"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What `probe` found. `metrics`, `modules`: tables of `activation_metrics` and `decompose`."""
+    """What `probe` found. `metrics`, `modules`: tables of `activation_metrics` and `decompose`; `quantization`: what
+    was rounded and what was not (`print(found.quantization)`)."""
 
     name: str
     spec: QuantSpec
     metrics: pd.DataFrame
     modules: pd.DataFrame
     error: RelativeError
+    quantization: Quantization
 
     def worst(self, n: int = 10, by: str = "B") -> pd.DataFrame:
         """The `n` linear layers with the most of `by` (B: newly injected error), with their outlier metrics.
@@ -64,17 +69,21 @@ def probe(
     granularity: str = "module",
     attention: str = "open",
     device: str | torch.device | None = None,
+    strict: bool = True,
 ) -> Probe:
     """Quantizes a model after training as `spec` says (default W4A4) and measures what that does, on a text of yours.
 
     model: a local folder in the `transformers` format, a name on its hub, or a loaded module (deep-copied, never
         changed), which needs its `tokenizer` (of `transformers` or `tokenizers`). Weights are loaded in float32, code
-        that comes with a checkpoint is not run. GPT-2's Conv1D layers are linear layers stored transposed: they are
-        turned into nn.Linear first, so that they are quantized like the others. An encoder's pooler is left out: R_L
-        is that of its hidden states.
+        that comes with a checkpoint is not run. Layers that hide linear layers (GPT-2's Conv1D, torch's attention) are
+        put in terms of nn.Linear first, so that they are measured like the others. An encoder's pooler is left out:
+        R_L is that of its hidden states.
     text: path of a UTF-8 text file; its first `sequences` windows of `context` tokens are used (`context` is cut to
         what the model can read), no padding, a shorter rest dropped.
     granularity, attention: as in `decompose`; "open" gives every linear layer its row.
+
+    strict: a matrix-multiply weight that cannot be rounded, other than the head, is an error; False goes on with a
+        warning. What was rounded is printed either way.
 
     Raises ValueError naming what is missing: no such model or text file, a module without tokenizer, too little text,
     ids beyond the vocabulary, no linear layer.
@@ -91,7 +100,7 @@ def probe(
         name = Path(model).name
         model, own_tokenizer = load(model)
         tokenizer = tokenizer or own_tokenizer
-    model = conv1d_to_linear(model).to(device or "cpu") if device else conv1d_to_linear(model)
+    model = open_layers(model).to(device or "cpu") if device else open_layers(model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # type: ignore[assignment]  # torch lets a module be taken out like this
     context = min(context, _longest(model))
@@ -103,13 +112,15 @@ def probe(
     if size is not None and int(ids.max()) >= size:
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     batches = ids.split(batch_size)
-    quantized = quantize_model(model, spec)
+    quantized = quantize_model(model, spec, strict=strict, example=batches[0])
+    print(quantized.quantization)
     return Probe(
         name,
         spec,
         activation_metrics(model, batches, spec),
         decompose(model, quantized, batches, granularity=granularity, attention=attention),
         relative_error(model, quantized, batches),
+        quantized.quantization,
     )
 
 
@@ -137,19 +148,6 @@ def load(source: str | Path) -> tuple[nn.Module, object]:
             f"cannot load {str(source)!r}: not a folder with model and tokenizer, and no hub model that can be "
             f"reached ({first_line})"
         ) from error
-
-
-def conv1d_to_linear(model: nn.Module) -> nn.Module:
-    """Replaces, in place, the Conv1D layers of GPT-2 models (weight (in, out)) by nn.Linear of the same function."""
-    for name, module in list(model.named_modules()):
-        weight = getattr(module, "weight", None)
-        if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
-            n_inputs, n_outputs = weight.shape
-            linear = nn.Linear(n_inputs, n_outputs, bias=True, device="meta")
-            linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
-    return model
 
 
 def windows(tokenizer, text: str, context: int, sequences: int) -> Tensor:

@@ -86,6 +86,8 @@ def test_the_rule(estimate, side, expected):
 class FakeStudy:
     """Tables in which every ranking claim of the paper holds in every unit, or in none."""
 
+    protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4"))
+
     def __init__(self, holds: bool, seeds: int = 20):
         self.seeds, self.holds = seeds, holds
         # place in the ranking; the lowest value first

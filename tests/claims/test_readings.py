@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, predictor_table, readings
+from beyond_outliers.claims import PAPER_OPTIMIZERS, confirm_rules, predictor_table, readings
 from beyond_outliers.config import OPTIMIZER_NAMES
 from beyond_outliers.propagation import summarise
 from beyond_outliers.study import Study
@@ -17,6 +18,8 @@ from beyond_outliers.study import Study
 
 class Tables:
     """A study of two runs, `a` and `b`, whose tables are given."""
+
+    protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4"))
 
     def __init__(self, **tables):
         self.tables = tables
@@ -36,8 +39,9 @@ def inputs(**columns):
     return pd.DataFrame({"run": ["a", "a", "a", "b"], "kind": ["up", "down", "q", "up"], **columns})
 
 
-def test_the_six_of_the_paper_are_in_the_study():
+def test_the_six_of_the_paper_are_in_the_study_and_the_same_in_all_rules():
     assert set(PAPER_OPTIMIZERS) <= set(OPTIMIZER_NAMES) and len(PAPER_OPTIMIZERS) == 6
+    assert PAPER_OPTIMIZERS == confirm_rules.PAPER_OPTIMIZERS  # whose text is fixed since its first main run
 
 
 @pytest.mark.parametrize("file", sorted(paths.NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
@@ -123,6 +127,19 @@ def test_damage_is_read_at_the_common_loss_unless_told_otherwise():
     assert readings.damage(study).increase.tolist() == [0.1]
     assert readings.damage(study, checkpoint="final").increase.tolist() == [0.3, 0.5]
     assert len(readings.damage(study, checkpoint=None)) == 3
+
+
+def test_damage_is_that_of_the_scales_primary_format():
+    ptq = pd.DataFrame(
+        {"run": ["a", "a"], "spec": ["W4A4", "W4A4+head"], "checkpoint": "common", "increase": [0.1, 0.2]}
+    )
+    study = Tables(ptq=ptq)
+    study.protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4+head"))
+    assert readings.damage(study).increase.tolist() == [0.2]
+    assert readings.damage(study, spec="W4A4").increase.tolist() == [0.1]
+    error = {"attention": "unit", "index": [1, 2], "R": [0.1, 0.3], "checkpoint": "common"}
+    study.tables["propagation"] = pd.DataFrame({"run": ["a", "a"], **error})
+    assert readings.damage_and_error(study)[["run", "increase", "R_L"]].to_numpy().tolist() == [["a", 0.2, 0.3]]
 
 
 def runs(losses, **columns):

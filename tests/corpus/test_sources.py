@@ -8,7 +8,16 @@ from tokenizers import Tokenizer
 
 from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig
-from beyond_outliers.corpus import SHORTEST, climbmix, documents, fetch_source, local_text, open_corpus, plain, sources
+from beyond_outliers.corpus import (
+    SHORTEST,
+    climbmix,
+    documents,
+    fetch_source,
+    local_text,
+    open_corpus,
+    pinned_sources,
+    plain,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +40,7 @@ def test_an_unknown_source_is_refused():
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
-    file = tmp_path / "wheels" / sources()["botocore"]["file"]
+    file = tmp_path / "wheels" / pinned_sources()["botocore"]["file"]
     file.parent.mkdir()
     file.write_bytes(b"not the wheel")
     with pytest.raises(RuntimeError, match="Delete the file"):

@@ -443,3 +443,40 @@ def test_summary():
     assert found["R_L"] == table["R"].iloc[-1]
     assert found["mean_B"] == pytest.approx(table["B"].mean())
     assert found["linear_gain"] == pytest.approx(linear["gain"].mean())
+
+
+class Sparse(nn.Module):
+    """An expert that gets the rows of a large first feature: none here."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.first(x)
+        chosen = y[:, 0] > 1e9
+        y[chosen] = self.expert(y[chosen])
+        return y
+
+
+@pytest.mark.parametrize("reduction", ["global", "token"])
+def test_an_expert_without_tokens_has_a_row_of_nan(reduction):
+    torch.manual_seed(0)
+    model, x = Sparse(), torch.randn(6, 16)
+    table = decompose(model, quantize_model(model, QuantSpec()), [x, -x], reduction=reduction).set_index("name")
+    assert table.loc["expert", ["R", "A", "B", "C", "gain", "cos_phi"]].isna().all()
+    assert table.loc["first", "R"] == pytest.approx(table["R"].iloc[-1]) and table.loc["first", "R"] > 0
+
+
+def test_conv1d_has_the_ratios_of_a_linear_layer():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    conv, x = transformers.pytorch_utils.Conv1D(12, 16), torch.randn(20, 16)
+    conv.weight.data *= 20
+    linear = nn.Linear(16, 12)
+    linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
+    spec = QuantSpec("int3", "none")
+    ours, expected = (decompose(m := nn.Sequential(layer), quantize_model(m, spec), x) for layer in (conv, linear))
+    assert ours["kind"].tolist() == expected["kind"].tolist()
+    for column in ("R", "B", "spectral_ratio", "cos_psi"):
+        np.testing.assert_allclose(ours[column], expected[column], rtol=1e-5)

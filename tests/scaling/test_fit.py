@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from beyond_outliers.scaling import IdentificationWarning, compare_forms, fit_scaling_law, fit_shared
 from beyond_outliers.scaling import fit as scaling
 from beyond_outliers.scaling.least_squares import build_problem, starting_points
+from beyond_outliers.scaling.resampling import resamples
 
 # tests that are about the warning ask for it with pytest.warns or turn it into an error
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.scaling.IdentificationWarning")
@@ -137,7 +138,7 @@ def test_bootstrap_refits_reach_the_optimum_of_their_resample():
     problem = build_problem(runs, "full", None, (), 1e-3)
     starts = starting_points(problem)
     fits, costs = scaling.minimise(problem, starts, np.ones((len(starts), len(runs))))
-    weights = scaling._resamples(runs["bits"].to_numpy(), 20, np.random.default_rng(0))
+    weights = resamples(runs["bits"].to_numpy(), 20, np.random.default_rng(0))
     assert (weights.sum(1) == len(runs)).all() and (weights[:, runs["bits"] == 4].sum(1) == 15).all()
     warm = scaling.minimise(problem, np.tile(fits[costs.argmin()], (20, 1)), weights)[1]
     cold = np.min([scaling.minimise(problem, np.tile(s, (20, 1)), weights)[1] for s in starts[::15]], axis=0)

@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from beyond_outliers.quantizers import QuestQuantizer
-from beyond_outliers.train import build_model, evaluation_steps, load_result, run_folder, schedule, train, weights_path
+from beyond_outliers.train import (
+    build_model,
+    evaluation_steps,
+    load_result,
+    machine,
+    run_folder,
+    schedule,
+    train,
+    weights_path,
+)
 from beyond_outliers.train import loop as training
 from beyond_outliers.train.__main__ import main
 
@@ -235,9 +244,9 @@ def test_the_command_line_refuses_unknown_names(capsys):
         main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
     assert "valid: tiny, small" in capsys.readouterr().err
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
-        training._device("gpu")
+        machine.device_named("gpu")
     with pytest.raises(ValueError, match="compile"):
-        training._should_compile("yes", None, torch.device("cpu"))
+        machine.should_compile("yes", None, torch.device("cpu"))
 
 
 @pytest.mark.cuda

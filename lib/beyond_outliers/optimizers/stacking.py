@@ -75,7 +75,7 @@ class StackedOptimizer(RoleGroups):
 
     def state_shapes(self, group: dict, parameter: Tensor) -> dict[str, torch.Size]:
         state = self.init_state(group, parameter.detach().to("meta"))
-        return {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
     def update(self, group: dict, stack: Stack) -> None:
         raise NotImplementedError

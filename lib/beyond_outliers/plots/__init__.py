@@ -17,22 +17,30 @@ from beyond_outliers.plots.findings import (
     probe_profile,
     staircases,
 )
+from beyond_outliers.plots.intervals import along_training, centred_points, method_lines, rate_paths, ratio_forest
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, save, set_theme
+from beyond_outliers.plots.verdicts import confirm_ledger
 
 __all__ = [
     "COLOURS",
     "LABELS",
     "MARKERS",
+    "along_training",
     "candidate_scatter",
+    "centred_points",
     "claims_ledger",
+    "confirm_ledger",
     "correlation_forest",
     "depth_profile",
     "efficiencies",
     "heatmap",
+    "method_lines",
     "optimizer_bars",
     "optimizer_lines",
     "optimizer_points",
     "probe_profile",
+    "rate_paths",
+    "ratio_forest",
     "save",
     "scaling_fits",
     "set_theme",

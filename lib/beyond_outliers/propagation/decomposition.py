@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, weight_of
+from beyond_outliers.modules import as_batches, evaluating, linear_weight
 from beyond_outliers.propagation.norms import Ratios, dot, pieces, spectral_norm, squared_norms
 from beyond_outliers.propagation.recording import Call, Tape, clones, floats, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
+from beyond_outliers.quantizers.watching import Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")
@@ -70,7 +71,7 @@ class _Row:
                 self.inputs[position].add(dot(x, x), dot(d, d))
         if self.kind == "linear":
             wide = torch.promote_types(h[0].dtype, torch.float32)
-            middle = (weight_of(self.module).to(wide) + weight_of(self.quantized).to(wide)) / 2
+            middle = (linear_weight(self.module).to(wide) + linear_weight(self.quantized).to(wide)) / 2
             error = hq[0].to(wide) - h[0].to(wide)
             self.phi.add(squared_norms(error, self.reduction), squared_norms(F.linear(error, middle), self.reduction))
             self.psi.add(squared_norms(h[0], self.reduction), squared_norms(f_h[0], self.reduction))
@@ -89,14 +90,15 @@ class _Row:
             self.output.add(dot(h, h), dot(d, d), dot(a, a) / 4, dot(b, b) / 4, dot(a, b) / 2)
 
     def as_dict(self) -> dict:
-        r, a, b, c = self.output.values()
-        changed = [ratios.sums for ratios in self.inputs.values() if ratios.sums[1] != 0]
+        r, a, b, c = self.output.values(4)
+        sums = [ratios.sums for ratios in self.inputs.values() if isinstance(ratios.sums, Tensor)]
+        changed = [s for s in sums if s[1] != 0]
         r_in = float(sum(s[1] for s in changed) / sum(s[0] for s in changed)) if changed else 0.0
         row = {"name": self.name, "kind": self.kind, "R": r, "A": a, "B": b, "C": c}
         row |= {"gain": a / r_in if r_in else np.nan}
         row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
         if self.kind == "linear":
-            weight, quantized = weight_of(self.module).double(), weight_of(self.quantized).double()
+            weight, quantized = linear_weight(self.module).double(), linear_weight(self.quantized).double()
             norm, middle_norm = spectral_norm(weight), spectral_norm((weight + quantized) / 2)
             row["spectral_ratio"] = (middle_norm / norm) ** 2
             row["cos_phi"] = float(self.phi.values()[0] ** 0.5 / middle_norm)
@@ -146,7 +148,8 @@ def decompose(
     as the quantized pass proceeds, and float64 copies of at most a few million elements.
 
     Raises ValueError for unknown options, no batches, modules that the quantized model lacks or runs a different number
-    of times, or a model without floating-point activations.
+    of times, a model without floating-point activations, or a quantized layer whose weight is read without a call of
+    it. Layers that got no input at all, such as idle experts, are named in a CoverageWarning.
     """
     _choose("granularity", granularity, GRANULARITIES)
     _choose("attention", attention, ATTENTIONS)
@@ -168,7 +171,8 @@ def decompose(
         rows[name, number].add(original, call, tapes[0].clone)
 
     tapes: list[Tape] = []
-    with evaluating(model, quantized), opened_attention(attention, model, quantized):
+    runs = Runs(quantized)
+    with evaluating(model, quantized), opened_attention(attention, model, quantized), runs.counted():
         for batch in as_batches(batches):
             if not tapes:
                 kinds = watched(model, batch, granularity, attention)
@@ -182,6 +186,7 @@ def decompose(
         if not tapes:
             raise ValueError("there is no batch in batches")
         table = pd.DataFrame([row.as_dict() for row in rows.values()])
+    runs.check(batch)
     table.insert(0, "index", range(len(table)))
     return table
 

@@ -37,6 +37,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def squared_norms(x: Tensor, reduction: str) -> Tensor:
     """Squared norms, float64: (rows,) for "token", of the whole tensor, (1,), for "global"."""
     norms = [dot(piece, piece) for (piece,) in pieces((x,), reduction)]
+    if not norms:  # no entries: an expert without tokens
+        return torch.zeros(0 if reduction == "token" else 1, dtype=torch.float64, device=x.device)
     return torch.cat(norms) if reduction == "token" else torch.stack(norms).sum(0)
 
 
@@ -53,8 +55,9 @@ class Ratios:
             denominator = kept.double()
         self.sums = self.sums + torch.stack([denominator.sum(), *(x.sum() for x in numerators)])
 
-    def values(self) -> np.ndarray:
-        sums = self.sums.cpu().numpy() if self.sums.ndim else np.zeros(2)
+    def values(self, n: int = 1) -> np.ndarray:
+        """The `n` ratios, NaN where nothing was added."""
+        sums = self.sums.cpu().numpy() if self.sums.ndim else np.zeros(1 + n)
         with np.errstate(divide="ignore", invalid="ignore"):
             return sums[1:] / sums[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from beyond_outliers.modules import as_batches, evaluating, forward
 from beyond_outliers.propagation.norms import dot, pieces
 from beyond_outliers.propagation.recording import floats
+from beyond_outliers.quantizers.watching import Runs
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def relative_error(
     correction, because the text itself is a sample). NaN for a single sequence. `tokens_for_5_percent` solves the same
     formula, with the normal quantile, for the m that gives a half-width of 0.05 R.
 
-    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1).
+    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1), and as `decompose` for quantized
+    layers that did not run.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
@@ -62,7 +64,8 @@ def relative_error(
             raise ValueError(f"sample must be at least 2 sequences, not {sample}")
         batches = _draw(list(batches), sample, seed)
     errors, signals, n_tokens = [], [], 0
-    with evaluating(model, quantized):
+    runs = Runs(quantized)
+    with evaluating(model, quantized), runs.counted():
         for batch in batches:
             pairs = list(zip(floats(forward(model, batch)), floats(forward(quantized, batch)), strict=True))
             if not pairs:
@@ -80,6 +83,7 @@ def relative_error(
                 signals.append(float(signal))
     if not errors:
         raise ValueError("there is no batch in batches")
+    runs.check(batch)
     d, n, m = np.array(errors), np.array(signals), len(errors)
     value = d.sum() / n.sum()
     spread = np.std(d - value * n, ddof=1) / n.mean() if m > 1 else np.nan

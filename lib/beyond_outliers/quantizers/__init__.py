@@ -1,10 +1,13 @@
 """Number formats, rotations, trainable quantizers, and models under quantization."""
 
 from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
+from beyond_outliers.quantizers.coverage import CoverageWarning, Quantization
 from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
+from beyond_outliers.quantizers.opened import open_layers
+from beyond_outliers.quantizers.saving import load_quantized, save_quantized
 from beyond_outliers.quantizers.trainable import (
     SCHEMES,
     AbsMaxQuantizer,
@@ -14,26 +17,33 @@ from beyond_outliers.quantizers.trainable import (
     optimal_gaussian_scale,
     staircase,
 )
+from beyond_outliers.quantizers.watching import coverage
 
 __all__ = [
     "GRIDS",
     "SCHEMES",
     "AbsMaxQuantizer",
+    "CoverageWarning",
     "LSQQuantizer",
     "QATLinear",
     "QuantSpec",
+    "Quantization",
     "QuantizedLinear",
     "QuestQuantizer",
+    "coverage",
     "freeze_qat",
     "gptq_weight",
     "hadamard_block",
     "hadamard_matrix",
     "hadamard_transform",
+    "load_quantized",
     "make_quantizer",
+    "open_layers",
     "optimal_gaussian_scale",
     "prepare_qat",
     "quantize_model",
     "quantize_tensor",
+    "save_quantized",
     "staircase",
     "weights_held",
 ]

@@ -4,35 +4,97 @@ Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they co
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.modules import replace_linears
+from beyond_outliers.modules import (
+    as_batches,
+    copy_of,
+    every_module,
+    find_head,
+    replace_linears,
+    settled_weight,
+    substitute,
+    take_hooks,
+)
+from beyond_outliers.quantizers.coverage import UNCALLED, Quantization, known_weights, path, rounding_layers
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
-from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
-from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer
+from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
+from beyond_outliers.quantizers.opened import open_layers
+from beyond_outliers.quantizers.operands import Rounding, along, own_products
+from beyond_outliers.quantizers.saving import refuse_save_pretrained
+from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
+from beyond_outliers.quantizers.watching import watched_weights
+
+NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 
 
-def _converted(model: nn.Module, spec: QuantSpec, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """A copy of a full-precision model, its linear layers replaced; ValueError for one that is quantized already."""
-    if any(isinstance(module, (QuantizedLinear, QATLinear)) for module in model.modules()):
+def _converted(
+    model: nn.Module,
+    record: Quantization,
+    make: Callable,
+    treat: Callable | None,
+    example=None,
+    past: Collection[str] = (),
+) -> nn.Module:
+    """A copy of a full-precision model with `record` on it.
+
+    make(linear) gives what stands for a linear layer; treat(module, sums) rounds in place a module that multiplies by
+    weights of its own (see `operands`), None where that cannot be. past: names of weights to leave alone because they
+    are read past their layers; those that the pass of `example` shows are added, and the model is converted anew.
+    """
+    if rounding_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
-    return replace_linears(model, spec.head, make)
+    copied = open_layers(copy_of(model))
+    head = find_head(copied)
+    kept = {module for module, name in every_module(copied).items() if name in past}
+    kept |= set() if head is None or record.spec.head else {copied.get_submodule(head)}
+    copied = replace_linears(copied, kept, make)
+    for module, name in every_module(copied).items():
+        if module in kept or treat is None or isinstance(module, (QuantizedLinear, QATLinear)):
+            continue
+        sums = own_products(module)
+        try:
+            if sums and not any(path(name, own) in past for own in sums):
+                treat(module, sums)
+        except ValueError as error:
+            raise ValueError(f"module {name!r}: {error}") from error
+    if not rounding_layers(copied):
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
+    record.weights = known_weights(copied, head, record.spec, past)
+    if example is not None:
+        record.weights = watched_weights(copied, record, example)
+        found = [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]
+        if found:
+            return _converted(model, record, make, treat, example, [*past, *found])
+    copied.quantization = record
+    return copied
 
 
-def quantize_model(model: nn.Module, spec: QuantSpec, calibration=None) -> nn.Module:
+def quantize_model(
+    model: nn.Module, spec: QuantSpec, calibration=None, strict: bool = False, example=None
+) -> nn.Module:
     """Post-training quantization: a copy of `model` whose linear layers are `QuantizedLinear`; `model` stays as it is.
 
-    Works on any tree of nn.Linear. With `spec.head` the head is rounded too; where it is tied, the copy's embedding
-    keeps the unrounded table. With `spec.rotate` every layer rounds in its rotated basis.
+    Works on any tree of modules. Rounded are nn.Linear (with hooks, parametrizations and in Python lists too), GPT-2's
+    Conv1D, torch's MultiheadAttention, and the fused experts and routers of `transformers`. With `spec.head` the head
+    is rounded too; where it is tied, the copy's embedding keeps the unrounded table. With `spec.rotate` every layer
+    rounds in its rotated basis.
+
+    What was rounded and what was not stands in the copy's `quantization` (see `coverage`). Matrix-multiply weights that
+    were left alone, other than the head that `spec` leaves alone, are named in a `CoverageWarning`; with `strict` they
+    are a ValueError. example: an input as `propagation.decompose` takes them; its pass is watched for products with
+    weights that no layer shows (calibration's first batch by default).
 
     With method "gptq" weights are rounded one layer after the other, in the order in which they run, each against the
-    inputs that it gets from the rounded layers before it, rotated and rounded as at inference (see `gptq`).
+    inputs that it gets from the rounded layers before it, rotated and rounded as at inference (see `gptq`); experts
+    and routers are rounded to nearest.
     calibration: these inputs' source, an iterable of inputs as `propagation.decompose` takes them, or one tensor or
     mapping. One large batch is quickest (about the cost of a few passes over it); many take less memory and one pass
     up to each layer.
@@ -44,46 +106,126 @@ def quantize_model(model: nn.Module, spec: QuantSpec, calibration=None) -> nn.Mo
     if (spec.method == "gptq") != (calibration is not None):
         given = "without" if calibration is None else "with"
         raise ValueError(f"method {spec.method!r} {given} calibration; valid: 'gptq' with it, 'rtn' without")
+    batches = None if calibration is None else list(as_batches(calibration))
+    example = next(iter(batches or ()), None) if example is None else example
+    quantized = rounded_structure(model, spec, batches is None, example)
+    record: Quantization = quantized.quantization
+    if batches is not None:
+        _round_by_gptq(quantized, spec, batches)
+        record.weights = [
+            w if w.kind == "linear" or not w.rounded else replace(w, reason=NEAREST) for w in record.weights
+        ]
+    record.report(strict)
+    return quantized
+
+
+def rounded_structure(
+    model: nn.Module, spec: QuantSpec, round_weights: bool = True, example=None, past: Collection[str] = ()
+) -> nn.Module:
+    """`quantize_model` without its reports; linear layers keep their weights as they are unless `round_weights`."""
+
+    def operand() -> nn.Module | None:
+        return None if spec.activations == "none" else AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
 
     def make(linear: nn.Linear) -> QuantizedLinear:
         spec.check_width(linear.in_features)
         rotation = hadamard_block(linear.in_features) if spec.rotate else None
-        weight = linear.weight.detach()
+        weight = settled_weight(linear)
         weight = weight if rotation is None else hadamard_transform(weight, rotation)
-        if calibration is None:
+        if round_weights:
             weight = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
-        rounds = AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
-        return QuantizedLinear(weight, linear.bias, None if spec.activations == "none" else rounds, rotation)
+        return QuantizedLinear(weight, linear.bias, operand(), rotation)
 
+    def treat(module: nn.Module, sums: dict[str, int]):
+        for name, dim in sums.items():
+            weight = module._parameters[name].detach()
+            spec.check_width(weight.shape[dim])
+            _as_buffer(module, name, along(lambda w: _round_matrices(w, spec), weight, dim))
+        _attach(module, Rounding(sums, _rotated(operand(), spec.rotate)))
+
+    return refuse_save_pretrained(_converted(model, Quantization(spec), make, treat, example, past))
+
+
+def _round_by_gptq(quantized: nn.Module, spec: QuantSpec, batches: list):
     def round_layer(layer: QuantizedLinear, hessian: Tensor):
         layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
 
-    quantized = _converted(model, spec, make)
-    if calibration is not None:
-        modules = quantized.named_modules()
-        layers: dict[nn.Module, str] = {m: name for name, m in modules if isinstance(m, QuantizedLinear)}
-        round_in_order(quantized, layers, calibration, round_layer)
-    return quantized
+    layers = {layer: name for layer, name in rounding_layers(quantized).items() if isinstance(layer, QuantizedLinear)}
+    round_in_order(quantized, layers, batches, round_layer)
 
 
-def prepare_qat(model: nn.Module, spec: QuantSpec, scheme: str = "quest") -> nn.Module:
+class Rotation(nn.Module):
+    """Block Hadamard rotation of the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hadamard_transform(x)
+
+
+def _rotated(quantizer: nn.Module | None, rotate: bool) -> nn.Module | None:
+    if not rotate:
+        return quantizer
+    return Rotation() if quantizer is None else nn.Sequential(Rotation(), quantizer)
+
+
+def _round_matrices(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounds (..., out, in), every matrix as a tensor of its own."""
+    weight = hadamard_transform(weight) if spec.rotate else weight
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    rounded = [quantize_tensor(matrix, spec.weights, spec.granularity, spec.block) for matrix in matrices]
+    return torch.stack(rounded).view(weight.shape)
+
+
+def _as_buffer(module: nn.Module, name: str, value: Tensor):
+    del module._parameters[name]
+    module.register_buffer(name, value.detach().contiguous().clone())
+
+
+def _attach(module: nn.Module, rounding: Rounding):
+    module.operand_rounding = rounding
+    rounding.attach(module)
+
+
+def prepare_qat(
+    model: nn.Module, spec: QuantSpec, scheme: str = "quest", strict: bool = False, example=None
+) -> nn.Module:
     """A copy of `model` whose linear layers are `QATLinear` and train through `scheme`'s quantizers (see `qat`).
 
     Weights are parameters of the same names as in `model`, so that a state_dict of one loads into the other (LSQ adds
-    vectors named log_step); a tied head stays tied, and without `spec.head` stays in full precision. LSQ's activation
-    steps start from the first batch: run one forward pass before compiling or building an optimizer state.
+    vectors named log_step; Conv1D's are transposed, MultiheadAttention's load but are not handed back); parametrized
+    layers train what they are computed from. A tied head stays tied, and without `spec.head` stays in full precision.
+    LSQ's activation steps start from the first batch: run one forward pass before compiling or building an optimizer
+    state. LSQ leaves fused experts and routers alone: it has one step a layer.
+    strict, example, and what is reported of the weights left alone: as in `quantize_model`.
     Raises ValueError for an unknown scheme, for grids or granularities that it does not have, and as `quantize_model`.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
     if spec.method != "rtn":
         raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
+    prepared = trainable_structure(model, spec, scheme, example)
+    prepared.quantization.report(strict)
+    return prepared
+
+
+def trainable_structure(
+    model: nn.Module, spec: QuantSpec, scheme: str, example=None, past: Collection[str] = ()
+) -> nn.Module:
+    """`prepare_qat` without its reports."""
+    rotate = scheme == "quest" or spec.rotate
 
     def make(linear: nn.Linear) -> QATLinear:
         spec.check_width(linear.in_features)
-        return QATLinear(linear, spec, scheme)
+        parametrized = nn.utils.parametrize.is_parametrized(linear)
+        return (ParametrizedQATLinear if parametrized else QATLinear)(linear, spec, scheme)
 
-    return _converted(model, spec, make)
+    def treat(module: nn.Module, sums: dict[str, int]):
+        for name, dim in sums.items():
+            spec.check_width(module._parameters[name].shape[dim])
+        parts = (make_quantizer(scheme, grid, spec) for grid in (spec.activations, spec.weights))
+        _attach(module, Rounding(sums, *(_rotated(part, rotate) for part in parts)))
+
+    record = Quantization(spec, "qat", scheme)
+    return _converted(model, record, make, None if scheme == "lsq" else treat, example, past)
 
 
 @contextmanager
@@ -93,8 +235,9 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     Gradients reach the weights in every pass, through the same trust mask. Outside, every forward pass rounds anew, so
     that nothing can go stale. Raises RuntimeError at the end if a weight was changed inside (step the optimizer after).
     """
-    layers = [module for module in model.modules() if isinstance(module, QATLinear)]
-    versions = [layer.weight._version for layer in layers]
+    layers = [module for module in every_module(model) if isinstance(module, QATLinear)]
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    versions = [weight._version for weight in weights]
     try:
         for layer in layers:
             layer.hold()
@@ -102,7 +245,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.held = None
-    if versions != [layer.weight._version for layer in layers]:
+    if versions != [weight._version for weight in weights]:
         raise RuntimeError("weights changed while their rounded values were held: step the optimizer outside")
 
 
@@ -110,10 +253,22 @@ def weights_held(model: nn.Module) -> Iterator[None]:
 def freeze_qat(model: nn.Module) -> nn.Module:
     """A copy of a `prepare_qat` model for inference and measurement: `QuantizedLinear` layers, weights rounded once."""
     model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, QATLinear):
-            frozen = QuantizedLinear(layer.rounded_weight(), layer.bias, layer.activation_quantizer, layer.rotation)
-            if not name:
-                return frozen.train(layer.training)
-            model.set_submodule(name, frozen.train(layer.training))
-    return model
+    made = {}
+    for module in rounding_layers(model):
+        training = module.training
+        if isinstance(module, QATLinear):
+            module.eval()
+            frozen = QuantizedLinear(module.rounded_weight(), module.bias, module.activation_quantizer, module.rotation)
+            made[module] = frozen.train(training)
+            take_hooks(module, made[module])
+        elif not isinstance(module, QuantizedLinear) and module.operand_rounding.weight is not None:
+            rounding = module.operand_rounding
+            for name, dim in rounding.sums.items():
+                _as_buffer(module, name, along(rounding.weight, module._parameters[name], dim))
+            rounding.weight = None
+    record = vars(model).get("quantization")
+    model = substitute(model, made)
+    if record is not None:
+        record.stage = "frozen"
+        model.quantization = record
+    return refuse_save_pretrained(model)

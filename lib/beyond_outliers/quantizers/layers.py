@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beyond_outliers.modules import settled_weight
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 from beyond_outliers.quantizers.trainable import make_quantizer
@@ -52,15 +53,20 @@ class QATLinear(nn.Linear):
     (x H)(W H)^T = x W^T. Inside `weights_held` the rounded weight is taken from `held`.
     """
 
+    rounds_operands = True  # no plain linear layer, although it is one by class
+
     def __init__(self, linear: nn.Linear, spec: QuantSpec, scheme: str):
         nn.Module.__init__(self)  # takes over the parameters of `linear`, ties included, instead of making new ones
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self._take_over(linear)
         self.rotation = hadamard_block(self.in_features) if scheme == "quest" or spec.rotate else None
-        rotated = self._rotate(linear.weight.detach())
+        rotated = self._rotate(settled_weight(linear))
         self.weight_quantizer = make_quantizer(scheme, spec.weights, spec, rotated)
         self.activation_quantizer = make_quantizer(scheme, spec.activations, spec)
         self.held: tuple[Tensor, Tensor | None] | None = None
+
+    def _take_over(self, linear: nn.Linear):
+        self.weight, self.bias = linear.weight, linear.bias
 
     def _rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else hadamard_transform(x, self.rotation)
@@ -79,3 +85,32 @@ class QATLinear(nn.Linear):
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
         return F.linear(x, self.rounded_weight(), self.bias)
+
+
+class ParametrizedQATLinear(QATLinear):
+    """A `QATLinear` whose weight, bias or both are computed by torch.nn.utils.parametrize: it trains their originals.
+
+    The parameters keep their names. Nothing is held: the parametrization may change the weight from pass to pass.
+    """
+
+    def _take_over(self, linear: nn.Linear):
+        self.parametrizations = linear.parametrizations
+        for name in ("weight", "bias"):
+            if name not in self.parametrizations:
+                self._parameters[name] = linear._parameters[
+                    name
+                ]  # a property of this name is in register_parameter's way
+
+    @property
+    def weight(self) -> Tensor:
+        return self._current("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._current("bias")
+
+    def _current(self, name: str) -> Tensor | None:
+        return self.parametrizations[name]() if name in self.parametrizations else self._parameters[name]
+
+    def hold(self):
+        pass

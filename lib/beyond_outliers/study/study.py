@@ -8,7 +8,6 @@ is missing first. The workflow (Snakefile) does the same steps (see `steps`) sid
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,13 @@ from tqdm.auto import tqdm
 
 from beyond_outliers import paths
 from beyond_outliers.config.learning_rates import (
-    EdgeWarning,
-    choose_learning_rate,
-    learning_rates_file,
     read_rates,
 )
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import Planned, Protocol
-from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.config.tuning import tune
+from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
@@ -140,50 +136,16 @@ class Study:
         if not all((self.results / f"{name}.csv").exists() for name in TABLES if name != "trajectory"):
             return False
         have, rates = set(self.table("runs").run), read_rates(self.scale)
-        swept = {(size, name) for size in self._sizes("sweep") for name in self.protocol.optimizers}
+        swept = {(size, name) for size in self.sizes_of("sweep") for name in self.protocol.optimizers}
         return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
     def check(self) -> None:
-        """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
-        from beyond_outliers.model import Olmo2, Olmo2Config
-        from beyond_outliers.optimizers.registry import build_optimizer
-        from beyond_outliers.quantizers.formats import choose
-        from beyond_outliers.quantizers.trainable import SCHEMES
-        from beyond_outliers.study.measure import specs
+        """ValueError now for what would stop the study only after its training (see `check`)."""
+        from beyond_outliers.study.checks import check
 
-        protocol, measured = self.protocol, self.protocol.measure
-        with self._names("measure.specs" if measured.specs else "measure.formats"):
-            valid = {spec.name: spec for spec in specs(measured)}
-            for size in protocol.sizes:
-                shape = protocol.model(size)
-                # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
-                for spec in (
-                    [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values()
-                ):
-                    for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
-                        spec.check_width(width)
-        with self._names("measure.primary"):
-            choose("spec", measured.primary, valid)
-        for purpose, runs in protocol.settings.plan:
-            with self._names(f"plan.{purpose}"):
-                for quantization in runs.quantizations:
-                    if quantization:
-                        choose("scheme", quantization["scheme"], SCHEMES)
-        model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
-        for name, given in protocol.settings.hyper.items():
-            hyper: dict[str, Any] = dict(given)
-            with self._names(f"hyper.{name}"):
-                build_optimizer(model, name, lr=1e-3, **hyper)
-
-    @contextlib.contextmanager
-    def _names(self, key: str) -> Iterator[None]:
-        """Puts the scale file and the key before the message of a ValueError."""
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{paths.SCALES / self.scale}.toml: {key}: {error}") from None
+        check(self.protocol)
 
     def prepare_corpus(self) -> dict[str, Any]:
         """Fetches and tokenizes the corpus, if it is not there yet; returns what it has of each split."""
@@ -207,19 +169,8 @@ class Study:
         )
 
     def choose_learning_rates(self, size: str) -> pd.DataFrame:
-        """Best rates of every optimizer at a swept size, from the final losses of its sweep, or of its search.
-
-        Returns the table `learning_rates` with the rows of that size replaced, and writes it.
-        """
-        rows = self._searched(size) if self.protocol.tuned else self._swept(size)
-        table, file = pd.DataFrame(rows), learning_rates_file(self.scale)
-        if file.exists():
-            old = pd.read_csv(file, dtype={"size": str})
-            table = pd.concat([old[(old["size"] != size) & old["size"].isin(self._sizes("sweep"))], table])
-        table = table.sort_values("size", key=lambda sizes: sizes.map(self.protocol.sizes.index), kind="stable")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(file, table.to_csv(index=False))
-        return table.reset_index(drop=True)
+        """Best rates of every optimizer at a swept size, written to `learning_rates` and returned (see `rates`)."""
+        return rates.choose(self, size)
 
     def choose_what_is_found(self) -> None:
         """Chooses the rates of every size of a tuned scale whose search has ended and has not been chosen from."""
@@ -229,62 +180,25 @@ class Study:
                 with contextlib.suppress(MissingResults):
                     self.choose_learning_rates(size)
 
-    def _swept(self, size: str) -> list[dict[str, Any]]:
-        """Rows of `learning_rates` from grids: losses averaged over seeds, a diverged seed makes a rate diverged."""
-        rows = []
-        found = pd.DataFrame([self._required(planned).row for planned in self.protocol.sweep_runs(size)])
-        for optimizer, runs in found.groupby("optimizer", sort=False):
-            losses = runs.groupby("lr").val_loss.apply(lambda values: values.mean(skipna=False))
-            lr, edge = choose_learning_rate(list(losses.index), list(losses))
-            if edge:
-                warnings.warn(
-                    f"{size}, {optimizer}: the best learning rate {lr:g} is at the edge of {list(losses.index)}",
-                    EdgeWarning,
-                    stacklevel=3,
-                )
-            grid = " ".join(f"{lr:g}" for lr in losses.index)
-            rows.append(
-                {"size": size, "optimizer": optimizer, "lr": lr, "edge": edge, "grid": grid, "n_runs": len(runs)}
-            )
-        return rows
-
-    def _searched(self, size: str) -> list[dict[str, Any]]:
-        """Rows of `learning_rates` from the search of a tuned scale, which never ends at an edge."""
-
-        def val_loss(config: RunConfig) -> float:
-            found = self.loss(config.name)  # also of runs that another machine made
-            return self._required(Planned("sweep", config)).row["val_loss"] if found is None else found
-
-        rows = []
-        for optimizer in self.protocol.optimizers:
-            found = tune(self.protocol, size, optimizer, val_loss)
-            tried = {line: " ".join(f"{rate:g}" for rate in of["tried"]) for line, of in found["lines"].items()}
-            rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"]}
-            # the two lines share the run at which the second one starts
-            rates["n_runs"] = sum(len(of["tried"]) for of in found["lines"].values()) - 1
-            auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
-            rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
-        return rows
-
     def common_loss(self, size: str) -> pd.DataFrame:
         """The paper's Common Loss of a size, and the first checkpoint of every full-precision run that reaches it.
 
         See the module `common_loss`, whose columns these are; of the checkpoints whose weights are still there.
         """
-        results = [self._required(p) for p in self._at("full_precision", size)]
+        results = [self.required(p) for p in self._at("full_precision", size)]
         evaluations = [result.evaluations.assign(run=result.config.name) for result in results]
         runs = pd.DataFrame([result.row for result in results], columns=[*results[0].row] if results else RUN_COLUMNS)
         return common_loss(runs, pd.concat(evaluations) if evaluations else pd.DataFrame(columns=RUN_COLUMNS))
 
     def common_losses(self, ended: set[str]) -> list[pd.DataFrame]:
         """The Common Loss of every size whose full-precision runs have all `ended`."""
-        full = {size: self._at("full_precision", size) for size in self._sizes("full_precision")}
+        full = {size: self._at("full_precision", size) for size in self.sizes_of("full_precision")}
         sizes = [size for size, runs in full.items() if runs and all(p.config.name in ended for p in runs)]
         return [self.common_loss(size) for size in sizes]
 
     def blocks(self) -> Iterator[tuple[str, int, list[Planned]]]:
         """(size, seed, its full-precision runs, one an optimizer): what a Common Loss is taken over in `by_seed`."""
-        for size in self._sizes("full_precision"):
+        for size in self.sizes_of("full_precision"):
             runs = self._at("full_precision", size)
             for seed in dict.fromkeys(p.config.seed for p in runs):
                 yield size, seed, [p for p in runs if p.config.seed == seed]
@@ -316,7 +230,7 @@ class Study:
         common = dict(self.common_loss(size)[["run", "step"]].values) if purpose == "full_precision" else {}
         full = {p.config.name for p in self._at("full_precision", size)}  # a sweep run that is a main run, too
         for planned in tqdm(self._at(purpose, size), desc=f"measure {purpose} {size}", disable=None):
-            result = self._required(planned)
+            result = self.required(planned)
             if result.row["status"] != "finished" or (purpose == "sweep" and planned.config.name in full):
                 continue
             measure_run(result, result.row["steps"], "light" if purpose == "sweep" else "full", settings)
@@ -331,7 +245,7 @@ class Study:
         from beyond_outliers.study.trajectory import measure_trajectory
 
         torch.set_num_threads(self.protocol.threads)
-        result, settings = self._required(planned), self.protocol.measure
+        result, settings = self.required(planned), self.protocol.measure
         if result.row["status"] == "finished":
             measure_run(result, result.row["steps"], "light" if planned.purpose == "sweep" else "full", settings)
             if planned.purpose == "full_precision" and settings.trajectory:
@@ -379,13 +293,13 @@ class Study:
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
-    def _sizes(self, purpose: str) -> list[str]:
+    def sizes_of(self, purpose: str) -> list[str]:
         return [size for size in self.protocol.sizes if purpose in self.protocol.purposes(size)]
 
     def _at(self, purpose: str, size: str) -> list[Planned]:
         return [p for p in self.planned(size) if p.purpose == purpose]
 
-    def _required(self, planned: Planned) -> "RunResult":
+    def required(self, planned: Planned) -> "RunResult":
         result = self.result(planned)
         if result is None:
             raise MissingResults(

@@ -17,7 +17,7 @@ from beyond_outliers import paths
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
-from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.metrics import activation_metrics, average, without_down
 from beyond_outliers.propagation.output_error import output_errors
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import QuantSpec
@@ -64,7 +64,7 @@ def trajectory_table(
 
         inputs, base = activation_metrics(model, batches), loss(model)
         point = {"run": config.name, "step": step, "averaged": averaged}
-        outliers = {"mmr": average(inputs[inputs.kind != "down"])["mmr"], "kurtosis": average(inputs)["kurtosis"]}
+        outliers = {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
         rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0, **outliers})
         for spec in specs:
             quantized = quantize_model(model, spec)

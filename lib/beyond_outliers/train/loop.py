@@ -10,7 +10,6 @@ under torchrun for data parallelism.
 import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -33,26 +32,14 @@ from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.quantizers.convert import weights_held
 from beyond_outliers.train.folder import RunResult, build_model, flat_config, load_result, run_folder, weights_path
-from beyond_outliers.train.machine import provenance
+from beyond_outliers.train.machine import device_named, provenance, should_compile
+from beyond_outliers.train.timetable import evaluation_steps, schedule
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
-COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
 class Diverged(Exception):
     """The loss left the numbers, or rose above where it started and stayed there."""
-
-
-def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Trapezoidal factor of the learning rate at `step` (from 0): linear up, constant, linear down to 0 at the end."""
-    up = (step + 1) / (warmup * steps) if warmup else 1.0
-    down = (steps - step) / (decay * steps) if decay else 1.0
-    return min(up, 1.0, down)
-
-
-def evaluation_steps(config: RunConfig) -> list[int]:
-    """Steps after which the run is evaluated: evenly spread, the last step among them, at most `evaluations`."""
-    return sorted({round(config.steps * i / config.evaluations) for i in range(1, config.evaluations + 1)} - {0})
 
 
 def train(
@@ -111,7 +98,7 @@ class _Run:
     def __init__(self, config: RunConfig, folder: Path, device: str, compile: bool | str, progress: bool):
         self.config, self.folder = config, folder
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device = _device(device)
+        self.device = device_named(device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.corpus: Corpus = open_corpus(config.corpus, config.context)
@@ -120,7 +107,7 @@ class _Run:
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
-        self.compiled = _should_compile(compile, config, self.device)
+        self.compiled = should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
         self.loss: LossModule | DistributedDataParallel = LossModule(self.model, self.compiled)
@@ -297,24 +284,3 @@ class _Run:
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
-
-
-def _should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
-    if compile != "auto":
-        return bool(compile)
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
-        return False  # TorchInductor builds its kernels with a C++ compiler
-    operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step
-    return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +13,30 @@ import numpy as np
 import torch
 
 from beyond_outliers import paths
+from beyond_outliers.config.run import RunConfig
+
+COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
+
+
+def device_named(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
+    if compile != "auto":
+        return bool(compile)
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
+        return False  # TorchInductor builds its kernels with a C++ compiler
+    operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step
+    return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE
 
 
 def provenance(device: torch.device, compiled: bool) -> dict:

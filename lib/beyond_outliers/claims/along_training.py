@@ -1,0 +1,118 @@
+"""The damage along training: when does it come, does the decay of the learning rate make it, does averaging undo it?
+
+Readings of the table `trajectory`, of scales that measure their runs along the way (`trajectory` in `[measure]`). Two
+accounts are tested: the decay makes the damage and averaging repairs it (arXiv 2510.06213), or it comes with
+convergence (arXiv 2604.15167).
+"""
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers.claims import readings, relative
+from beyond_outliers.claims.confirm_kinds import with_zero
+from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, cells, contrast
+from beyond_outliers.config.run import RunConfig
+from beyond_outliers.study.tables import MissingResults
+
+DECAY_FROM = 1 - RunConfig.decay  # share of the run at which the learning rate begins to fall
+EVERY = "mean of optimizers"
+QUANTITIES = {  # differences in nats, of the damage where nothing else is said
+    "decay": "the end less the last checkpoint of the constant rate",
+    "before": "that checkpoint less one as long before it",
+    "averaging, constant": "averaged weights less the last checkpoint, at the constant rate",
+    "averaging, end": "averaged weights less the last checkpoint, at the end",
+    "averaging, constant: loss after": "loss after quantization, averaged less last, at the constant rate",
+    "averaging, end: loss after": "loss after quantization, averaged less last, at the end",
+}
+
+
+def trajectory(study) -> pd.DataFrame:
+    """Rows of the table in the primary spec with CELL columns of their run and `share` of its steps; empty without one.
+
+    The last checkpoints' averaged weights are rows with averaged > 1.
+    """
+    try:
+        table = study.table("trajectory")
+    except MissingResults:
+        return pd.DataFrame(columns=["run", *readings.CELL, "step", "averaged", "share", "val_loss", "increase"])
+    rows = study.runs("full_precision")[["run", *readings.CELL, "steps"]].merge(table, on="run")
+    rows = rows[rows.spec == readings.primary(study)]
+    return rows.assign(share=rows.step / rows.steps).drop(columns="steps").reset_index(drop=True)
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean damage of the checkpoints themselves, with interval: size, optimizer, share, mean, low, high, n."""
+    return relative.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
+
+
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """QUANTITIES of every run, a row each: CELL, quantity, value (nats); without their checkpoints none."""
+    found = []
+    for cell, own in rows.groupby(readings.CELL, sort=False):
+        plain = own[own.averaged == 1].sort_values("share").set_index("step")
+        averaged = own[own.averaged > 1].set_index("step")
+        constant = plain[plain.share <= DECAY_FROM]
+        if constant.empty or len(constant) == len(plain):
+            continue
+        last, end = constant.index[-1], plain.index[-1]
+        earlier = (plain.index.to_series() - (2 * last - end)).abs().idxmin()
+        values = {"decay": plain.increase[end] - plain.increase[last]}
+        if earlier < last:
+            values["before"] = plain.increase[last] - plain.increase[earlier]
+        for place, step in (("constant", last), ("end", end)):
+            if step in averaged.index:
+                values[f"averaging, {place}"] = averaged.increase[step] - plain.increase[step]
+                values[f"averaging, {place}: loss after"] = averaged.val_loss[step] - plain.val_loss[step]
+        found += [(*cell, quantity, value) for quantity, value in values.items()]
+    return pd.DataFrame(found, columns=[*readings.CELL, "quantity", "value"])
+
+
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Means of `changes` over runs with 95 % intervals: quantity, size, optimizer, mean, low, high, n.
+
+    Behind the optimizers of a size stands EVERY: their unweighted mean, with Welch's interval from the spread over runs
+    within optimizers (an estimate alone where one of them has fewer than three runs).
+    """
+    each = relative.means(table, "value", ("quantity",))
+    parts = []
+    for quantity in QUANTITIES:
+        for size, own in table[table.quantity == quantity].groupby("size", sort=False):
+            parts.append(each[(each.quantity == quantity) & (each["size"] == size)])
+            parts.append(_over_optimizers(own, quantity, size))
+    return pd.concat(parts, ignore_index=True) if parts else each
+
+
+def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFrame:
+    names = list(dict.fromkeys(own.optimizer))
+    strata = cells(own.assign(size=own.optimizer, optimizer="one"), "value", ("one",), names)  # optimizers as strata
+    low, high = contrast(with_zero(strata), [("one", "zero")]).interval(USUAL)
+    mean, n = strata.mean.mean(), int(strata.n.min())
+    ends = (low[0], high[0]) if n >= LEAST_SEEDS else (np.nan, np.nan)
+    row = (quantity, size, EVERY, mean, *ends, n)
+    return pd.DataFrame([row], columns=["quantity", "size", "optimizer", "mean", "low", "high", "n"])
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """`differences`, a row a size and optimizer, a column a quantity in words, cells like "0.123 [0.110, 0.136]"."""
+    text = [relative.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    wide = table.assign(text=text).pivot_table(
+        index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
+    )
+    return wide.rename(columns=QUANTITIES).fillna("")
+
+
+def finding(study) -> str:
+    """What the tables say, in Markdown, one sentence a size; which scale to ask where they have nothing."""
+    table = differences(changes(trajectory(study)))
+    lines = []
+    for size, own in table[table.optimizer == EVERY].groupby("size", sort=False):
+        by = own.set_index("quantity")
+        told = {name: relative.interval(*by.loc[name, ["mean", "low", "high"]]) for name in by.index}
+        text = f"- {size}, mean of the optimizers (n {by.n.min()}): damage changes by {told['decay']} nats in the decay"
+        if "before" in told:
+            text += f" and by {told['before']} over as long a stretch before it"
+        if {"averaging, end", "averaging, constant"} <= set(told):
+            text += f"; averaging the last checkpoints changes it by {told['averaging, constant']} at the constant rate"
+            text += f" and by {told['averaging, end']} at the end"
+        lines.append(text + ".")
+    return "\n".join(lines) or f"No run of scale {study.scale} has been followed along its training."

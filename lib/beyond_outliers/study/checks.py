@@ -1,0 +1,48 @@
+"""What can be known of a scale before it trains for hours: formats, schemes and hyperparameters that would stop it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from beyond_outliers import paths
+from beyond_outliers.config.protocol import Protocol
+
+
+def check(protocol: Protocol) -> None:
+    """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
+    from beyond_outliers.model import Olmo2, Olmo2Config
+    from beyond_outliers.optimizers.registry import build_optimizer
+    from beyond_outliers.quantizers.formats import choose
+    from beyond_outliers.quantizers.trainable import SCHEMES
+    from beyond_outliers.study.measure import specs
+
+    measured = protocol.measure
+    with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
+        valid = {spec.name: spec for spec in specs(measured)}
+        for size in protocol.sizes:
+            shape = protocol.model(size)
+            # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
+            for spec in [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values():
+                for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
+                    spec.check_width(width)
+    with _named(protocol, "measure.primary"):
+        choose("spec", measured.primary, valid)
+    for purpose, runs in protocol.settings.plan:
+        with _named(protocol, f"plan.{purpose}"):
+            for quantization in runs.quantizations:
+                if quantization:
+                    choose("scheme", quantization["scheme"], SCHEMES)
+    model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
+    for name, given in protocol.settings.hyper.items():
+        hyper: dict[str, Any] = dict(given)
+        with _named(protocol, f"hyper.{name}"):
+            build_optimizer(model, name, lr=1e-3, **hyper)
+
+
+@contextlib.contextmanager
+def _named(protocol: Protocol, key: str) -> Iterator[None]:
+    """Puts the scale file and the key before the message of a ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{paths.SCALES / protocol.scale}.toml: {key}: {error}") from None

@@ -1,0 +1,68 @@
+"""Learning rates of a study: chosen from its sweep, or from the search of a tuned scale, and written to its table."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from beyond_outliers import paths
+from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate, learning_rates_file
+from beyond_outliers.config.protocol import Planned
+from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.tuning import tune
+
+if TYPE_CHECKING:
+    from beyond_outliers.study.study import Study
+
+
+def choose(study: "Study", size: str) -> pd.DataFrame:
+    """Best rates of every optimizer at a swept size, from the final losses of its sweep, or of its search.
+
+    Returns the table `learning_rates` with the rows of that size replaced, and writes it.
+    """
+    rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
+    table, file = pd.DataFrame(rows), learning_rates_file(study.scale)
+    if file.exists():
+        old = pd.read_csv(file, dtype={"size": str})
+        table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
+    table = table.sort_values("size", key=lambda sizes: sizes.map(study.protocol.sizes.index), kind="stable")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    paths.write_whole(file, table.to_csv(index=False))
+    return table.reset_index(drop=True)
+
+
+def _swept(study: "Study", size: str) -> list[dict[str, Any]]:
+    """Rows of `learning_rates` from grids: losses averaged over seeds, a diverged seed makes a rate diverged."""
+    rows = []
+    found = pd.DataFrame([study.required(planned).row for planned in study.protocol.sweep_runs(size)])
+    for optimizer, runs in found.groupby("optimizer", sort=False):
+        losses = runs.groupby("lr").val_loss.apply(lambda values: values.mean(skipna=False))
+        lr, edge = choose_learning_rate(list(losses.index), list(losses))
+        if edge:
+            warnings.warn(
+                f"{size}, {optimizer}: the best learning rate {lr:g} is at the edge of {list(losses.index)}",
+                EdgeWarning,
+                stacklevel=4,
+            )
+        grid = " ".join(f"{lr:g}" for lr in losses.index)
+        rows.append({"size": size, "optimizer": optimizer, "lr": lr, "edge": edge, "grid": grid, "n_runs": len(runs)})
+    return rows
+
+
+def _searched(study: "Study", size: str) -> list[dict[str, Any]]:
+    """Rows of `learning_rates` from the search of a tuned scale, which never ends at an edge."""
+
+    def val_loss(config: RunConfig) -> float:
+        found = study.loss(config.name)  # also of runs that another machine made
+        return study.required(Planned("sweep", config)).row["val_loss"] if found is None else found
+
+    rows = []
+    for optimizer in study.protocol.optimizers:
+        found = tune(study.protocol, size, optimizer, val_loss)
+        tried = {line: " ".join(f"{rate:g}" for rate in of["tried"]) for line, of in found["lines"].items()}
+        rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"]}
+        # the two lines share the run at which the second one starts
+        rates["n_runs"] = sum(len(of["tried"]) for of in found["lines"].values()) - 1
+        auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
+        rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
+    return rows

@@ -1,0 +1,85 @@
+"""What learning rates leave before and after quantization."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from beyond_outliers.claims import rates
+from beyond_outliers.claims.confirm_readings import tables
+from beyond_outliers.study import Study
+
+
+class Sweep:
+    """Tuning runs: (optimizer, lr, embedding rate, seed, loss before, damage, status)."""
+
+    scale = "made up"
+
+    def __init__(self, rows, tuned=False, chosen=None):
+        self.protocol = SimpleNamespace(tuned=tuned, measure=SimpleNamespace(primary="W4A4+head"))
+        columns = ["optimizer", "lr", "embedding", "seed", "before", "increase", "status"]
+        self.rows = pd.DataFrame(rows, columns=columns)
+        self.rows["run"] = [f"r{place}" for place in self.rows.index]
+        self.rows["size"] = "s"
+        self.rows["hyper"] = [f'{{"embedding_lr": {rate}}}' for rate in self.rows.embedding]
+        self.chosen = pd.DataFrame(chosen or [], columns=["size", "optimizer", "auxiliary"])
+
+    def runs(self, purpose):
+        assert purpose == "sweep"
+        return self.rows[["run", "size", "optimizer", "lr", "seed", "hyper", "status"]]
+
+    def table(self, name):
+        assert name == "learning_rates"
+        return self.chosen
+
+    def measured(self, name, purpose):
+        rows = self.rows[self.rows.status == "finished"].assign(checkpoint="final", spec="W4A4+head")
+        rows = rows.assign(val_loss=rows.before + rows.increase)
+        return pd.concat([rows, rows.assign(spec="W4A4", increase=9.0)])
+
+
+GRID = [
+    ("muon", 0.1, 0.5, 0, 3.0, 0.4, "finished"),
+    ("muon", 0.1, 0.5, 1, 3.2, 0.2, "finished"),
+    ("muon", 0.05, 0.5, 0, 3.2, 0.1, "finished"),
+    ("adamw", 0.1, 0.5, 0, 3.3, 0.1, "finished"),
+    ("adamw", 0.2, 0.5, 0, 9.0, 0.1, "diverged"),
+]
+
+
+def test_losses_are_means_over_seeds_in_the_primary_format():
+    table = rates.before_and_after(Sweep(GRID)).set_index(["optimizer", "lr"])
+    found = table.loc[("muon", 0.1), ["before", "after", "damage", "seeds"]].tolist()
+    assert found == pytest.approx([3.1, 3.4, 0.3, 2])
+    assert ("adamw", 0.2) not in table.index
+
+
+def test_another_rate_may_be_best_after_quantization():
+    study = Sweep(GRID)
+    best = rates.best(rates.before_and_after(study)).set_index("optimizer")
+    assert best.loc["muon", ["lr_before", "lr_after", "gain"]].tolist() == pytest.approx([0.1, 0.05, 0.1])
+    assert best.gain["adamw"] == 0
+    assert rates.finding(study) == (
+        "- s: lowest loss in full precision Muon, after quantization Muon; for 1 of 2 optimizers another learning rate "
+        "is best after quantization (1 smaller), by at most 0.100 nats."
+    )
+
+
+def test_a_tuned_scale_has_the_line_at_the_chosen_auxiliary_rate():
+    rows = [("muon", 0.1, 0.5, 0, 3.0, 0.4, "finished"), ("muon", 0.1, 0.25, 0, 2.9, 0.4, "finished")]
+    study = Sweep(rows, tuned=True, chosen=[("s", "muon", 0.5)])
+    assert rates.line(study).run.tolist() == ["r0"]
+    assert rates.line(Sweep(rows, tuned=True)).empty  # nothing is chosen yet
+    assert len(rates.line(Sweep(rows))) == 2
+
+
+def test_a_scale_without_tuning_runs_says_so():
+    assert rates.finding(Sweep([])) == "No tuning run of scale made up has been measured yet."
+
+
+def test_the_line_is_the_one_whose_slopes_are_judged():
+    study = Study("confirm")
+    judged, line = tables(study)["sweep"], rates.line(study)
+    assert sorted(zip(judged["size"], judged.optimizer, judged.lr, strict=True)) == sorted(
+        zip(line["size"], line.optimizer, line.lr, strict=True)
+    )
