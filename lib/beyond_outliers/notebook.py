@@ -90,7 +90,7 @@ def finding(name: str, of: Any) -> "Markdown":
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     parts = [
-        "**Finding.**" + ("\n\n" if text.startswith("- ") else " ") + text,  # a list begins on a line of its own
+        f"**Finding.** {text}",
         NOTE if "[" in text and hasattr(of, "scale") else "",
         explained(f"{text}\n{prose}"),
     ]
