@@ -146,6 +146,7 @@ def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
 
 def test_the_finding_follows_the_numbers(study):
     text = methods.finding(study)
+    assert text.startswith("What is left of RTN's picture, size by size:\n\n- int4, at s")  # a list, behind a sentence
     assert "int4, at s: the damage of Muon is 1.91 [" in text and "under RTN and 0.52 [" in text
     assert "(n 3): more under RTN, less under rotation + GPTQ." in text
     assert "rotation + GPTQ and RTN put 0% of the pairs of 3 optimizers in the same order (Kendall's tau -1.00" in text

@@ -168,7 +168,8 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
         at = "over the sizes" if size == relative.ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
     lines += _survival(agreement(rows))
-    return "\n".join([*lines, "", missing(study)]).strip()
+    listed = ["What is left of RTN's picture, size by size:", "", *lines, ""] if lines else []
+    return "\n".join([*listed, missing(study)]).strip()
 
 
 def _survival(table: pd.DataFrame) -> list[str]:
