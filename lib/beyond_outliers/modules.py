@@ -243,7 +243,8 @@ def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 
     for module in list(every_module(model)):
         for name, child in module._modules.items():
-            module._modules[name] = made.get(child, child) if child is not None else None
+            if child is not None:
+                module._modules[name] = made.get(child, child)
         for attribute, value in list(vars(module).items()):
             if attribute not in _INTERNAL and any(True for _ in _held(value, "")):
                 vars(module)[attribute] = swap(value)
@@ -258,9 +259,9 @@ def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callabl
     made: dict[nn.Module, nn.Module] = {}
     for module, name in every_module(model).items():
         try:
-            if module in kept or why_not_replaced(module) is not None:
+            if module in kept or not isinstance(module, nn.Linear) or why_not_replaced(module) is not None:
                 continue
-            made[module] = make(cast(nn.Linear, module)).train(module.training)
+            made[module] = make(module).train(module.training)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         take_hooks(module, made[module])

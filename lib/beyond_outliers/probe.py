@@ -9,7 +9,6 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pandas as pd
 import torch
@@ -21,6 +20,7 @@ from beyond_outliers.metrics import activation_metrics, average
 from beyond_outliers.propagation import RelativeError, decompose, relative_error, summarise
 from beyond_outliers.quantizers import Quantization, QuantSpec, quantize_model
 from beyond_outliers.quantizers.opened import conv1d_to_linear, open_layers
+from beyond_outliers.quantizers.record import record_of
 
 __all__ = ["Probe", "bundled_encoder", "conv1d_to_linear", "load", "probe", "windows"]
 
@@ -114,14 +114,15 @@ def probe(
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     batches = ids.split(batch_size)
     quantized = quantize_model(model, spec, strict=strict, example=batches[0])
-    print(quantized.quantization)
+    record = record_of(quantized)
+    print(record)
     return Probe(
         name,
         spec,
         activation_metrics(model, batches, spec),
         decompose(model, quantized, batches, granularity=granularity, attention=attention),
         relative_error(model, quantized, batches),
-        cast(Quantization, quantized.quantization),
+        record,
     )
 
 

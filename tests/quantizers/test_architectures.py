@@ -532,7 +532,7 @@ def test_coverage(name):
 
 TEXT = Path(model_module.__file__)
 # experts that other tokens reach; -1 positions; nothing but convolutions; weights that are zero
-NOT_PROBED = {"dbrx", "xlnet", "squeezebert", "xlstm"}
+NOT_PROBED = {"dbrx", "longcat", "xlnet", "squeezebert", "xlstm"}
 
 
 @pytest.fixture(scope="module")

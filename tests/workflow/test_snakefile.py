@@ -37,7 +37,7 @@ def test_the_workflow_plans_one_job_a_run(tmp_path):
         12,
         1,
         1,
-        8,
+        len(notebooks()),
         1,
     )
 
@@ -46,7 +46,12 @@ def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
     """Which runs a search asks for is known only run by run: one job a size and optimizer."""
     text = dry_run("confirm", tmp_path)
     jobs = jobs_of(text)
-    assert (jobs["corpus"], jobs["tune"], jobs["choose"], jobs["notebook"]) == (1, 18, 3, 8) and "train" not in jobs
+    assert (jobs["corpus"], jobs["tune"], jobs["choose"], jobs["notebook"]) == (
+        1,
+        18,
+        3,
+        len(notebooks()),
+    ) and "train" not in jobs
     found = re.findall(r"^rule tune:\n(?:    .*\n)*?    wildcards: optimizer=(\S+), size=(\S+)\n", text, re.M)
     assert set(found) == {(name, size) for size in ("0.08M", "0.16M", "0.26M") for name in OPTIMIZER_NAMES}
 
@@ -88,5 +93,5 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
     (work / lost / "result.json").unlink()
     text = dry_run("smoke", tmp_path)
     jobs = jobs_of(text)
-    assert f"run={lost}" in text and jobs["train"] == jobs["index"] == 1 and jobs["notebook"] == 8
+    assert f"run={lost}" in text and jobs["train"] == jobs["index"] == 1 and jobs["notebook"] == len(notebooks())
     assert "choose" not in jobs and jobs["measure"] == jobs["claims"] == 1

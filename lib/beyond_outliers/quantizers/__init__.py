@@ -6,7 +6,7 @@ from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
-from beyond_outliers.quantizers.report import CoverageWarning, Quantization
+from beyond_outliers.quantizers.record import CoverageWarning, Quantization
 from beyond_outliers.quantizers.saving import load_quantized, save_quantized
 from beyond_outliers.quantizers.trainable import (
     SCHEMES,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import (
+    UNCALLED,
     as_batches,
     copy_of,
     every_module,
@@ -26,11 +27,12 @@ from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
-from beyond_outliers.quantizers.operands import Rounding, along, own_products
-from beyond_outliers.quantizers.report import UNCALLED, Quantization, known_weights, path, rounding_layers
+from beyond_outliers.quantizers.operands import Rounding, along, own_products, own_rounding
+from beyond_outliers.quantizers.record import Quantization, record_of, with_record
 from beyond_outliers.quantizers.saving import refuse_save_pretrained
 from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.watching import watched_weights
+from beyond_outliers.quantizers.weights import known_weights, path, rounding_layers
 
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 
@@ -73,8 +75,7 @@ def _converted(
         found = [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]
         if found:
             return _converted(model, record, make, treat, example, [*past, *found])
-    copied.quantization = record
-    return copied
+    return with_record(copied, record)
 
 
 def quantize_model(
@@ -109,7 +110,7 @@ def quantize_model(
     batches = None if calibration is None else list(as_batches(calibration))
     example = next(iter(batches or ()), None) if example is None else example
     quantized = rounded_structure(model, spec, batches is None, example)
-    record: Quantization = quantized.quantization
+    record = record_of(quantized)
     if batches is not None:
         _round_by_gptq(quantized, spec, batches)
         record.weights = [
@@ -138,7 +139,7 @@ def rounded_structure(
 
     def treat(module: nn.Module, sums: dict[str, int]):
         for name, dim in sums.items():
-            weight = module._parameters[name].detach()
+            weight = module.get_parameter(name).detach()
             spec.check_width(weight.shape[dim])
             _as_buffer(module, name, along(lambda w: _round_matrices(w, spec), weight, dim))
         _attach(module, Rounding(sums, _rotated(operand(), spec.rotate)))
@@ -150,7 +151,8 @@ def _round_by_gptq(quantized: nn.Module, spec: QuantSpec, batches: list):
     def round_layer(layer: QuantizedLinear, hessian: Tensor):
         layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
 
-    layers = {layer: name for layer, name in rounding_layers(quantized).items() if isinstance(layer, QuantizedLinear)}
+    rounding = rounding_layers(quantized).items()
+    layers: dict[nn.Module, str] = {layer: name for layer, name in rounding if isinstance(layer, QuantizedLinear)}
     round_in_order(quantized, layers, batches, round_layer)
 
 
@@ -181,7 +183,7 @@ def _as_buffer(module: nn.Module, name: str, value: Tensor):
 
 
 def _attach(module: nn.Module, rounding: Rounding):
-    module.operand_rounding = rounding
+    module.operand_rounding = rounding  # where `own_rounding` finds it
     rounding.attach(module)
 
 
@@ -203,7 +205,7 @@ def prepare_qat(
     if spec.method != "rtn":
         raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
     prepared = trainable_structure(model, spec, scheme, example)
-    prepared.quantization.report(strict)
+    record_of(prepared).report(strict)
     return prepared
 
 
@@ -220,7 +222,7 @@ def trainable_structure(
 
     def treat(module: nn.Module, sums: dict[str, int]):
         for name, dim in sums.items():
-            spec.check_width(module._parameters[name].shape[dim])
+            spec.check_width(module.get_parameter(name).shape[dim])
         parts = (make_quantizer(scheme, grid, spec) for grid in (spec.activations, spec.weights))
         _attach(module, Rounding(sums, *(_rotated(part, rotate) for part in parts)))
 
@@ -253,7 +255,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
 def freeze_qat(model: nn.Module) -> nn.Module:
     """A copy of a `prepare_qat` model for inference and measurement: `QuantizedLinear` layers, weights rounded once."""
     model = copy.deepcopy(model)
-    made = {}
+    made: dict[nn.Module, nn.Module] = {}
     for module in rounding_layers(model):
         training = module.training
         if isinstance(module, QATLinear):
@@ -261,14 +263,13 @@ def freeze_qat(model: nn.Module) -> nn.Module:
             frozen = QuantizedLinear(module.rounded_weight(), module.bias, module.activation_quantizer, module.rotation)
             made[module] = frozen.train(training)
             take_hooks(module, made[module])
-        elif not isinstance(module, QuantizedLinear) and module.operand_rounding.weight is not None:
-            rounding = module.operand_rounding
+        elif (rounding := own_rounding(module)) is not None and rounding.weight is not None:
             for name, dim in rounding.sums.items():
-                _as_buffer(module, name, along(rounding.weight, module._parameters[name], dim))
+                _as_buffer(module, name, along(rounding.weight, module.get_parameter(name), dim))
             rounding.weight = None
     record = vars(model).get("quantization")
     model = substitute(model, made)
     if record is not None:
         record.stage = "frozen"
-        model.quantization = record
+        model = with_record(model, record)
     return refuse_save_pretrained(model)

@@ -1,5 +1,7 @@
 """Linear layers under quantization: rounded once (`QuantizedLinear`), or trained through quantizers (`QATLinear`)."""
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,8 +95,10 @@ class ParametrizedQATLinear(QATLinear):
     The parameters keep their names. Nothing is held: the parametrization may change the weight from pass to pass.
     """
 
+    parametrizations: nn.ModuleDict
+
     def _take_over(self, linear: nn.Linear):
-        self.parametrizations = linear.parametrizations
+        self.parametrizations = cast(nn.ModuleDict, linear.parametrizations)
         for name in ("weight", "bias"):
             if name not in self.parametrizations:
                 self._parameters[name] = linear._parameters[
@@ -102,11 +106,11 @@ class ParametrizedQATLinear(QATLinear):
                 ]  # a property of this name is in register_parameter's way
 
     @property
-    def weight(self) -> Tensor:
-        return self._current("weight")
+    def weight(self) -> Tensor:  # type: ignore[override]  # torch's parametrize makes a property of it as well
+        return cast(Tensor, self._current("weight"))
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # as above; None where torch's annotation forgets it
         return self._current("bias")
 
     def _current(self, name: str) -> Tensor | None:

@@ -5,6 +5,7 @@ calling a layer, and TransformerEncoderLayer has a fused kernel that reads those
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ def open_layers(model: nn.Module) -> nn.Module:
     Encoder layers of torch lose their fused kernel. Attention whose weights are parametrized or whose class has a
     forward of its own stays as it is.
     """
-    model, made = conv1d_to_linear(model), {}
+    model = conv1d_to_linear(model)
+    made: dict[nn.Module, nn.Module] = {}
     for module in every_module(model):
         if isinstance(module, nn.MultiheadAttention) and _can_open(module):
             made[module] = OpenAttention(module)
@@ -33,7 +35,7 @@ def open_layers(model: nn.Module) -> nn.Module:
 
 def conv1d_to_linear(model: nn.Module) -> nn.Module:
     """Replaces, in place, the Conv1D layers of GPT-2 models (weight (in, out)) by nn.Linear of the same function."""
-    made = {}
+    made: dict[nn.Module, nn.Module] = {}
     for module in every_module(model):
         if is_conv1d(module):
             made[module] = _as_linear(module)
@@ -42,9 +44,10 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
 
 
 def _as_linear(conv: nn.Module) -> nn.Linear:
-    linear = nn.Linear(*conv.weight.shape, bias=True, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().T.contiguous(), requires_grad=conv.weight.requires_grad)
-    linear.bias = conv.bias
+    weight = cast(Tensor, conv.weight)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=True, device="meta")
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = cast(nn.Parameter, conv.bias)
     return linear.train(conv.training)
 
 
@@ -61,6 +64,9 @@ class OpenAttention(nn.Module):
     A state_dict of nn.MultiheadAttention loads. Nested tensors are refused with a ValueError.
     """
 
+    q_proj: nn.Module  # nn.Linear until it is quantized, as the two others
+    k_proj: nn.Module
+    v_proj: nn.Module
     # what nn.TransformerEncoder and its layers look at before they take their fused kernels
     in_proj_weight = in_proj_bias = None
     _qkv_same_embed_dim = False
@@ -141,8 +147,11 @@ class OpenAttention(nn.Module):
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with the learned and the zero position that nn.MultiheadAttention can add."""
         batch = len(k)
-        more = [] if self.bias_k is None else [(self.bias_k.expand(batch, 1, -1), self.bias_v.expand(batch, 1, -1))]
-        more += [(torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1]))] if self.add_zero_attn else []
+        more: list[tuple[Tensor, Tensor]] = []
+        if self.bias_k is not None and self.bias_v is not None:
+            more.append((self.bias_k.expand(batch, 1, -1), self.bias_v.expand(batch, 1, -1)))
+        if self.add_zero_attn:
+            more.append((torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])))
         for new_k, new_v in more:
             k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
             mask = None if mask is None else F.pad(mask, (0, 1))
@@ -155,7 +164,8 @@ class OpenAttention(nn.Module):
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return linear
 
 

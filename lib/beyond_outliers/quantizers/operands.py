@@ -45,7 +45,8 @@ class RoundedProducts(TorchFunctionMode):
         super().__init__()
         self.tracked = {id(tensor): (name, tensor) for name, tensor in weights.items()}
         self.widths = {name: tensor.shape[sums[name]] for name, tensor in weights.items()}
-        self.operand, self.weight, self.met = operand, weight, set()
+        self.operand, self.weight = operand, weight
+        self.met: set[str] = set()
 
     def name(self, value) -> str | None:
         return self.tracked[id(value)][0] if isinstance(value, Tensor) and id(value) in self.tracked else None
@@ -97,13 +98,13 @@ class RoundedProducts(TorchFunctionMode):
     def _product(self, args: tuple, first: int, second: int) -> tuple:
         a, b = args[first], args[second]
         rounded = self._pair(a, -1, b, -1 if b.ndim == 1 else -2)
-        args = list(args)
-        args[first], args[second] = rounded
-        return tuple(args)
+        given = list(args)
+        given[first], given[second] = rounded
+        return tuple(given)
 
     def _einsum(self, args: tuple) -> tuple:
-        equation, *operands = args
-        operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+        equation, *given = args
+        operands = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         inputs, _, output = equation.replace(" ", "").partition("->")
         letters = inputs.replace("...", ".").split(",")
         summed = set(letters[0]) & set(letters[-1]) - set(output) - {"."}
@@ -167,6 +168,12 @@ class Rounding(nn.Module):
             self.running.pop().__exit__(None, None, None)
 
 
+def own_rounding(module: nn.Module) -> Rounding | None:
+    """What `module` carries where its own products are rounded; None for other modules."""
+    rounding = module._modules.get("operand_rounding")
+    return rounding if isinstance(rounding, Rounding) else None
+
+
 # ---------------------------------------------------------------------------------------------- which modules, how
 
 # expert weights (experts, out, in), by the class that holds them; those that say `is_transposed` need no entry
@@ -187,7 +194,7 @@ def own_products(module: nn.Module) -> dict[str, int] | None:
     Known are the fused experts of `transformers` and their routers, by what their classes say, and subclasses of
     nn.Linear, if their forward on a few rows makes products with the weight and does nothing else with it.
     """
-    label, own = type(module).__name__, module._parameters
+    label, own = type(module).__name__, {n: p for n, p in module._parameters.items() if p is not None}
     if isinstance(module, nn.Linear):
         return {"weight": -1} if _multiplies(module) else None
     if isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "has_gate"):
@@ -197,12 +204,13 @@ def own_products(module: nn.Module) -> dict[str, int] | None:
         found = dict.fromkeys(_EXPERTS[label], -1)
     elif label in _TRANSPOSED_EXPERTS:
         found = dict.fromkeys(_TRANSPOSED_EXPERTS[label], -2)
-    elif label.lower().endswith(("router", "gate")) and own.get("weight") is not None and own["weight"].ndim == 2:
-        found = None if _has_layers(module) or _refuses(module, module.weight) else {"weight": -1}
+    elif label.lower().endswith(("router", "gate")) and "weight" in own and own["weight"].ndim == 2:
+        if _has_layers(module) or _refuses(module, own["weight"]):
+            return None
+        found = {"weight": -1}
     else:
         return None
-    usable = found and all(own.get(name) is not None and own[name].ndim > 1 for name in found)
-    return found if usable else None
+    return found if all(name in own and own[name].ndim > 1 for name in found) else None
 
 
 def _has_layers(module: nn.Module) -> bool:

@@ -8,12 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from beyond_outliers.modules import hidden_modules
+from beyond_outliers.modules import UNCALLED, hidden_modules
 from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.report import UNCALLED, Quantization, Weight, record_of
+from beyond_outliers.quantizers.record import Quantization, Weight, record_of, with_record
 
 TENSORS, SETTINGS = "quantized.safetensors", "quantization.json"
 
@@ -33,6 +34,7 @@ class _Refusal:
 
 def refuse_save_pretrained(model: nn.Module) -> nn.Module:
     """Makes `save_pretrained` and `push_to_hub` of every part of `model` an error that says what to do instead."""
+    module: Any  # torch types the attributes of modules as Tensor or Module
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
             module.save_pretrained = _Refusal(type(module).__name__)
@@ -92,7 +94,7 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     if wrong:
         raise ValueError(f"{type(model).__name__} does not fit {settings['model']}, saved: {', '.join(wrong[:8])}")
     loaded.load_state_dict(tensors)
-    loaded.quantization = Quantization(spec, stage, scheme, weights, settings["never_ran"])
+    loaded = with_record(loaded, Quantization(spec, stage, scheme, weights, settings["never_ran"]))
     return loaded.eval() if not model.training else loaded
 
 

@@ -13,19 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward
 from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.report import (
-    HEAD,
-    NO_HEAD,
-    OUTSIDE,
-    UNSEEN,
-    CoverageWarning,
-    Quantization,
-    Weight,
-    path,
-    record_of,
-    rounding_layers,
-    treated_weights,
-)
+from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Weight, record_of
+from beyond_outliers.quantizers.weights import NO_HEAD, OUTSIDE, UNSEEN, path, rounding_layers, treated_weights
 
 # fmt: off
 _PRODUCTS = frozenset([  # aten operators that sum over a dimension of two operands
@@ -194,7 +183,7 @@ class Runs:
 
     def __init__(self, quantized: nn.Module):
         self.model, self.layers = quantized, rounding_layers(quantized)
-        self.counts: Counter = Counter()
+        self.counts: Counter[nn.Module] = Counter()
 
     @contextmanager
     def counted(self) -> Iterator["Runs"]:
