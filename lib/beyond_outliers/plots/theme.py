@@ -64,6 +64,11 @@ def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
 def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):
     """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
     values = list(dict.fromkeys(values))
+    if not values:
+        figure, ax = plt.subplots(figsize=(width + 1.1, height))
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "nothing has been measured yet", ha="center", va="center")
+        return figure, {}
     columns = min(columns, len(values))
     rows = -(-len(values) // columns)
     size = (width * columns + 1.1, height * rows)
