@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from beyond_outliers.claims.comparison import label as label
+from beyond_outliers.claims.comparison import written
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, cells, contrast, t_interval
-from beyond_outliers.config.optimizers import REGISTRY
 
 ALL_SIZES = "mean over sizes"
 REFERENCE = "adamw"
@@ -20,13 +21,7 @@ REFERENCE = "adamw"
 
 def interval(value: float, low: float, high: float, digits: int = 3) -> str:
     """ "0.123 [0.110, 0.136]", the number alone where there is no interval."""
-    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) and np.isfinite(high) else ""
-    return f"{value:.{digits}f}{ends}"
-
-
-def label(optimizer: str) -> str:
-    """An optimizer's name in texts and figures; that of the tables where the registry has none."""
-    return REGISTRY[optimizer].label if optimizer in REGISTRY else optimizer
+    return written((value, low, high), digits)
 
 
 def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -67,8 +62,8 @@ def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: st
             parts = [([size], size, k) for size, k in there]
             if len(strata) > 1:
                 parts.append((strata, ALL_SIZES, min(k for size, k in there if size in strata)))
-            for over, label, k in parts:
-                found.append((*key, label, name, *_ratio(group, name, reference, over), k))
+            for over, at, k in parts:
+                found.append((*key, at, name, *_ratio(group, name, reference, over), k))
     table = pd.DataFrame(found, columns=[*keys, "optimizer", "ratio", "low", "high", "n"])
     if table.empty:
         return table

@@ -74,10 +74,10 @@ class Different:
 Name = Annotated[str, Matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "of letters, digits, '.', '_' and '-'")]
 
 
-def choose(kind: str, value: str, valid: Collection[str]) -> None:
+def choose(kind: str, value: object, valid: Collection) -> None:
     """ValueError naming `value` and the valid ones unless it is one of them."""
     if value not in valid:
-        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")
 
 
 def check_keys(where: str, given: Iterable[str], valid: Collection[str], required: Collection[str] = ()) -> None:

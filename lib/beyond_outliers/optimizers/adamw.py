@@ -14,11 +14,7 @@ from beyond_outliers.optimizers.groups import RoleGroups, laid_out_like, require
 class _Checked(RoleGroups):
     def step(self, closure: Callable | None = None):
         """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.refuse_nonfinite_gradients()
+        loss = self.evaluated(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

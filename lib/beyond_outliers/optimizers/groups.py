@@ -6,7 +6,7 @@ of fewer than two dimensions (norm gains, QK scales). A group that names no role
 or a QK scale is not the regularisation that the hyperparameter means.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -81,6 +81,15 @@ class RoleGroups(torch.optim.Optimizer):
                 name, state = next(names), state_dict["state"].get(index)
                 if state:
                     _refuse_misfit(name, state, self.state_shapes(group, parameter))
+
+    def evaluated(self, closure: Callable | None):
+        """What every step begins with: the closure's loss, if there is one, and usable gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.refuse_nonfinite_gradients()
+        return loss
 
     def refuse_nonfinite_gradients(self) -> None:
         """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity.

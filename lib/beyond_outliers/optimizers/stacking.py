@@ -101,11 +101,7 @@ class StackedOptimizer(RoleGroups):
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.refuse_nonfinite_gradients()
+        loss = self.evaluated(closure)
         for group in self.param_groups:
             for stack in self.stacks(group):
                 self.update(group, stack)

@@ -23,6 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from beyond_outliers.config.parsing import choose
+
 GRANULARITIES = ("tensor", "row", "block")
 METHODS = ("rtn", "gptq")
 
@@ -105,12 +107,6 @@ def round_to_scale(x: Tensor, grid: str, scale: Tensor, top: Tensor) -> Tensor:
     if chosen.block:
         return levels * scale
     return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
-
-
-def choose(kind: str, value: object, valid) -> None:
-    """ValueError naming `value` and the valid ones unless it is one of them."""
-    if value not in valid:
-        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")
 
 
 def check_width(width: int, grid: str, granularity: str = "row", block: int | None = None) -> None:

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.quantizers.formats import QuantSpec, choose, quantize_tensor
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
 
 

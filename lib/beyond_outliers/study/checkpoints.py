@@ -15,7 +15,7 @@ from torch import nn
 from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.folder import RunResult, build_model, weights_path
+from beyond_outliers.train.folder import RunResult, model_of, weights_path
 
 LARGEST = 20_000_000  # bytes a scale
 
@@ -65,9 +65,4 @@ def load_checkpoint(file: Path) -> tuple[RunConfig, nn.Module]:
     if "config" not in metadata:
         raise ValueError(f"{file} has no config in its metadata: not a checkpoint of this project")
     config = RunConfig.from_json(metadata["config"])
-    model = build_model(config)
-    state = {name: value.float() for name, value in load_file(file).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
-        raise ValueError(f"{file} does not fit its config: {[*unexpected, *missing]}")
-    return config, model.eval()
+    return config, model_of(config, {name: value.float() for name, value in load_file(file).items()}, file)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from beyond_outliers import paths
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol
 
 
@@ -12,7 +13,6 @@ def check(protocol: Protocol) -> None:
     """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
     from beyond_outliers.model import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.quantizers.formats import choose
     from beyond_outliers.quantizers.trainable import SCHEMES
     from beyond_outliers.study.measure import specs
 

@@ -94,7 +94,11 @@ def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False)
     names = set(runs.run)
     for name in wanted:
         file = study.results / f"{name}.csv"
-        rows = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["run", "checkpoint"])
+        rows = (
+            pd.read_csv(file, usecols=lambda c: c in ("run", "checkpoint"))
+            if file.exists()
+            else pd.DataFrame(columns=["run", "checkpoint"])
+        )
         if at_common_loss and "checkpoint" in rows:
             rows = rows[rows.checkpoint == "common"]
         names &= set(rows.run)

@@ -22,7 +22,7 @@ from beyond_outliers.propagation.output_error import output_errors
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.study.measure import validation_batches
-from beyond_outliers.train.folder import RunResult, build_model, weights_path
+from beyond_outliers.train.folder import RunResult, model_of, weights_path
 
 AVERAGED = 4  # checkpoints: a fifth of a run of twenty
 
@@ -31,11 +31,7 @@ def averaged_model(result: RunResult, steps: list[int]) -> nn.Module:
     """The model whose every weight is the mean (in float64) of the weights of several checkpoints; evaluation mode."""
     states = [load_file(weights_path(result.folder, step)) for step in steps]
     mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(states[0][name]) for name in states[0]}
-    model = build_model(result.config)
-    missing, unexpected = model.load_state_dict(mean, strict=False)
-    if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
-        raise ValueError(f"checkpoints of {result.config.name} do not fit: {[*unexpected, *missing]}")
-    return model.eval()
+    return model_of(result.config, mean, f"the mean of the checkpoints {steps}")
 
 
 def trajectory_table(

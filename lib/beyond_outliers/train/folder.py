@@ -71,6 +71,15 @@ def load_result(folder: Path) -> RunResult | None:
     return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
 
 
+def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object) -> nn.Module:
+    """The run's model with these weights, on CPU, in eval mode. ValueError naming `source` where they do not fit."""
+    model = build_model(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
+        raise ValueError(f"{source} does not fit the model of {config.name}: {[*unexpected, *missing]}")
+    return model.eval()
+
+
 def build_model(config: RunConfig) -> Decoder:
     """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
     with torch.random.fork_rng(devices=[]):
