@@ -97,7 +97,7 @@ def kurtosis(x: Tensor) -> Tensor:
     return total / count
 
 
-def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:
+def _rounding_error(x: Tensor, format: str, spec: QuantSpec) -> Tensor:
     """||Q(x) - x||^2 over all of x (..., features), 0-d float64, in the basis in which `spec` rounds.
 
     NaN where the rows do not divide into the spec's blocks: only a layer that is left alone may have such rows.
@@ -108,7 +108,7 @@ def _rounding_error(x: Tensor, grid: str, spec: QuantSpec) -> Tensor:
         return torch.full((), torch.nan, dtype=torch.float64, device=x.device)
     if spec.rotate:
         x = hadamard_transform(x, hadamard_block(x.shape[-1]))
-    return (quantize_tensor(x, grid, spec.granularity, spec.block) - x).square().sum(dtype=torch.float64)
+    return (quantize_tensor(x, format, spec.granularity, spec.block) - x).square().sum(dtype=torch.float64)
 
 
 def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -134,7 +134,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
 
     `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64
-    sums are kept, whatever the number of batches. `spec` names the grids and the basis whose rounding the errors
+    sums are kept, whatever the number of batches. `spec` names the formats and the basis whose rounding the errors
     describe (default W4A4); a head that `spec` leaves alone has its row all the same, with NaN for the errors where its
     width fits no block. A layer that got no token has a row of n_tokens 0 and NaN.
 

@@ -195,7 +195,7 @@ def test_a_scale_file_with_a_mistake_is_refused_before_anything_runs(tmp_path, m
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"mxfp4"]', '"mxfp5"]', "unknown grid of the weights 'mxfp5'; valid: .*mxfp4"),
+        ('"mxfp4"]', '"mxfp5"]', "unknown format of the weights 'mxfp5'; valid: .*mxfp4"),
         ('"tiny" = { width = 32', '"tiny" = { width = 40', "mxfp4: blocks of 32 do not divide the width 40"),
         ('schemes = ["ste", "lsq"]', 'schemes = ["ste", "lqs"]', "unknown scheme 'lqs'; valid: quest, ste, lsq"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from beyond_outliers.quantizers import (
-    GRIDS,
+    FORMATS,
     QuantSpec,
     hadamard_transform,
     quantize_tensor,
@@ -50,13 +50,13 @@ def test_int4_by_hand():
     assert torch.equal(quantize_tensor(x, "int4"), expected)
 
 
-@pytest.mark.parametrize("grid, levels", [("fp4", E2M1), ("fp8", E4M3)])
-def test_float_grids_against_their_tables(normal, grid, levels):
-    assert levels[-1] == GRIDS[grid].largest
+@pytest.mark.parametrize("format, levels", [("fp4", E2M1), ("fp8", E4M3)])
+def test_float_formats_against_their_tables(normal, format, levels):
+    assert levels[-1] == FORMATS[format].largest
     x = normal.numpy() * np.logspace(0, -4, 64)  # into the subnormals
     scale = np.abs(x).max(-1, keepdims=True) / levels[-1]
     expected = nearest(x / scale, levels) * scale
-    np.testing.assert_allclose(quantize_tensor(torch.from_numpy(x), grid).numpy(), expected, rtol=1e-14)
+    np.testing.assert_allclose(quantize_tensor(torch.from_numpy(x), format).numpy(), expected, rtol=1e-14)
 
 
 def test_fp4_ties_go_to_the_even_mantissa():
@@ -114,21 +114,21 @@ def test_nvfp4_is_torchaos(normal):
     assert torch.equal(quantize_tensor(x, "nvfp4"), theirs)
 
 
-QUANTIZING = [grid for grid in GRIDS if grid != "none"]
+QUANTIZING = [format for format in FORMATS if format != "none"]
 
 
-@pytest.mark.parametrize("grid", QUANTIZING)
-def test_invariants(normal, grid):
+@pytest.mark.parametrize("format", QUANTIZING)
+def test_invariants(normal, format):
     x = normal.float()
-    q = quantize_tensor(x, grid)
+    q = quantize_tensor(x, format)
     assert q.shape == x.shape and q.dtype == x.dtype
-    assert torch.equal(quantize_tensor(-x, grid), -q)
-    assert torch.equal(quantize_tensor(4 * x, grid), 4 * q)
-    assert torch.equal(quantize_tensor(x.T.contiguous().T, grid), q)  # strides do not matter
+    assert torch.equal(quantize_tensor(-x, format), -q)
+    assert torch.equal(quantize_tensor(4 * x, format), 4 * q)
+    assert torch.equal(quantize_tensor(x.T.contiguous().T, format), q)  # strides do not matter
     assert 0 < (q - x).norm() < 0.75 * x.norm()
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
-        assert torch.equal(quantize_tensor(half, grid), quantize_tensor(half.float(), grid).to(dtype))
+        assert torch.equal(quantize_tensor(half, format), quantize_tensor(half.float(), format).to(dtype))
 
 
 def test_error_falls_with_every_bit(normal):
@@ -136,26 +136,26 @@ def test_error_falls_with_every_bit(normal):
     assert all(a > 1.5 * b for a, b in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize("grid", QUANTIZING)
-def test_zeros_subnormals_and_extremes(grid):
-    assert torch.equal(quantize_tensor(torch.zeros(3, 32), grid), torch.zeros(3, 32))
+@pytest.mark.parametrize("format", QUANTIZING)
+def test_zeros_subnormals_and_extremes(format):
+    assert torch.equal(quantize_tensor(torch.zeros(3, 32), format), torch.zeros(3, 32))
     tiny = torch.full((2, 32), 1e-45)
-    assert quantize_tensor(tiny, grid).abs().max() <= 2**-118
-    assert quantize_tensor(torch.zeros(0, 32), grid).shape == (0, 32)
-    huge = quantize_tensor(torch.full((2, 32), torch.finfo(torch.float32).max), grid)
+    assert quantize_tensor(tiny, format).abs().max() <= 2**-118
+    assert quantize_tensor(torch.zeros(0, 32), format).shape == (0, 32)
+    huge = quantize_tensor(torch.full((2, 32), torch.finfo(torch.float32).max), format)
     assert huge.isfinite().all() and huge.min() > 2.5e38
 
 
-@pytest.mark.parametrize("grid", QUANTIZING)
+@pytest.mark.parametrize("format", QUANTIZING)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_groups_become_nan_as_a_whole(normal, grid, bad):
+def test_non_finite_groups_become_nan_as_a_whole(normal, format, bad):
     x = normal[:, :32].float()
     x[3, 5] = bad
-    q = quantize_tensor(x, grid)
-    group = 16 if grid == "nvfp4" else 32
+    q = quantize_tensor(x, format)
+    group = 16 if format == "nvfp4" else 32
     assert q[3, :group].isnan().all()
     others = torch.arange(24) != 3
-    assert q.isnan().all() if grid == "nvfp4" else torch.equal(q[others], quantize_tensor(x[others], grid))
+    assert q.isnan().all() if format == "nvfp4" else torch.equal(q[others], quantize_tensor(x[others], format))
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def test_a_state_of_torchs_attention_loads():
         torch.testing.assert_close(other(*inputs(made))[0], made(*inputs(made))[0])
 
 
-def q(x, grid="int3"):
-    return quantize_tensor(x, grid)
+def q(x, format="int3"):
+    return quantize_tensor(x, format)
 
 
 def by_hand(layer: nn.TransformerEncoderLayer, x: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from beyond_outliers.quantizers.operands import RoundedProducts
 N, E, WIDTH, INNER = 12, 4, 16, 24
 
 
-def q(x, grid="int3", granularity="row"):
-    return quantize_tensor(x, grid, granularity)
+def q(x, format="int3", granularity="row"):
+    return quantize_tensor(x, format, granularity)
 
 
 def filled(module: nn.Module) -> nn.Module:

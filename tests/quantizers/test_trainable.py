@@ -83,11 +83,11 @@ def test_quest_on_zero_and_non_finite_rows(dtype):
 # ------------------------------------------------------------------------------------------------- the other schemes
 
 
-@pytest.mark.parametrize("grid", ["int4", "mxfp4", "fp8"])
-def test_ste_rounds_as_after_training_and_passes_every_gradient(rows, grid):
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "fp8"])
+def test_ste_rounds_as_after_training_and_passes_every_gradient(rows, format):
     x = rows.clone().requires_grad_()
-    y = AbsMaxQuantizer(grid)(x)
-    assert torch.equal(y, quantize_tensor(rows, grid))
+    y = AbsMaxQuantizer(format)(x)
+    assert torch.equal(y, quantize_tensor(rows, format))
     (y * rows).sum().backward()
     assert torch.equal(x.grad, rows)
 

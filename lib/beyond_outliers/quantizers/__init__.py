@@ -1,7 +1,7 @@
 """Number formats, rotations, trainable quantizers, and models under quantization."""
 
 from beyond_outliers.quantizers.convert import freeze_qat, prepare_qat, quantize_model, weights_held
-from beyond_outliers.quantizers.formats import GRIDS, QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.formats import FORMATS, QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
@@ -20,7 +20,7 @@ from beyond_outliers.quantizers.trainable import (
 from beyond_outliers.quantizers.watching import coverage
 
 __all__ = [
-    "GRIDS",
+    "FORMATS",
     "SCHEMES",
     "AbsMaxQuantizer",
     "CoverageWarning",

@@ -198,7 +198,7 @@ def prepare_qat(
     LSQ's activation steps start from the first batch: run one forward pass before compiling or building an optimizer
     state. LSQ leaves fused experts and routers alone: it has one step a layer.
     strict, example, and what is reported of the weights left alone: as in `quantize_model`.
-    Raises ValueError for an unknown scheme, for grids or granularities that it does not have, and as `quantize_model`.
+    Raises ValueError for an unknown scheme, formats or granularities that it does not have, and as `quantize_model`.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
@@ -223,7 +223,7 @@ def trainable_structure(
     def treat(module: nn.Module, sums: dict[str, int]):
         for name, dim in sums.items():
             spec.check_width(module.get_parameter(name).shape[dim])
-        parts = (make_quantizer(scheme, grid, spec) for grid in (spec.activations, spec.weights))
+        parts = (make_quantizer(scheme, format, spec) for format in (spec.activations, spec.weights))
         _attach(module, Rounding(sums, *(_rotated(part, rotate) for part in parts)))
 
     record = Quantization(spec, "qat", scheme)

@@ -1,4 +1,4 @@
-"""Number grids: what a tensor becomes when every entry is rounded to a few levels times a shared scale.
+"""Number formats: what a tensor becomes when every entry is rounded to a few levels times a shared scale.
 
 Conventions, and their sources:
     int2 .. int8   symmetric AbsMax, levels -(2^(b-1) - 1) .. 2^(b-1) - 1; arXiv 2509.23500, section 3
@@ -9,7 +9,7 @@ Conventions, and their sources:
     none           the tensor as it is
 Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
 
-Edge cases, the same for every grid: a group of zeros stays zero; a group whose scale would be subnormal becomes zero
+Edge cases, the same for every format: a group of zeros stays zero; a group whose scale would be subnormal becomes zero
 (the error is below 2^-118 in float32); a group that holds NaN or an infinity has no scale and becomes NaN as a whole
 (with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
 """
@@ -67,9 +67,9 @@ def _nvfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Format:
     """`largest` level; `round_unit`, the rounding of already scaled entries; `block`, where blocks have a size of the
-    grid's own; `scale`, from the largest magnitudes of the groups, `largest`, and that of the whole tensor."""
+    format's own; `scale`, from the largest magnitudes of the groups, `largest`, and that of the whole tensor."""
 
     largest: float = 0.0
     round_unit: Callable[[Tensor], Tensor] = torch.round
@@ -77,46 +77,46 @@ class Grid:
     scale: Callable[[Tensor, float, Tensor], Tensor] = _absmax_scale
 
 
-GRIDS = {
-    **{f"int{bits}": Grid(2 ** (bits - 1) - 1, torch.round) for bits in range(2, 9)},
-    "fp4": Grid(E2M1_MAX, round_e2m1),
-    "fp8": Grid(E4M3_MAX, round_e4m3),
-    "mxfp4": Grid(E2M1_MAX, round_e2m1, 32, _mxfp4_scale),
-    "nvfp4": Grid(E2M1_MAX, round_e2m1, 16, _nvfp4_scale),
-    "none": Grid(),
+FORMATS = {
+    **{f"int{bits}": Format(2 ** (bits - 1) - 1, torch.round) for bits in range(2, 9)},
+    "fp4": Format(E2M1_MAX, round_e2m1),
+    "fp8": Format(E4M3_MAX, round_e4m3),
+    "mxfp4": Format(E2M1_MAX, round_e2m1, 32, _mxfp4_scale),
+    "nvfp4": Format(E2M1_MAX, round_e2m1, 16, _nvfp4_scale),
+    "none": Format(),
 }
 
 
-def group_scale(x: Tensor, grid: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def group_scale(x: Tensor, format: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and largest magnitude of every group of `x`: its last `group` dimensions, kept with size 1.
 
     `x` is contiguous float32 or float64. `whole`: the largest magnitude of the whole tensor, which nvfp4's scales
     depend on; 0-d, of `x` by default.
     """
     top = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True)
-    return GRIDS[grid].scale(top, GRIDS[grid].largest, top.amax() if whole is None else whole), top
+    return FORMATS[format].scale(top, FORMATS[format].largest, top.amax() if whole is None else whole), top
 
 
-def round_to_scale(x: Tensor, grid: str, scale: Tensor, top: Tensor) -> Tensor:
+def round_to_scale(x: Tensor, format: str, scale: Tensor, top: Tensor) -> Tensor:
     """`x` rounded to levels times the `scale` that `group_scale` gave, with `top`, for a tensor like it.
 
     Entries beyond the largest level go to it.
     """
-    chosen = GRIDS[grid]
+    chosen = FORMATS[format]
     levels = chosen.round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-chosen.largest, chosen.largest)
     if chosen.block:
         return levels * scale
     return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
 
 
-def check_width(width: int, grid: str, granularity: str = "row", block: int | None = None) -> None:
-    """ValueError unless rows of `width` entries divide into the blocks that the grid or the granularity asks for."""
-    own = GRIDS[grid].block
-    size = own or (block if granularity == "block" and grid != "none" else None)
+def check_width(width: int, format: str, granularity: str = "row", block: int | None = None) -> None:
+    """ValueError unless rows of `width` entries divide into the blocks that the format or the granularity asks for."""
+    own = FORMATS[format].block
+    size = own or (block if granularity == "block" and format != "none" else None)
     if size is not None and width % size:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
         valid = f"widths that are multiples of {own}" if own else f"blocks of {divisors}"
-        raise ValueError(f"{grid}: blocks of {size} do not divide the width {width}; valid: {valid}")
+        raise ValueError(f"{format}: blocks of {size} do not divide the width {width}; valid: {valid}")
 
 
 def check_block(granularity: str, block: int | None) -> None:
@@ -128,34 +128,34 @@ def check_block(granularity: str, block: int | None) -> None:
         raise ValueError(f"block must be a whole number of entries from 1, not {block!r}")
 
 
-def quantize_tensor(x: Tensor, grid: str, granularity: str = "row", block: int | None = None) -> Tensor:
-    """Rounds `x` (..., width) to `grid` and back: the dequantized tensor, of the same shape and dtype.
+def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int | None = None) -> Tensor:
+    """Rounds `x` (..., width) to `format` and back: the dequantized tensor, of the same shape and dtype.
 
     granularity: one scale a "tensor", a "row" (last dimension: one token of an activation, one output of a weight) or
     a "block" of `block` consecutive entries of a row. mxfp4 and nvfp4 bring blocks of their own: it does not apply.
     Half precision is computed in float32 and rounded back at the end. "none" returns `x` itself.
 
-    Raises ValueError for an unknown grid or granularity, a block that does not divide the width, integers, scalars.
+    Raises ValueError for an unknown format or granularity, a block that does not divide the width, integers, scalars.
     """
-    choose("grid", grid, GRIDS)
+    choose("format", format, FORMATS)
     check_block(granularity, block)
     if not x.is_floating_point() or x.ndim == 0:
         raise ValueError(f"x must be a floating-point tensor of rows, not {x.dtype} of shape {tuple(x.shape)}")
-    check_width(x.shape[-1], grid, granularity, block)
-    if grid == "none" or x.numel() == 0:
+    check_width(x.shape[-1], format, granularity, block)
+    if format == "none" or x.numel() == 0:
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.contiguous()  # the exponent bits are read through a view of another dtype
-    size = GRIDS[grid].block or block
+    size = FORMATS[format].block or block
     grouped = wide.unflatten(-1, (-1, size)) if size else wide
     whole_tensor = granularity == "tensor" and not size
-    rounded = round_to_scale(grouped, grid, *group_scale(grouped, grid, x.ndim if whole_tensor else 1))
+    rounded = round_to_scale(grouped, format, *group_scale(grouped, format, x.ndim if whole_tensor else 1))
     return rounded.reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What of a model is rounded, and how: the names of `GRIDS` for weights and for activations.
+    """What of a model is rounded, and how: the names of `FORMATS` for weights and for activations.
 
     granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
     rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
@@ -172,12 +172,12 @@ class QuantSpec:
     method: str = "rtn"
 
     def __post_init__(self):
-        choose("grid of the weights", self.weights, GRIDS)
-        choose("grid of the activations", self.activations, GRIDS)
+        choose("format of the weights", self.weights, FORMATS)
+        choose("format of the activations", self.activations, FORMATS)
         check_block(self.granularity, self.block)
         choose("method", self.method, METHODS)
         if self.method == "gptq" and self.weights == "none":
-            raise ValueError("method 'gptq' with weights 'none'; valid: a grid for the weights, or method 'rtn'")
+            raise ValueError("method 'gptq' with weights 'none'; valid: a format for the weights, or method 'rtn'")
 
     @property
     def name(self) -> str:
@@ -186,7 +186,7 @@ class QuantSpec:
             name = "FP" if self.weights == "none" else self.weights
         else:
             letters = zip("WA", (self.weights, self.activations), strict=True)
-            name = "".join(letter + grid.removeprefix("int") for letter, grid in letters if grid != "none")
+            name = "".join(letter + format.removeprefix("int") for letter, format in letters if format != "none")
         name += "" if self.granularity == "row" else f"+{self.granularity}{self.block or ''}"
         return name + "+rot" * self.rotate + "+gptq" * (self.method == "gptq") + "+head" * self.head
 
@@ -200,15 +200,15 @@ class QuantSpec:
             if found := re.fullmatch(r"(tensor|block)(\d*)", part):
                 options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
         if found := re.fullmatch(r"(?:W([a-z]*\d+))?(?:A([a-z]*\d+))?", start):
-            grids = [f"int{grid}" if (grid or "").isdigit() else grid or "none" for grid in found.groups()]
+            formats = [f"int{format}" if (format or "").isdigit() else format or "none" for format in found.groups()]
         else:
-            grids = ["none" if start == "FP" else start] * 2
+            formats = ["none" if start == "FP" else start] * 2
         with contextlib.suppress(ValueError):
-            if (spec := cls(weights=grids[0], activations=grids[1], **options)).name == name:
+            if (spec := cls(weights=formats[0], activations=formats[1], **options)).name == name:
                 return spec
         raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
 
     def check_width(self, width: int) -> None:
-        """ValueError unless both grids fit rows of `width` entries."""
+        """ValueError unless both formats fit rows of `width` entries."""
         check_width(width, self.weights, self.granularity, self.block)
         check_width(width, self.activations, self.granularity, self.block)

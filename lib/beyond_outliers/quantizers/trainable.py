@@ -2,7 +2,7 @@
 
 quest  QuEST, arXiv 2502.05003: Hadamard rotation, the grid of least squared error for a Gaussian of the row's RMS,
        gradients only where rounding moved an entry by at most half a step (the "trust" mask)
-ste    straight-through AbsMax on any grid of `grids`: every gradient passes, arXiv 1308.3432
+ste    straight-through AbsMax on any format of `formats`: every gradient passes, arXiv 1308.3432
 lsq    learned step sizes, arXiv 1902.08153: gradients pass inside the grid, the step has a gradient of its own
 """
 
@@ -94,16 +94,16 @@ class QuestQuantizer(nn.Module):
 class AbsMaxQuantizer(nn.Module):
     """`quantize_tensor` with a gradient: straight through, everywhere."""
 
-    def __init__(self, grid: str = "int4", granularity: str = "row", block: int | None = None):
+    def __init__(self, format: str = "int4", granularity: str = "row", block: int | None = None):
         super().__init__()
-        self.grid, self.granularity, self.block = grid, granularity, block
+        self.format, self.granularity, self.block = format, granularity, block
 
     def extra_repr(self) -> str:
-        return f"{self.grid!r}, {self.granularity!r}" + (f", block={self.block}" if self.block else "")
+        return f"{self.format!r}, {self.granularity!r}" + (f", block={self.block}" if self.block else "")
 
     @torch.no_grad()
     def round(self, x: Tensor) -> tuple[Tensor, None]:
-        return quantize_tensor(x, self.grid, self.granularity, self.block), None
+        return quantize_tensor(x, self.format, self.granularity, self.block), None
 
     def forward(self, x: Tensor, held: tuple[Tensor, None] | None = None) -> Tensor:
         return _StraightThrough.apply(x, *(held or self.round(x)))
@@ -165,18 +165,18 @@ SCHEMES = ("quest", "ste", "lsq")
 Quantizer = QuestQuantizer | AbsMaxQuantizer | LSQQuantizer
 
 
-def make_quantizer(scheme: str, grid: str, spec: QuantSpec, weight: Tensor | None = None) -> Quantizer | None:
-    """Quantizer of a layer's `weight` (given) or activations on `grid`, None for "none"; the caller rotates."""
+def make_quantizer(scheme: str, format: str, spec: QuantSpec, weight: Tensor | None = None) -> Quantizer | None:
+    """Quantizer of a layer's `weight` (given) or activations on `format`, None for "none"; the caller rotates."""
     choose("scheme", scheme, SCHEMES)
-    if grid == "none":
+    if format == "none":
         return None
     if scheme == "ste":
-        return AbsMaxQuantizer(grid, spec.granularity, spec.block)
-    if not grid.startswith("int"):
-        raise ValueError(f"scheme {scheme!r} cannot train on the grid {grid!r}; valid: int2 .. int8, none")
+        return AbsMaxQuantizer(format, spec.granularity, spec.block)
+    if not format.startswith("int"):
+        raise ValueError(f"scheme {scheme!r} cannot train on the format {format!r}; valid: int2 .. int8, none")
     if spec.granularity != "row":
         raise ValueError(f"scheme {scheme!r} sets its own granularity; valid: 'row', not {spec.granularity!r}")
-    bits = int(grid.removeprefix("int"))
+    bits = int(format.removeprefix("int"))
     return QuestQuantizer(bits, hadamard=False) if scheme == "quest" else LSQQuantizer(bits, weight)
 
 
