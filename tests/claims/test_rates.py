@@ -1,5 +1,6 @@
 """What learning rates leave before and after quantization."""
 
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -8,6 +9,39 @@ import pytest
 from beyond_outliers.claims import rates
 from beyond_outliers.claims.confirm_readings import tables
 from beyond_outliers.study import Study
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ("laptop", "at 0.08M, 0.26M. .* Sizes between take the rate of the next smaller one"),
+        ("pocket", "at 0.03M. .* At 0.08M the rates are those that scale `confirm` chose there"),
+        ("confirm", "at every size, on seed 100, over rates a factor 2 apart: .* within 0.015 nats of the best"),
+    ],
+)
+def test_how_rates_are_chosen_is_read_off_the_scale_file(scale, said):
+    assert re.search(said.replace(". ", r"\. "), rates.how_chosen(Study(scale)))
+
+
+def test_main_runs_stand_beside_the_tuned_ones_of_their_seeds_if_there_are_any():
+    columns = ["size", "optimizer", "lr", "seed", "val_loss"]
+    swept = [
+        ("s", "muon", 0.1, 0, 3.0),
+        ("s", "muon", 0.1, 1, 3.2),
+        ("s", "muon", 0.2, 0, 4.0),
+        ("s", "soap", 1.0, 0, 2.5),
+    ]
+    main = [
+        ("s", "muon", 0.1, 0, 3.3),
+        ("s", "muon", 0.1, 7, 9.0),
+        ("s", "soap", 1.0, 7, 2.0),
+        ("s", "soap", 1.0, 8, 3.0),
+    ]
+    runs = {"sweep": pd.DataFrame(swept, columns=columns), "full_precision": pd.DataFrame(main, columns=columns)}
+    table = rates.tuned_and_main(SimpleNamespace(runs=runs.get)).set_index("optimizer")
+    assert table.loc["muon", ["best_tuned", "main", "seeds"]].tolist() == pytest.approx([3.1, 3.3, "the same"])
+    assert table.loc["soap", ["best_tuned", "main", "seeds"]].tolist() == pytest.approx([2.5, 2.5, "others"])
+    assert table.difference.tolist() == pytest.approx([0.2, 0.0])
 
 
 class Sweep:

@@ -54,6 +54,23 @@ def test_notebooks_call_readings_and_define_none(file):
     assert re.findall(own, code) == []
 
 
+def test_the_spread_over_seeds_and_what_another_machine_changes():
+    runs = [("a", 1, 3.0, 0.1), ("b", 2, 3.2, 0.3), ("c", 3, 3.4, 0.2)]
+    runs = pd.DataFrame(runs, columns=["run", "seed", "val_loss", "val_standard_error"])
+    runs = runs.assign(size="s", optimizer=["soap", "soap", "muon"])
+    where = {"device_name_here": "x", "device_name_there": ["y", "y", "y"]}
+    machines = pd.DataFrame({"run": ["a", "b", "c"], **where, "difference": [0.02, 0.06, 0.5]})
+    study = Tables(full_precision=runs, runs=runs, machines=machines)
+    spread = readings.spread(study).set_index("optimizer")
+    assert spread.loc["soap", ["n_seeds", "mean", "lowest", "highest"]].tolist() == pytest.approx([2, 3.1, 3.0, 3.2])
+    assert spread.loc["soap", ["between_seeds", "of_the_text", "rank"]].tolist() == pytest.approx([0.02**0.5, 0.2, 1])
+    effect = readings.machine_effect(study).set_index("optimizer")
+    found = effect.loc["soap", ["n", "median", "largest", "between_seeds"]].tolist()
+    assert found == pytest.approx([2, 0.04, 0.06, 0.02**0.5])
+    assert effect.loc["muon", ["n", "median", "largest"]].tolist() == [1, 0.5, 0.5]
+    assert math.isnan(effect.between_seeds["muon"])  # one seed has no spread
+
+
 def test_mmr_leaves_out_down():
     found = readings.mmr(Tables(outliers=inputs(mmr=[2.0, 1e6, 4.0, 5.0])))
     assert found.set_index("run").mmr.to_dict() == {"a": 3.0, "b": 5.0}

@@ -35,7 +35,7 @@ def test_json_round_trip_and_run_id(run_config):
 @pytest.mark.parametrize(
     ("scale", "size", "optimizer", "lr", "scheme", "name"),
     [
-        ("pocket", "0.04M", "adamw", 0.03, None, "0.04M-adamw-lr0.03-s0-f9f9b25dad"),
+        ("laptop", "0.08M", "psgd", 0.03, None, "0.08M-psgd-lr0.03-s0-8b86e5e0d9"),
         ("laptop", "0.08M", "muon", 0.0089, "quest", "0.08M-muon-lr0.0089-s0-quest-3280207062"),
         ("smoke", "tiny", "soap", 0.02, None, "tiny-soap-lr0.02-s0-93a0c384c6"),
     ],
@@ -44,13 +44,17 @@ def test_run_ids_stay(scale, size, optimizer, lr, scheme, name):
     assert Protocol.load(scale).config(size, optimizer, lr=lr, scheme=scheme).name == name
 
 
-@pytest.mark.parametrize("scale", ["pocket", "laptop"])
+@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
 def test_every_committed_run_is_rebuilt_from_its_scale_file(scale):
     protocol, runs = Protocol.load(scale), pd.read_csv(paths.RESULTS / scale / "runs.csv")
     assert len(runs) > 40
+    heads = {purpose: getattr(plan, "head", False) for purpose, plan in protocol.settings.plan} | {"sweep": False}
     for row in runs.itertuples():
         scheme = None if row.scheme == "none" else row.scheme
-        config = protocol.config(row.size, row.optimizer, lr=row.lr, seed=row.seed, scheme=scheme)
+        given = {"lr": row.lr, "seed": row.seed, "scheme": scheme, "head": heads[row.purpose.split("+")[0]]}
+        if protocol.tuned or protocol.lent:
+            given["auxiliary"] = json.loads(row.hyper)["embedding_lr"]
+        config = protocol.config(row.size, row.optimizer, **given)
         assert (config.run_id, config.name) == (row.run_id, row.run)
         assert RunConfig.from_json(config.to_json()).run_id == row.run_id
 

@@ -1,7 +1,6 @@
 """Scale files: every key with every kind of bad value is refused, by file, key, value and what is valid."""
 
 import copy
-import json
 import math
 import tomllib
 
@@ -12,19 +11,7 @@ from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, optimizers, scales
 from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.study import Study
-
-
-def toml(table: dict, path: tuple[str, ...] = ()) -> str:
-    """A table of tables as TOML text."""
-    lines = [f"[{'.'.join(json.dumps(key) for key in path)}]"] if path else []
-    lines += [f"{json.dumps(k)} = {literal(v)}" for k, v in table.items() if not isinstance(v, dict)]
-    return "\n".join([*lines, *(toml(v, (*path, k)) for k, v in table.items() if isinstance(v, dict)), ""])
-
-
-def literal(value) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(literal, value))}]"
-    return {math.inf: "inf"}.get(value, "nan" if value != value else json.dumps(value))
+from scale_files import toml
 
 
 def read(scale: str) -> dict:

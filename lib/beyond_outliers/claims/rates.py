@@ -10,6 +10,45 @@ import pandas as pd
 from beyond_outliers.claims import readings, relative
 
 
+def how_chosen(study) -> str:
+    """How the learning rates of a scale were chosen, in Markdown."""
+    protocol = study.protocol
+    if protocol.tuned:
+        rule = protocol.tuning
+        return (
+            f"Every optimizer was tuned at every size, on seed {rule.seed}, over rates a factor {rule.factor:g} apart: "
+            "first the auxiliary rate (embedding and vectors), then the rate of the hidden matrices at the chosen "
+            f"auxiliary one, which the figure shows. The choice is the smallest rate within {rule.tolerance:g} nats of "
+            "the best, never one beside a diverged rate; the line is extended until the choice lies inside it. `grid` "
+            "and `auxiliary_grid` list the rates tried. A diverged run has no point."
+        )
+    swept = protocol.settings.runs("sweep")
+    text = (
+        f"Every optimizer was swept over its own grid, with the same number of tries, at {', '.join(swept.sizes)}. The "
+        "best rate is the vertex of the parabola through the best point and its neighbours in log(learning rate); "
+        "`edge` warns that the optimum may lie outside the grid. A diverged run has no point."
+    )
+    if lender := protocol.settings.rates_from:
+        lent = ", ".join(size for size in protocol.sizes if size not in swept.sizes)
+        return f"{text} At {lent} the rates are those that scale `{lender}` chose there (`chosen_by`)."
+    return f"{text} Sizes between take the rate of the next smaller one."
+
+
+def tuned_and_main(study) -> pd.DataFrame:
+    """The best run of the tuning (loss `best_tuned`) beside the mean of the main runs, a row a size and optimizer.
+
+    main: over the seeds that were tuned on (`seeds` "the same"), else over all ("others").
+    """
+    keys = ["size", "optimizer"]
+    swept, main = study.runs("sweep"), readings.full_precision(study)
+    best = swept.groupby([*keys, "lr"], sort=False).val_loss.mean().groupby(keys, sort=False).min()
+    same = main.merge(swept[[*keys, "seed"]].drop_duplicates())
+    own, every = (runs.groupby(keys, sort=False).val_loss.mean() for runs in (same, main))
+    table = best.to_frame("best_tuned").join(own.combine_first(every).rename("main"), how="inner")
+    table["seeds"] = ["the same" if of in own.index else "others" for of in table.index]
+    return table.assign(difference=table.main - table.best_tuned).reset_index()
+
+
 def line(study) -> pd.DataFrame:
     """Finished tuning runs on one line of learning rates an optimizer and size, as in the table `runs`.
 

@@ -46,6 +46,37 @@ def full_precision(study) -> pd.DataFrame:
     return study.runs("full_precision")
 
 
+def spread(study) -> pd.DataFrame:
+    """Final losses of the main runs in full precision over seeds, one row a size and optimizer.
+
+    mean, lowest, highest and standard deviation `between_seeds` of n_seeds runs (NaN of one), `of_the_text`: the mean
+    standard error over validation sequences; rank within the size.
+    """
+    runs = full_precision(study).groupby(["size", "optimizer"], sort=False)
+    table = runs.agg(
+        n_seeds=("seed", "nunique"),
+        mean=("val_loss", "mean"),
+        lowest=("val_loss", "min"),
+        highest=("val_loss", "max"),
+        between_seeds=("val_loss", "std"),
+        of_the_text=("val_standard_error", "mean"),
+    )
+    return table.assign(rank=table.groupby("size")["mean"].rank()).reset_index()
+
+
+def machine_effect(study) -> pd.DataFrame:
+    """How far the same run ends elsewhere: |difference| of final losses, a row a size, optimizer and second machine.
+
+    n runs, their median and largest difference, and the standard deviation `between_seeds` of the main runs beside it.
+    """
+    runs = study.table("machines").merge(study.table("runs")[["run", "size", "optimizer"]], on="run")
+    keys = ["size", "optimizer"]
+    table = runs.groupby([*keys, "device_name_here", "device_name_there"], sort=False).difference.agg(
+        n="size", median="median", largest="max"
+    )
+    return table.reset_index().merge(spread(study)[[*keys, "between_seeds"]], on=keys, how="left")
+
+
 def validation_curves(study, runs: pd.DataFrame, columns: Sequence[str] = ("size", "optimizer")) -> pd.DataFrame:
     """The evaluations of `runs` after the first step (tokens, val_loss, ...), with these `columns` of the runs."""
     curves = study.table("curves").dropna(subset="val_loss").merge(runs[["run", *columns]], on="run")

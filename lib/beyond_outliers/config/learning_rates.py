@@ -46,9 +46,9 @@ def learning_rates_file(scale: str) -> Path:
     return paths.RESULTS / scale / "learning_rates.csv"
 
 
-def read_rates(scale: str) -> dict[tuple[str, str], Rates]:
-    """(swept size, optimizer) -> chosen rates; empty before the sweep is done."""
-    file = learning_rates_file(scale)
+def read_rates(scale: str, committed: bool = False) -> dict[tuple[str, str], Rates]:
+    """(swept size, optimizer) -> chosen rates; empty before the sweep is done. `committed`: those of the repository."""
+    file = paths.ROOT / "data" / "results" / scale / "learning_rates.csv" if committed else learning_rates_file(scale)
     if not file.exists():
         return {}
     exact = {"lr": float, "auxiliary": float}  # every bit counts: run ids are hashed from them

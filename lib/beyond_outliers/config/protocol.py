@@ -5,6 +5,7 @@ needs nothing (of a scale that is tuned, the losses so far: its search decides f
 what was chosen when the sweep was done. No torch here.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -76,6 +77,48 @@ class Protocol:
             raise ValueError(f"scale {self.scale} has no [tuning]; its learning rates come from grids")
         return self.settings.tuning
 
+    @functools.cached_property
+    def lent(self) -> dict[tuple[str, str], Rates]:
+        """(size, optimizer) -> rates of the sizes that take them from the scale `rates_from`; empty without one.
+
+        ValueError where that scale has no such size, trains it in another way, or has not been tuned at it.
+        """
+        if not self.settings.rates_from:
+            return {}
+        lender, found = Protocol.load(self.settings.rates_from), {}
+        chosen = read_rates(lender.scale, committed=True)
+        for size in (size for size in self.sizes if "sweep" not in self.purposes(size)):
+            for name in self.optimizers:
+                if (size, name) not in chosen:
+                    valid = ", ".join(dict.fromkeys(at for at, _ in chosen)) or "none yet"
+                    raise ValueError(
+                        f"scale {self.scale}: {size} takes its rates from {lender.scale}, which has none of {name} "
+                        f"there; valid sizes: {valid}"
+                    )
+                found[size, name] = rates = chosen[size, name]
+                own, lent = (p.config(size, name, rates.lr, auxiliary=rates.auxiliary) for p in (self, lender))
+                for key in (
+                    "model",
+                    "corpus",
+                    "context",
+                    "batch_size",
+                    "steps",
+                    "warmup",
+                    "decay",
+                    "weight_decay",
+                    "hyper",
+                ):
+                    if (ours := getattr(own, key)) != (theirs := getattr(lent, key)):
+                        raise ValueError(
+                            f"scale {self.scale}: {size} takes its rates from {lender.scale}, so its {key} must be "
+                            f"{theirs}, not {ours}"
+                        )
+        return found
+
+    def rates(self) -> dict[tuple[str, str], Rates]:
+        """(size, optimizer) -> chosen rates, as far as they are known: the scale's own, and the lent ones."""
+        return self.lent | {of: own for of, own in read_rates(self.scale).items() if of not in self.lent}
+
     def model(self, size: str) -> ModelConfig:
         if size not in self.sizes:
             raise ValueError(f"unknown size {size!r} of scale {self.scale}; valid: {', '.join(self.sizes)}")
@@ -113,8 +156,9 @@ class Protocol:
         """
         choose("optimizer", optimizer, REGISTRY)
         model = self.model(size)
-        if lr is None or (auxiliary is None and self.tuned and optimizer in self.optimizers):
-            known = read_rates(self.scale).get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
+        both = self.tuned or (bool(self.settings.rates_from) and "sweep" not in self.purposes(size))
+        if lr is None or (auxiliary is None and both and optimizer in self.optimizers):
+            known = self.rates().get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
             lr = known.lr if lr is None else lr
             auxiliary = known.auxiliary if auxiliary is None else auxiliary
         hyper = dict(self.settings.hyper.get(optimizer, {}))
@@ -161,8 +205,11 @@ class Protocol:
         return [Planned("sweep", config) for config in configs]
 
     def tuning_size(self, size: str) -> str:
-        """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest."""
-        swept = [s for s in self.sizes if "sweep" in self.purposes(s)]
+        """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest.
+
+        With `rates_from` every size has rates of its own, and this is `size` itself.
+        """
+        swept = [s for s in self.sizes if self.settings.rates_from or "sweep" in self.purposes(s)]
         below = [s for s in self.sizes[: self.sizes.index(size) + 1] if s in swept] if size in self.sizes else []
         return below[-1] if below else swept[0]
 
@@ -193,7 +240,7 @@ class Protocol:
 
     def find(self, name: str, losses: Losses | None = None) -> Planned:
         """The planned run of that name; ValueError when the protocol has none. `losses` as for `sweep_runs`."""
-        planned = self.sweep_runs(losses=losses) + self.runs(read_rates(self.scale))
+        planned = self.sweep_runs(losses=losses) + self.runs(self.rates())
         for candidate in planned:
             if candidate.config.name == name:
                 return candidate

@@ -147,7 +147,11 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A whole scale file. Learning rates: from a sweep over grids ([learning_rates]), or from a search ([tuning])."""
+    """A whole scale file. Learning rates: from a sweep over grids ([learning_rates]), or from a search ([tuning]).
+
+    rates_from: the tuned scale whose committed choice the sizes take that are not swept, instead of the next smaller
+    one's; they must be sizes of that scale, too, alike in everything that a learning rate depends on.
+    """
 
     threads: Annotated[int, Range(1, 1024)]  # CPU threads a run
     corpus: CorpusConfig
@@ -158,6 +162,7 @@ class Scale:
     learning_rates: dict[str, Annotated[tuple[Rate, ...], Different()]] = field(default_factory=dict)
     hyper: dict[str, dict[str, Hyperparameter]] = field(default_factory=dict)
     tuning: Tuning | None = None
+    rates_from: Name | None = None
 
     def __post_init__(self) -> None:
         """ValueError where sections do not fit each other."""
@@ -183,6 +188,10 @@ class Scale:
             raise ValueError("the file must have learning rates in either [learning_rates] or [tuning.start]")
         if (self.plan.sweep is None) != (self.tuning is not None):
             raise ValueError("[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none")
+        if self.rates_from and self.tuning:
+            raise ValueError(
+                f"rates_from = {self.rates_from!r} in a scale that tunes every size itself; valid: no rates_from"
+            )
         lengths = {len(grid) for grid in self.learning_rates.values()}
         if len(lengths) > 1:
             raise ValueError(

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
@@ -120,7 +119,8 @@ def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
 def merge(study: "Study", folder: Path) -> pd.DataFrame:
     """Pools the tables in `folder` (another machine's data/results/SCALE) with this scale's, run by run.
 
-    A run in both is kept as it is here. Returns those runs with both losses and their difference, one row each.
+    A run in both is kept as it is here; what it gave on either machine is written to the table `machines`. Returns
+    those runs with both losses and their difference, one row each.
     ValueError for a folder without the table `runs`, or with runs that this scale does not plan.
     """
     if not (folder / "runs.csv").exists():
@@ -134,7 +134,7 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     study.results.mkdir(parents=True, exist_ok=True)
     for name in TABLES:
         source, target = folder / f"{name}.csv", study.results / f"{name}.csv"
-        if name == "common_loss" or not source.exists():
+        if name in ("common_loss", "machines") or not source.exists():
             continue
         table = pd.read_csv(source, dtype={"size": str}, float_precision="round_trip")
         if name == "learning_rates":
@@ -150,5 +150,10 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
         paths.write_whole(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
     both = ours.merge(theirs, on="run", suffixes=("_here", "_there"))
     columns = ["run", "val_loss_here", "val_loss_there", "device_name_here", "device_name_there"]
-    difference = (both.val_loss_here - both.val_loss_there).abs()
-    return both[columns].assign(difference=np.where(difference.isna(), np.nan, difference))
+    both = both[columns].assign(difference=(both.val_loss_here - both.val_loss_there).abs())
+    file = study.results / "machines.csv"
+    old = [pd.read_csv(file, float_precision="round_trip")] if file.exists() else []
+    known = pd.concat([*old, both], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
+    if len(known):
+        paths.write_whole(file, known.to_csv(index=False))
+    return both

@@ -25,6 +25,11 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     if file.exists():
         old = pd.read_csv(file, dtype={"size": str})
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
+    if lent := study.protocol.lent:
+        source = study.protocol.settings.rates_from
+        keys = [{"size": at, "optimizer": name, **vars(rates)} for (at, name), rates in lent.items()]
+        table = pd.concat([table, pd.DataFrame(keys).assign(edge=False, n_runs=0, chosen_by=source)])
+        table["chosen_by"] = table.chosen_by.fillna(study.scale)
     table = table.sort_values("size", key=lambda sizes: sizes.map(study.protocol.sizes.index), kind="stable")
     file.parent.mkdir(parents=True, exist_ok=True)
     paths.write_whole(file, table.to_csv(index=False))

@@ -8,8 +8,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from beyond_outliers.config.learning_rates import read_rates
-
 if TYPE_CHECKING:
     from beyond_outliers.config.protocol import Protocol
 
@@ -44,7 +42,8 @@ def choices(protocol: "Protocol", step: Step) -> list[Step]:
     if step.kind == "measure" and step.purpose == "sweep":  # a sweep run that serves as a main run is measured there
         return [Step("choose", size=step.size)]
     if step.kind in ("measure", "collect"):
-        return [Step("choose", size=protocol.tuning_size(step.size))]
+        at = protocol.tuning_size(step.size)
+        return [Step("choose", size=at)] if "sweep" in protocol.purposes(at) else []  # else the rates are lent
     return []
 
 
@@ -78,7 +77,7 @@ def sweep(protocol: "Protocol", size: str) -> list[Step]:
 
 def main_runs(protocol: "Protocol", size: str, purpose: str | None = None) -> list[Step]:
     """The main runs of a size, or those of one purpose; none before its learning rates are chosen."""
-    planned = protocol.runs(read_rates(protocol.scale), size)
+    planned = protocol.runs(protocol.rates(), size)
     return [Step("train", run=p.config.name) for p in planned if purpose in (None, p.purpose)]
 
 

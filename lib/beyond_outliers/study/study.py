@@ -15,9 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import (
-    read_rates,
-)
+from beyond_outliers.config.learning_rates import read_rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.scale import PURPOSES
@@ -25,7 +23,7 @@ from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.steps import Step, choices, needs
-from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
+from beyond_outliers.study.tables import MEASURED, OPTIONAL, TABLES, MissingResults
 
 if TYPE_CHECKING:
     from beyond_outliers.train.folder import RunResult
@@ -56,6 +54,9 @@ class Study:
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
         return pd.read_csv(file, dtype={"size": str})
 
+    def has(self, name: str) -> bool:
+        return (self.results / f"{name}.csv").exists()
+
     def runs(self, purpose: str) -> pd.DataFrame:
         """Rows of the table `runs` that serve a purpose: sweep, full_precision, qat or schemes.
 
@@ -82,7 +83,7 @@ class Study:
 
     def planned(self, size: str | None = None) -> list[Planned]:
         """Every run that can be named now, of all sizes or of one: sweeps, and main runs whose sweep is done."""
-        return self.protocol.sweep_runs(size, self.loss) + self.protocol.runs(read_rates(self.scale), size)
+        return self.protocol.sweep_runs(size, self.loss) + self.protocol.runs(self.protocol.rates(), size)
 
     def find(self, name: str) -> Planned:
         """The planned run of that name; ValueError when there is none."""
@@ -133,7 +134,7 @@ class Study:
 
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
-        if not all((self.results / f"{name}.csv").exists() for name in TABLES if name != "trajectory"):
+        if not all((self.results / f"{name}.csv").exists() for name in TABLES if name not in OPTIONAL):
             return False
         have, rates = set(self.table("runs").run), read_rates(self.scale)
         swept = {(size, name) for size in self.sizes_of("sweep") for name in self.protocol.optimizers}

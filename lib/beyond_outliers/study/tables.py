@@ -10,7 +10,9 @@ TABLES = (
     "outliers",
     "propagation",
     "trajectory",
+    "machines",
 )
+OPTIONAL = ("trajectory", "machines")  # of scales that ask for it; of runs that were made on a second machine
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
 
 
