@@ -110,3 +110,36 @@ def test_a_scale_whose_runs_are_not_followed():
     assert along.differences(along.changes(along.trajectory(study))).empty
     assert along.finding(study) == "No run of scale made up has been followed along its training."
     assert along.trajectory(Study("pocket")).empty
+
+
+def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
+    table = pd.DataFrame({"step": [1, 2, 3], "base_loss": [4.0, 3.0, 2.0], "increase": [0.1, 0.2, 0.6]})
+    assert along.at_loss(table, 2.5) == pytest.approx({"step": 2.5, "base_loss": 2.5, "increase": 0.4})
+    assert along.at_loss(table, 3.0)["increase"] == pytest.approx(0.2)
+    assert along.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
+    with pytest.raises(ValueError, match=r"1\.5.*lowest is 2\.0"):
+        along.at_loss(table, 1.5)
+
+
+def test_damage_at_the_common_loss_lies_between_two_checkpoints():
+    class Reaching(Followed):
+        """Loss in full precision 4 - step / 50; the Common Loss 2.5 is reached halfway between 70 and 80."""
+
+        def has(self, name):
+            return name == "common_loss"
+
+        def table(self, name):
+            if name == "trajectory":
+                return super().table(name)
+            runs = self.runs("full_precision").run
+            if name == "common_loss":
+                return pd.DataFrame({"run": runs, "common_loss": 2.5, "step": 80})
+            steps = np.arange(0, 101, 10)
+            return pd.concat(pd.DataFrame({"run": run, "step": steps, "val_loss": 4 - steps / 50}) for run in runs)
+
+    table = along.at_common_loss(Reaching(FALL))
+    assert len(table) == 6
+    assert table.at_checkpoint.tolist() == pytest.approx([0.08] * 6)
+    assert table.interpolated.tolist() == pytest.approx([0.075] * 6)
+    assert table.share.tolist() == pytest.approx([0.75] * 6)
+    assert along.at_common_loss(Study("pocket")).empty

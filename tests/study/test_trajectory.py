@@ -1,7 +1,6 @@
 """Measurements along a run: every checkpoint, averaged weights, interpolation in the loss."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -46,12 +45,3 @@ def test_averaged_weights_are_the_mean(result):
     assert torch.allclose(model.blocks[0].mlp.up.weight.double(), expected, atol=1e-7)
     assert model.head.weight is model.embedding.weight
     quantize_model(model, QuantSpec(head=True))
-
-
-def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
-    table = pd.DataFrame({"step": [1, 2, 3], "base_loss": [4.0, 3.0, 2.0], "increase": [0.1, 0.2, 0.6]})
-    assert trajectory.at_loss(table, 2.5) == pytest.approx({"step": 2.5, "base_loss": 2.5, "increase": 0.4})
-    assert trajectory.at_loss(table, 3.0)["increase"] == pytest.approx(0.2)
-    assert trajectory.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
-    with pytest.raises(ValueError, match=r"1\.5.*lowest is 2\.0"):
-        trajectory.at_loss(table, 1.5)

@@ -40,6 +40,60 @@ def trajectory(study) -> pd.DataFrame:
     return rows.assign(share=rows.step / rows.steps).drop(columns="steps").reset_index(drop=True)
 
 
+def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """A run's rows of one format at the validation loss `threshold` (nats), by linear interpolation in that loss.
+
+    `trajectory`: step, base_loss (unquantized), increase, ... in the order of steps. Between the first checkpoint at or
+    below the threshold and the one before it; at that checkpoint itself where it is the first of the run. Returns every
+    numeric column at that point. ValueError when no checkpoint reaches the threshold.
+    """
+    reached = np.flatnonzero(trajectory.base_loss.to_numpy() <= threshold)
+    if not len(reached):
+        raise ValueError(
+            f"no checkpoint reaches the loss {threshold:.4f}; the lowest is {trajectory.base_loss.min():.4f}"
+        )
+    after = trajectory.iloc[reached[0]]
+    before = trajectory.iloc[max(reached[0] - 1, 0)]
+    gap = before.base_loss - after.base_loss
+    share = (before.base_loss - threshold) / gap if gap > 0 else 1.0
+    numeric = trajectory.select_dtypes("number").columns
+    return {name: float(before[name] + share * (after[name] - before[name])) for name in numeric}
+
+
+def at_common_loss(study) -> pd.DataFrame:
+    """Damage at exactly the Common Loss, by interpolation, beside that of the first checkpoint that reaches it.
+
+    One row a run that is followed and has a Common Loss: CELL, damage `at_checkpoint` and `interpolated` (nats, both
+    on the trajectory's tokens), and the `share` of the run. Empty without a trajectory.
+    """
+    rows = trajectory(study)
+    columns = [*readings.CELL, "at_checkpoint", "interpolated", "share"]
+    if rows.empty or not study.has("common_loss"):
+        return pd.DataFrame(columns=columns)
+    base = study.table("curves")[["run", "step", "val_loss"]].rename(columns={"val_loss": "base_loss"})
+    rows = rows[rows.averaged == 1].merge(base, on=["run", "step"])
+    common = study.table("common_loss")[["run", "common_loss", "step"]].rename(columns={"step": "reached"})
+    found = []
+    for (*cell, threshold, reached), own in rows.merge(common, on="run").groupby(
+        [*readings.CELL, "common_loss", "reached"], sort=False
+    ):
+        own = own.sort_values("step")
+        exact = at_loss(own[["base_loss", "increase", "share"]], threshold)
+        found.append((*cell, own.set_index("step").increase[reached], exact["increase"], exact["share"]))
+    return pd.DataFrame(found, columns=columns)
+
+
+def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
+    """`at_common_loss` as means over seeds, and as ratios to AdamW's: a row a size and optimizer."""
+    keys, parts = ["size", "optimizer"], []
+    for column in ("at_checkpoint", "interpolated"):
+        mean = relative.means(exact, column).set_index(keys)["mean"].rename(column)
+        ratio = relative.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
+        text = [relative.interval(row[0], row[1], row[2], 2) for row in ratio.reindex(mean.index).to_numpy()]
+        parts += [mean, pd.Series(text, mean.index, name=f"{column}, ratio")]
+    return pd.concat(parts, axis=1).reset_index()
+
+
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean damage of the checkpoints themselves, with interval: size, optimizer, share, mean, low, high, n."""
     return relative.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")

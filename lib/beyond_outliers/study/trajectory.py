@@ -7,7 +7,6 @@ comes with convergence (arXiv 2604.15167). The Common Loss is read off this tabl
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
@@ -85,23 +84,3 @@ def measure_trajectory(result: RunResult, settings: Measure) -> Path:
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
         paths.write_whole(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
     return file
-
-
-def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
-    """A run's rows of one format at the validation loss `threshold` (nats), by linear interpolation in that loss.
-
-    `trajectory`: step, base_loss (unquantized), increase, ... in the order of steps. Between the first checkpoint at or
-    below the threshold and the one before it; at that checkpoint itself where it is the first of the run. Returns every
-    numeric column at that point. ValueError when no checkpoint reaches the threshold.
-    """
-    reached = np.flatnonzero(trajectory.base_loss.to_numpy() <= threshold)
-    if not len(reached):
-        raise ValueError(
-            f"no checkpoint reaches the loss {threshold:.4f}; the lowest is {trajectory.base_loss.min():.4f}"
-        )
-    after = trajectory.iloc[reached[0]]
-    before = trajectory.iloc[max(reached[0] - 1, 0)]
-    gap = before.base_loss - after.base_loss
-    share = (before.base_loss - threshold) / gap if gap > 0 else 1.0
-    numeric = trajectory.select_dtypes("number").columns
-    return {name: float(before[name] + share * (after[name] - before[name])) for name in numeric}
