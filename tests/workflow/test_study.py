@@ -9,7 +9,6 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.config import OPTIMIZER_NAMES, read_learning_rates
-from beyond_outliers.corpus import open_corpus
 from beyond_outliers.quantizers import quantize_model
 from beyond_outliers.study import TABLES, MissingResults, Study, measure
 
@@ -86,8 +85,8 @@ def test_a_checkpoint_is_quantized_once_a_format(study, monkeypatch):
     monkeypatch.setattr(
         measure, "quantize_model", lambda model, spec, inputs=None: made.append(spec) or quantize_model(model, spec)
     )
-    model, corpus = result.load_model(result.row["steps"]), open_corpus(result.config.corpus)
-    tables = measure._tables(model, corpus, result.config, "light", study.protocol.measure)
+    model = result.load_model(result.row["steps"])
+    tables = measure.measure_model(model, result.config, "light", study.protocol.measure)
     assert [spec.name for spec in made] == ["W4A4", "W4"]
     committed = study.measured("ptq").query("checkpoint == 'final' and spec == 'W4A4'").set_index("run").increase
     assert tables["ptq"].set_index("spec").increase["W4A4"] == pytest.approx(committed[planned.config.name], rel=1e-9)

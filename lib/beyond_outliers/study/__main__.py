@@ -32,7 +32,7 @@ def _where(study: Study) -> None:
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("notebook", "render", "plan", "where", "continue", "merge", "keep"),
+    *("notebook", "render", "plan", "where", "continue", "merge", "keep", "replay"),
 )
 
 
@@ -110,6 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
         from beyond_outliers.study.checkpoints import keep
 
         print(*keep(study), sep="\n")
+    elif given.step == "replay":
+        from beyond_outliers.study.checkpoints import replay
+
+        print(replay(study).to_string(index=False))
     elif given.step == "where":
         _where(study)
     return 0

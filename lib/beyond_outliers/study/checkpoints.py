@@ -7,13 +7,17 @@ checkpoint is not a row of the tables.
 
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.metrics import without_down
+from beyond_outliers.study.measure import measure_model
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.folder import RunResult, model_of, weights_path
 
@@ -66,3 +70,39 @@ def load_checkpoint(file: Path) -> tuple[RunConfig, nn.Module]:
         raise ValueError(f"{file} has no config in its metadata: not a checkpoint of this project")
     config = RunConfig.from_json(metadata["config"])
     return config, model_of(config, {name: value.float() for name, value in load_file(file).items()}, file)
+
+
+def replay(study: Study) -> pd.DataFrame:
+    """Measures the kept checkpoints in full precision again, and sets what comes out beside the rows of their runs.
+
+    One row a run: size, optimizer, seed; loss, damage in the primary spec, MMR without `down` and R_L, each as in the
+    tables (`loss`, ...) and of the checkpoint (`loss_replayed`, ...). ValueError where no checkpoint is kept, or the
+    tables have no row of its run.
+    """
+    files, rows = checkpoints(study.scale), []
+    if not files:
+        raise ValueError(f"no checkpoint in {folder(study.scale)}: run `python -m beyond_outliers.study keep` first")
+    final = {name: study.table(name).query("checkpoint == 'final'") for name in ("ptq", "outliers", "propagation")}
+    for run, file in tqdm(files.items(), desc="replay", disable=None):
+        config, model = load_checkpoint(file)
+        if config.quantization:
+            continue  # a QAT run has no damage to measure
+        if run not in set(final["ptq"].run):
+            raise ValueError(f"{file} belongs to no run of the tables of {study.scale}")
+        again = measure_model(model, config, "light", study.protocol.measure)
+        row = {"run": run, "size": config.size, "optimizer": config.optimizer, "seed": config.seed}
+        own = {name: table[table.run == run] for name, table in final.items()}
+        for end, tables in (("", own), ("_replayed", again)):
+            row |= {f"{name}{end}": value for name, value in _read(tables, study.protocol.measure.primary).items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _read(tables: dict[str, pd.DataFrame], primary: str) -> dict[str, float]:
+    ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
+    return {
+        "loss": ptq.val_loss["none"],
+        "damage": ptq.increase[primary],
+        "mmr": without_down(tables["outliers"]).mmr.mean(),
+        "R_L": modules.sort_values("index").R.iloc[-1],
+    }

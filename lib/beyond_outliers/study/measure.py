@@ -87,12 +87,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     target = measure_folder(result.folder, step)
     if (target / f"{level}.done").exists() or (target / "full.done").exists():
         return target
-    corpus = open_corpus(result.config.corpus)
-    model = result.load_model(step)
-    if result.config.quantization:
-        tables = {"zero_shot": _zero_shot(model, corpus, result.config.context, settings, TASKS).assign(spec="QAT")}
-    else:
-        tables = _tables(model, corpus, result.config, level, settings)
+    tables = measure_model(result.load_model(step), result.config, level, settings)
     temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
     for name, table in tables.items():
         table.insert(0, "run", result.config.name)
@@ -109,9 +104,11 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     return target
 
 
-def _tables(
-    model: nn.Module, corpus: Corpus, config: RunConfig, level: str, settings: Measure
-) -> dict[str, pd.DataFrame]:
+def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Measure) -> dict[str, pd.DataFrame]:
+    """The tables of one model, by name, without the columns `run` and `step`; `config`: of the run that made it."""
+    corpus = open_corpus(config.corpus)
+    if config.quantization:
+        return {"zero_shot": _zero_shot(model, corpus, config.context, settings, TASKS).assign(spec="QAT")}
     context, primary = config.context, QuantSpec.named(settings.primary)
     batches = validation_batches(corpus, context, settings.propagation_tokens)
     tasks = TASKS if level == "full" else ("cloze",)
