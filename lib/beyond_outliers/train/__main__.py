@@ -1,4 +1,4 @@
-"""`python -m beyond_outliers.train --scale pocket --size 0.04M --optimizer adamw --lr 0.01`: one run from the shell.
+"""`python -m beyond_outliers.train --scale pocket --size 0.08M --optimizer adamw --lr 0.01`: one run from the shell.
 
 The same under torchrun trains with data parallelism.
 """

@@ -3,7 +3,7 @@
 `train(config)` returns at once when the run is finished, continues where it stopped when it was interrupted, and
 starts otherwise. Everything it knows is in the run's folder (`runs`).
 
-From a shell: `python -m beyond_outliers.train --scale pocket --size 0.04M --optimizer adamw --lr 0.01`, or the same
+From a shell: `python -m beyond_outliers.train --scale pocket --size 0.08M --optimizer adamw --lr 0.01`, or the same
 under torchrun for data parallelism.
 """
 
