@@ -1,4 +1,4 @@
-"""From the folders of runs to the tidy tables of data/results/SCALE, and from another machine's tables into them."""
+"""From the folders of runs to the tidy tables of a study, and from another machine's tables into them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
+from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.measure import measure_folder
+from beyond_outliers.study.own import take_up
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
 from beyond_outliers.study.trajectory import trajectory_file
 from beyond_outliers.train.folder import RunResult
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def collect(study: "Study") -> None:
-    """Writes the tables of the runs that have ended; rows of planned runs that ended elsewhere stay.
+    """Writes a study's own tables, of the runs that have ended; rows of planned runs that ended elsewhere stay.
 
     MissingResults when there is nothing to write.
     """
@@ -30,7 +32,7 @@ def collect(study: "Study") -> None:
     if not results and not (study.results / "runs.csv").exists():
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
     by_seed = study.protocol.measure.trajectory
-    study.results.mkdir(parents=True, exist_ok=True)
+    take_up(study)
     kept = set(purposes)
     _write(
         study, "runs", [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])], kept
@@ -84,7 +86,7 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
 
 
 def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
-    """Runs of the committed tables that are complete there: diverged, or with rows in every table of `wanted`.
+    """Runs of the tables that are complete there: diverged, or with rows in every table of `wanted`.
 
     at_common_loss: also rows measured at the Common Loss, which its whole size and seed must have reached.
     """
@@ -103,6 +105,23 @@ def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False)
             rows = rows[rows.checkpoint == "common"]
         names &= set(rows.run)
     return names | set(runs.run[runs.status == "diverged"])
+
+
+def done(study: "Study") -> set[str]:
+    """Names of the planned runs that are trained and measured: here, or complete in the tables."""
+    along = ("trajectory",) if study.protocol.measure.trajectory else ()
+    wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
+    complete = {
+        purpose: adopted(study, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
+        for purpose in PURPOSES
+    }
+    found = set()
+    for planned in study.planned():
+        result = study.result(planned)
+        here = result is not None and is_measured(study, result, planned.purpose)
+        if here or planned.config.name in complete[planned.purpose]:
+            found.add(planned.config.name)
+    return found
 
 
 def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
