@@ -1,11 +1,12 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
-#   make reproduce              train, quantize, measure, run every notebook       (SCALE=pocket)
+#   make reproduce              train, quantize, measure, run every notebook, compare   (SCALE=pocket)
 #   make test                   everything: checks, the test suite, a whole study at scale smoke
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
 #   make bench                  the benchmarks, on a machine that does nothing else; prints, writes no table
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
+#   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
@@ -24,7 +25,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue figures plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue figures publish plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,9 +44,15 @@ $(READY): environment.yml pyproject.toml
 reproduce: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --config scale=$(SCALE) --rerun-incomplete --quiet rules
 	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
+	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
 
 figures: $(READY)
 	$(BIN)/python -m beyond_outliers.study render --scale $(SCALE) --jobs $(CORES)
+	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
+
+publish: $(READY)
+	$(BIN)/python -m beyond_outliers.claims --scale $(SCALE)
+	$(BIN)/python -m beyond_outliers.study publish --scale $(SCALE) $(if $(PARTIAL),--partial)
 
 continue: $(READY)
 	$(BIN)/python -m beyond_outliers.study continue --scale $(SCALE) --jobs $(CORES) \
@@ -75,7 +82,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf data/runs data/cache/corpus data/cache/compiled data/results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache .mypy_cache
+	rm -rf data/runs data/cache/corpus data/cache/compiled .snakemake .pytest_cache .ruff_cache .mypy_cache
 
 distclean: clean
 	rm -rf $(VENV) data/cache *.egg-info lib/*.egg-info

@@ -1,8 +1,8 @@
 # The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> measurements -> tables; then verdicts, notebooks.
 #
-# Every file that decides what is done lies in data/runs/SCALE (git-ignored); committed tables and figures are written
-# beside. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the minutes since the
-# last evaluation of a run. Priorities finish a size, tables included, before the next one starts, so that a study
+# All that is made, and every file that decides what is done, lies in data/runs/SCALE (git-ignored); committed tables and
+# pages stay as they are. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the
+# minutes since the last evaluation of a run. Priorities finish a size, tables included, before the next one starts, so that a study
 # which was stopped early is a smaller study.
 import re
 import sys
@@ -19,7 +19,7 @@ PROTOCOL = STUDY.protocol
 SIZES = PROTOCOL.sizes
 SWEPT = [size for size in SIZES if "sweep" in PROTOCOL.purposes(size)]
 WORK = paths.RUNS / SCALE
-FIGURES = paths.FIGURES / SCALE
+DRAWN = f"{WORK}/notebooks/{{notebook}}.done"  # figures and pages lie where `paths.figures` says
 COMMAND = f"{sys.executable} -m beyond_outliers.study"
 
 
@@ -72,8 +72,7 @@ def size_of(run):
 
 rule all:
     input:
-        f"{FIGURES}/README.md",
-        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks(PROTOCOL)),
+        f"{WORK}/index.done",
         # asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it
         [file for size in SWEPT for file in outputs(sweep(PROTOCOL, size))],
         all_main_runs,
@@ -156,16 +155,15 @@ rule notebook:
         f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
         lambda wildcards: rules.claims.output if wildcards.notebook == "07_claims" else [],
     output:
-        f"{FIGURES}/{{notebook}}.html",
-        touch(f"{WORK}/notebooks/{{notebook}}.done"),
+        touch(DRAWN),
     shell:
         "{COMMAND} notebook --scale {SCALE} --name {wildcards.notebook} --tables-only"
 
 
 rule index:
     input:
-        expand(f"{FIGURES}/{{notebook}}.html", notebook=notebooks(PROTOCOL)),
+        expand(DRAWN, notebook=notebooks(PROTOCOL)),
     output:
-        f"{FIGURES}/README.md",
+        touch(f"{WORK}/index.done"),
     shell:
         "{sys.executable} -m beyond_outliers.pages index --scale {SCALE}"

@@ -9,9 +9,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_runs_of_ones_own(tmp_path_factory):
+    """Tests read the committed tables, also where somebody has made a study of their own in this checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,7 @@ def notebooks(protocol: Protocol | None = None) -> list[str]:
 
 
 def run_notebook(name: str, scale: str, **parameters) -> Path:
-    """Executes a notebook by papermill and returns its HTML in figures/SCALE; its Markdown page is written beside.
+    """Executes a notebook by papermill and returns its HTML in `paths.figures`; its Markdown page is written beside.
 
     Parameters that it does not have are refused.
     """
@@ -189,7 +189,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
         source, executed, parameters, cwd=paths.NOTEBOOKS, kernel_name="python3", progress_bar=False
     )
     html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
-    target = paths.FIGURES / scale / f"{name}.html"
+    target = paths.figures(scale) / f"{name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(relinked(html, scale, "html"))
     write_page(executed, scale, name)

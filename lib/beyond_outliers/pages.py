@@ -1,4 +1,5 @@
-"""Executed notebooks as Markdown pages that code hosts render: figures/SCALE/NAME.md, beside the figures they show.
+"""Executed notebooks as Markdown pages that code hosts render, beside the figures they show: figures/SCALE/NAME.md, or
+data/runs/SCALE/figures/NAME.md where the tables are a reader's own (`paths.figures`).
 
 nbconvert does the work. Before it, every output is rewritten: a figure becomes a link to the file that `plots.save`
 wrote, an HTML table becomes a Markdown table, code is left out. What changes from run to run without a change of
@@ -146,20 +147,20 @@ def fingerprint(scale: str, name: str) -> str:
     digest = hashlib.sha256()
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     digest.update(json.dumps([[cell["cell_type"], "".join(cell["source"])] for cell in cells]).encode())
-    for file in sorted((paths.RESULTS / scale).glob("*.csv")):
+    for file in sorted(paths.results(scale).glob("*.csv")):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
 def relinked(text: str, scale: str, kind: str) -> str:
-    """Links of a notebook as a page in figures/SCALE needs them: other notebooks as pages of that `kind` (md, html)."""
+    """Links of a notebook as a page needs them: other notebooks as pages of that `kind` (md, html)."""
     text = re.sub(r"""(\]\(|href=")(\d\d_\w+)\.ipynb""", rf"\1\2.{kind}", text)
     text = re.sub(rf"""(\]\(|href=")\.\./figures/{re.escape(scale)}/""", r"\1", text)
-    return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", r"\1../../", text)
+    return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", rf"\1{paths.way_up(scale)}/", text)
 
 
 def write_page(executed: Path, scale: str, name: str) -> Path:
-    """figures/SCALE/NAME.md from an executed notebook. ValueError where it is too large, or a figure is missing."""
+    """The page NAME.md of an executed notebook. ValueError where it is too large, or a figure is missing."""
     import nbconvert
     import nbformat
 
@@ -171,11 +172,11 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
             cell.outputs = [nbformat.from_dict(output) for output in shown if output]
     body, _ = nbconvert.MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
     body = relinked(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", scale, "md")
-    folder = paths.FIGURES / scale
+    folder = paths.figures(scale)
     for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", body):
         if not (folder / figure).exists():
             raise ValueError(f"{name} shows the figure {figure}, which is not in {folder}")
-    source = f"[source](../../notebooks/{name}.ipynb)"
+    source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
     head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages](README.md)\n\n"
     if len(head + body) > LARGEST:
         raise ValueError(f"the page {name} of {scale} has {len(head + body)} bytes, more than {LARGEST}")
@@ -190,7 +191,7 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
 
 def page_of(scale: str, name: str) -> Path:
     """Where a page lies; FileNotFoundError, with the command that makes it, where it is not there."""
-    page = paths.FIGURES / scale / f"{name}.md"
+    page = paths.figures(scale) / f"{name}.md"
     if not page.exists():
         raise FileNotFoundError(f"{page} is not there: run `make figures SCALE={scale}`")
     return page
@@ -214,7 +215,7 @@ def said(page: Path, what: str) -> str:
 
 
 def write_index(scale: str) -> Path:
-    """figures/SCALE/README.md from the pages that lie beside it: a row a page with its question and its finding.
+    """README.md from the pages that lie beside it: a row a page with its question and its finding.
 
     ValueError for an unknown scale, FileNotFoundError for a page that is not there.
     """
@@ -224,19 +225,22 @@ def write_index(scale: str) -> Path:
         title = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
         cells = [f"[{title[1] if title else name}]({name}.md)", said(page, "Question"), said(page, "Finding")]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    up, tables = paths.way_up(scale), f"data/results/{scale}"
+    if paths.results(scale) == paths.own_results(scale):
+        tables = f"data/runs/{scale}/results"
     head = ["| page | question | finding |", "| --- | --- | --- |"]
     text = [
         f"# What scale `{scale}` found",
         "",
-        f"The notebooks, executed on the [tables of this scale](../../data/results/{scale}); sizes, seeds and rates: "
-        f"[{scale}.toml](../../data/scales/{scale}.toml). Made again by `make figures SCALE={scale}`.",
+        f"The notebooks, executed on the [tables of this scale]({up}/{tables}); sizes, seeds and rates: "
+        f"[{scale}.toml]({up}/data/scales/{scale}.toml). Made again by `make figures SCALE={scale}`.",
         "",
         *head,
         *rows,
         "",
     ]
     explanation = relinked(explained("\n".join(rows)), scale, "md")
-    target = paths.FIGURES / scale / "README.md"
+    target = paths.figures(scale) / "README.md"
     paths.write_whole(target, "\n".join([*text, *([explanation, ""] if explanation else [])]))
     return target
 
@@ -253,11 +257,11 @@ def check_pages(scale: str, names: list[str]) -> None:
 
 
 def headlines(scale: str) -> str:
-    """What the README says of a scale: three findings, the count of verdicts and the terms, between BEGIN and END."""
+    """What the README says of the committed tables: three findings, the verdicts, the terms, between BEGIN and END."""
     from beyond_outliers.claims.findings import FINDINGS
     from beyond_outliers.study.study import Study
 
-    study = Study(scale)
+    study = Study(scale, paths.RESULTS / scale)
     bullets = [
         f"- **{lead}** {FINDINGS[name](study)} [Page](figures/{scale}/{name}.md)" for name, lead in HEADLINES.items()
     ]

@@ -1,4 +1,9 @@
-"""Every path of the project. What a study writes goes below OUTPUT: the repository, or $BEYOND_OUTLIERS_OUTPUT."""
+"""Every path of the project.
+
+What a study makes goes below data/runs/SCALE, which git ignores: its runs, its tables (`own_results`) and the figures
+and pages of them. Committed tables and pages change by `make publish` alone. $BEYOND_OUTLIERS_OUTPUT takes the place of
+the repository for all that is written.
+"""
 
 import os
 from pathlib import Path
@@ -12,10 +17,31 @@ SOURCES = DATA / "sources.toml"  # the pinned wheels that are read as data
 CACHE = DATA / "cache"  # wheels and token files; git-ignored, safe to delete
 
 OUTPUT = Path(os.environ.get("BEYOND_OUTLIERS_OUTPUT") or ROOT).resolve()
-FIGURES = OUTPUT / "figures"
-RESULTS = OUTPUT / "data" / "results"  # committed tidy tables, one folder a scale
+RESULTS = DATA / "results"  # committed tidy tables, one folder a scale
+FIGURES = OUTPUT / "figures"  # figures and pages of the committed tables
 CHECKPOINTS = OUTPUT / "data" / "checkpoints"  # committed final weights of one seed, bfloat16
-RUNS = OUTPUT / "data" / "runs"  # one folder a training run; git-ignored
+RUNS = OUTPUT / "data" / "runs"  # one folder a scale, in it one a training run; git-ignored
+
+
+def own_results(scale: str) -> Path:
+    """Where a study writes its tables."""
+    return RUNS / scale / "results"
+
+
+def results(scale: str) -> Path:
+    """Where tables are read from: a study's own once it has begun to write some, else the committed ones."""
+    own = own_results(scale)
+    return own if own.is_dir() else RESULTS / scale
+
+
+def figures(scale: str) -> Path:
+    """Where figures and pages of the tables that are read go: those of a study's own lie beside its tables."""
+    return FIGURES / scale if results(scale) == RESULTS / scale else RUNS / scale / "figures"
+
+
+def way_up(scale: str) -> str:
+    """From `figures` to the root of the repository, for the links of a page."""
+    return "../.." if figures(scale) == FIGURES / scale else "../../../.."
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,15 +20,15 @@ COMMITTED = pd.read_csv(paths.RESULTS / "confirm" / "learning_rates.csv")
 def load(tmp_path, monkeypatch):
     """Loads scale "pocket", changed, and its lender "confirm" with a table of chosen rates in the repository."""
     monkeypatch.setattr(paths, "SCALES", tmp_path)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "RESULTS", tmp_path / "own")
-    (tmp_path / "data" / "results" / "confirm").mkdir(parents=True)
-    (tmp_path / "own" / "pocket").mkdir(parents=True)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    (tmp_path / "results" / "confirm").mkdir(parents=True)
+    paths.own_results("pocket").mkdir(parents=True)
 
     def of(table=POCKET, chosen=COMMITTED) -> Protocol:
         (tmp_path / "pocket.toml").write_text(toml(table))
         (tmp_path / "confirm.toml").write_text(toml(CONFIRM))
-        chosen.to_csv(tmp_path / "data" / "results" / "confirm" / "learning_rates.csv", index=False)
+        chosen.to_csv(tmp_path / "results" / "confirm" / "learning_rates.csv", index=False)
         return Protocol.load("pocket")
 
     return of
@@ -57,7 +57,7 @@ def test_a_swept_size_keeps_its_own_rates_and_lends_them_to_nobody(load, tmp_pat
     assert not any(of[0] == "0.03M" for of in protocol.rates())
     rows = [(at, name, 1e-3) for at in ("0.03M", "0.08M") for name in protocol.optimizers]
     table = pd.DataFrame(rows, columns=["size", "optimizer", "lr"])  # the second size must not count: it is lent
-    table.to_csv(tmp_path / "own" / "pocket" / "learning_rates.csv", index=False)
+    table.to_csv(paths.own_results("pocket") / "learning_rates.csv", index=False)
     rates = protocol.rates()
     assert rates["0.03M", "soap"] == Rates(1e-3) and rates["0.08M", "soap"] == Rates(0.01, 0.02)
     assert protocol.config("0.08M", "soap").lr == 0.01

@@ -39,6 +39,21 @@ def test_a_forest_draws_every_interval_and_hollow_points_without_one(ratios):
     assert small.get_title() == "s, n 3" and small.get_xscale() == "log"
 
 
+def test_effects_have_a_panel_each_and_what_is_missing_is_named():
+    rows = [("loss", "muon", -0.5, -1.0, 0.25, 6, "s"), ("mmr", "muon", 0.5, np.nan, np.nan, 2, "s")]
+    rows += [("loss", "soap", 0.3, 0.2, 0.4, 5, "s")]
+    table = pd.DataFrame(rows, columns=["quantity", "optimizer", "effect", "low", "high", "n", "over"])
+    titles = {"loss": ("loss", "nats"), "qat": ("by QAT", "nats"), "mmr": ("MMR", "times")}
+    titles |= {name: (name, "nats") for name in "abc"}
+    loss, qat, ratio = plots.effect_forest(table, titles).axes[:3]
+    assert arms(loss.containers[0]) == [[[-1.0, 0.0], [0.25, 0.0]]] and len(loss.containers) == 2
+    assert (loss.get_title(), loss.get_xlabel()) == ("loss", "nats above AdamW; s, n 5 to 6")
+    assert qat.get_title() == "by QAT" and [text.get_text() for text in qat.texts] == ["not measured yet"]
+    assert ratio.get_xscale() == "log" and ratio.get_xlabel() == "times AdamW; s, n 2"
+    assert ratio.containers[0].lines[0].get_markerfacecolor() == "white"
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["Muon", "SOAP"]
+
+
 def test_lines_over_methods_have_gaps_where_a_method_lacks(ratios):
     table = pd.concat([ratios.assign(format="int4", method=method) for method in ("RTN", "both")])
     table = pd.concat([table, ratios.assign(format="nvfp4", method="GPTQ")])

@@ -17,7 +17,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     study = Study("confirm")
     rates = {(size, name): Rates(0.01, 0.02) for size in ("0.08M", "0.16M") for name in study.protocol.optimizers}
-    monkeypatch.setattr("beyond_outliers.config.protocol.read_rates", lambda scale: rates)
+    monkeypatch.setattr("beyond_outliers.config.protocol.read_rates", lambda *_: rates)
     return study
 
 

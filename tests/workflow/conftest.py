@@ -25,7 +25,6 @@ def output(folder):
         patch.setenv("BEYOND_OUTLIERS_OUTPUT", str(folder))
         patch.setattr(paths, "OUTPUT", folder)
         patch.setattr(paths, "FIGURES", folder / "figures")
-        patch.setattr(paths, "RESULTS", folder / "data" / "results")
         patch.setattr(paths, "RUNS", folder / "data" / "runs")
         yield folder
 

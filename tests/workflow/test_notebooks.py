@@ -51,7 +51,7 @@ EXPECTED = {
     "04_error_propagation": ["04_depth", "04_abc", "04_gain", "04_figure1", "04_correlations_increase", "04_centred"],
     "05_qat": ["05_increase", "05_curves", "05_staircases"],
     "06_scaling_laws": ["06_fits", "06_rho"],
-    "07_claims": ["07_claims"],
+    "07_claims": ["07_claims", "07_effects"],
     "08_probe_your_model": ["08_depth", "08_outliers"],
     "09_real_quantizers": ["09_methods"],
 }

@@ -67,7 +67,7 @@ def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):
 
 def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
     """With everything there nothing is done; without one run's folder that run, and all that hangs on it."""
-    rates = tmp_path / "data" / "results" / "smoke" / "learning_rates.csv"
+    rates = tmp_path / "data" / "runs" / "smoke" / "results" / "learning_rates.csv"
     rates.parent.mkdir(parents=True)
     rates.write_bytes((study.results / "learning_rates.csv").read_bytes())
     work, sizes = tmp_path / "data" / "runs" / "smoke", study.protocol.sizes
@@ -81,8 +81,7 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
         [work / f"collected-{size}" for size in sizes],
         [work / "claims.done"],
         [work / "notebooks" / f"{name}.done" for name in notebooks()],
-        [tmp_path / "figures" / "smoke" / f"{name}.html" for name in notebooks()],
-        [tmp_path / "figures" / "smoke" / "README.md"],
+        [work / "index.done"],
     ):
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def test_every_step_comes_once_and_after_what_it_needs(pretended, scale):
 
 def test_the_table_of_a_tuned_scale_has_both_rates(pretended):
     study = pretended("confirm").ensure()
-    table = pd.read_csv(paths.RESULTS / "confirm" / "learning_rates.csv")
+    table = pd.read_csv(paths.own_results("confirm") / "learning_rates.csv")
     assert list(table.columns) == ["size", "optimizer", "lr", "edge", "grid", "n_runs", "auxiliary", "auxiliary_grid"]
     names = [p.config for p in study.protocol.sweep_runs(losses=study.loss)]
     assert len(table) == 18 and not table.edge.any()

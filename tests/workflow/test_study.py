@@ -141,6 +141,7 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
 
 def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, monkeypatch):
     result = Study.result
+    (tmp_path / "learning_rates.csv").write_bytes((study.results / "learning_rates.csv").read_bytes())
     monkeypatch.setattr(study, "results", tmp_path)
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.size == "small" else result(self, p))
     study.collect()
@@ -190,6 +191,7 @@ def test_learning_rates_of_one_size_leave_the_others_alone(tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     study = Study("laptop")
     for size, factor in (("0.26M", 1.0), ("0.08M", 1.0), ("0.26M", 1.5)):
         monkeypatch.setattr(Study, "result", ended(factor))

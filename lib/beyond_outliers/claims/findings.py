@@ -7,7 +7,6 @@ Which optimizer is named lowest or highest is read off the same runs, and the in
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 
 from beyond_outliers.claims import methods, readings
 from beyond_outliers.claims.comparison import (
@@ -19,12 +18,11 @@ from beyond_outliers.claims.comparison import (
     without,
     written,
 )
-from beyond_outliers.claims.confirm_readings import counted
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.contrasts import t_interval
+from beyond_outliers.claims.eligibility import compare, eligible
 from beyond_outliers.claims.evidence import judged
 from beyond_outliers.claims.predictors import predictor_table
-from beyond_outliers.claims.readings import PAPER_OPTIMIZERS
 from beyond_outliers.claims.statistics import correlations
 
 FINDINGS: dict[str, Callable] = {}
@@ -44,19 +42,6 @@ def finding(name: str):
         return or_why_not
 
     return enter
-
-
-def eligible(study, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the paper's optimizers; at scale confirm only of runs that its rules count, if the rows name them."""
-    rows = rows[rows.optimizer.isin(PAPER_OPTIMIZERS)]
-    if study.scale == SCALE and "run" in rows:
-        rows = rows[rows.run.isin(counted(study)[0].run)]
-    return rows.reset_index(drop=True)
-
-
-def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
-    """The paper's optimizers that the scale has, by one value of eligible rows; NothingToCompare as `Comparison`."""
-    return Comparison(eligible(study, rows), value, [n for n in PAPER_OPTIMIZERS if n in study.protocol.optimizers])
 
 
 def _beside(compared: Comparison, first: str, second: str) -> str:

@@ -4,7 +4,6 @@ from beyond_outliers.config.learning_rates import (
     EdgeWarning,
     Rates,
     choose_learning_rate,
-    learning_rates_file,
     read_learning_rates,
     read_rates,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "Tuning",
     "auxiliary_rates",
     "choose_learning_rate",
-    "learning_rates_file",
     "line_search",
     "model_config",
     "read_learning_rates",

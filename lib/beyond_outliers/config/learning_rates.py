@@ -42,13 +42,9 @@ def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, 
     return float(np.exp(x[best]).round(12)), edge
 
 
-def learning_rates_file(scale: str) -> Path:
-    return paths.RESULTS / scale / "learning_rates.csv"
-
-
-def read_rates(scale: str, committed: bool = False) -> dict[tuple[str, str], Rates]:
-    """(swept size, optimizer) -> chosen rates; empty before the sweep is done. `committed`: those of the repository."""
-    file = paths.ROOT / "data" / "results" / scale / "learning_rates.csv" if committed else learning_rates_file(scale)
+def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str], Rates]:
+    """(swept size, optimizer) -> chosen rates; empty before the sweep is done. results: a folder of tables to read."""
+    file = (results or paths.results(scale)) / "learning_rates.csv"
     if not file.exists():
         return {}
     exact = {"lr": float, "auxiliary": float}  # every bit counts: run ids are hashed from them

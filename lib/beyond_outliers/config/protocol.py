@@ -8,7 +8,9 @@ what was chosen when the sweep was done. No torch here.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from beyond_outliers import paths
 from beyond_outliers.config.learning_rates import Rates, read_rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
 from beyond_outliers.config.parsing import choose
@@ -86,7 +88,7 @@ class Protocol:
         if not self.settings.rates_from:
             return {}
         lender, found = Protocol.load(self.settings.rates_from), {}
-        chosen = read_rates(lender.scale, committed=True)
+        chosen = read_rates(lender.scale, paths.RESULTS / lender.scale)
         for size in (size for size in self.sizes if "sweep" not in self.purposes(size)):
             for name in self.optimizers:
                 if (size, name) not in chosen:
@@ -115,9 +117,12 @@ class Protocol:
                         )
         return found
 
-    def rates(self) -> dict[tuple[str, str], Rates]:
-        """(size, optimizer) -> chosen rates, as far as they are known: the scale's own, and the lent ones."""
-        return self.lent | {of: own for of, own in read_rates(self.scale).items() if of not in self.lent}
+    def rates(self, results: Path | None = None) -> dict[tuple[str, str], Rates]:
+        """(size, optimizer) -> chosen rates, as far as they are known: the scale's own, and the lent ones.
+
+        results: a folder of tables to read the scale's own from, where not the usual one is meant.
+        """
+        return read_rates(self.scale, results) | self.lent
 
     def model(self, size: str) -> ModelConfig:
         if size not in self.sizes:

@@ -17,7 +17,14 @@ from beyond_outliers.plots.findings import (
     probe_profile,
     staircases,
 )
-from beyond_outliers.plots.intervals import along_training, centred_points, method_lines, rate_paths, ratio_forest
+from beyond_outliers.plots.intervals import (
+    along_training,
+    centred_points,
+    effect_forest,
+    method_lines,
+    rate_paths,
+    ratio_forest,
+)
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, save, set_theme
 from beyond_outliers.plots.verdicts import confirm_ledger
 
@@ -32,6 +39,7 @@ __all__ = [
     "confirm_ledger",
     "correlation_forest",
     "depth_profile",
+    "effect_forest",
     "efficiencies",
     "heatmap",
     "method_lines",

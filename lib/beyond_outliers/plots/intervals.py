@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
 
@@ -52,6 +53,44 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
     for ax in axes.values():
         tidy_log(ax.xaxis)
     return figure
+
+
+def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> plt.Figure:
+    """`effects.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
+    lies from the reference and its interval. A quantity without rows is named and drawn as not measured yet."""
+    names = [name for name in LABELS if name in set(table.optimizer)]
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), sharey=True)
+    for ax, (quantity, (title, unit)) in zip(axes.flat, titles.items(), strict=True):
+        own = table[table.quantity == quantity].set_index("optimizer")
+        factors = unit != "nats"
+        for position, name in enumerate(names):
+            if name in own.index:
+                row = own.loc[name]
+                style = _style(name, np.isfinite(row.low))
+                ax.errorbar(row.effect, position, xerr=_ends([row.effect], row.low, row.high), ls="none", **style)
+        ax.set_title(title)
+        if own.empty:
+            ax.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=ax.transAxes, color="grey")
+            ax.set_xticks([])
+            continue
+        ax.axvline(1 if factors else 0, color="grey", lw=1)
+        ax.set_xscale("log" if factors else "linear")
+        ax.set_xlabel(
+            f"{f'times {LABELS[reference]}' if factors else f'nats above {LABELS[reference]}'}; {_pairs(own)}"
+        )
+        if factors:
+            tidy_log(ax.xaxis)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+    axes[0, 0].set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def _pairs(own: pd.DataFrame) -> str:
+    """ "0.08M and 0.16M, n 6", or "n 8 to 9": pairs an optimizer."""
+    low, high = own.n.min(), own.n.max()
+    return f"{own.over.iloc[0]}, n {low if low == high else f'{low} to {high}'}"
 
 
 def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt.Figure:

@@ -52,8 +52,8 @@ class SavedFigure:
 
 
 def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
-    """figures/SCALE/NAME.pdf and .png; returns what a notebook shows, so that a cell can end with it."""
-    folder: Path = paths.FIGURES / scale
+    """NAME.pdf and .png in `paths.figures`; returns what a notebook shows, so that a cell can end with it."""
+    folder: Path = paths.figures(scale)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # no date: same data, same file
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})

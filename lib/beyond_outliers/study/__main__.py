@@ -1,6 +1,6 @@
 """The steps of a study from the shell: what the workflow (Snakefile) calls one by one, in parallel.
 
-python -m beyond_outliers.study {corpus,train,tune,choose,measure,collect,notebook,render,plan,where} --scale pocket ...
+python -m beyond_outliers.study STEP --scale pocket ...; --help lists the steps
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.study.study import Study
+from beyond_outliers.study.tables import MissingResults
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -22,17 +23,17 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _where(study: Study) -> None:
-    figures = paths.FIGURES / study.scale
+    figures = paths.figures(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
     print(f"  notebooks   {figures}/*.html")
     print(f"  figures     {figures}/*.png, *.pdf")
     print(f"  tables      {study.results}/*.csv")
-    print(f"Start with    {figures / '01_full_precision.html'}")
+    print(f"Start with    {figures / 'README.md'}")
 
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("notebook", "render", "plan", "where", "continue", "merge", "keep", "replay"),
+    *("notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay"),
 )
 
 
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="part I of N, for N machines")
         if step == "merge":
             one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
+        if step == "publish":
+            one.add_argument("--partial", action="store_true", help="although runs of the plan are missing")
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
@@ -101,11 +104,20 @@ def main(arguments: list[str] | None = None) -> int:
         continue_study(study, given.jobs, given.hours, given.shard)
     elif given.step == "merge":
         from beyond_outliers.study.collect import merge
+        from beyond_outliers.study.own import take_up
 
+        take_up(study)
         both = merge(study, given.folder)
         print(f"runs in both, kept as they are here: {len(both)}")
         if len(both):
             print(both.to_string(index=False))
+    elif given.step == "publish":
+        from beyond_outliers.study.own import publish
+
+        try:
+            print(publish(study, given.partial))
+        except (MissingResults, ValueError) as error:
+            parser.exit(1, f"{error}\n")
     elif given.step == "keep":
         from beyond_outliers.study.checkpoints import keep
 

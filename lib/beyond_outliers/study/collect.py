@@ -1,4 +1,4 @@
-"""From the folders of runs to the tidy tables of data/results/SCALE, and from another machine's tables into them."""
+"""From the folders of runs to the tidy tables of a study, and from another machine's tables into them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from beyond_outliers import paths
+from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.measure import measure_folder
+from beyond_outliers.study.own import take_up
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
 from beyond_outliers.study.trajectory import trajectory_file
 from beyond_outliers.train.folder import RunResult
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def collect(study: "Study") -> None:
-    """Writes the tables of the runs that have ended; rows of planned runs that ended elsewhere stay.
+    """Writes a study's own tables, of the runs that have ended; rows of planned runs that ended elsewhere stay.
 
     MissingResults when there is nothing to write.
     """
@@ -29,7 +31,7 @@ def collect(study: "Study") -> None:
     if not results and not (study.results / "runs.csv").exists():
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
     by_seed = study.protocol.measure.trajectory
-    study.results.mkdir(parents=True, exist_ok=True)
+    take_up(study)
     kept = set(purposes)
     _write(
         study, "runs", [pd.DataFrame([{"purpose": "+".join(purposes[n]), **r.row} for n, r in results.items()])], kept
@@ -83,7 +85,7 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
 
 
 def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
-    """Runs of the committed tables that are complete there: diverged, or with rows in every table of `wanted`.
+    """Runs of the tables that are complete there: diverged, or with rows in every table of `wanted`.
 
     at_common_loss: also rows measured at the Common Loss, which its whole size and seed must have reached.
     """
@@ -102,6 +104,23 @@ def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False)
             rows = rows[rows.checkpoint == "common"]
         names &= set(rows.run)
     return names | set(runs.run[runs.status == "diverged"])
+
+
+def done(study: "Study") -> set[str]:
+    """Names of the planned runs that are trained and measured: here, or complete in the tables."""
+    along = ("trajectory",) if study.protocol.measure.trajectory else ()
+    wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
+    complete = {
+        purpose: adopted(study, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
+        for purpose in PURPOSES
+    }
+    found = set()
+    for planned in study.planned():
+        result = study.result(planned)
+        here = result is not None and is_measured(study, result, planned.purpose)
+        if here or planned.config.name in complete[planned.purpose]:
+            found.add(planned.config.name)
+    return found
 
 
 def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
@@ -153,7 +172,8 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     both = both[columns].assign(difference=(both.val_loss_here - both.val_loss_there).abs())
     file = study.results / "machines.csv"
     old = [pd.read_csv(file, float_precision="round_trip")] if file.exists() else []
-    known = pd.concat([*old, both], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
+    elsewhere = both[both.device_name_here != both.device_name_there]
+    known = pd.concat([*old, elsewhere], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
     if len(known):
         paths.write_whole(file, known.to_csv(index=False))
     return both

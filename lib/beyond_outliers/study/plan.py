@@ -26,7 +26,7 @@ def plan_table(study: Study) -> pd.DataFrame:
     protocol = study.protocol
     swept = [size for size in protocol.sizes if "sweep" in protocol.purposes(size)]
     rates = {(size, name): protocol.guess(name) for size in swept for name in protocol.optimizers}
-    rates |= protocol.rates()
+    rates |= study.rates
     rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
     for planned in protocol.sweep_runs(losses=study.loss) + protocol.runs(rates):
         config = planned.config

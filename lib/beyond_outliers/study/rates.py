@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate, learning_rates_file
+from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.tuning import tune
+from beyond_outliers.study import own
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -21,7 +22,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     Returns the table `learning_rates` with the rows of that size replaced, and writes it.
     """
     rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
-    table, file = pd.DataFrame(rows), learning_rates_file(study.scale)
+    table, file = pd.DataFrame(rows), own.take_up(study) / "learning_rates.csv"
     if file.exists():
         old = pd.read_csv(file, dtype={"size": str})
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
@@ -31,7 +32,6 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
         table = pd.concat([table, pd.DataFrame(keys).assign(edge=False, n_runs=0, chosen_by=source)])
         table["chosen_by"] = table.chosen_by.fillna(study.scale)
     table = table.sort_values("size", key=lambda sizes: sizes.map(study.protocol.sizes.index), kind="stable")
-    file.parent.mkdir(parents=True, exist_ok=True)
     paths.write_whole(file, table.to_csv(index=False))
     return table.reset_index(drop=True)
 

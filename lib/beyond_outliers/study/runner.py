@@ -16,9 +16,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 
 from tqdm.auto import tqdm
 
+from beyond_outliers import paths
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import PURPOSES
+from beyond_outliers.study.collect import merge
+from beyond_outliers.study.own import take_up
 from beyond_outliers.study.study import Study
 
 COLLECT_EVERY = 600  # seconds
@@ -95,6 +98,9 @@ def continue_study(
     deadline = time.monotonic() + 3600 * hours if hours else float("inf")
     failed: dict[str, str] = {}
     running: dict[Future, str] = {}
+    take_up(study)
+    if (paths.RESULTS / study.scale / "runs.csv").exists():
+        merge(study, paths.RESULTS / study.scale)  # what others have committed since
     done = study.done()
     if study.protocol.measure.trajectory:  # a block whose last run was interrupted after its training
         for size, seed, runs in study.blocks():

@@ -1,33 +1,30 @@
 """A study of one scale: which runs, what is done, and the tidy tables that notebooks read.
 
-`Study("pocket").table("runs")` reads data/results/pocket/runs.csv; `Study("pocket").ensure()` trains and measures what
-is missing first. The workflow (Snakefile) does the same steps (see `steps`) side by side, each a process:
-
-    python -m beyond_outliers.study {corpus,train,tune,choose,measure,collect,notebook,render,plan,where} --scale ...
+`Study("pocket").table("runs")` reads its own table, else the committed one; `.ensure()` makes first what is missing.
+The workflow (Snakefile) does the same steps (see `steps`) side by side, each a process.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import read_rates
+from beyond_outliers.config.learning_rates import Rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import Planned, Protocol
-from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.steps import Step, choices, needs
-from beyond_outliers.study.tables import MEASURED, OPTIONAL, TABLES, MissingResults
+from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults
 
 if TYPE_CHECKING:
     from beyond_outliers.train.folder import RunResult
-
 
 RUN_COLUMNS = ["run", "size", "optimizer", "seed", "status", "steps", "step", "val_loss"]
 
@@ -35,10 +32,11 @@ RUN_COLUMNS = ["run", "size", "optimizer", "seed", "status", "steps", "step", "v
 class Study:
     """The runs and tables of one scale."""
 
-    def __init__(self, scale: str):
+    def __init__(self, scale: str, results: Path | None = None):
+        """results: a folder of tables to read, where not the usual one is meant."""
         self.protocol = Protocol.load(scale)
         self.scale = scale
-        self.results = paths.RESULTS / scale
+        self.results = results or paths.results(scale)
         self.runs_folder = paths.RUNS / scale
         self._found: dict[str, Planned] = {}  # planned runs by name, those of `find`
         self._losses: dict[str, float] = {}  # of the runs of a search that have ended
@@ -81,9 +79,14 @@ class Study:
 
     # ---------------------------------------------------------------------------------------------------- what is done
 
+    @property
+    def rates(self) -> dict[tuple[str, str], Rates]:
+        """(swept size, optimizer) -> chosen rates."""
+        return self.protocol.rates(self.results)
+
     def planned(self, size: str | None = None) -> list[Planned]:
         """Every run that can be named now, of all sizes or of one: sweeps, and main runs whose sweep is done."""
-        return self.protocol.sweep_runs(size, self.loss) + self.protocol.runs(self.protocol.rates(), size)
+        return self.protocol.sweep_runs(size, self.loss) + self.protocol.runs(self.rates, size)
 
     def find(self, name: str) -> Planned:
         """The planned run of that name; ValueError when there is none."""
@@ -115,28 +118,16 @@ class Study:
         return load_result(run_folder(planned.config, paths.RUNS))
 
     def done(self) -> set[str]:
-        """Names of the planned runs that are trained and measured: here, or complete in the committed tables."""
-        from beyond_outliers.study.collect import adopted, is_measured
+        """Names of the planned runs that are trained and measured: here, or complete in the tables (see `collect`)."""
+        from beyond_outliers.study.collect import done
 
-        along = ("trajectory",) if self.protocol.measure.trajectory else ()
-        wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
-        committed = {
-            purpose: adopted(self, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
-            for purpose in PURPOSES
-        }
-        done = set()
-        for planned in self.planned():
-            result = self.result(planned)
-            here = result is not None and is_measured(self, result, planned.purpose)
-            if here or planned.config.name in committed[planned.purpose]:
-                done.add(planned.config.name)
-        return done
+        return done(self)
 
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
         if not all((self.results / f"{name}.csv").exists() for name in TABLES if name not in OPTIONAL):
             return False
-        have, rates = set(self.table("runs").run), read_rates(self.scale)
+        have, rates = set(self.table("runs").run), self.rates
         swept = {(size, name) for size in self.sizes_of("sweep") for name in self.protocol.optimizers}
         return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
 
@@ -176,7 +167,7 @@ class Study:
     def choose_what_is_found(self) -> None:
         """Chooses the rates of every size of a tuned scale whose search has ended and has not been chosen from."""
         for size in self.protocol.sizes if self.protocol.tuned else ():
-            chosen = {of for of in read_rates(self.scale) if of[0] == size}
+            chosen = {of for of in self.rates if of[0] == size}
             if len(chosen) < len(self.protocol.optimizers):
                 with contextlib.suppress(MissingResults):
                     self.choose_learning_rates(size)

@@ -1,0 +1,172 @@
+"""How large the differences are: every optimizer against AdamW at equal size and seed, and whom to train with.
+
+A pair is a run and AdamW's of the same size and seed, which saw the same batches; effects are differences within pairs,
+averaged over seeds, then over sizes (intervals as in `comparison`: sizes are strata, pairs replicates).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers.claims import readings
+from beyond_outliers.claims.comparison import (
+    Comparison,
+    NothingToCompare,
+    excludes_zero,
+    label,
+    listed,
+    written,
+)
+from beyond_outliers.claims.eligibility import compare, eligible
+from beyond_outliers.claims.readings import CELL, PAPER_OPTIMIZERS
+from beyond_outliers.claims.relative import REFERENCE
+from beyond_outliers.study.tables import MissingResults
+
+NATS, TIMES = "nats", "times"  # how an effect is measured: a difference, or a ratio
+NOT_YET = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What optimizers are compared by: rows with size, optimizer, seed and `value`, one a run, read off a study."""
+
+    title: str  # {spec}: the format in which the scale is judged
+    unit: str
+    rows: Callable
+    value: str
+
+
+def _finished(study) -> pd.DataFrame:
+    return readings.full_precision(study).query("status == 'finished'")
+
+
+def _qat(study) -> pd.DataFrame:
+    rows = readings.qat_losses(study)
+    return rows[rows.status_qat == "finished"]
+
+
+QUANTITIES = {
+    "loss": Quantity("loss in full precision", NATS, _finished, "val_loss"),
+    "common": Quantity("{spec} increase at the Common Loss", NATS, readings.damage, "increase"),
+    "final": Quantity(
+        "{spec} increase at the end", NATS, lambda study: readings.damage(study, checkpoint="final"), "increase"
+    ),
+    "qat": Quantity("increase by training in 4 bits (QAT)", NATS, _qat, "increase"),
+    "R_L": Quantity("R_L at the end", TIMES, readings.output_error, "R_L"),
+    "mmr": Quantity("MMR at the end", TIMES, readings.mmr, "mmr"),
+}
+
+
+def titles(study) -> dict[str, tuple[str, str]]:
+    """Quantity -> what a reader calls it at this scale, and its unit."""
+    return {name: (of.title.format(spec=readings.primary(study)), of.unit) for name, of in QUANTITIES.items()}
+
+
+def against(rows: pd.DataFrame, value: str, unit: str = NATS, reference: str = REFERENCE) -> pd.DataFrame:
+    """The pairs, one row a run of another optimizer than the reference: size, optimizer, seed and effect.
+
+    effect: the value less that of the reference at the same size and seed (TIMES: the logarithm of their ratio). Runs
+    without a partner or a value are left out.
+    """
+    values = rows.assign(effect=np.log(rows[value]) if unit == TIMES else rows[value])[[*CELL, "effect"]]
+    own = values[values.optimizer == reference].drop(columns="optimizer").rename(columns={"effect": "partner"})
+    pairs = values[values.optimizer != reference].merge(own, on=["size", "seed"])
+    return pairs.assign(effect=pairs.effect - pairs.partner).drop(columns="partner").dropna(subset="effect")
+
+
+def effects(study) -> pd.DataFrame:
+    """One row a quantity and optimizer that has pairs: quantity, optimizer, effect, low, high, n (pairs), over (sizes).
+
+    low and high are NaN where an optimizer has fewer than three pairs at a size. A quantity that has not been measured
+    of any optimizer has no row.
+    """
+    found = []
+    for name, quantity in QUANTITIES.items():
+        try:
+            rows = eligible(study, quantity.rows(study))
+        except MissingResults:
+            continue
+        pairs = against(rows, quantity.value, quantity.unit)
+        optimizers = [one for one in PAPER_OPTIMIZERS if one in set(pairs.optimizer)]
+        try:
+            compared = Comparison(pairs, "effect", optimizers)
+        except NothingToCompare:
+            continue
+        for one in optimizers:
+            ends = np.exp(compared.mean(one)) if quantity.unit == TIMES else compared.mean(one)
+            found.append(
+                (name, one, *ends, int(compared.cells.n[compared.cells.of([one])].sum()), listed(compared.sizes))
+            )
+    return pd.DataFrame(found, columns=["quantity", "optimizer", "effect", "low", "high", "n", "over"])
+
+
+def effect_table(study) -> pd.DataFrame:
+    """`effects` as a reader takes them in: a row an optimizer, a column a quantity, "not measured yet" where it is."""
+    table, named = effects(study), titles(study)
+    columns = {}
+    for name, (title, unit) in named.items():
+        of = table[table.quantity == name].set_index("optimizer")
+        texts = {
+            one: f"{written((row.effect, row.low, row.high), 3 if unit == NATS else 2)}, n {row.n}"
+            for one, row in of.iterrows()
+        }
+        head = f"{title} ({unit if unit == NATS else 'times AdamW'})"
+        columns[head] = [texts.get(one, NOT_YET) for one in PAPER_OPTIMIZERS if one != REFERENCE]
+    names = [label(one) for one in PAPER_OPTIMIZERS if one != REFERENCE]
+    return pd.DataFrame({"optimizer": names} | columns)
+
+
+CHOICES = ["if you will", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
+# what a reader may be about to do -> the losses that they will end with
+SITUATIONS: dict[str, tuple[Callable, str]] = {
+    "not quantize": (_finished, "val_loss"),
+    "round to {spec} after training": (lambda study: readings.damage(study, checkpoint="final"), "val_loss"),
+    "train in 4 bits (QAT)": (_qat, "val_loss_qat"),
+}
+
+
+def choices(study) -> pd.DataFrame:
+    """Which optimizer to train with, a row a situation: the lowest loss that a reader ends with, and whose it is.
+
+    Columns: if you will, train with, loss (nats a token), the others lie above it by, confidence, on (sizes and runs).
+    Distances from the best are unpaired, as in the findings; those whose interval reaches 0 are named beside the best.
+    """
+    rows = []
+    for situation, (read, value) in SITUATIONS.items():
+        name = situation.format(spec=readings.primary(study))
+        try:
+            compared = compare(study, read(study), value)
+        except (NothingToCompare, MissingResults):
+            rows.append((name, NOT_YET, "", "", "", ""))
+            continue
+        best, *rivals = compared.order
+        above = {rival: compared.difference(rival, best) for rival in rivals}
+        near = [label(rival) for rival in rivals if not excludes_zero(above[rival])] if compared.certain else []
+        told = f"lower than {len(rivals) - len(near)} of {len(rivals)} others at 95 %"
+        rows.append(
+            (
+                name,
+                f"{label(best)}{f' (or {listed(near)})' if near else ''}",
+                written(compared.mean(best)),
+                ", ".join(f"{label(rival)} {written(above[rival])}" for rival in rivals),
+                told if compared.certain else "none, too few seeds for an interval",
+                f"{compared.over}, {compared.n()}",
+            )
+        )
+    return pd.DataFrame(rows, columns=CHOICES)
+
+
+def answer(study) -> str:
+    """Which optimizer to train with if the model will be quantized, in a sentence a situation, with its confidence."""
+    said = []
+    for will, best, loss, above, confidence, on in choices(study).itertuples(index=False):
+        nearest = above.partition("],")[0] + "]" if "]" in above else above.partition(",")[0]
+        said.append(
+            f"If you will {will}: {NOT_YET}."
+            if best == NOT_YET
+            else f"If you will {will}: **{best}**, which ends at {loss} nats a token; next comes {nearest} above "
+            f"({on}; confidence: {confidence})."
+        )
+    return " ".join(said)

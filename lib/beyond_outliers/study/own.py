@@ -1,0 +1,86 @@
+"""A study's own tables beside the committed ones: begun from them, kept apart from them, and moved over them.
+
+Own tables lie in data/runs/SCALE/results, which git ignores. They begin as a copy of what is committed, so that a run
+which another machine committed need not be made again; `collect` then replaces rows run by run. `publish` is the only
+thing that changes a committed table of runs.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from beyond_outliers import paths
+from beyond_outliers.study.tables import TABLES, MissingResults
+
+if TYPE_CHECKING:
+    from beyond_outliers.study.study import Study
+
+
+def take_up(study: "Study") -> Path:
+    """The folder of the study's own tables, which it reads and writes from now on; begun from the committed ones."""
+    committed = paths.RESULTS / study.scale
+    if study.results != committed:
+        return study.results
+    target = paths.own_results(study.scale)
+    if not target.is_dir():
+        whole = target.with_name(f"results-{os.getpid()}.tmp")  # once `target` is there, it is read
+        whole.mkdir(parents=True)
+        for file in (committed / f"{name}.csv" for name in TABLES):
+            if file.exists():
+                shutil.copyfile(file, whole / file.name)
+        whole.rename(target)
+    study.results = target
+    return target
+
+
+def publish(study: "Study", partial: bool = False) -> str:
+    """Moves a study's own tables over the committed ones, and says what that replaced.
+
+    MissingResults where there are none; ValueError where planned runs or verdicts are missing, unless `partial` says
+    that they may.
+    """
+    own, committed = paths.own_results(study.scale), paths.RESULTS / study.scale
+    if study.results != own or not (own / "runs.csv").exists():
+        raise MissingResults(
+            f"scale {study.scale} has no tables of your own in {own}: run `make reproduce SCALE={study.scale}` first"
+        )
+    planned, have = {p.config.name for p in study.planned()}, set(study.table("runs").run)
+    if not partial and not study.complete():
+        missing = sorted(planned - have)
+        raise ValueError(
+            f"{own} has {len(planned & have)} of the {len(planned)} runs that are planned"
+            f"{f', but not {missing[0]}' if missing else ', but not all tables or learning rates'}: run "
+            f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
+        )
+    judged = [file.name for file in committed.glob("*.csv") if file.stem not in TABLES] or ["claims.csv"]
+    if unjudged := [name for name in judged if not (own / name).exists()]:
+        raise ValueError(
+            f"{own} lacks {', '.join(unjudged)}: run `python -m beyond_outliers.claims --scale {study.scale}`"
+        )
+    said = _replaced(own / "runs.csv", committed / "runs.csv")
+    committed.mkdir(parents=True, exist_ok=True)
+    for file in sorted(own.glob("*.csv"), key=lambda file: file.stem == "runs"):  # `runs` last
+        os.replace(file, committed / file.name)
+    shutil.rmtree(own)
+    study.results = committed
+    return f"{committed}: {said}. `make figures SCALE={study.scale}` draws their pages"
+
+
+def _replaced(own: Path, committed: Path) -> str:
+    """ "42 runs, of which 40 were there with the same loss, 1 with another, 1 is new; 3 are gone"."""
+    losses = [
+        pd.read_csv(file, usecols=["run", "val_loss"], float_precision="round_trip").set_index("run").val_loss
+        if file.exists()
+        else pd.Series(dtype=float)
+        for file in (own, committed)
+    ]
+    new, old = losses
+    both = new.index.intersection(old.index)
+    same = int((new[both].eq(old[both]) | (new[both].isna() & old[both].isna())).sum())
+    return (
+        f"{len(new)} runs, of which {same} were there with the same loss, {len(both) - same} with another, "
+        f"{len(new) - len(both)} are new; {len(old) - len(both)} that were there are gone"
+    )

@@ -1,0 +1,135 @@
+"""Effects against AdamW within pairs, and the choice that follows: made-up tables whose answer is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from beyond_outliers.claims import PAPER_OPTIMIZERS, effects
+from beyond_outliers.study import MissingResults, Study
+
+LEVELS = {"adamw": 3.0, "muon": 2.8, "psgd": 3.1, "scion": 2.85, "shampoo": 2.9, "soap": 2.95}
+ADDED = {"adamw": 0.2, "muon": 0.5, "psgd": 0.2, "scion": 0.3, "shampoo": 0.1, "soap": 0.3}  # by rounding
+BATCHES = [0.0, 0.4, -0.3, 0.1]  # what a seed adds to all optimizers alike
+OWN = {"adamw": [0.0, 0.01, -0.01, 0.0]}  # what is left of a seed's noise
+OWN |= {name: [0.0, 0.0, 0.02, -0.02] for name in LEVELS if name != "adamw"}
+
+
+def runs(levels=LEVELS, seeds=3, sizes=("s", "l"), paired=0.0):
+    rows = [
+        (f"{size}-{name}-{seed}", size, name, 0.1, seed, "finished", value + 10 * place + noise)
+        for place, size in enumerate(sizes)
+        for name, value in levels.items()
+        for seed in range(seeds)
+        for noise in [paired * BATCHES[seed] + OWN[name][seed]]
+    ]
+    return pd.DataFrame(rows, columns=["run", "size", "optimizer", "lr", "seed", "status", "val_loss"])
+
+
+class Made:
+    """Runs in full precision and (where asked for) QAT; damage at both checkpoints; no propagation, no outliers."""
+
+    scale = "made-up"
+    protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4"), optimizers=PAPER_OPTIMIZERS)
+
+    def __init__(self, seeds=3, qat=False, levels=LEVELS):
+        self.full = runs(levels, seeds)
+        self.qat = runs({name: levels[name] + 0.4 - 0.1 * (name == "soap") for name in levels}, seeds)
+        self.qat = self.qat if qat else self.qat.iloc[:0]
+
+    def runs(self, purpose):
+        return {"full_precision": self.full, "qat": self.qat}[purpose]
+
+    def measured(self, table, purpose="full_precision"):
+        if table != "ptq":
+            raise MissingResults(table)
+        rows = self.full.assign(spec="W4A4", increase=self.full.optimizer.map(ADDED))
+        rows = rows.assign(val_loss=rows.val_loss + rows.increase)
+        common = rows.assign(checkpoint="common", increase=2 * rows.increase, val_loss=99.0)
+        return pd.concat([rows.assign(checkpoint="final"), common], ignore_index=True)
+
+
+def test_an_effect_is_the_mean_of_differences_within_pairs():
+    """One size: scipy's paired t test; what a seed adds to both runs of a pair takes no part."""
+    table = runs(seeds=4, sizes=("s",), paired=5.0)
+    study = Made()
+    study.full = table
+    found = effects.effects(study).set_index(["quantity", "optimizer"]).loc[("loss", "muon")]
+    one, two = (table.val_loss[table.optimizer == name].to_numpy() for name in ("muon", "adamw"))
+    expected = stats.ttest_rel(one, two).confidence_interval(0.95)
+    assert (found.effect, found.low, found.high) == pytest.approx(
+        (one.mean() - two.mean(), expected.low, expected.high)
+    )
+    assert found.n == 4 and found.over == "s"
+
+
+def test_sizes_do_not_add_to_the_spread_and_every_quantity_has_its_rows():
+    table = effects.effects(Made(qat=True)).set_index(["quantity", "optimizer"])
+    assert list(table.index.unique("quantity")) == ["loss", "common", "final", "qat"]
+    expected = {"loss": -0.1, "common": -0.2, "final": -0.1, "qat": 0.0}
+    for quantity, value in expected.items():
+        assert table.effect[quantity, "shampoo"] == pytest.approx(value, abs=0.01), quantity
+    assert table.n["loss", "psgd"] == 6 and table.over["loss", "psgd"] == "s and l"
+    assert table.high["loss", "muon"] - table.low["loss", "muon"] < 0.1  # sizes lie 10 nats apart
+
+
+def test_ratios_are_of_geometric_means():
+    table = runs(seeds=3, sizes=("s",)).assign(R_L=lambda rows: np.where(rows.optimizer == "muon", 2.0, 0.5))
+    table.loc[(table.optimizer == "muon") & (table.seed == 1), "R_L"] = 4.0
+    pairs = effects.against(table, "R_L", effects.TIMES)
+    assert np.exp(pairs.effect[pairs.optimizer == "muon"].mean()) == pytest.approx((4 * 8 * 4) ** (1 / 3))
+    assert "adamw" not in set(pairs.optimizer)
+
+
+def test_runs_without_a_partner_are_left_out():
+    table = runs()
+    table = table[~((table.optimizer == "adamw") & (table.seed == 2) & (table["size"] == "l"))]
+    table.loc[(table.optimizer == "muon") & (table.seed == 0) & (table["size"] == "s"), "val_loss"] = np.nan
+    pairs = effects.against(table, "val_loss")
+    assert pairs.groupby("optimizer").size().to_dict() == {n: 4 if n == "muon" else 5 for n in LEVELS if n != "adamw"}
+
+
+def test_one_seed_has_effects_without_intervals():
+    table = effects.effects(Made(seeds=1))
+    assert table.effect.notna().all() and table.low.isna().all() and (table.n == 2).all()
+
+
+def test_the_table_names_what_is_not_measured_yet():
+    table = effects.effect_table(Made()).set_index("optimizer")
+    assert list(table.index) == ["Muon", "PSGD", "Scion", "Shampoo", "SOAP"]
+    assert table.loc["Shampoo", "W4A4 increase at the end (nats)"] == "-0.100 [-0.100, -0.100], n 6"
+    for missing in ("increase by training in 4 bits (QAT) (nats)", "R_L at the end (times AdamW)"):
+        assert set(table[missing]) == {"not measured yet"}
+
+
+def test_the_choice_is_by_the_loss_that_one_ends_with():
+    """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
+    table = effects.choices(Made(qat=True)).set_index("if you will")
+    assert list(table["train with"]) == ["Muon", "Shampoo", "Muon"]
+    after = table.loc["round to W4A4 after training"]
+    assert after["loss (nats a token)"].startswith("8.0")  # 2.9 + 0.1, and half of ten
+    assert after["the others lie above it by"].startswith("Scion 0.150 [") and "Muon 0.300 [" in after.iloc[2]
+    assert after.confidence == "lower than 5 of 5 others at 95 %" and after["on"] == "over s and l, n 6 each"
+
+
+def test_who_cannot_be_told_from_the_best_is_named_beside_it():
+    row = effects.choices(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you will").loc["not quantize"]
+    assert row["train with"] == "Muon (or Scion)" and row.confidence == "lower than 4 of 5 others at 95 %"
+
+
+def test_the_answer_says_its_confidence_and_what_is_missing():
+    text = effects.answer(Made())
+    assert "If you will round to W4A4 after training: **Shampoo**, which ends at 8.0" in text
+    assert "next comes Scion 0.150 [" in text and "lower than 5 of 5 others at 95 %" in text
+    assert text.endswith("If you will train in 4 bits (QAT): not measured yet.")
+    alone = effects.answer(Made(seeds=1))
+    assert "[" not in alone and "next comes Scion 0.150 above (over s and l, n 2 each; confidence: none" in alone
+
+
+@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
+def test_every_committed_study_has_an_answer(scale):
+    text = effects.answer(Study(scale))
+    assert text.count("If you will") == 3 and "nan" not in text
+    assert ("[" in text) == (scale != "pocket")

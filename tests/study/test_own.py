@@ -1,0 +1,132 @@
+"""A study's own tables: where they are read from and written to, what they begin with, and how they are published."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.study import MissingResults, Study, collect, own
+from beyond_outliers.study.__main__ import main
+
+COMMITTED = paths.RESULTS / "pocket"
+
+
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*"))}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository whose committed tables are those of pocket, and which nobody has run anything in."""
+    for name in ("RESULTS", "FIGURES", "RUNS"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    shutil.copytree(COMMITTED, tmp_path / "results" / "pocket")
+    (tmp_path / "results" / "confirm").mkdir()  # which lends pocket its learning rates
+    shutil.copy(COMMITTED.parent / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
+    return tmp_path
+
+
+@pytest.fixture
+def committed(repository):
+    return repository / "results" / "pocket"
+
+
+def change(folder, add=0.5, rows=3):
+    """As if the first runs had come out otherwise; returns their names."""
+    table = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    table.loc[: rows - 1, "val_loss"] += add
+    table.to_csv(folder / "runs.csv", index=False)
+    return list(table.run[:rows])
+
+
+def test_a_clone_reads_the_committed_tables(committed):
+    assert paths.results("pocket") == committed == Study("pocket").results
+    assert paths.figures("pocket") == paths.FIGURES / "pocket" and paths.way_up("pocket") == "../.."
+
+
+def test_what_a_study_writes_goes_beside_the_committed_tables(committed):
+    before = bytes_of(committed)
+    study = Study("pocket")
+    folder = own.take_up(study)
+    assert folder == study.results == paths.results("pocket") == paths.RUNS / "pocket" / "results"
+    assert paths.figures("pocket") == paths.RUNS / "pocket" / "figures" and paths.way_up("pocket") == "../../../.."
+    # it begins with the committed rows, but for verdicts, which would be on other rows soon
+    assert bytes_of(folder) == {name: of for name, of in before.items() if name != "claims.csv"}
+    change(folder)
+    assert Study("pocket").table("runs").val_loss[0] != pd.read_csv(committed / "runs.csv").val_loss[0]
+    assert own.take_up(Study("pocket")) == folder and bytes_of(committed) == before  # nothing is begun a second time
+    assert Study("pocket").table("runs").val_loss[0] != pd.read_csv(committed / "runs.csv").val_loss[0]
+
+
+def test_collecting_changes_no_committed_table(committed, monkeypatch):
+    before, study = bytes_of(committed), Study("pocket")
+    monkeypatch.setattr(Study, "result", lambda *_: None)
+    study.collect()
+    assert study.results == paths.own_results("pocket") and bytes_of(committed) == before
+    assert set(study.table("runs").run) <= set(pd.read_csv(committed / "runs.csv").run)
+
+
+def test_choosing_rates_of_a_scale_without_tables_is_seen_by_the_next_process(repository):
+    study = Study("smoke")
+    folder = own.take_up(study)
+    (folder / "learning_rates.csv").write_text("size,optimizer,lr\ntiny,muon,0.25\n")
+    assert Study("smoke").rates["tiny", "muon"].lr == 0.25 and not (repository / "results" / "smoke").exists()
+
+
+def test_rows_that_others_committed_since_are_taken_up_when_a_study_goes_on(committed):
+    study = Study("pocket")
+    folder = own.take_up(study)
+    mine = change(folder)
+    runs = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    runs[runs.run != runs.run.iloc[-1]].to_csv(folder / "runs.csv", index=False)  # committed after this study began
+    collect.merge(study, committed)
+    after = study.table("runs").set_index("run").val_loss
+    theirs = pd.read_csv(committed / "runs.csv", float_precision="round_trip").set_index("run").val_loss
+    assert set(after.index) == set(theirs.index)
+    assert {run for run in theirs.index if after[run] != pytest.approx(theirs[run])} == set(mine)
+
+
+def judged(folder):
+    shutil.copyfile(COMMITTED / "claims.csv", folder / "claims.csv")
+
+
+def test_publishing_moves_the_tables_and_says_what_it_replaces(committed, monkeypatch):
+    folder = own.take_up(Study("pocket"))
+    change(folder, rows=3)
+    judged(folder)
+    mine = bytes_of(folder)
+    monkeypatch.setattr(Study, "complete", lambda self: True)
+    said = own.publish(Study("pocket"))
+    n = len(pd.read_csv(COMMITTED / "runs.csv"))
+    assert f"{n} runs, of which {n - 3} were there with the same loss, 3 with another, 0 are new; 0 that" in said
+    assert "make figures SCALE=pocket" in said
+    assert bytes_of(committed) == mine and not folder.exists() and paths.results("pocket") == committed
+
+
+def test_incomplete_tables_are_published_only_when_told(committed, capsys):
+    before, folder = bytes_of(committed), own.take_up(Study("pocket"))
+    table = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    gone = table[table.purpose == "qat"].run.iloc[0]
+    table[table.run != gone].to_csv(folder / "runs.csv", index=False)
+    judged(folder)
+    with pytest.raises(SystemExit) as stopped:
+        main(["publish", "--scale", "pocket"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and bytes_of(committed) == before
+    assert gone in said and "make reproduce SCALE=pocket" in said and "PARTIAL=1" in said
+    assert main(["publish", "--scale", "pocket", "--partial"]) == 0
+    assert "1 that were there are gone" in capsys.readouterr().out
+    assert gone not in set(pd.read_csv(committed / "runs.csv").run)
+
+
+def test_tables_without_verdicts_are_not_published(committed, monkeypatch):
+    own.take_up(Study("pocket"))
+    monkeypatch.setattr(Study, "complete", lambda self: True)
+    with pytest.raises(ValueError, match=r"lacks claims\.csv: run `python -m beyond_outliers\.claims --scale pocket`"):
+        own.publish(Study("pocket"), partial=True)
+
+
+def test_nothing_of_ones_own_cannot_be_published(committed):
+    with pytest.raises(MissingResults, match="make reproduce SCALE=pocket"):
+        own.publish(Study("pocket"))
