@@ -12,7 +12,8 @@ from beyond_outliers import paths
 from beyond_outliers.claims import PAPER_OPTIMIZERS, rules
 from beyond_outliers.claims import evidence as evidence_module
 from beyond_outliers.claims.comparison import Comparison, NothingToCompare, listed, written
-from beyond_outliers.claims.evidence import FIGURES, evidence, judged, rule_place, verdict_lines
+from beyond_outliers.claims.confirm_readings import confirm_rules
+from beyond_outliers.claims.evidence import FIGURES, evidence, judged, rule_place, verdict_lines, would_change
 from beyond_outliers.claims.findings import FINDINGS
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
@@ -224,6 +225,7 @@ def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "verdicts.csv", index=False)
     assert list(judged(study).id) == ["C4"] and "1 tie (C4)" in FINDINGS["07_claims"](study)
     text = verdict_lines(study, "03_ptq")
+    assert text.endswith("*Would change it:* " + confirm_rules()["C4"]["changes"])
     assert "- C4, **tie**." in text and "-0.02 [-0.05, 0.01] (n 9/9/6, log nats). Within 0.1 of 0." in text
     assert "](../data/claims-confirm.toml#L" in text and verdict_lines(study, "01_full_precision") == ""
 
@@ -231,11 +233,32 @@ def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
 def test_a_long_reason_is_cut(monkeypatch):
     row = {"id": "C1", "claim": "c", "statistic": "s. More", "paper": "p", "value": 1.0, "low": np.nan, "high": np.nan}
     row |= {"n": 3, "unit": "runs", "verdict": "undecided", "comment": "word " * 100, "notebook": "01_full_precision"}
+    row |= {"changes": "more " * 100}
     monkeypatch.setattr(evidence_module, "judged", lambda study: pd.DataFrame([row]))
     text = verdict_lines(SimpleNamespace(scale="laptop"), "01_full_precision")
-    assert (
-        text.endswith("word ...") and len(text) < 350 and "[s](../data/claims.toml#L" in text and ": 1.00 (n 3" in text
-    )
+    assert text.endswith("more ...") and "word ... *Would" in text and len(text) < 550
+    assert "[s](../data/claims.toml#L" in text and ": 1.00 (n 3" in text
+
+
+def numbers(value, low, high, n=6, holds="above 0.5", verdict="undecided"):
+    return {"value": value, "low": low, "high": high, "n": n, "unit": "runs", "holds": holds, "verdict": verdict}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (numbers(1.0, 0.3, 1.0, n=2), "1 more of what is counted (runs)"),
+        (numbers(np.nan, np.nan, np.nan), "Data that identify the number"),
+        (numbers(0.6, 0.4, 0.8), "About 24 in place of 6"),  # half as near: four times as many
+        (numbers(-0.3, -0.5, 0.1, n=10, holds="below 0"), "About 18 in place of 10"),  # (4/3)^2 of 10
+        (numbers(0.5, 0.2, 0.8), "the number is 0.5 itself"),
+        (numbers(0.9, 0.8, 0.95), "A third size or seed: the interval is clear of 0.5"),
+        (numbers(0.9, 0.8, 0.95, verdict="reproduced"), "reaches 0.5; this one ends 0.3 away"),
+        (numbers(0.1, 0.0, 0.25, verdict="not reproduced"), "reaches 0.5; this one ends 0.25 away"),
+    ],
+)
+def test_what_would_change_a_verdict_is_read_off_its_numbers(row, said):
+    assert said in would_change(row)
 
 
 def test_the_six_are_in_the_made_up_tables():

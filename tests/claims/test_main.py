@@ -6,6 +6,7 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.claims import verdicts
 from beyond_outliers.claims.__main__ import main
+from beyond_outliers.claims.confirm_readings import confirm_rules
 from beyond_outliers.study import TABLES, Study
 
 
@@ -33,11 +34,19 @@ def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results,
     assert main(["show", "C4", "--scale", "pocket"]) == 0
     said = capsys.readouterr().out
     row = verdicts(Study("pocket")).set_index("id").loc["C4"]
-    for text in (row.statistic, row.paper, row.verdict, row.comment, "above 0.5", "03_ptq", f"n {row.n}"):
+    for text in (row.statistic, row.paper, row.verdict, row.comment, "above 0.5", "03_ptq", f"n {row.n}", row.claim):
+        assert text in said
+    for text in ("data/claims.toml#L", "pocket/03_w4a4_increase.png", "changes    1 more of what is counted"):
         assert text in said
     rows = Study("pocket").measured("ptq").query("checkpoint == 'common' and spec == 'W4A4'")
     assert all(f"{increase:.4g}" in said for increase in rows.increase) and len(rows) == 12
     assert {file.stem for file in results.iterdir()} <= set(TABLES)
+
+
+def test_scale_confirm_shows_the_verdict_of_its_own_rules(capsys):
+    assert main(["show", "C1", "--scale", "confirm", "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "data/claims-confirm.toml#L" in said and f"changes    {confirm_rules()['C1']['changes']}" in said
 
 
 def test_rows_are_cut_and_it_says_so(results, capsys):

@@ -1,8 +1,11 @@
 """What is run next: the study's order, parts of a plan, and what counts as done."""
 
+from concurrent.futures import Future
+
 import pytest
 
 from beyond_outliers.config.learning_rates import Rates
+from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study import runner
 from beyond_outliers.study.__main__ import main
 from beyond_outliers.study.study import Study
@@ -53,3 +56,55 @@ def test_a_part_that_is_none_is_refused(shard, capsys):
     with pytest.raises(SystemExit):
         main(["continue", "--scale", "confirm", "--shard", shard])
     assert "no part of a plan" in capsys.readouterr().err
+
+
+class AtOnce:
+    """A pool that does everything when it is asked to: `fails` names the run that fails."""
+
+    fails = ""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, task, scale, purpose, config):
+        name, future = RunConfig.from_json(config).name, Future()
+        if name == self.fails:
+            future.set_exception(ValueError("no such format"))
+        else:
+            future.set_result(name)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+@pytest.fixture
+def at_once(study, monkeypatch):
+    """The study with runs that take no time, and the lines that it shows."""
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(Study, "collect", lambda self: None)
+    monkeypatch.setattr(Study, "choose_what_is_found", lambda self: None)
+    said = []
+    monkeypatch.setattr(runner.Line, "show", lambda self, text: said.append(text))
+    return said
+
+
+def test_a_study_that_goes_on_says_how_far_it_is(study, at_once):
+    n = len(runner.waiting(study, set()))
+    assert runner.continue_study(study, jobs=2) == n
+    first, last = at_once[0], at_once[-1]
+    assert first.startswith(f"confirm: 0 of {n} runs done, now 0.08M-adamw-") and first.count("0.08M-") == 2
+    assert last == f"confirm: {n} of {n} runs done"
+    assert any(" left, now " in text for text in at_once)
+
+
+def test_a_failed_run_is_named_with_its_reason_and_the_next_command(study, at_once, monkeypatch, capsys):
+    name = runner.waiting(study, set())[3].config.name
+    monkeypatch.setattr(AtOnce, "fails", name)
+    for skipped in ("check", "prepare_corpus"):
+        monkeypatch.setattr(Study, skipped, lambda self: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["continue", "--scale", "confirm", "--jobs", "2"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and f"failed: {name}: ValueError: no such format" in said
+    assert "next: make continue SCALE=confirm" in said

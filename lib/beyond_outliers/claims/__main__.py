@@ -1,7 +1,7 @@
 """The verdicts of a study from the shell: written to its claims.csv, or one claim shown with the rows behind it.
 
-python -m beyond_outliers.claims --scale laptop            writes data/results/laptop/claims.csv
-python -m beyond_outliers.claims show C4 --scale laptop    rule, estimate, verdict, rows; writes nothing
+python -m beyond_outliers.claims --scale laptop            writes claims.csv beside the tables that are read
+python -m beyond_outliers.claims show C4 --scale laptop    verdict, rule, figure, rows; writes nothing
 """
 
 import argparse
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from beyond_outliers import paths
+from beyond_outliers.claims.confirm_ledger import short
 from beyond_outliers.claims.confirm_readings import confirm_verdicts
 from beyond_outliers.claims.confirm_rules import SCALE
-from beyond_outliers.claims.ledger import CLAIMS, comment, complete_cells, rules, verdicts
+from beyond_outliers.claims.evidence import FIGURES, judged, rule_place
+from beyond_outliers.claims.ledger import CLAIMS, complete_cells, rules, verdicts
 from beyond_outliers.claims.statistics import verdict
 from beyond_outliers.config.protocol import scales
 from beyond_outliers.study.study import Study
@@ -31,22 +33,30 @@ def write_verdicts(study: Study) -> Path:
 
 
 def show(study: Study, name: str, limit: int | None) -> str:
-    """Rule, estimate, verdict and the first `limit` rows (None: all) behind a claim, as text."""
+    """Verdict, what would change it, rule, figure and the first `limit` rows (None: all) behind a claim, as text.
+
+    At scale confirm the verdict is that of its own rules; the ledger's, whose rows are shown, stands below.
+    """
     claim, rule, cells = CLAIMS[name], rules()[name], complete_cells(study)
     found, rows = claim(study), claim.rows(study)
-    judged = verdict(found, rule["side"], rule["threshold"], cells)
+    row = judged(study).set_index("id").loc[name]
     shown = rows[["size", "optimizer", "seed", *claim.columns]].head(len(rows) if limit is None else limit)
     lines = [
-        f"{name} at scale {study.scale}",
-        f"statistic  {rule['statistic']}",
-        f"rule       {rule['side']} {rule['threshold']:g}, over {rule['unit']}",
-        f"paper      {rule['paper']}",
-        f"estimate   {found.value:.4g} [{found.low:.4g}, {found.high:.4g}], n {found.n}",
-        f"verdict    {judged}. {comment(found, rule, judged, cells)}",
-        f"notebook   {rule['notebook']}",
-        "",
-        shown.to_string(index=False, float_format="{:.4g}".format),
+        f"{name} at scale {study.scale}: {row.claim}",
+        f"verdict    {row.verdict}. {short(row.comment)}",
+        f"changes    {row.changes}",
+        f"statistic  {row.statistic}",
+        f"estimate   {row.value:.4g} [{row.low:.4g}, {row.high:.4g}], n {row.n} ({row.unit})",
+        f"rule       {rule_place(study.scale, name)}",
+        f"paper      {row.paper}",
+        f"figure     {paths.figures(study.scale) / FIGURES[name]}.png",
+        f"notebook   {row.notebook}",
+        f"ledger     {rule['statistic']}: {rule['side']} {rule['threshold']:g}, over {rule['unit']}",
     ]
+    if study.scale == SCALE:
+        by_ledger = verdict(found, rule["side"], rule["threshold"], cells)
+        lines.append(f"by it      {by_ledger}, {found.value:.4g} [{found.low:.4g}, {found.high:.4g}], n {found.n}")
+    lines += ["", shown.to_string(index=False, float_format="{:.4g}".format)]
     more = len(rows) - len(shown)
     return "\n".join(lines + [f"... and {more:,} rows more (--rows 0: all)"] * (more > 0))
 

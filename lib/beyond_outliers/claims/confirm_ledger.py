@@ -19,6 +19,16 @@ from beyond_outliers.study.tables import MissingResults
 
 EXPLORATORY = "laptop"  # the scale whose verdicts stay visible beside those of `confirm`
 
+EXPLORATORY_RULES = """## The claims
+
+Judged by `data/claims.toml`, which has the dates of what was changed and what had been seen by then:
+
+- *reproduced*: the whole 95 % interval lies on the claim's side of the threshold;
+- *not reproduced*: the whole interval lies on the other side;
+- *undecided*: the interval reaches across, there are fewer than three units (sizes and seeds, or runs), or the study
+  has fewer than three sizes and seeds.
+
+Rules that can tell more, on more and longer runs, are those of scale `confirm`."""
 INTRODUCTION = """## The confirmatory verdicts
 
 Judged by `data/claims-confirm.toml`, rules that were committed before the first of the runs that count. Sizes are
@@ -48,6 +58,11 @@ def read(study) -> pd.DataFrame:
     file = study.results / "verdicts.csv"
     table = pd.read_csv(file, dtype={"n": str, "rival": str}) if file.exists() else confirm_verdicts(study)
     return table.assign(n=table.n.fillna(""), rival=table.rival.fillna(""))
+
+
+def introduction(table: pd.DataFrame) -> str:
+    """How claims are judged at a scale, and, of confirmatory verdicts, how many there are of each; in Markdown."""
+    return f"{INTRODUCTION}\n\n{finding(table)}" if len(table) else EXPLORATORY_RULES
 
 
 def texts() -> pd.Series:

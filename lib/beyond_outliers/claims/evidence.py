@@ -4,8 +4,10 @@ At every scale the verdicts are the ledger's; at scale confirm, those of its own
 """
 
 import html
+import math
 import textwrap
 
+import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
@@ -13,6 +15,7 @@ from beyond_outliers.claims.comparison import written
 from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, confirm_verdicts
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import read_verdicts
+from beyond_outliers.claims.statistics import LEAST_UNITS
 
 # the figure to look at, by claim
 FIGURES = {
@@ -32,20 +35,42 @@ FIGURES = {
     "C14": "06_rho",
 }
 LONGEST = 160  # characters of a comment in a list of verdicts; verdicts.csv has it in full
-COLUMNS = ["id", "claim", "statistic", "paper", "value", "low", "high", "n", "unit", "verdict", "comment", "notebook"]
+COLUMNS = ["id", "claim", "statistic", "paper", "value", "low", "high", "n", "unit", "verdict", "comment", "changes"]
+COLUMNS += ["notebook"]
 
 
 def judged(study) -> pd.DataFrame:
     """One row a claim: COLUMNS, by the rules of the study's scale."""
     if study.scale != SCALE:
-        return read_verdicts(study)[COLUMNS]
+        table = read_verdicts(study)
+        changes = [would_change(row) for row in table.to_dict("records")]
+        return table.assign(changes=changes)[COLUMNS]
     file = study.results / "verdicts.csv"
     table = pd.read_csv(file) if file.exists() else confirm_verdicts(study)
     whole = table[(table.spec == PRIMARY) & (table.optimizers == "six") & (table.part == "whole")]
-    rules = pd.DataFrame.from_dict(confirm_rules(), orient="index")[["statistic", "paper", "notebook"]]
+    rules = pd.DataFrame.from_dict(confirm_rules(), orient="index")[["statistic", "paper", "changes", "notebook"]]
     texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id").claim
     whole = whole.rename(columns={"estimate": "value"}).join(rules, on="id")
     return whole.assign(claim=whole.id.map(texts), n=whole.n.fillna("0")).reset_index(drop=True)[COLUMNS]
+
+
+def would_change(row: dict) -> str:
+    """What would change a verdict of the ledger, read off its numbers: value, low, high, n, unit, holds, verdict."""
+    threshold, n, unit = float(row["holds"].split()[1]), int(row["n"]), row["unit"]
+    if n < LEAST_UNITS:
+        return f"{LEAST_UNITS - n} more of what is counted ({unit}): a verdict needs {LEAST_UNITS}."
+    if not np.isfinite([row["value"], row["low"], row["high"]]).all():
+        return f"Data that identify the number, with an interval (counted: {unit})."
+    gap = row["value"] - threshold
+    towards = row["low"] if gap > 0 else row["high"]  # the end of the interval that is nearest to the threshold
+    if row["verdict"] != "undecided":
+        return f"An interval that reaches {threshold:g}; this one ends {abs(towards - threshold):.2g} away from it."
+    if (towards - threshold) * gap > 0:
+        return f"A third size or seed: the interval is clear of {threshold:g} already."
+    if gap == 0:
+        return f"Runs that lean one way: the number is {threshold:g} itself."
+    needed = math.ceil(n * ((row["value"] - towards) / gap) ** 2)
+    return f"About {needed} in place of {n} (counted: {unit}), if the number stays: intervals shrink with their root."
 
 
 def rule_place(scale: str, claim: str) -> str:
@@ -64,7 +89,8 @@ def verdict_lines(study, notebook: str) -> str:
         estimate = f": {written((row.value, row.low, row.high), 2)}" if pd.notna(row.value) else ""
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
-            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(row.comment, LONGEST, placeholder=' ...')}"
+            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(row.comment, LONGEST, placeholder=' ...')} "
+            f"*Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
 
@@ -87,6 +113,7 @@ def evidence(study) -> pd.DataFrame:
                 "n": f"{row.n} ({row.unit})",
                 "paper": html.escape(str(row.paper)),
                 "why": html.escape(row.comment),
+                "what would change it": html.escape(row.changes),
                 "rule": link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
                 "figure": link(figure, f"../figures/{study.scale}/{figure}.png"),
                 "notebook": link(row.notebook, f"{row.notebook}.ipynb"),

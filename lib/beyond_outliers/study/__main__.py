@@ -33,7 +33,7 @@ def _where(study: Study) -> None:
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay"),
+    *("reproduce", "notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay"),
 )
 
 
@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
         if step == "render":
             one.add_argument("--jobs", type=int, default=1)
+        if step == "reproduce":
+            one.add_argument("--cores", type=int, default=os.cpu_count())
         if step == "continue":
             one.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
             one.add_argument("--hours", type=float, help="stop after that time; the default is when all is done")
@@ -74,6 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
         study.check()
     if given.step == "corpus":
         print(json.dumps(study.prepare_corpus()))
+    elif given.step == "reproduce":
+        from beyond_outliers.study.workflow import reproduce
+
+        return reproduce(study, given.cores)
     elif given.step == "train":
         study.train(study.find(given.run), progress=not given.quiet)
     elif given.step == "tune":
@@ -97,11 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         print_plan(study, given.cores)
     elif given.step == "continue":
-        from beyond_outliers.study.runner import continue_study
+        from beyond_outliers.study.runner import StudyFailed, continue_study
 
         study.check()
         study.prepare_corpus()
-        continue_study(study, given.jobs, given.hours, given.shard)
+        try:
+            n = continue_study(study, given.jobs, given.hours, given.shard)
+        except StudyFailed as failed:
+            parser.exit(1, f"{failed}\nnext: make continue SCALE={study.scale} tries them again\n")
+        print(f"{n} runs finished; their tables are in {study.results}")
     elif given.step == "merge":
         from beyond_outliers.study.collect import merge
         from beyond_outliers.study.own import take_up

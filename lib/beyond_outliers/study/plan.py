@@ -6,10 +6,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.folder import build_model
+
+
+def all_runs(study: Study) -> list[Planned]:
+    """Every run of the plan; main runs whose sweep is not done yet at the learning rates in the middle of the grids."""
+    protocol = study.protocol
+    swept = [size for size in protocol.sizes if "sweep" in protocol.purposes(size)]
+    rates = {(size, name): protocol.guess(name) for size in swept for name in protocol.optimizers}
+    return protocol.sweep_runs(losses=study.loss) + protocol.runs(rates | study.rates)
 
 
 def plan_table(study: Study) -> pd.DataFrame:
@@ -22,17 +31,12 @@ def plan_table(study: Study) -> pd.DataFrame:
     done = {row["run"] for row in ended}
     known = pd.DataFrame(ended, columns=["run", "size", "scheme", "tokens_per_second"])
     speeds = known.groupby(["size", "scheme"]).tokens_per_second.median().dropna().to_dict()
-    # before the sweep, the main runs are counted at the learning rates in the middle of the grids
-    protocol = study.protocol
-    swept = [size for size in protocol.sizes if "sweep" in protocol.purposes(size)]
-    rates = {(size, name): protocol.guess(name) for size in swept for name in protocol.optimizers}
-    rates |= study.rates
     rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
-    for planned in protocol.sweep_runs(losses=study.loss) + protocol.runs(rates):
+    for planned in all_runs(study):
         config = planned.config
         kind = (config.size, (config.quantization or {}).get("scheme", "none"))
         if kind not in speeds:
-            speeds[kind] = measure_throughput(config, threads=protocol.threads)
+            speeds[kind] = measure_throughput(config, threads=study.protocol.threads)
         tokens = config.steps * config.tokens_per_step
         hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
         counted.add(config.name)

@@ -14,21 +14,20 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
-from tqdm.auto import tqdm
-
 from beyond_outliers import paths
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.collect import merge
 from beyond_outliers.study.own import take_up
+from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
 
 COLLECT_EVERY = 600  # seconds
 
 
 class StudyFailed(RuntimeError):
-    """Runs failed, others may have ended; the message names them with their reasons."""
+    """Runs failed, others may have ended; the message names them with their reasons, a line each."""
 
 
 def in_shard(study: Study, planned: Planned, shard: tuple[int, int]) -> bool:
@@ -88,7 +87,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def continue_study(
-    study: Study, jobs: int, hours: float | None = None, shard: tuple[int, int] = (1, 1), progress: bool = True
+    study: Study, jobs: int, hours: float | None = None, shard: tuple[int, int] = (1, 1), line: Line | None = None
 ) -> int:
     """Trains and measures what is not done, `jobs` runs side by side, for at most `hours`; returns the runs finished.
 
@@ -97,7 +96,7 @@ def continue_study(
     """
     deadline = time.monotonic() + 3600 * hours if hours else float("inf")
     failed: dict[str, str] = {}
-    running: dict[Future, str] = {}
+    running: dict[Future, Planned] = {}
     take_up(study)
     if (paths.RESULTS / study.scale / "runs.csv").exists():
         merge(study, paths.RESULTS / study.scale)  # what others have committed since
@@ -106,43 +105,50 @@ def continue_study(
         for size, seed, runs in study.blocks():
             if any(study.result(planned) for planned in runs):
                 study.measure_block(size, seed)
-    already, collected = len(done), time.monotonic()
-    bar = tqdm(desc=f"study {study.scale}", unit="run", disable=None if progress else True)
+    already, start = len(done), time.monotonic()
+    collected, worked = start, 0.0
+    line = line or Line()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent, max_tasks_per_child=25)
     signal.signal(signal.SIGTERM, _stop)  # of a batch system: workers end, tables are collected
     try:
         while True:
             study.choose_what_is_found()
-            queue = [p for p in waiting(study, done, shard) if p.config.name not in {*running.values(), *failed}]
-            bar.total = len(done) - already + len(running) + len(queue)
+            busy = {p.config.name for p in running.values()}
+            queue = [p for p in waiting(study, done, shard) if p.config.name not in {*busy, *failed}]
             for planned in queue[: jobs - len(running)] if time.monotonic() < deadline else []:
                 task = pool.submit(train_and_measure, study.scale, planned.purpose, planned.config.to_json())
-                running[task] = planned.config.name
-            bar.set_postfix_str(", ".join(name.rpartition("-")[0] for name in running.values()))
+                running[task] = planned
+            ahead = {p.config.name: work(p.config) for p in (*queue, *running.values())}
+            line.show(
+                sentence(
+                    f"{study.scale}: {len(done)} of {len(done) + len(ahead) + len(failed)} runs done",
+                    left(time.monotonic() - start, worked, sum(ahead.values())),
+                    f"now {shortened(p.config.name for p in running.values())}" if running else "",
+                )
+            )
             if not running or time.monotonic() > deadline:
                 break
-            ended = wait(
-                running, timeout=max(1.0, min(3600.0, deadline - time.monotonic())), return_when=FIRST_COMPLETED
-            )
+            ended = wait(running, timeout=max(1.0, min(60.0, deadline - time.monotonic())), return_when=FIRST_COMPLETED)
             for task in ended.done:
-                name = running.pop(task)
+                planned = running.pop(task)
+                name = planned.config.name
                 if error := task.exception():
                     failed[name] = f"{type(error).__name__}: {error}"
-                    bar.write(f"failed: {name}: {failed[name]}")
+                    line.note(f"failed: {name}: {failed[name]}")
                 else:
                     done.add(name)
-                    bar.update()
+                    worked += work(planned.config)
             if time.monotonic() - collected > COLLECT_EVERY:
                 study.collect()
                 collected = time.monotonic()
     finally:
-        bar.close()
+        line.close()
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
         if len(done):
             study.collect()
     if failed:
-        raise StudyFailed("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+        raise StudyFailed("\n".join(f"failed: {name}: {reason}" for name, reason in failed.items()))
     return len(done) - already

@@ -1,0 +1,145 @@
+"""`make reproduce`: Snakemake does the work, its log goes to a file, and the terminal shows one line.
+
+A failure ends with what failed, why, and the command that goes on.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from beyond_outliers import paths
+from beyond_outliers.study.plan import all_runs
+from beyond_outliers.study.progress import Line, left, sentence, shortened, work
+from beyond_outliers.study.study import Study
+
+POLL = 1.0  # seconds
+JOB = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):$")
+WILDCARDS = re.compile(r"^ +wildcards: (.+)$")
+JOBID = re.compile(r"^ +jobid: (\d+)$")
+FINISHED = re.compile(r"^Finished jobid: (\d+) ")
+STEPS = re.compile(r"^(\d+) of (\d+) steps \(")
+FAILED = re.compile(r"^Error in rule (\w+):$")
+REASON = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Results|Failed|Exit|Interrupt)(?:: .*)?$")
+
+KILLED = re.compile(r"died with <Signals\.(\w+)")
+
+
+class Log:
+    """What Snakemake's log says: the jobs that run, how many steps are done of how many, what failed and why."""
+
+    def __init__(self):
+        self.running: dict[str, str] = {}  # job id -> "train run=..."
+        self.done, self.total = 0, 0
+        self.failed: list[tuple[str, str]] = []  # (job, reason)
+        self._names: dict[str, str] = {}
+        self._rule = self._wildcards = self._broken = ""
+        self._reason = ""  # the last line of a traceback so far
+
+    def feed(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._one(line.rstrip())
+
+    def _one(self, line: str) -> None:
+        if found := JOB.match(line):
+            self._rule, self._wildcards, self._broken = found[1], "", ""
+        elif found := FAILED.match(line):
+            self._rule, self._broken = "", found[1]
+        elif found := JOBID.match(line):
+            if self._rule:
+                self._start(found[1])
+            elif self._broken:
+                self.failed.append((self._names.get(found[1], self._broken), self._reason))
+                self.running.pop(found[1], None)
+                self._broken = self._reason = ""
+        elif found := WILDCARDS.match(line):  # they stand behind the job's id
+            self._wildcards = found[1]
+            if self._rule and self.running:
+                self._start(next(reversed(self.running)))
+        elif found := FINISHED.match(line):
+            self.running.pop(found[1], None)
+        elif found := STEPS.match(line):
+            self.done, self.total = int(found[1]), int(found[2])
+        elif found := KILLED.search(line):
+            self._reason = f"killed by {found[1]}"
+        elif REASON.match(line):
+            self._reason = line
+
+    def said(self) -> str:
+        steps = f"step {self.done} of {self.total}" if self.total else ""
+        return sentence(steps, f"now {shortened(self.running.values())}" if self.running else "")
+
+    def _start(self, job: str) -> None:
+        values = [part.partition("=")[2] for part in self._wildcards.split(", ") if part]
+        self.running[job] = self._names[job] = " ".join([self._rule, *values])
+
+
+def reproduce(study: Study, cores: int, line: Line | None = None) -> int:
+    """Runs the workflow of a scale; returns Snakemake's exit status. Writes data/runs/SCALE/reproduce.log."""
+    line, log = line or Line(), Log()
+    file = study.runs_folder / "reproduce.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--cores", str(cores)]
+    command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete"]
+    line.note(f"scale {study.scale}: what runs is logged in {file}")
+    pace = Pace(study.scale)
+    with file.open("w") as written, file.open() as read:
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, cwd=paths.ROOT)
+        try:
+            while (status := process.poll()) is None:
+                log.feed(read)
+                line.show(sentence(pace.said(), log.said()))
+                time.sleep(POLL)
+        except KeyboardInterrupt:  # the terminal has told Snakemake, too: it ends its jobs
+            process.wait()
+            line.note(f"interrupted. To go on: make reproduce SCALE={study.scale}")
+            return 130
+        log.feed(read)
+    line.close()
+    if status:
+        line.note(failure(study.scale, log, file))
+    return status
+
+
+class Pace:
+    """How many runs are trained of all, and how long the rest takes at the pace of those that ended meanwhile."""
+
+    def __init__(self, scale: str):
+        self.scale, self.start = scale, time.monotonic()
+        self.trained: set[str] = set()
+        self.costs: dict[str, float] = {}
+        self._look()
+        self.before = self.trained
+
+    def _look(self) -> None:
+        study = Study(self.scale)
+        trained = {file.parent.name for file in study.runs_folder.glob("*/result.json")}
+        if trained != self.trained or not self.costs:
+            self.costs = {planned.config.name: work(planned.config) for planned in all_runs(study)}
+        self.trained = trained
+
+    def said(self) -> str:
+        self._look()
+        ended, there = self.trained & set(self.costs), set(self.costs)
+        made, rest = (sum(self.costs[name] for name in names) for names in (ended - self.before, there - ended))
+        time_left = left(time.monotonic() - self.start, made, rest)
+        return sentence(
+            f"{self.scale}: {len(ended)} of {len(there)} runs trained", time_left and f"{time_left} of training"
+        )
+
+
+def failure(scale: str, log: Log, file: Path) -> str:
+    """What failed, why, and what to do: the text with which a workflow that failed ends."""
+    lines = file.read_text().splitlines()
+    failed = log.failed or [("the workflow", next((li for li in reversed(lines) if REASON.match(li)), ""))]
+    said = []
+    for job, reason in dict.fromkeys(failed):
+        said += [f"failed: {job}", f"reason: {reason or 'see the end of the log'}"]
+    go_on = f"make reproduce SCALE={scale} goes on from what is done"
+    if any("LockException" in each for each in lines):
+        go_on = (
+            f"if no other make reproduce is running: .venv/bin/snakemake --unlock --config scale={scale}; then {go_on}"
+        )
+    return "\n".join([*said, f"log:    {file}", f"next:   {go_on}"])

@@ -1,0 +1,133 @@
+"""`make reproduce`: what Snakemake's log says, in one line, and how a failure ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.study import progress, workflow
+from beyond_outliers.study.__main__ import main
+from beyond_outliers.study.study import Study
+
+STARTED = """Building DAG of jobs...
+[Wed Nov 25 09:44:41 2026]
+localrule train:
+    input: /out/corpus.json
+    output: /out/tiny-muon-lr0.01-s0-7bf448f521/result.json
+    jobid: 5
+    reason: Missing output files: /out/result.json
+    wildcards: run=tiny-muon-lr0.01-s0-7bf448f521
+    priority: 2020
+rule measure:
+    jobid: 8
+    wildcards: size=tiny, purpose=sweep
+"""
+ENDED = """Finished jobid: 8 (Rule: measure)
+4 of 27 steps (15%) done
+"""
+BROKEN = """Traceback (most recent call last):
+  File "loop.py", line 3, in train
+ValueError: context must be positive, not -64
+RuleException:
+CalledProcessError in file "/out/Snakefile", line 97:
+Command 'set -euo pipefail; python' returned non-zero exit status 1.
+[Wed Nov 25 09:49:06 2026]
+Error in rule train:
+    message: None
+    jobid: 5
+    output: /out/tiny-muon-lr0.01-s0-7bf448f521/result.json
+WorkflowError:
+At least one job did not complete successfully.
+"""
+
+
+def log_of(*texts):
+    log = workflow.Log()
+    for text in texts:
+        log.feed(text.splitlines(keepends=True))
+    return log
+
+
+def test_the_log_says_what_runs_and_how_far_it_is():
+    assert log_of(STARTED).said() == "now train tiny-muon-lr0.01-s0, measure tiny sweep"
+    log = log_of(STARTED, ENDED)
+    assert log.said() == "step 4 of 27, now train tiny-muon-lr0.01-s0" and not log.failed
+    assert log_of("Building DAG of jobs...").said() == ""
+
+
+def test_a_failure_ends_with_run_reason_log_and_the_next_command(tmp_path):
+    file = tmp_path / "reproduce.log"
+    file.write_text(STARTED + ENDED + BROKEN)
+    lines = workflow.failure("smoke", log_of(STARTED, ENDED, BROKEN), file).splitlines()
+    assert lines == [
+        "failed: train tiny-muon-lr0.01-s0-7bf448f521",
+        "reason: ValueError: context must be positive, not -64",
+        f"log:    {file}",
+        "next:   make reproduce SCALE=smoke goes on from what is done",
+    ]
+
+
+def test_a_killed_job_and_one_that_failed_earlier_have_their_own_reasons():
+    killed = BROKEN.replace("returned non-zero exit status 1", "died with <Signals.SIGKILL: 9>").replace(": 5", ": 8")
+    assert log_of(STARTED, BROKEN, killed[killed.index("RuleException") :]).failed == [
+        ("train tiny-muon-lr0.01-s0-7bf448f521", "ValueError: context must be positive, not -64"),
+        ("measure tiny sweep", "killed by SIGKILL"),
+    ]
+
+
+def test_a_workflow_that_never_began_says_why_and_how_to_unlock_it(tmp_path):
+    file = tmp_path / "reproduce.log"
+    file.write_text("LockException:\nError: Directory cannot be locked.\n")
+    said = workflow.failure("smoke", log_of(file.read_text()), file)
+    assert "failed: the workflow" in said and "snakemake --unlock --config scale=smoke" in said
+
+
+class Kept(progress.Line):
+    """A line that keeps all that it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.said, self.noted = [], []
+
+    def show(self, text):
+        self.said.append(text)
+
+    def note(self, text):
+        self.noted.append(text)
+
+
+@pytest.fixture
+def snakemake(tmp_path, monkeypatch):
+    """What is started in Snakemake's place: a script that prints a log and ends with a status."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(workflow, "POLL", 0.01)
+    start = subprocess.Popen
+
+    def instead(text, status):
+        script = f"import sys, time; print({text!r}, flush=True); time.sleep(0.5); sys.exit({status})"
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: start([sys.executable, "-c", script], **rest))
+
+    return instead
+
+
+def test_reproducing_shows_runs_and_steps_and_logs_the_rest(snakemake, tmp_path):
+    folder = tmp_path / "runs" / "smoke"
+    name = Study("smoke").planned()[0].config.name
+    (folder / name).mkdir(parents=True)
+    (folder / name / "result.json").write_text("{}")
+    (folder / "another").mkdir()
+    (folder / "another" / "result.json").write_text("{}")  # of an older plan: not counted
+    snakemake(STARTED + ENDED, 0)
+    line = Kept()
+    assert workflow.reproduce(Study("smoke"), 1, line) == 0
+    assert "smoke: 1 of 26 runs trained, step 4 of 27, now train tiny-muon-lr0.01-s0" in line.said
+    assert STARTED.splitlines()[2] in (folder / "reproduce.log").read_text()
+    assert line.noted == [f"scale smoke: what runs is logged in {folder / 'reproduce.log'}"]
+
+
+def test_the_status_of_a_failure_is_handed_on(snakemake, capsys):
+    snakemake(STARTED + BROKEN, 1)
+    assert main(["reproduce", "--scale", "smoke", "--cores", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "reason: ValueError: context must be positive" in said and "next:   make reproduce SCALE=smoke" in said
