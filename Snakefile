@@ -13,14 +13,14 @@ from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
 
-SCALE = config.get("scale", "pocket")
+SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
 STUDY = Study(SCALE)
 PROTOCOL = STUDY.protocol
 SIZES = PROTOCOL.sizes
 SWEPT = [size for size in SIZES if "sweep" in PROTOCOL.purposes(size)]
 WORK = paths.RUNS / SCALE
 FIGURES = paths.FIGURES / SCALE
-COMMAND = f"{sys.executable} -m beyond_outliers.study"
+PYTHON = sys.executable
 
 
 wildcard_constraints:
@@ -84,7 +84,7 @@ rule corpus:
         output("corpus"),
     threads: workflow.cores
     shell:
-        "{COMMAND} corpus --scale {SCALE} > {output}"
+        "{PYTHON:q} -m beyond_outliers.study corpus --scale {SCALE:q} > {output:q}"
 
 
 rule train:
@@ -95,7 +95,7 @@ rule train:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(size_of(wildcards.run), wildcards.run)
     shell:
-        "{COMMAND} train --scale {SCALE} --run {wildcards.run} --quiet"
+        "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet"
 
 
 # of scales whose learning rates are searched for: all runs of a search, which decides from run to run
@@ -107,7 +107,8 @@ rule tune:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose="sweep")
     shell:
-        "{COMMAND} tune --scale {SCALE} --size {wildcards.size} --optimizer {wildcards.optimizer} --quiet > {output}"
+        "{PYTHON:q} -m beyond_outliers.study tune --scale {SCALE:q} --size {wildcards.size:q} "
+        "--optimizer {wildcards.optimizer:q} --quiet > {output:q}"
 
 
 checkpoint choose:
@@ -117,7 +118,7 @@ checkpoint choose:
         output("choose"),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
-        "{COMMAND} choose --scale {SCALE} --size {wildcards.size} > {output}"
+        "{PYTHON:q} -m beyond_outliers.study choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
 
 
 rule measure:
@@ -128,7 +129,8 @@ rule measure:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
     shell:
-        "{COMMAND} measure --scale {SCALE} --purpose {wildcards.purpose} --size {wildcards.size}"
+        "{PYTHON:q} -m beyond_outliers.study measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
+        "--size {wildcards.size:q}"
 
 
 rule collect:
@@ -138,7 +140,7 @@ rule collect:
         touch(output("collect")),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
-        "{COMMAND} collect --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.study collect --scale {SCALE:q}"
 
 
 rule claims:
@@ -147,7 +149,7 @@ rule claims:
     output:
         touch(f"{WORK}/claims.done"),
     shell:
-        "{sys.executable} -m beyond_outliers.claims --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q}"
 
 
 rule notebook:
@@ -159,7 +161,7 @@ rule notebook:
         f"{FIGURES}/{{notebook}}.html",
         touch(f"{WORK}/notebooks/{{notebook}}.done"),
     shell:
-        "{COMMAND} notebook --scale {SCALE} --name {wildcards.notebook} --tables-only"
+        "{PYTHON:q} -m beyond_outliers.study notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
 
 
 rule index:
@@ -168,4 +170,4 @@ rule index:
     output:
         f"{FIGURES}/README.md",
     shell:
-        "{sys.executable} -m beyond_outliers.pages index --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.pages index --scale {SCALE:q}"

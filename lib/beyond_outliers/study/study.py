@@ -15,10 +15,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import (
-    read_rates,
-)
+from beyond_outliers.config.learning_rates import read_rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.config.tuning import tune
@@ -225,6 +224,8 @@ class Study:
 
         from beyond_outliers.study.measure import measure_run
 
+        choose("size", size, self.protocol.sizes)
+        choose("purpose", purpose, self.protocol.purposes(size))
         torch.set_num_threads(self.protocol.threads)
         settings = self.protocol.measure
         common = dict(self.common_loss(size)[["run", "step"]].values) if purpose == "full_precision" else {}
