@@ -149,7 +149,7 @@ rule claims:
     output:
         touch(f"{WORK}/claims.done"),
     shell:
-        "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q}"
+        "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q} --checked"
 
 
 rule notebook:

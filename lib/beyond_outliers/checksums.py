@@ -1,5 +1,6 @@
 """Files that are written whole and checked when they are read: SHA256SUMS in a folder, as `sha256sum -c` reads it.
 
+Its last line, a comment to that program, is the sum of the lines before it.
 While a file is replaced, its folder's SHA256SUMS names both its old and its new sum, so that a crash at any moment
 leaves a file that is as it should be: the old one or the new one. A folder without SHA256SUMS, from before there were
 any, is not checked; in one that has it, every file that is read must be in it.
@@ -9,13 +10,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 class DamagedFile(RuntimeError):
@@ -32,12 +31,13 @@ def read_sums(folder: Path) -> dict[str, set[str]] | None:
     file = folder / SUMS
     if not file.exists():
         return None
+    lines, _, last = file.read_bytes().decode(errors="replace").rpartition("# ")
+    if last != f"{hashlib.sha256(lines.encode()).hexdigest()}\n":
+        raise DamagedFile(f"{file} is damaged: its last line is not the sum of those before it")
     found: dict[str, set[str]] = {}
-    for line in file.read_bytes().decode(errors="replace").splitlines():
-        matched = _LINE.fullmatch(line)
-        if matched is None:
-            raise DamagedFile(f"{file} is damaged: {line[:80]!r} is no line of it")
-        found.setdefault(matched[2], set()).add(matched[1])
+    for line in lines.splitlines():
+        digest, _, name = line.partition("  ")
+        found.setdefault(name, set()).add(digest)
     return found
 
 
@@ -77,13 +77,14 @@ def write_files(
     In a folder that has no sums yet, the files of the pattern `known` that are there get theirs.
     """
     temporary = {name: (folder / name).with_name(f"{Path(name).name}.tmp") for name in writers}
-    try:
-        for name, write in writers.items():
-            temporary[name].parent.mkdir(parents=True, exist_ok=True)
-            write(temporary[name])
-            to_disk(temporary[name])
-        new = {name: sha256(path) for name, path in temporary.items()}
-        with _held(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder):
+        try:
+            for name, write in writers.items():
+                temporary[name].parent.mkdir(parents=True, exist_ok=True)
+                write(temporary[name])
+                to_disk(temporary[name])
+            new = {name: sha256(path) for name, path in temporary.items()}
             sums = read_sums(folder)
             if sums is None:
                 sums = {name: {sha256(folder / name)} for name in _files(folder, known)}
@@ -92,13 +93,13 @@ def write_files(
             for name, path in temporary.items():
                 os.replace(path, folder / name)
             to_disk(folder)
-            for name in remove:
-                (folder / name).unlink(missing_ok=True)
             after = during | {name: {found} for name, found in new.items()}
             _write_sums(folder, {name: found for name, found in after.items() if name not in remove})
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            for name in remove:
+                (folder / name).unlink(missing_ok=True)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,9 +133,9 @@ def _files(folder: Path, known: str) -> list[str]:
 
 
 def _write_sums(folder: Path, sums: Mapping[str, Collection[str]]) -> None:
-    lines = [f"{found}  {name}\n" for name in sorted(sums) for found in sorted(sums[name])]
+    lines = "".join(f"{found}  {name}\n" for name in sorted(sums) for found in sorted(sums[name]))
     temporary = folder / f"{SUMS}.tmp"
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_text(f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n", encoding="utf-8")
     to_disk(temporary)
     os.replace(temporary, folder / SUMS)
 

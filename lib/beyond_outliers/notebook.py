@@ -192,7 +192,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
     target = paths.FIGURES / scale / f"{name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(relinked(html, scale, "html"))
+    paths.write_whole(target, relinked(html, scale, "html"))
     write_page(executed, scale, name)
     return target
 

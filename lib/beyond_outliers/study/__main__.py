@@ -32,7 +32,7 @@ def _where(study: Study) -> None:
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("notebook", "render", "plan", "where", "continue", "merge", "keep"),
+    *("notebook", "render", "plan", "where", "continue", "merge", "keep", "verify"),
 )
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     for step in STEPS:
         one = steps.add_parser(step)
-        one.add_argument("--scale", required=True)
+        one.add_argument("--scale", required=step != "verify")
         if step == "train":
             one.add_argument("--run", required=True, help="name of a planned run")
         if step in ("train", "tune"):
@@ -63,9 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="part I of N, for N machines")
         if step == "merge":
             one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
+        if step == "verify":
+            one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
+    if given.step == "verify":
+        from beyond_outliers.study.verify import verify
+
+        return verify(given.scale, given.runs)
     study = Study(given.scale)
     if given.step in ("corpus", "plan"):
         study.check()

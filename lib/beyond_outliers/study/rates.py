@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums
 from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate, learning_rates_file
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.tuning import tune
+from beyond_outliers.study.tables import check_table
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -23,11 +24,12 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
     table, file = pd.DataFrame(rows), learning_rates_file(study.scale)
     if file.exists():
+        check_table(file.parent, file.stem)
         old = pd.read_csv(file, dtype={"size": str})
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
     table = table.sort_values("size", key=lambda sizes: sizes.map(study.protocol.sizes.index), kind="stable")
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(file, table.to_csv(index=False))
+    checksums.write_text(file, table.to_csv(index=False))
     return table.reset_index(drop=True)
 
 

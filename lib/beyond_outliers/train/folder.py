@@ -9,6 +9,7 @@ SHA256SUMS                 what all these files must be; checked whenever one of
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,15 @@ def load_result(folder: Path) -> RunResult | None:
     check(folder, "config.json", "result.json")
     config = RunConfig.from_json((folder / "config.json").read_text())
     return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
+
+
+def whole_result(folder: Path) -> RunResult | None:
+    """As `load_result`, but None, with a warning, for a result that is not what was written."""
+    try:
+        return load_result(folder)
+    except checksums.DamagedFile as damage:
+        warnings.warn(f"left out: {damage}", stacklevel=3)
+        return None
 
 
 def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object) -> nn.Module:

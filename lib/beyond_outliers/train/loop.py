@@ -121,9 +121,10 @@ class _Run:
         self.clock = self.saved = time.perf_counter()
         self.termination = Termination()
         self.progress = progress and self.rank == 0
-        if self.rank == 0 and not (folder / "config.json").exists():
-            checksums.write_text(folder / "config.json", config.to_json())
         self._restore()
+        settings, text = folder / "config.json", config.to_json()
+        if self.rank == 0 and not (settings.exists() and settings.read_bytes() == text.encode()):
+            checksums.write_text(settings, text)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 

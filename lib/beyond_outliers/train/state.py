@@ -30,17 +30,21 @@ def read_state(folder: Path, config: RunConfig, device: torch.device) -> dict[st
 
     Where the weights of an evaluation are damaged, the state before that evaluation is taken, which makes them again.
     """
-    whole = []
-    for file in states(folder):
-        try:
-            check(folder, file.name)
-            whole.append(_load(file, config, device))
-        except checksums.DamagedFile as damage:
-            print(f"{damage}; going on from the state before it", file=sys.stderr)
+    found, whole = states(folder), []
+    try:
+        checksums.read_sums(folder)
+        for file in found:
+            try:
+                check(folder, file.name)
+                whole.append(_load(file, config, device))
+            except checksums.DamagedFile as damage:
+                print(f"{damage}; going on from the state before it", file=sys.stderr)
+    except checksums.DamagedFile as damage:  # of the sums themselves: nothing can be trusted
+        print(damage, file=sys.stderr)
+        (folder / checksums.SUMS).unlink()
     if not whole:
-        if states(folder):
+        if found:
             print(f"{folder} holds no state that is whole: the run begins again", file=sys.stderr)
-            (folder / checksums.SUMS).unlink(missing_ok=True)
         return None
     damaged = []
     for step in sorted({row["step"] for row in whole[0]["rows"] if "val_loss" in row} - {0}):
@@ -59,7 +63,7 @@ def _load(file: Path, config: RunConfig, device: torch.device) -> dict[str, Any]
         step, run_id = state["step"], state.get("run_id", config.run_id)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise checksums.DamagedFile(f"{file} cannot be read ({type(error).__name__})") from None
-    if run_id != config.run_id or not 0 < step < config.steps + 1:
+    if run_id != config.run_id or step not in range(1, config.steps + 1):
         raise checksums.DamagedFile(
             f"{file} claims step {step} of run {run_id}; valid: 1 to {config.steps} of {config.run_id}"
         )
