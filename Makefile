@@ -7,6 +7,7 @@
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
+#   make verify                 every committed table against its checksum; with SCALE=pocket also its runs, a few trained anew
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
@@ -25,7 +26,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue figures publish plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue figures publish verify plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,10 @@ publish: $(READY)
 continue: $(READY)
 	$(BIN)/python -m beyond_outliers.study continue --scale $(SCALE) --jobs $(CORES) \
 		$(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))
+
+verify: $(READY)
+	@$(BIN)/python -m beyond_outliers.study verify \
+		$(if $(filter command environment,$(firstword $(origin SCALE))),--scale $(SCALE)) $(if $(RUNS),--runs $(RUNS))
 
 plan: $(READY)
 	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)

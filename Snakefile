@@ -13,14 +13,14 @@ from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
 
-SCALE = config.get("scale", "pocket")
+SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
 STUDY = Study(SCALE)
 PROTOCOL = STUDY.protocol
 SIZES = PROTOCOL.sizes
 SWEPT = [size for size in SIZES if "sweep" in PROTOCOL.purposes(size)]
 WORK = paths.RUNS / SCALE
 DRAWN = f"{WORK}/notebooks/{{notebook}}.done"  # figures and pages lie where `paths.figures` says
-COMMAND = f"{sys.executable} -m beyond_outliers.study"
+PYTHON = sys.executable
 
 
 wildcard_constraints:
@@ -83,7 +83,7 @@ rule corpus:
         output("corpus"),
     threads: workflow.cores
     shell:
-        "{COMMAND} corpus --scale {SCALE} > {output}"
+        "{PYTHON:q} -m beyond_outliers.study corpus --scale {SCALE:q} > {output:q}"
 
 
 rule train:
@@ -94,7 +94,7 @@ rule train:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(size_of(wildcards.run), wildcards.run)
     shell:
-        "{COMMAND} train --scale {SCALE} --run {wildcards.run} --quiet"
+        "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet"
 
 
 # of scales whose learning rates are searched for: all runs of a search, which decides from run to run
@@ -106,7 +106,8 @@ rule tune:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose="sweep")
     shell:
-        "{COMMAND} tune --scale {SCALE} --size {wildcards.size} --optimizer {wildcards.optimizer} --quiet > {output}"
+        "{PYTHON:q} -m beyond_outliers.study tune --scale {SCALE:q} --size {wildcards.size:q} "
+        "--optimizer {wildcards.optimizer:q} --quiet > {output:q}"
 
 
 checkpoint choose:
@@ -116,7 +117,7 @@ checkpoint choose:
         output("choose"),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
-        "{COMMAND} choose --scale {SCALE} --size {wildcards.size} > {output}"
+        "{PYTHON:q} -m beyond_outliers.study choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
 
 
 rule measure:
@@ -127,7 +128,8 @@ rule measure:
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
     shell:
-        "{COMMAND} measure --scale {SCALE} --purpose {wildcards.purpose} --size {wildcards.size}"
+        "{PYTHON:q} -m beyond_outliers.study measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
+        "--size {wildcards.size:q}"
 
 
 rule collect:
@@ -137,7 +139,7 @@ rule collect:
         touch(output("collect")),
     priority: lambda wildcards: priority(wildcards.size)
     shell:
-        "{COMMAND} collect --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.study collect --scale {SCALE:q}"
 
 
 rule claims:
@@ -146,7 +148,7 @@ rule claims:
     output:
         touch(f"{WORK}/claims.done"),
     shell:
-        "{sys.executable} -m beyond_outliers.claims --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q} --checked"
 
 
 rule notebook:
@@ -157,7 +159,7 @@ rule notebook:
     output:
         touch(DRAWN),
     shell:
-        "{COMMAND} notebook --scale {SCALE} --name {wildcards.notebook} --tables-only"
+        "{PYTHON:q} -m beyond_outliers.study notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
 
 
 rule index:
@@ -166,4 +168,4 @@ rule index:
     output:
         touch(f"{WORK}/index.done"),
     shell:
-        "{sys.executable} -m beyond_outliers.pages index --scale {SCALE}"
+        "{PYTHON:q} -m beyond_outliers.pages index --scale {SCALE:q}"

@@ -13,7 +13,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.protocol import Protocol
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.protocol import Protocol, scales
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -176,9 +177,9 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
 
     from beyond_outliers.pages import relinked, write_page
 
+    choose("notebook", name, notebooks())
+    choose("scale", scale, scales())
     source = paths.NOTEBOOKS / f"{name}.ipynb"
-    if not source.exists():
-        raise ValueError(f"unknown notebook {name!r}; valid: {', '.join(notebooks())}")
     parameters = {"scale": scale, **parameters}
     known = papermill.inspect_notebook(source)
     if unknown := set(parameters) - set(known):
@@ -191,7 +192,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
     target = paths.figures(scale) / f"{name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(relinked(html, scale, "html"))
+    paths.write_whole(target, relinked(html, scale, "html"))
     write_page(executed, scale, name)
     return target
 

@@ -45,7 +45,10 @@ def way_up(scale: str) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. Where it is to be checked when it is read, `checksums` writes it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -240,3 +240,20 @@ def test_beside_a_diverged_run_the_best_point_itself_is_taken():
     assert choose_learning_rate([1e-3, 1e-2, 1e-1], [3.0, 2.0, math.nan]) == (1e-2, False)
     with pytest.raises(ValueError, match="diverged"):
         choose_learning_rate([1e-3, 1e-2], [math.nan, math.nan])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "../../adamw"},
+        {"optimizer": "adamw; touch PWNED"},
+        {"size": ".."},
+        {"scale": "../x"},
+        {"quantization": {"scheme": "../quest", "weights": "int4", "activations": "int4"}},
+        {"quantization": {"weights": "int4", "activations": "int4"}},
+    ],
+)
+def test_a_run_cannot_leave_the_folder_of_its_scale(change):
+    config = Protocol.load("smoke").config("tiny", "adamw")
+    with pytest.raises(ValueError, match="must be a text of letters, digits"):
+        config.replace(**change)

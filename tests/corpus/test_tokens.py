@@ -208,7 +208,7 @@ def test_another_process_checks_a_corpus_again(built, corpus_config, monkeypatch
     )
     for _ in range(3):
         assert open_corpus(corpus_config).meta == built.meta
-    assert sorted(hashed) == ["prose.jsonl", "train.bin", "validation.bin"]
+    assert sorted(hashed) == ["meta.json", "prose.jsonl", "tokenizer.json", "train.bin", "validation.bin"]
 
 
 def test_damage_of_any_kind_is_noticed(own, capsys):

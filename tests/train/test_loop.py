@@ -66,7 +66,7 @@ def test_a_run_leaves_its_folder(run_config, tmp_path):
     assert metrics.tokens.iloc[-1] == run_config.steps * run_config.tokens_per_step
     assert metrics.val_loss.dropna().iloc[-1] < metrics.val_loss.iloc[0] - 0.3
     assert list(result.evaluations.step) == evaluation_steps(run_config)
-    assert not (result.folder / "state.pt").exists()
+    assert not list(result.folder.glob("state*"))
     assert not list(result.folder.glob("**/*.tmp"))
     model = result.load_model()
     assert model.head.weight is model.embedding.weight
@@ -127,9 +127,9 @@ def test_a_run_killed_by_the_system_resumes(run_config, tmp_path):
     folder, kills = run_folder(config, tmp_path / "killed"), 0
     while load_result(folder) is None:
         process = subprocess.Popen([sys.executable, "-c", code, config.to_json(), str(tmp_path / "killed")])
-        before = (folder / "state.pt").stat().st_mtime if (folder / "state.pt").exists() else 0
+        before = list(folder.glob("state-*.pt"))
         while process.poll() is None and kills < 2:
-            if (folder / "state.pt").exists() and (folder / "state.pt").stat().st_mtime > before:
+            if sorted(folder.glob("state-*.pt")) != sorted(before):
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break

@@ -8,7 +8,7 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.claims import rules
 from beyond_outliers.config import Protocol
-from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of
+from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of, run_notebook
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.terms import IN_FULL, TERMS, explained, used
 
@@ -106,3 +106,15 @@ def test_without_tables_a_notebook_says_how_long_they_take_and_how_to_make_them(
     assert f"about {60 * hours:.0f} minutes" in str(missing.value)
     with pytest.raises(MissingResults, match="as long as `make plan SCALE=paper` says"):
         opened(Study("paper"), build=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "said"),
+    [
+        ("../tests/x", "smoke", "unknown notebook '../tests/x'; valid: 01_full_precision"),
+        ("01_full_precision", "../../x", "unknown scale '../../x'; valid: confirm"),
+    ],
+)
+def test_notebooks_and_scales_are_names(name, scale, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run_notebook(name, scale)

@@ -94,3 +94,22 @@ def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
     jobs = jobs_of(text)
     assert f"run={lost}" in text and jobs["train"] == jobs["index"] == 1 and jobs["notebook"] == len(notebooks())
     assert "choose" not in jobs and jobs["measure"] == jobs["claims"] == 1
+
+
+def test_every_word_that_goes_to_the_shell_is_quoted():
+    commands = re.findall(r'^    shell:\n((?:        ".*"\n)+)', (paths.ROOT / "Snakefile").read_text(), re.M)
+    words = [word for command in commands for word in re.findall(r"\{[^}]*\}", command)]
+    assert len(commands) == 9 and len(words) > 20
+    assert [word for word in words if not word.endswith(":q}")] == []
+
+
+def test_a_folder_with_spaces_quotes_and_umlauts_will_do(tmp_path):
+    folder = tmp_path / """ö b'c "d" $(touch PWNED)"""
+    folder.mkdir()
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "scale=smoke", "--until", "corpus"]
+    command += ["--directory", str(folder), "--snakefile", str(paths.ROOT / "Snakefile")]
+    environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tokens" in (folder / "data" / "runs" / "smoke" / "corpus.json").read_text()
+    assert not list(paths.ROOT.glob("**/PWNED")) and not list(folder.glob("**/PWNED"))

@@ -1,6 +1,6 @@
 """The verdicts of a study from the shell: written to its claims.csv, or one claim shown with the rows behind it.
 
-python -m beyond_outliers.claims --scale laptop            writes claims.csv beside the tables that are read
+python -m beyond_outliers.claims --scale laptop            writes claims.csv (and SHA256SUMS) beside the tables
 python -m beyond_outliers.claims show C4 --scale laptop    verdict, rule, figure, rows; writes nothing
 """
 
@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.claims.confirm_ledger import short
 from beyond_outliers.claims.confirm_readings import confirm_verdicts
 from beyond_outliers.claims.confirm_rules import SCALE
@@ -20,15 +20,22 @@ from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
 
-def write_verdicts(study: Study) -> Path:
+def write_verdicts(study: Study, checked: bool = False) -> Path:
     """Judges every claim and writes claims.csv beside the study's tables. MissingResults where there are none.
+
+    Takes the tables as they are, however they came there: their SHA256SUMS are written anew, and what changed is named.
+    checked: DamagedFile instead.
 
     At scale confirm, whose rules were written first, also verdicts.csv, by those.
     """
     file = study.results / "claims.csv"
-    paths.write_whole(file, verdicts(study).to_csv(index=False))
+    if checked:
+        checksums.check(study.results, remedy="without --checked the tables are taken as they are")
+    elif study.results.exists() and (changed := checksums.seal(study.results)):
+        print(f"taken as they are now: {', '.join(changed)}", file=sys.stderr)
+    checksums.write_text(file, verdicts(study).to_csv(index=False))
     if study.scale == SCALE:
-        paths.write_whole(study.results / "verdicts.csv", confirm_verdicts(study).to_csv(index=False))
+        checksums.write_text(study.results / "verdicts.csv", confirm_verdicts(study).to_csv(index=False))
     return file
 
 
@@ -66,13 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="*", metavar="show CLAIM", help="a claim to show: show C4; without: write all")
     parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
     parser.add_argument("--rows", type=int, default=60, help="how many rows to show, 0: all (default 60)")
+    parser.add_argument("--checked", action="store_true", help="refuse tables that are not what was written")
     given = parser.parse_args(arguments)
     if given.command and (given.command[0] != "show" or given.command[1:] not in [[name] for name in CLAIMS]):
         parser.error(f"cannot do {' '.join(given.command)!r}; valid: show CLAIM, with CLAIM of {', '.join(CLAIMS)}")
     study = Study(given.scale)
     try:
-        print(show(study, given.command[1], given.rows or None) if given.command else write_verdicts(study))
-    except MissingResults as missing:
+        print(
+            show(study, given.command[1], given.rows or None) if given.command else write_verdicts(study, given.checked)
+        )
+    except (MissingResults, checksums.DamagedFile) as missing:
         parser.exit(1, f"{missing}\n")
     return 0
 

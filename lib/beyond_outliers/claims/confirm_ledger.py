@@ -15,7 +15,7 @@ from beyond_outliers.claims.confirm_rules import KINDS, SCALE
 from beyond_outliers.claims.contrasts import VERDICTS
 from beyond_outliers.claims.ledger import read_verdicts
 from beyond_outliers.study.study import Study
-from beyond_outliers.study.tables import MissingResults
+from beyond_outliers.study.tables import MissingResults, check_table
 
 EXPLORATORY = "laptop"  # the scale whose verdicts stay visible beside those of `confirm`
 
@@ -56,6 +56,7 @@ def read(study) -> pd.DataFrame:
     if study.scale != SCALE:
         return pd.DataFrame(columns=["spec", "optimizers", "id", "part", "verdict"])
     file = study.results / "verdicts.csv"
+    check_table(study.results, file.stem)
     table = pd.read_csv(file, dtype={"n": str, "rival": str}) if file.exists() else confirm_verdicts(study)
     return table.assign(n=table.n.fillna(""), rival=table.rival.fillna(""))
 

@@ -16,6 +16,7 @@ from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, conf
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import read_verdicts
 from beyond_outliers.claims.statistics import LEAST_UNITS
+from beyond_outliers.study.tables import check_table
 
 # the figure to look at, by claim
 FIGURES = {
@@ -46,6 +47,7 @@ def judged(study) -> pd.DataFrame:
         changes = [would_change(row) for row in table.to_dict("records")]
         return table.assign(changes=changes)[COLUMNS]
     file = study.results / "verdicts.csv"
+    check_table(study.results, file.stem)
     table = pd.read_csv(file) if file.exists() else confirm_verdicts(study)
     whole = table[(table.spec == PRIMARY) & (table.optimizers == "six") & (table.part == "whole")]
     rules = pd.DataFrame.from_dict(confirm_rules(), orient="index")[["statistic", "paper", "changes", "notebook"]]

@@ -17,6 +17,7 @@ from beyond_outliers.claims import readings
 from beyond_outliers.claims.predictors import predictor_table
 from beyond_outliers.claims.readings import PAPER_OPTIMIZERS
 from beyond_outliers.claims.statistics import LEAST_UNITS, Estimate, correlations, mean, share, unknown, verdict
+from beyond_outliers.study.tables import check_table
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def verdicts(study) -> pd.DataFrame:
 def read_verdicts(study) -> pd.DataFrame:
     """The verdicts as the workflow wrote them to claims.csv; computed now, and not written, where it has not."""
     file = study.results / "claims.csv"
+    check_table(study.results, file.stem)
     return pd.read_csv(file) if file.exists() else verdicts(study)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 
 
 class EdgeWarning(UserWarning):
@@ -47,6 +47,7 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     file = (results or paths.results(scale)) / "learning_rates.csv"
     if not file.exists():
         return {}
+    checksums.check(file.parent, file.name, remedy=f"`git restore {file}`, or choose them again")
     exact = {"lr": float, "auxiliary": float}  # every bit counts: run ids are hashed from them
     rows = pd.read_csv(file, dtype={"size": str}, converters=exact).to_dict("records")
     return {(row["size"], row["optimizer"]): Rates(row["lr"], row.get("auxiliary")) for row in rows}

@@ -38,11 +38,17 @@ class Entry:
     @property
     def hyperparameters(self) -> tuple[str, ...]:
         """What `build_optimizer` accepts beside lr and weight_decay."""
-        return tuple(dict.fromkeys([*_parameters(self.source), *ROLE_RATES]))
+        return tuple(self.annotations)
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        """Hyperparameter -> its annotation, as the class writes it ("" where it writes none)."""
+        own = _parameters(self.source)
+        return own | {rate: "float | None" for rate in ROLE_RATES if rate not in own}
 
 
 @functools.cache
-def _parameters(source: str) -> tuple[str, ...]:
+def _parameters(source: str) -> dict[str, str]:
     """Hyperparameters of a class, read off the text of its `__init__`: importing it would import torch."""
     module, _, name = source.partition(":")
     package, *inside = module.split(".")
@@ -54,8 +60,9 @@ def _parameters(source: str) -> tuple[str, ...]:
         if isinstance(node, ast.ClassDef) and node.name == name:
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                    names = [argument.arg for argument in [*method.args.args, *method.args.kwonlyargs]]
-                    return tuple(n for n in names if n not in ("self", "params", "lr", "weight_decay"))
+                    given = [*method.args.args, *method.args.kwonlyargs]
+                    kinds = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in given}
+                    return {n: kind for n, kind in kinds.items() if n not in ("self", "params", "lr", "weight_decay")}
     raise ValueError(f"no class {name!r} with an __init__ of its own in {file.name}, the source of an optimizer")
 
 

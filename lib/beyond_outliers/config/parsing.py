@@ -10,8 +10,8 @@ what is valid. Whole numbers stay whole where a float is asked for: they are par
 
 import dataclasses
 import functools
-import math
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -70,8 +70,8 @@ class Different:
         return f"({self.least} or more, all different)"
 
 
-# what names files and folders: no separators, nothing hidden
-Name = Annotated[str, Matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "of letters, digits, '.', '_' and '-'")]
+# what names files and folders: no separators, nothing hidden, no option of a command, short enough for every disk
+Name = Annotated[str, Matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "of letters, digits, '.', '_' and '-' (64 at most)")]
 
 
 def choose(kind: str, value: object, valid: Collection) -> None:
@@ -148,7 +148,8 @@ def _is(value: Any, kind: type) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return known and abs(value) <= sys.float_info.max  # nor NaN, nor a whole number that no float holds
     if kind is tuple:
         return isinstance(value, (tuple, list))
     return isinstance(value, kind)

@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from beyond_outliers.config.parsing import Different, Name, Range, check_fields, choose, parse
+from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, choose, parse
 
 Count = Annotated[int, Range(1, 2**20)]
 Tokens = Annotated[int, Range(1, 2**29)]
-Rate = Annotated[float, Range(0, 1000, "(]")]
+Rate = Annotated[float, Range(1e-12, 1000)]
 Share = Annotated[float, Range(0, 1)]
 Seed = Annotated[int, Range(0, 10**6)]
 
@@ -117,12 +117,12 @@ class CorpusConfig:
     go; `validation_share` is the share of the groups (services, or documents where there are none) that is held out.
     """
 
-    source: str = "embedded"
+    source: Annotated[str, Matches(r"[^\0\n]*[^\0\s.][^\0\n]*", "that names a corpus, a file or a folder")] = "embedded"
     wheels: Annotated[tuple[str, ...], Different()] = ("botocore", "google-api-python-client")
     # 258: bytes and the boundary; 65535: token files hold uint16
     vocab_size: Annotated[int, Range(258, 65_535)] = 2048
-    limit_mb: Annotated[float, Range(0, 1e8, "(]")] | None = None
-    validation_share: Annotated[float, Range(0, 1, "()")] = 0.04
+    limit_mb: Annotated[float, Range(1e-3, 1e8)] | None = None
+    validation_share: Annotated[float, Range(0, 0.5, "(]")] = 0.04
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -152,6 +152,14 @@ class Training:
                 f"warmup {self.warmup} and decay {self.decay} must be shares that leave room for each other"
             )
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context
+
+    def steps_of(self, n_parameters: int) -> int:
+        """Optimizer steps that come nearest to `tokens_per_parameter`: 0 where one step is far more than that."""
+        return round(self.tokens_per_parameter * n_parameters / self.tokens_per_step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Training):
@@ -162,7 +170,7 @@ class RunConfig(Training):
 
     scale: Name
     size: Name
-    optimizer: str
+    optimizer: Name
     lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
     model: ModelConfig
     corpus: CorpusConfig
@@ -176,15 +184,13 @@ class RunConfig(Training):
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} differs from corpus.vocab_size {self.corpus.vocab_size}"
             )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.context
+        if self.quantization:
+            parse(self.quantization.get("scheme"), Name, "quantization.scheme")  # part of the folder's name
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that come nearest to `tokens_per_parameter`."""
-        return max(1, round(self.tokens_per_parameter * self.model.n_parameters / self.tokens_per_step))
+        """Optimizer steps that come nearest to `tokens_per_parameter`, one at least."""
+        return max(1, self.steps_of(self.model.n_parameters))
 
     @functools.cached_property
     def run_id(self) -> str:

@@ -14,8 +14,20 @@ PURPOSES = ("sweep", "full_precision", "qat", "schemes")
 
 Sizes = Annotated[tuple[Name, ...], Different()]
 Seeds = Annotated[tuple[Seed, ...], Different()]
-Names = Annotated[tuple[str, ...], Different()]
+Names = Annotated[tuple[Name, ...], Different()]
 Hyperparameter = bool | float | str | tuple[float, ...]
+Number = Annotated[float, Range(0, 1000)]
+# a hyperparameter by the annotation that its class gives it; others, which only foreign classes have, as TOML has them
+KINDS: dict[str, Any] = {
+    "bool": bool,
+    "int": Annotated[int, Range(0, 2**20)],
+    "float": Number,
+    "float | None": Number,
+    "str": Name,
+    "tuple[float, float]": tuple[Annotated[float, Range(0, 1)], ...],
+}
+LARGEST_MODEL = 10**12  # parameters
+MOST_STEPS = 10**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +41,7 @@ class Size:
     mlp_ratio: Annotated[int, Range(1, 64)] | None = None
     rope_base: Annotated[float, Range(1, 1e8)] | None = None
     norm_eps: Annotated[float, Range(0, 1)] | None = None
-    init_std: Annotated[float, Range(0, 100)] | None = None
+    init_std: Annotated[float, Range(0, 100, "(]")] | None = None  # at 0 nothing ever moves
     architecture: str = "olmo2"
 
     def __post_init__(self) -> None:
@@ -65,7 +77,7 @@ class Runs:
 class QatRuns(Runs):
     """[plan.qat]: `head` says whether the output head is quantized, too."""
 
-    scheme: str
+    scheme: Name
     head: bool = False
 
     @property
@@ -122,8 +134,8 @@ class Tuning:
     """[tuning]: every size is tuned, by the rule of the module `tuning`."""
 
     seed: Seed
-    factor: Annotated[float, Range(1, 100, "(]")]  # between neighbouring rates
-    tolerance: Annotated[float, Range(0, 10)]  # nats
+    factor: Annotated[float, Range(1.1, 10)]  # between neighbouring rates
+    tolerance: Annotated[float, Range(0, 1)]  # nats
     start: dict[str, Start]
 
 
@@ -168,16 +180,45 @@ class Scale:
         """ValueError where sections do not fit each other."""
         self._check_learning_rates()
         for name, given in self.hyper.items():
-            tuned = ROLE_RATES if self.tuning else ()
-            check_keys(f"hyper.{name}", given, [key for key in REGISTRY[name].hyperparameters if key not in tuned])
-        if not self.sizes:
-            raise ValueError("[sizes] names no size; valid: one or more")
+            self._check_hyper(name, given)
+        self._check_models()
         for purpose, runs in self.plan:
             self._check_plan(purpose, runs)
         for key in ("validation_tokens", "propagation_tokens", "calibration_tokens"):
             tokens, least = getattr(self.measure, key), self.training.context
             if tokens < least:
                 raise ValueError(f"measure.{key} must be {least} (training.context) or more, not {tokens}")
+
+    def _check_hyper(self, name: str, given: dict[str, Hyperparameter]) -> None:
+        tuned = ROLE_RATES if self.tuning else ()
+        kinds = REGISTRY[name].annotations
+        check_keys(f"hyper.{name}", given, [k for k, kind in kinds.items() if k not in tuned and "dtype" not in kind])
+        for key, value in given.items():
+            parse(value, KINDS.get(kinds[key], Hyperparameter), f"hyper.{name}.{key}")
+
+    def _check_models(self) -> None:
+        """ValueError for sizes out of order or unlike any model, and for trainings of no step or without end."""
+        if not self.sizes:
+            raise ValueError("[sizes] names no size; valid: one or more")
+        if len({size.lower() for size in self.sizes}) < len(self.sizes):
+            raise ValueError(f"[sizes] has names that differ in case alone: {', '.join(self.sizes)}")
+        training, counts = self.training, []
+        for name, size in self.sizes.items():
+            counts.append(size.model(self.corpus.vocab_size).n_parameters)
+            if counts[-1] > LARGEST_MODEL:
+                raise ValueError(f"sizes.{name} has {counts[-1]:,} parameters; valid: {LARGEST_MODEL:,} at most")
+            if not training.evaluations <= (steps := training.steps_of(counts[-1])) <= MOST_STEPS:
+                raise ValueError(
+                    f"sizes.{name} is trained for {steps:,} steps of {training.tokens_per_step:,} tokens; valid: from "
+                    f"{training.evaluations} (training.evaluations) to {MOST_STEPS:,}"
+                )
+        if counts != sorted(counts):
+            raise ValueError(f"[sizes] must have the smallest size first, not {', '.join(self.sizes)} ({counts})")
+        if training.validation_tokens < training.context:
+            raise ValueError(
+                f"training.validation_tokens must be {training.context} (training.context) or more, "
+                f"not {training.validation_tokens}"
+            )
 
     def _check_learning_rates(self) -> None:
         subjects = [name for name, entry in REGISTRY.items() if entry.subject]
@@ -241,6 +282,8 @@ def read_scale(name: str) -> Scale:
         raise ValueError(f"unknown scale {name!r}; valid: {', '.join(scales())}")
     try:
         scale: Scale = parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
+    except RecursionError:
+        raise ValueError(f"{file}: nested too deeply") from None
     except ValueError as error:  # TOML that cannot be read is one, too
         raise ValueError(f"{file}: {error}") from None
     return scale

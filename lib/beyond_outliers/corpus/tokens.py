@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import bytes_per_token, sample, train_tokenizer
 from beyond_outliers.corpus.encoding import TextEncoder
@@ -34,7 +34,7 @@ from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import pinned_sources
 
 BUILDERS = {"embedded": 1, "other": 2}  # raise when the same settings would give other tokens
-CHECKSUM_UP_TO = 2**28  # bytes; larger token files are checked by size only when opened
+CHECKSUM_UP_TO = 2**32  # bytes; larger token files are checked by size only when opened, `make verify` reads them
 CHUNK = 2**20  # characters that are tokenized at a time
 
 
@@ -200,7 +200,8 @@ def _opened(folder: Path) -> Corpus | None:
     if (stamp := _stamp(folder)) is None:
         return None
     if folder not in _OPEN or _OPEN[folder][0] != stamp:
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, checksums.DamagedFile):
+            checksums.check(folder, "meta.json", "tokenizer.json")
             corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
             if _intact(corpus):
                 _OPEN[folder] = stamp, corpus
@@ -281,6 +282,7 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> Co
             warnings.warn(f"{skipped.total()} rows without text were skipped: {dict(skipped)}", stacklevel=3)
         shutil.rmtree(temporary / "store")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        checksums.seal(temporary)
         os.replace(temporary, folder)
         return Corpus(folder, json.loads((folder / "meta.json").read_text()))
     finally:

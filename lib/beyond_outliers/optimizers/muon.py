@@ -70,8 +70,9 @@ class Muon(StackedOptimizer):
         require_common(lr, weight_decay)
         require(adamw_lr >= 0, "adamw_lr", adamw_lr, "at least 0")
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(ns_steps >= 1, "ns_steps", ns_steps, "at least 1")
+        require(1 <= ns_steps <= 100, "ns_steps", ns_steps, "between 1 and 100")
         require_betas(adamw_betas, "adamw_betas")
+        require(adamw_eps >= 0, "adamw_eps", adamw_eps, "at least 0")
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "betas": tuple(adamw_betas), "eps": adamw_eps}
         super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})

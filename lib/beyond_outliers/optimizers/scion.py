@@ -57,7 +57,7 @@ class Scion(StackedOptimizer):
         require(embedding_lr >= 0, "embedding_lr", embedding_lr, "at least 0")
         require(vector_lr >= 0, "vector_lr", vector_lr, "at least 0")
         require(embedding_lmo in EMBEDDING_LMOS, "embedding_lmo", embedding_lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
-        require(ns_steps >= 1, "ns_steps", ns_steps, "at least 1")
+        require(1 <= ns_steps <= 100, "ns_steps", ns_steps, "between 1 and 100")
         require(not (constrained and weight_decay), "weight_decay", weight_decay, "0 when constrained")
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}

@@ -33,7 +33,7 @@ def _where(study: Study) -> None:
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("reproduce", "notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay"),
+    *("reproduce", "notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay", "verify"),
 )
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     for step in STEPS:
         one = steps.add_parser(step)
-        one.add_argument("--scale", required=True)
+        one.add_argument("--scale", required=step != "verify")
         if step == "train":
             one.add_argument("--run", required=True, help="name of a planned run")
         if step in ("train", "tune"):
@@ -68,9 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
         if step == "publish":
             one.add_argument("--partial", action="store_true", help="although runs of the plan are missing")
+        if step == "verify":
+            one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
+    if given.step == "verify":
+        from beyond_outliers.study.verify import verify
+
+        return verify(given.scale, given.runs)
     study = Study(given.scale)
     if given.step in ("corpus", "plan"):
         study.check()

@@ -5,6 +5,7 @@ bfloat16 (relative error at most 2^-9) moves a loss by far less than a seed does
 checkpoint is not a row of the tables.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.metrics import without_down
 from beyond_outliers.study.measure import measure_model
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.folder import RunResult, model_of, weights_path
+from beyond_outliers.train.folder import RunResult, model_of
 
 LARGEST = 20_000_000  # bytes a scale
 
@@ -46,11 +47,10 @@ def keep(study: Study) -> list[Path]:
     for result in chosen.values():
         target = folder(study.scale) / f"{result.config.name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
-        weights = load_file(weights_path(result.folder, result.row["steps"]))
-        temporary = target.with_suffix(".tmp")
+        weights = result.weights(result.row["steps"])
         halves = {name: value.to(torch.bfloat16) for name, value in weights.items()}
-        save_file(halves, temporary, metadata={"config": result.config.to_json(), "run": result.config.name})
-        temporary.replace(target)
+        metadata = {"config": result.config.to_json(), "run": result.config.name}
+        checksums.write_files(target.parent, {target.name: partial(save_file, halves, metadata=metadata)})
         written.append(target)
     if (size := sum(file.stat().st_size for file in folder(study.scale).glob("*.safetensors"))) > LARGEST:
         raise ValueError(f"the checkpoints of {study.scale} take {size:,} bytes, more than {LARGEST:,}")
@@ -64,6 +64,7 @@ def checkpoints(scale: str) -> dict[str, Path]:
 
 def load_checkpoint(file: Path) -> tuple[RunConfig, nn.Module]:
     """The run's config and its model in float32 and evaluation mode. ValueError for a file without a config."""
+    checksums.check(file.parent, file.name, remedy="take it from the repository again (git restore)")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
     if "config" not in metadata:

@@ -1,7 +1,8 @@
-"""What can be known of a scale before it trains for hours: formats, schemes and hyperparameters that would stop it."""
+"""What can be known of a scale before it trains for hours: what would stop it, from its text to its hyperparameters."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from beyond_outliers import paths
@@ -10,12 +11,20 @@ from beyond_outliers.config.protocol import Protocol
 
 
 def check(protocol: Protocol) -> None:
-    """ValueError now for what would stop the study only after its training: a format, scheme or hyperparameter."""
+    """ValueError now for what would stop the study later: a text, format, scheme or hyperparameter."""
+    from beyond_outliers.corpus.sources import READERS
     from beyond_outliers.model import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
     from beyond_outliers.quantizers.trainable import SCHEMES
     from beyond_outliers.study.measure import specs
 
+    with _named(protocol, "corpus.wheels"):
+        for wheel in protocol.corpus.wheels:
+            choose("wheel", wheel, READERS)
+    source = protocol.corpus.source
+    with _named(protocol, "corpus.source"):
+        if source not in ("embedded", "climbmix") and not Path(source).exists():
+            raise ValueError(f"there is no file or folder {source!r}; valid: embedded, climbmix, or a path")
     measured = protocol.measure
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}

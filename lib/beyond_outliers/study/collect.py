@@ -1,19 +1,20 @@
 """From the folders of runs to the tidy tables of a study, and from another machine's tables into them."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.measure import measure_folder
 from beyond_outliers.study.own import take_up
-from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults
+from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table
 from beyond_outliers.study.trajectory import trajectory_file
-from beyond_outliers.train.folder import RunResult
+from beyond_outliers.train.folder import RunResult, check
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -27,7 +28,7 @@ def collect(study: "Study") -> None:
     purposes: dict[str, list[str]] = {}
     for planned in study.planned():
         purposes.setdefault(planned.config.name, []).append(planned.purpose)
-    results = {p.config.name: r for p in study.planned() if (r := study.result(p)) is not None}
+    results = {p.config.name: r for p in study.planned() if (r := study.result(p)) is not None and is_whole(r)}
     if not results and not (study.results / "runs.csv").exists():
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
     by_seed = study.protocol.measure.trajectory
@@ -55,7 +56,7 @@ def collect(study: "Study") -> None:
     for name, tables in parts.items():
         _write(study, name, tables, kept)
     if by_seed and common:  # of all rows, wherever they were made
-        paths.write_whole(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
+        checksums.write_text(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
     elif common:
         _write(study, "common_loss", common, {run for run, of in purposes.items() if "full_precision" in of})
 
@@ -78,10 +79,11 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
     table = table[["run", *[column for column in table.columns if column != "run"]]]
     file = study.results / f"{name}.csv"
     if file.exists():
+        check_table(study.results, name)
         old = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")
         old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
         table = pd.concat([table, old], ignore_index=True) if len(old) else table
-    paths.write_whole(file, table.to_csv(index=False))
+    checksums.write_text(file, table.to_csv(index=False))
 
 
 def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
@@ -95,6 +97,7 @@ def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False)
     names = set(runs.run)
     for name in wanted:
         file = study.results / f"{name}.csv"
+        check_table(study.results, name)
         rows = (
             pd.read_csv(file, usecols=lambda c: c in ("run", "checkpoint"))
             if file.exists()
@@ -121,6 +124,19 @@ def done(study: "Study") -> set[str]:
         if here or planned.config.name in complete[planned.purpose]:
             found.add(planned.config.name)
     return found
+
+
+def is_whole(result: RunResult) -> bool:
+    """Whether all that the tables take from a run is what was written; a warning says what is not."""
+    along = trajectory_file(result)
+    try:
+        check(result.folder, "metrics.csv", *([along.name] if along.exists() else []))
+        for folder in result.folder.glob("measure-*"):
+            check(folder)
+    except checksums.DamagedFile as damage:
+        warnings.warn(f"left out of the tables: {damage}", stacklevel=2)
+        return False
+    return True
 
 
 def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
@@ -155,6 +171,8 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
         source, target = folder / f"{name}.csv", study.results / f"{name}.csv"
         if name in ("common_loss", "machines") or not source.exists():
             continue
+        check_table(folder, name)
+        check_table(study.results, name)
         table = pd.read_csv(source, dtype={"size": str}, float_precision="round_trip")
         if name == "learning_rates":
             keys = ["size", "optimizer"]
@@ -166,7 +184,7 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
         else:
             table = table[table.run.isin(new)]
             old = pd.read_csv(target, float_precision="round_trip") if target.exists() else table[:0]
-        paths.write_whole(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
+        checksums.write_text(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
     both = ours.merge(theirs, on="run", suffixes=("_here", "_there"))
     columns = ["run", "val_loss_here", "val_loss_there", "device_name_here", "device_name_there"]
     both = both[columns].assign(difference=(both.val_loss_here - both.val_loss_there).abs())
@@ -175,5 +193,5 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     elsewhere = both[both.device_name_here != both.device_name_there]
     known = pd.concat([*old, elsewhere], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
     if len(known):
-        paths.write_whole(file, known.to_csv(index=False))
+        checksums.write_text(file, known.to_csv(index=False))
     return both

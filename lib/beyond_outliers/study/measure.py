@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from beyond_outliers import checksums
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
@@ -94,6 +95,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
         table.insert(1, "step", step)
         table.to_csv(temporary / f"{name}.csv", index=False)
     (temporary / f"{level}.done").touch()
+    checksums.seal(temporary)
     shutil.rmtree(target, ignore_errors=True)
     try:
         os.replace(temporary, target)

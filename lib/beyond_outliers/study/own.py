@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.study.tables import TABLES, MissingResults
 
 if TYPE_CHECKING:
@@ -60,10 +60,12 @@ def publish(study: "Study", partial: bool = False) -> str:
         raise ValueError(
             f"{own} lacks {', '.join(unjudged)}: run `python -m beyond_outliers.claims --scale {study.scale}`"
         )
+    checksums.check(own, remedy="collect it again: `python -m beyond_outliers.study collect`, then the claims")
     said = _replaced(own / "runs.csv", committed / "runs.csv")
     committed.mkdir(parents=True, exist_ok=True)
     for file in sorted(own.glob("*.csv"), key=lambda file: file.stem == "runs"):  # `runs` last
         os.replace(file, committed / file.name)
+    checksums.seal(committed)
     shutil.rmtree(own)
     study.results = committed
     return f"{committed}: {said}. `make figures SCALE={study.scale}` draws their pages"

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums
 from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import own
+from beyond_outliers.study.tables import check_table
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -24,6 +25,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
     table, file = pd.DataFrame(rows), own.take_up(study) / "learning_rates.csv"
     if file.exists():
+        check_table(file.parent, file.stem)
         old = pd.read_csv(file, dtype={"size": str})
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
     if lent := study.protocol.lent:
@@ -32,7 +34,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
         table = pd.concat([table, pd.DataFrame(keys).assign(edge=False, n_runs=0, chosen_by=source)])
         table["chosen_by"] = table.chosen_by.fillna(study.scale)
     table = table.sort_values("size", key=lambda sizes: sizes.map(study.protocol.sizes.index), kind="stable")
-    paths.write_whole(file, table.to_csv(index=False))
+    checksums.write_text(file, table.to_csv(index=False))
     return table.reset_index(drop=True)
 
 

@@ -6,7 +6,7 @@ The workflow (Snakefile) does the same steps (see `steps`) side by side, each a 
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from beyond_outliers import paths
 from beyond_outliers.config.learning_rates import Rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.steps import Step, choices, needs
-from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults
+from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table
 
 if TYPE_CHECKING:
     from beyond_outliers.train.folder import RunResult
@@ -50,6 +51,7 @@ class Study:
         file = self.results / f"{name}.csv"
         if not file.exists():
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
+        check_table(self.results, name)
         return pd.read_csv(file, dtype={"size": str})
 
     def has(self, name: str) -> bool:
@@ -96,9 +98,9 @@ class Study:
 
     def loss(self, name: str) -> float | None:
         """Final validation loss of a run, from its folder or else from the tables; nan: diverged, None: not ended."""
-        from beyond_outliers.train.folder import load_result
+        from beyond_outliers.train.folder import whole_result
 
-        if name not in self._losses and (result := load_result(self.runs_folder / name)):
+        if name not in self._losses and (result := whole_result(self.runs_folder / name)):
             self._losses[name] = result.row["val_loss"]
         return self._losses.get(name, self._committed_losses.get(name))
 
@@ -108,14 +110,14 @@ class Study:
         file = self.results / "runs.csv"
         if not file.exists():
             return {}
-        rows = pd.read_csv(file, usecols=["run", "val_loss"])
+        rows = self.table("runs")
         return dict(zip(rows.run, rows.val_loss, strict=True))
 
     def result(self, planned: Planned) -> "RunResult | None":
-        """The run's result from its folder, None when it has not ended here."""
-        from beyond_outliers.train.folder import load_result, run_folder
+        """The run's result from its folder; None when it has not ended here, or, with a warning, when it is damaged."""
+        from beyond_outliers.train.folder import run_folder, whole_result
 
-        return load_result(run_folder(planned.config, paths.RUNS))
+        return whole_result(run_folder(planned.config, paths.RUNS))
 
     def done(self) -> set[str]:
         """Names of the planned runs that are trained and measured: here, or complete in the tables (see `collect`)."""
@@ -217,6 +219,8 @@ class Study:
 
         from beyond_outliers.study.measure import measure_run
 
+        choose("size", size, self.protocol.sizes)
+        choose("purpose", purpose, self.protocol.purposes(size))
         torch.set_num_threads(self.protocol.threads)
         settings = self.protocol.measure
         common = dict(self.common_loss(size)[["run", "step"]].values) if purpose == "full_precision" else {}
@@ -271,17 +275,15 @@ class Study:
 
     def do(self, step: Step, progress: bool = True) -> Any:
         """Does one step whose needs are there, and returns what it found."""
-        if step.kind == "corpus":
-            return self.prepare_corpus()
-        if step.kind == "train":
-            return self.train(self.find(step.run), progress=progress)
-        if step.kind == "tune":
-            return self.tune(step.size, step.optimizer, progress=progress)
-        if step.kind == "choose":
-            return self.choose_learning_rates(step.size)
-        if step.kind == "measure":
-            return self.measure(step.purpose, step.size)
-        return self.collect()
+        steps: dict[str, Callable[[], Any]] = {
+            "corpus": self.prepare_corpus,
+            "train": lambda: self.train(self.find(step.run), progress=progress),
+            "tune": lambda: self.tune(step.size, step.optimizer, progress=progress),
+            "choose": lambda: self.choose_learning_rates(step.size),
+            "measure": lambda: self.measure(step.purpose, step.size),
+            "collect": self.collect,
+        }
+        return steps[step.kind]()
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -292,7 +294,9 @@ class Study:
         return [p for p in self.planned(size) if p.purpose == purpose]
 
     def required(self, planned: Planned) -> "RunResult":
-        result = self.result(planned)
+        from beyond_outliers.train.folder import load_result, run_folder
+
+        result = load_result(run_folder(planned.config, paths.RUNS))
         if result is None:
             raise MissingResults(
                 f"run {planned.config.name} has not ended: run `make reproduce SCALE={self.scale}`, or "

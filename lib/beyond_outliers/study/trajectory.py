@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from beyond_outliers import paths
+from beyond_outliers import checksums
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
@@ -21,14 +20,14 @@ from beyond_outliers.propagation.output_error import output_errors
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.study.measure import validation_batches
-from beyond_outliers.train.folder import RunResult, model_of, weights_path
+from beyond_outliers.train.folder import RunResult, model_of
 
 AVERAGED = 4  # checkpoints: a fifth of a run of twenty
 
 
 def averaged_model(result: RunResult, steps: list[int]) -> nn.Module:
     """The model whose every weight is the mean (in float64) of the weights of several checkpoints; evaluation mode."""
-    states = [load_file(weights_path(result.folder, step)) for step in steps]
+    states = [result.weights(step) for step in steps]
     mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(states[0][name]) for name in states[0]}
     return model_of(result.config, mean, f"the mean of the checkpoints {steps}")
 
@@ -82,5 +81,5 @@ def measure_trajectory(result: RunResult, settings: Measure) -> Path:
     if not file.exists():
         specs = [QuantSpec.named(settings.primary)]
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
-        paths.write_whole(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
+        checksums.write_text(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
     return file

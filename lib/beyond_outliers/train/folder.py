@@ -4,10 +4,12 @@ config.json                the resolved RunConfig
 metrics.csv                tidy: one row a logged step (train loss) or evaluation (validation loss)
 weights/000120.safetensors the weights at every evaluation, the last of them final
 result.json                one flat row, written when the run ends: finished or diverged
-state.pt                   optimizer state of the last evaluation, removed when the run ends
+state-000120.pt            all that the run needs to go on from a step: the last two, removed when the run ends
+SHA256SUMS                 what all these files must be; checked whenever one of them is read
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import cast
 
 import pandas as pd
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import nn
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import LlamaConfig, ModelConfig, Olmo2Config, RunConfig
 from beyond_outliers.decoder import Decoder
 from beyond_outliers.llama import Llama
@@ -39,6 +41,7 @@ class RunResult:
 
     @property
     def metrics(self) -> pd.DataFrame:
+        check(self.folder, "metrics.csv")
         return pd.read_csv(self.folder / "metrics.csv")
 
     @property
@@ -50,13 +53,29 @@ class RunResult:
 
     def load_model(self, step: int | None = None) -> nn.Module:
         """The model with the weights of an evaluation, by default the last; on CPU, in eval mode."""
+        step = self.row["steps"] if step is None else step
+        check(self.folder, weights_name(step))
         model = build_model(self.config)
-        load_model(model, weights_path(self.folder, self.row["steps"] if step is None else step))
+        load_model(model, weights_path(self.folder, step))
         return model.eval()
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """The weights of an evaluation as they are stored."""
+        check(self.folder, weights_name(step))
+        return load_file(weights_path(self.folder, step))
+
+
+def check(folder: Path, *names: str) -> None:
+    """DamagedFile, with the remedy, unless these files of a run are as they were written; all by default."""
+    checksums.check(folder, *names, remedy=f"delete the folder {folder} and run the same command again")
+
+
+def weights_name(step: int) -> str:
+    return f"weights/{step:06d}.safetensors"
 
 
 def weights_path(folder: Path, step: int) -> Path:
-    return folder / "weights" / f"{step:06d}.safetensors"
+    return folder / weights_name(step)
 
 
 def run_folder(config: RunConfig, root: Path | None = None) -> Path:
@@ -64,11 +83,21 @@ def run_folder(config: RunConfig, root: Path | None = None) -> Path:
 
 
 def load_result(folder: Path) -> RunResult | None:
-    """The result in a run's folder, None when the run has not ended."""
+    """The result in a run's folder, None when the run has not ended. DamagedFile when it is not what was written."""
     if not (folder / "result.json").exists():
         return None
+    check(folder, "config.json", "result.json")
     config = RunConfig.from_json((folder / "config.json").read_text())
     return RunResult(config, folder, json.loads((folder / "result.json").read_text()))
+
+
+def whole_result(folder: Path) -> RunResult | None:
+    """As `load_result`, but None, with a warning, for a result that is not what was written."""
+    try:
+        return load_result(folder)
+    except checksums.DamagedFile as damage:
+        warnings.warn(f"left out: {damage}", stacklevel=3)
+        return None
 
 
 def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object) -> nn.Module:
@@ -89,6 +118,30 @@ def build_model(config: RunConfig) -> Decoder:
         spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
         model = cast(Decoder, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
     return model
+
+
+def result_row(
+    config: RunConfig, status: str, reason: str, rows: list[dict], steps: int, seconds: float, epochs: float
+) -> dict:
+    """What result tables show of a run that has ended ("finished" or "diverged"), by its logged `rows`."""
+    last = next(row for row in reversed(rows) if "val_loss" in row)
+    metrics, finished = pd.DataFrame(rows), status == "finished"
+    speed = metrics.tokens_per_second if "tokens_per_second" in metrics else pd.Series(dtype=float)
+    return {
+        "run": config.name,
+        "run_id": config.run_id,
+        "status": status,
+        "reason": reason,
+        **flat_config(config),
+        "val_loss": last["val_loss"] if finished else float("nan"),
+        "val_standard_error": last["val_standard_error"],
+        "bits_per_byte": last["bits_per_byte"] if finished else float("nan"),
+        "steps": steps,
+        "tokens": steps * config.tokens_per_step,
+        "epochs": epochs,
+        "seconds": seconds,
+        "tokens_per_second": float(speed.median()),  # the median leaves out compilation and other stalls
+    }
 
 
 def flat_config(config: RunConfig) -> dict:

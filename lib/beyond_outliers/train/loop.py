@@ -10,6 +10,7 @@ under torchrun for data parallelism.
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,20 +23,30 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
-from beyond_outliers.decoder import Decoder
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.quantizers.convert import weights_held
-from beyond_outliers.train.folder import RunResult, build_model, flat_config, load_result, run_folder, weights_path
-from beyond_outliers.train.machine import device_named, provenance, should_compile
+from beyond_outliers.train.folder import (
+    RunResult,
+    build_model,
+    load_result,
+    result_row,
+    run_folder,
+    weights_name,
+    weights_path,
+)
+from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
+from beyond_outliers.train.machine import LossModule, device_named, provenance, should_compile
+from beyond_outliers.train.state import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
+SAVE_EVERY = 240.0  # seconds; with the step in progress, less than five minutes are lost
 
 
 class Diverged(Exception):
@@ -53,6 +64,10 @@ def train(
 ) -> RunResult:
     """Trains one run to its end and returns its result; resumes by itself; a finished run is only loaded.
 
+    Of two processes that train the same run, the second says who the first is and waits for its result. On SIGTERM the
+    run is saved and the process ends with exit code 75. DamagedFile, with the remedy, for a finished run whose files
+    are not what was written; a damaged state is named, and the one before it is gone on from.
+
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
     threads: CPU threads, None for torch's default. root: folder of all runs, by default data/runs.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
@@ -63,33 +78,19 @@ def train(
         return done
     if threads:
         torch.set_num_threads(threads)
-    run = _Run(config, folder, device, compile, progress)
-    try:
-        run.loop()
-    finally:
-        run.close()
-    if run.rank != 0:
-        return RunResult(config, folder, {})
-    done = load_result(folder)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+        if (done := load_result(folder)) is None:  # of the process that held the run
+            run = _Run(config, folder, device, compile, progress)
+            try:
+                run.loop()
+            finally:
+                run.close()
+            if rank != 0:
+                return RunResult(config, folder, {})
+            done = load_result(folder)
     assert done is not None, "a run that has ended has written its result"
     return done
-
-
-class LossModule(nn.Module):
-    """forward = loss, so that data parallelism wraps one call. Compiled on CUDA as a whole; on CPU all but the head,
-    whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
-    """
-
-    def __init__(self, model: Decoder, compiled: bool):
-        super().__init__()
-        self.model = model
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        self.hidden = torch.compile(model.hidden) if compiled and on_cpu else model.hidden
-        if compiled and not on_cpu:
-            self.compile()
-
-    def forward(self, ids, targets):
-        return self.model.head_loss(self.hidden(ids), targets)
 
 
 class _Run:
@@ -116,12 +117,14 @@ class _Run:
             self.loss = DistributedDataParallel(self.loss, device_ids=ids)
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict] = []
+        self.mean, self.count = torch.zeros((), device=self.device), 0  # training losses since the last logged one
+        self.clock = self.saved = time.perf_counter()
+        self.termination = Termination()
         self.progress = progress and self.rank == 0
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            paths.write_whole(folder / "config.json", config.to_json())
-        if (folder / "state.pt").exists():
-            self._restore()
+        self._restore()
+        settings, text = folder / "config.json", config.to_json()
+        if self.rank == 0 and not (settings.exists() and settings.read_bytes() == text.encode()):
+            checksums.write_text(settings, text)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -137,25 +140,16 @@ class _Run:
             disable=None if self.progress else True,
         )
         try:
-            if self.step == 0:
-                self._evaluate(save=False)
-            mean, count, clock = torch.zeros((), device=self.device), 0, time.perf_counter()
-            while self.step < config.steps:
-                mean, count = mean + self._step(), count + 1
-                bar.update()
-                evaluate = self.step in stops
-                if evaluate or self.step % log_every == 0:
-                    train_loss = (mean / count).item()
-                    now = time.perf_counter()
-                    speed = count * config.tokens_per_step / (now - clock)
-                    self.seconds += now - clock
-                    self._log(train_loss=train_loss, tokens_per_second=speed)
-                    bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
-                    if not np.isfinite(train_loss):
-                        raise Diverged(f"training loss {train_loss} at step {self.step}")
-                    if evaluate:
-                        self._evaluate(save=True)
-                    mean, count, clock = torch.zeros_like(mean), 0, time.perf_counter()
+            with self.termination:
+                if self.step == 0:
+                    self._evaluate(save=False)
+                    self.clock = time.perf_counter()
+                while self.step < config.steps:
+                    self.mean, self.count = self.mean + self._step(), self.count + 1
+                    bar.update()
+                    if self.step in stops or self.step % log_every == 0:
+                        self._log_training(bar)
+                    self._save_in_time()
             status, reason = "finished", ""
         except (Diverged, NonFiniteGradientError) as error:
             status, reason = "diverged", str(error)
@@ -163,6 +157,33 @@ class _Run:
             bar.close()
         if self.rank == 0:
             self._finish(status, reason)
+
+    def _log_training(self, bar: tqdm) -> None:
+        """The mean training loss since it was last logged, and the evaluation of steps that have one."""
+        train_loss = (self.mean / self.count).item()
+        taken = time.perf_counter() - self.clock
+        speed = self.count * self.config.tokens_per_step / taken
+        self.seconds += taken
+        self._log(train_loss=train_loss, tokens_per_second=speed)
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+        if not np.isfinite(train_loss):
+            raise Diverged(f"training loss {train_loss} at step {self.step}")
+        self.mean, self.count = torch.zeros_like(self.mean), 0
+        if self.step in evaluation_steps(self.config):
+            self._evaluate(save=True)
+        self.clock = time.perf_counter()
+
+    def _save_in_time(self) -> None:
+        """Saves when the last time is long ago, and when the process is asked to end, which it then does."""
+        late = time.perf_counter() - self.saved > SAVE_EVERY
+        if self.rank == 0 and (late or self.termination.asked) and self.step < self.config.steps:
+            self._save()
+        if self.termination.asked and self.step < self.config.steps:
+            if self.rank == 0:
+                print(
+                    f"SIGTERM: {self.config.name} is saved at step {self.step}; run it again to go on", file=sys.stderr
+                )
+            raise SystemExit(TRY_AGAIN)
 
     def _step(self) -> torch.Tensor:
         """One optimizer step; returns the mean training loss of its batch as a 0-d tensor."""
@@ -192,7 +213,10 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.world > 1:
-            dist.all_reduce(total, op=dist.ReduceOp.SUM)
+            asked = torch.full_like(total, self.termination.asked)  # all workers stop after the same step
+            shared = torch.stack([total, asked])
+            dist.all_reduce(shared, op=dist.ReduceOp.SUM)
+            total, self.termination.asked = shared[0], bool(shared[1].item())
         return total / self.world
 
     def _autocast(self):
@@ -217,7 +241,7 @@ class _Run:
         if high[-1] and (not np.isfinite(found.loss) or self.step == config.steps or high[-2]):
             raise Diverged(f"validation loss {found.loss:.3f} at step {self.step}, {start:.3f} at the start")
         if save and self.rank == 0:
-            self._save()
+            self._save(evaluated=True)
 
     def _log(self, **values) -> None:
         tokens = self.step * self.config.tokens_per_step
@@ -227,56 +251,46 @@ class _Run:
             lr = self.optimizer.param_groups[0]["lr"]
             self.rows.append({"step": self.step, "tokens": tokens, "lr": lr, "seconds": self.seconds, **values})
 
-    def _write_metrics(self) -> None:
+    def _write_metrics(self, path: Path) -> None:
         columns = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]
         columns += ["val_loss", "val_standard_error", "bits_per_byte"]
-        table = pd.DataFrame(self.rows).reindex(columns=columns)
-        paths.write_whole(self.folder / "metrics.csv", table.to_csv(index=False))
+        pd.DataFrame(self.rows).reindex(columns=columns).to_csv(path, index=False)
 
-    def _save(self) -> None:
-        path = weights_path(self.folder, self.step)
-        path.parent.mkdir(exist_ok=True)
-        save_model(self.model, str(path.with_suffix(".tmp")))
-        os.replace(path.with_suffix(".tmp"), path)
-        self._write_metrics()
+    def _save(self, evaluated: bool = False) -> None:
+        """Writes all that the run needs to go on, and the weights of an evaluation."""
         state = {
+            "run_id": self.config.run_id,
             "step": self.step,
             "rows": self.rows,
             "seconds": self.seconds,
+            "mean": self.mean,
+            "count": self.count,
+            "taken": time.perf_counter() - self.clock,
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, self.folder / "state.tmp")
-        os.replace(self.folder / "state.tmp", self.folder / "state.pt")  # last: a state always has its weights
+        weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
+        write_state(self.folder, state, {**weights, "metrics.csv": self._write_metrics})
+        self.saved = time.perf_counter()
 
     def _restore(self) -> None:
-        state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
-        load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
+        if (state := read_state(self.folder, self.config, self.device)) is None:
+            return
+        if "model" in state:
+            self.model.load_state_dict(state["model"])
+        else:  # of a run that an older version began
+            load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.mean, self.count = state.get("mean", self.mean), state.get("count", self.count)
+        self.clock = time.perf_counter() - state.get("taken", 0.0)
 
     def _finish(self, status: str, reason: str) -> None:
-        self._write_metrics()
-        config, metrics = self.config, pd.DataFrame(self.rows)
-        last = next(row for row in reversed(self.rows) if "val_loss" in row)
-        speed = metrics.tokens_per_second if "tokens_per_second" in metrics else pd.Series(dtype=float)
-        row = {
-            "run": config.name,
-            "run_id": config.run_id,
-            "status": status,
-            "reason": reason,
-            **flat_config(config),
-            "val_loss": last["val_loss"] if status == "finished" else float("nan"),
-            "val_standard_error": last["val_standard_error"],
-            "bits_per_byte": last["bits_per_byte"] if status == "finished" else float("nan"),
-            "steps": self.step,
-            "tokens": self.step * config.tokens_per_step,
-            "epochs": self.step * config.batch_size / self.batches.windows,
-            "seconds": self.seconds,
-            "tokens_per_second": float(speed.median()),  # the median leaves out compilation and other stalls
-            **provenance(self.device, self.compiled),
-        }
-        paths.write_whole(self.folder / "result.json", json.dumps(row, indent=1))
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        epochs = self.step * self.config.batch_size / self.batches.windows
+        row = result_row(self.config, status, reason, self.rows, self.step, self.seconds, epochs)
+        text = json.dumps(row | provenance(self.device, self.compiled), indent=1)
+        written = {"metrics.csv": self._write_metrics, "result.json": lambda path: path.write_text(text)}
+        checksums.write_files(self.folder, written, remove=[file.name for file in states(self.folder)])
 
     def close(self) -> None:
         if self.world > 1:

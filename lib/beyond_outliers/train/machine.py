@@ -1,4 +1,4 @@
-"""Where, when and with what a number was made: device, versions, commit."""
+"""What a run is computed on and how: device, compilation; and where, when and with what its numbers were made."""
 
 import contextlib
 import importlib.metadata
@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.decoder import Decoder
 
+# nats by which the losses of one run differed between two x86 processors: in the median, and at most
+MACHINE_EFFECT = 0.007, 0.1
 COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
@@ -39,6 +43,23 @@ def should_compile(compile: bool | str, config: RunConfig, device: torch.device)
     return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE
 
 
+class LossModule(nn.Module):
+    """forward = loss, so that data parallelism wraps one call. Compiled on CUDA as a whole; on CPU all but the head,
+    whose loss is library calls on slices of tokens, nothing to fuse (`losses`).
+    """
+
+    def __init__(self, model: Decoder, compiled: bool):
+        super().__init__()
+        self.model = model
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.hidden = torch.compile(model.hidden) if compiled and on_cpu else model.hidden
+        if compiled and not on_cpu:
+            self.compile()
+
+    def forward(self, ids, targets):
+        return self.model.head_loss(self.hidden(ids), targets)
+
+
 def provenance(device: torch.device, compiled: bool) -> dict:
     """Where, when and with what a number was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -59,8 +80,7 @@ def provenance(device: torch.device, compiled: bool) -> dict:
 def processor() -> str:
     """The CPU, as exactly as the system tells, and the vector instructions that torch uses on it.
 
-    Numbers differ between processors in their last digits, and training amplifies that: 7 thousandths of a nat in the
-    median, a tenth at most, between two x86 machines.
+    Numbers differ between processors in their last digits, and training amplifies that (MACHINE_EFFECT).
     """
     fields = {}
     with contextlib.suppress(OSError):

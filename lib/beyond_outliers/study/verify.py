@@ -1,0 +1,78 @@
+"""`make verify`: whether what lies on disk is what was written, and whether runs come out as their table says."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from beyond_outliers import checksums, paths
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.scale import scales
+from beyond_outliers.study.study import Study
+from beyond_outliers.train.loop import train
+from beyond_outliers.train.machine import MACHINE_EFFECT, processor
+
+
+def damages(folder: Path) -> list[str]:
+    """What is wrong with the files of a folder and of those below it that have sums, one line a folder."""
+    found = []
+    for sums in sorted(folder.rglob(checksums.SUMS)):
+        try:
+            checksums.check(sums.parent)
+        except checksums.DamagedFile as damage:
+            found.append(str(damage))
+    return found
+
+
+def unlisted(scale: str) -> list[str]:
+    """Tables of a scale that no sum protects."""
+    folder = paths.RESULTS / scale
+    listed = checksums.read_sums(folder) or {}
+    return [f"{file} is in no {checksums.SUMS}" for file in sorted(folder.glob("*.csv")) if file.name not in listed]
+
+
+def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataFrame:
+    """Up to `count` runs of the smallest size, drawn at random, trained from nothing: losses there and here, in nats.
+
+    Columns: run, there, here, difference, same_processor, verdict ("same", "machine effect", "differs").
+    """
+    table = study.table("runs")
+    table = table[(table["size"] == study.protocol.sizes[0]) & (table.status == "finished")].set_index("run")
+    known = [planned for planned in study.planned() if planned.config.name in table.index]
+    chosen = random.Random(seed).sample(known, min(count, len(known)))
+    rows = []
+    for planned in chosen:
+        with tempfile.TemporaryDirectory() as root:
+            there = table.loc[planned.config.name]
+            here = train(planned.config, threads=study.protocol.threads, root=Path(root), progress=False)
+            loss, before = here.row["val_loss"], float(there.val_loss)
+            difference = abs(loss - before)
+            verdict = "same" if loss == before else "machine effect" if difference <= MACHINE_EFFECT[1] else "differs"
+            same = there.device_name == processor()
+            rows.append((planned.config.name, before, loss, difference, same, verdict))
+    return pd.DataFrame(rows, columns=["run", "there", "here", "difference", "same_processor", "verdict"])
+
+
+def verify(scale: str | None, count: int) -> int:
+    """Prints what is damaged: of all scales' tables, or of all that one has; trains runs of that one again.
+
+    Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
+    """
+    choose("scale", scale, [None, *scales()])
+    chosen = [scale] if scale else [name for name in scales() if (paths.RESULTS / name).exists()]
+    wrong = [line for name in chosen for line in [*damages(paths.RESULTS / name), *unlisted(name)]]
+    if scale:
+        wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")
+    print(*wrong, sep="\n", end="\n" * bool(wrong))
+    print(f"tables of {', '.join(chosen)}: {f'{len(wrong)} damages' if wrong else 'every byte is what was written'}")
+    if not scale or not count:
+        return int(bool(wrong))
+    again = trained_again(Study(scale), count)
+    print(again.to_string(index=False))
+    median, most = MACHINE_EFFECT
+    print(
+        f"{len(again)} runs trained again. On another processor a loss differs by {median} nats in the median and "
+        f"{most} at most (the machine effect); on the same one, with the same versions and threads, by nothing."
+    )
+    return int(bool(wrong) or "differs" in set(again.verdict))

@@ -1,0 +1,63 @@
+"""One process a run, and what it does when a batch system asks it to stop."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+TRY_AGAIN = 75  # exit code (EX_TEMPFAIL) of a run that saved and stopped: the same command goes on
+
+
+class RunHeld(RuntimeError):
+    """Another process holds the lock; the message names it."""
+
+
+@contextlib.contextmanager
+def held(file: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a lock file as the only process; it is free again as soon as its holder ends, however that was killed.
+
+    While another process holds it: says which one, and waits for it, or (wait=False) raises RunHeld.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            message = f"{file.parent} is held by {lock.read().strip() or 'another process'}"
+            if not wait:
+                raise RunHeld(f"{message}: wait for it, or end it") from None
+            print(f"{message}; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            print(f"{file} cannot be locked ({error}); see to it that no other process works there", file=sys.stderr)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n")
+        lock.flush()
+        yield
+
+
+class Termination:
+    """Whether SIGTERM has come, while this is entered; the signal itself then ends nothing."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Termination":
+        self._here = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+        if self._here:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._here:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
