@@ -21,7 +21,7 @@ LAYERS = [
     {"study"},
     {"claims"},
     {"plots"},
-    {"pages", "notebook", "beside"},
+    {"pages", "notebook", "beside", "site"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # the shell hands over to what stands below it; nothing imports a __main__
