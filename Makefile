@@ -6,6 +6,7 @@
 #   make bench                  the benchmarks, on a machine that does nothing else; prints, writes no table
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
+#   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
@@ -24,7 +25,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue figures plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue compare figures plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,6 +51,10 @@ figures: $(READY)
 continue: $(READY)
 	$(BIN)/python -m beyond_outliers.study continue --scale $(SCALE) --jobs $(CORES) \
 		$(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))
+
+compare: $(READY)
+	$(BIN)/python -m beyond_outliers.study compare --scale $(SCALE) --optimizer "$(OPTIMIZER)" \
+		$(if $(HYPER),--hyper "$(HYPER)") $(if $(RATES),--rates $(RATES)) $(if $(NAME),--name $(NAME))
 
 plan: $(READY)
 	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from beyond_outliers.config.learning_rates import Rates, read_rates
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, call, entry
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
 from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
@@ -38,7 +38,10 @@ class Protocol:
     @classmethod
     def load(cls, scale: str) -> "Protocol":
         """ValueError for an unknown scale, and for a file with unknown, missing or unfit parts."""
-        return cls(scale, read_scale(scale))
+        settings = read_scale(scale)
+        for name, label in settings.labels.items():
+            call(name, label)
+        return cls(scale, settings)
 
     # ------------------------------------------------------------------------------------------------------- settings
 
@@ -111,7 +114,7 @@ class Protocol:
 
         `auxiliary`, the rate of embedding and vectors, is for tuned scales; without one, [hyper] alone says.
         """
-        choose("optimizer", optimizer, REGISTRY)
+        entry(optimizer)  # there is one of that name
         model = self.model(size)
         if lr is None or (auxiliary is None and self.tuned and optimizer in self.optimizers):
             known = read_rates(self.scale).get((self.tuning_size(size), optimizer)) or self.guess(optimizer)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from beyond_outliers.config.parsing import Different, Name, Range, check_fields, choose, parse
+from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, choose, parse
 
 Count = Annotated[int, Range(1, 2**20)]
 Tokens = Annotated[int, Range(1, 2**29)]
@@ -128,6 +128,15 @@ class CorpusConfig:
         check_fields(self)
 
 
+# a scale, or an optimizer from outside beside it: "pocket", "pocket+lion"
+ScaleName = Annotated[
+    str,
+    Matches(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*(\+[A-Za-z0-9][A-Za-z0-9._-]*)?", "of letters, digits, '.', '_', '-', and one '+'"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What all runs of a scale share: batch, length, schedule, evaluations."""
@@ -160,9 +169,9 @@ class RunConfig(Training):
     Device, threads and compilation are arguments of `train`, and are recorded in its result.
     """
 
-    scale: Name
+    scale: ScaleName
     size: Name
-    optimizer: str
+    optimizer: str  # a name of the registry, or the module:Class of one from outside
     lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
     model: ModelConfig
     corpus: CorpusConfig
@@ -195,7 +204,8 @@ class RunConfig(Training):
     def name(self) -> str:
         """Folder name of the run: readable first, unique last."""
         precision = f"-{self.quantization['scheme']}" if self.quantization else ""
-        return f"{self.size}-{self.optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
+        optimizer = self.optimizer.replace(":", ".")  # of one from outside; not every file system takes a colon
+        return f"{self.size}-{optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
 
     def to_json(self) -> str:
         """Canonical: keys sorted. The model says its architecture where that is not the paper's."""
