@@ -90,7 +90,9 @@ def tuning(study) -> pd.DataFrame:
 def finding(study) -> str:
     """Where yours stands in loss, in damage and after QAT, in a sentence each."""
     yours, parts = label(study.yours), []
-    for name, words in ((LOSS, "ends at {}"), (DAMAGE, "loses {} under {primary}"), (QAT, "ends at {} after QAT")):
+    sayings = {LOSS: "ends at {} nats a token", DAMAGE: "loses {} nats under {primary} at the Common Loss"}
+    sayings[QAT] = "ends at {} nats after QAT"
+    for name, words in sayings.items():
         of, column = quantities()[name]
         try:
             found = compared(study, of(study), column)
@@ -101,7 +103,7 @@ def finding(study) -> str:
         best = next(other for other in found.order if other != study.yours)
         against = found.difference(study.yours, best)
         parts.append(
-            f"{said} nats a token, place {place(study, found)} from the lowest ({written(against)} against "
+            f"{said}, place {place(study, found)} from the lowest ({written(against)} against "
             f"{label(best)}; {found.over}, {found.n(study.yours)})"
         )
     caveat = compared(study, quantities()[LOSS][0](study), "val_loss").caveat

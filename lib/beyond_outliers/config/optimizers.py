@@ -75,7 +75,7 @@ REGISTRY: dict[str, Entry] = {
     "sgd": Entry("SGD", "beyond_outliers.optimizers.adamw:SGD", "#56B4E9", "X", subject=False),  # the study's floor
 }
 # for optimizers from outside, told apart from the study's by a marker of their own
-OUTSIDE_COLOURS = ("#882255", "#44AA99", "#999933", "#AA4499", "#6699CC", "#661100")
+OUTSIDE_COLOURS = ("#882255", "#332288", "#999933", "#666666", "#8B4513", "#661100")
 OUTSIDE_MARKERS = ("*", "h", "<", ">", "p", "d")
 _labels: dict[str, str] = {}  # what scale files call optimizers from outside
 
