@@ -8,6 +8,7 @@
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
 #   make verify                 every committed table against its checksum; with SCALE=pocket also its runs, a few trained anew
+#   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
@@ -26,7 +27,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue figures publish verify plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue compare figures publish verify plan check test test-fast bench hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,10 @@ continue: $(READY)
 verify: $(READY)
 	@$(BIN)/python -m beyond_outliers.study verify \
 		$(if $(filter command environment,$(firstword $(origin SCALE))),--scale $(SCALE)) $(if $(RUNS),--runs $(RUNS))
+
+compare: $(READY)
+	$(BIN)/python -m beyond_outliers.study compare --scale $(SCALE) --optimizer "$(OPTIMIZER)" \
+		$(if $(HYPER),--hyper "$(HYPER)") $(if $(RATES),--rates $(RATES)) $(if $(NAME),--name $(NAME))
 
 plan: $(READY)
 	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)

@@ -161,7 +161,10 @@ ASKS_FOR = {"05_qat": "qat", "06_scaling_laws": "qat"}
 
 
 def notebooks(protocol: Protocol | None = None) -> list[str]:
-    """Names of the study's notebooks, in reading order: all, or those that a scale's plan of runs has enough for."""
+    """Names of the study's notebooks, in reading order: all, or those that a scale's plan of runs has enough for.
+
+    Not among them: 10_your_optimizer, which `make compare` runs.
+    """
     names = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
     planned = protocol.purposes() if protocol else ASKS_FOR.values()
     return [name for name in names if name not in ASKS_FOR or ASKS_FOR[name] in planned]

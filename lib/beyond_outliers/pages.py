@@ -147,8 +147,9 @@ def fingerprint(scale: str, name: str) -> str:
     digest = hashlib.sha256()
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     digest.update(json.dumps([[cell["cell_type"], "".join(cell["source"])] for cell in cells]).encode())
-    for file in sorted(paths.results(scale).glob("*.csv")):
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    for folder in dict.fromkeys([scale, scale.partition("+")[0]]):  # of an optimizer from outside: the scale's, too
+        for file in sorted(paths.results(folder).glob("*.csv")):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
@@ -177,7 +178,8 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
         if not (folder / figure).exists():
             raise ValueError(f"{name} shows the figure {figure}, which is not in {folder}")
     source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
-    head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages](README.md)\n\n"
+    index = f"../{scale.partition('+')[0]}/README.md" if "+" in scale else "README.md"
+    head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages]({index})\n\n"
     if len(head + body) > LARGEST:
         raise ValueError(f"the page {name} of {scale} has {len(head + body)} bytes, more than {LARGEST}")
     target = folder / f"{name}.md"

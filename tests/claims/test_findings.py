@@ -172,10 +172,10 @@ def test_a_scale_of_three_optimizers_compares_those():
 
 
 def test_every_notebook_has_a_finding():
-    assert sorted(FINDINGS) == notebooks()
+    assert sorted(FINDINGS) == [*notebooks(), "10_your_optimizer"]  # the last is of `make compare` alone
 
 
-STUDIES = [name for name in FINDINGS if name != "08_probe_your_model"]
+STUDIES = [name for name in FINDINGS if name not in ("08_probe_your_model", "10_your_optimizer")]
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "06_scaling_laws"])  # its fits take a while

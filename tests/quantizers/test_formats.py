@@ -1,6 +1,7 @@
 """Number formats against hand tables, torch and torchao."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from beyond_outliers.quantizers import (
     FORMATS,
     QuantSpec,
     hadamard_transform,
+    quantize_model,
     quantize_tensor,
+    table,
 )
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -114,15 +117,186 @@ def test_nvfp4_is_torchaos(normal):
     assert torch.equal(quantize_tensor(x, "nvfp4"), theirs)
 
 
+def every_code(exponent_bits, mantissa_bits, bias, special=0):
+    """Non-negative values of a small float, code by code, as OCP Microscaling Formats 1.0 (5.3) defines them.
+
+    special: how many of the last codes are infinities or NaN.
+    """
+    values = []
+    for code in range(2 ** (exponent_bits + mantissa_bits) - special):
+        exponent, mantissa = divmod(code, 2**mantissa_bits)
+        fraction = mantissa / 2**mantissa_bits
+        values.append(fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
+    return values
+
+
+MX = {  # element format -> its values, exponent of the largest power of two among them
+    "mxfp4": (every_code(2, 1, 1), 2),
+    "mxfp6_e2m3": (every_code(2, 3, 1), 2),
+    "mxfp6_e3m2": (every_code(3, 2, 3), 4),
+    "mxfp8_e4m3": (every_code(4, 3, 7, special=1), 8),
+    "mxfp8_e5m2": (every_code(5, 2, 15, special=4), 15),
+}
+
+
+@pytest.mark.parametrize("format", MX)
+def test_microscaling_formats_against_the_codes_of_the_standard(normal, format):
+    levels, emax = MX[format]
+    assert levels[-1] == FORMATS[format].largest and 2**emax <= levels[-1] < 2 ** (emax + 1)
+    blocks = (normal.numpy() * np.logspace(0, -4, 64)).reshape(-1, 32)
+    scale = 2.0 ** (np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - emax)
+    expected = (nearest(blocks / scale, levels) * scale).reshape(24, 64)
+    x = torch.from_numpy(blocks.reshape(24, 64).copy())
+    assert torch.equal(quantize_tensor(x, format), torch.from_numpy(expected))
+    # every level, and every tie between two of them, under the scale 1 that the largest power of two sets
+    points = np.unique(levels + [(a + b) / 2 for a, b in itertools.pairwise(levels)])
+    points = np.concatenate([points, np.zeros(-len(points) % 31)]).reshape(-1, 31)
+    x = np.concatenate([np.full((len(points), 1), 2.0**emax), points], axis=1).ravel()
+    rounded = quantize_tensor(torch.from_numpy(x).float(), format)
+    assert rounded.tolist() == nearest(x, levels).tolist()
+
+
+@pytest.mark.parametrize(
+    "format, dtype, emax", [("mxfp8_e4m3", torch.float8_e4m3fn, 8), ("mxfp8_e5m2", torch.float8_e5m2, 15)]
+)
+def test_mxfp8_elements_are_torchs(normal, format, dtype, emax):
+    x = normal.float()
+    x[:, ::32] = 3.99  # the largest of its block: under the scale 2^(1 - emax), near the largest element
+    scale = 2.0 ** (1 - emax)
+    largest = torch.finfo(dtype).max
+    expected = (x / scale).clamp(-largest, largest).to(dtype).float() * scale
+    assert torch.equal(quantize_tensor(x, format), expected)
+
+
+def test_fp4_e3m0_against_its_codes(normal):
+    levels = every_code(3, 0, 3)
+    assert levels == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+    x = normal.numpy() * np.logspace(0, -4, 64)
+    scale = np.abs(x).max(-1, keepdims=True) / 16
+    np.testing.assert_allclose(
+        quantize_tensor(torch.from_numpy(x), "fp4_e3m0").numpy(), nearest(x / scale, levels) * scale, rtol=1e-14
+    )
+    ties = torch.tensor([16.0, 0.125, 0.375, 0.75, 1.5, 3.0, 6.0, 12.0, -0.375, -0.75])  # to the even code
+    assert quantize_tensor(ties, "fp4_e3m0").tolist() == [16, 0, 0.5, 0.5, 2, 2, 8, 8, -0.5, -0.5]
+
+
+def test_nf4_is_made_of_normal_quantiles(normal):
+    """Appendix E of arXiv 2305.14314: evenly spaced quantiles, 8 for one side, 7 for the other, and 0."""
+    from scipy.stats import norm
+
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2  # the mean of both sides' outermost quantiles
+    positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    levels = np.sort([*positive, *negative, 0.0]) / positive.max()
+    x = normal.numpy()
+    unit = x / np.abs(x).max(-1, keepdims=True)
+    expected = levels[np.abs(unit[..., None] - levels).argmin(-1)] * np.abs(x).max(-1, keepdims=True)
+    found = quantize_tensor(normal, "nf4").numpy()
+    np.testing.assert_allclose(found, expected, atol=4e-6)  # the published levels are rounded
+    assert len(np.unique(np.round(found / np.abs(x).max(-1, keepdims=True), 9))) == 16
+
+
+def test_uint4_against_all_sixteen_levels(normal):
+    x = normal.clone()
+    x[0] += 5  # all positive: 0 is the lowest level all the same
+    x[1] -= 5
+    x[2, 0] = 40
+    found = quantize_tensor(x, "uint4").numpy()
+    low, high = np.minimum(x.numpy().min(-1), 0), np.maximum(x.numpy().max(-1), 0)
+    step = (high - low) / 15
+    for row, values in enumerate(x.numpy()):
+        levels = (np.arange(16) - np.rint(-low[row] / step[row])) * step[row]
+        assert 0 in levels
+        best = levels[np.abs(values[:, None] - levels).argmin(-1)]
+        np.testing.assert_allclose(found[row], best, rtol=1e-12, atol=1e-14)
+
+
+def test_uint4_is_torchs_affine_quantization(normal):
+    from torch.ao.quantization import PerChannelMinMaxObserver
+
+    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.quint8, quant_min=0, quant_max=15)
+    x = normal.float()
+    observer(x)
+    scale, zero = observer.calculate_qparams()
+    theirs = torch.fake_quantize_per_channel_affine(x, scale, zero.int(), 0, 0, 15)
+    torch.testing.assert_close(quantize_tensor(x, "uint4"), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_int4_with_groups_is_int4_in_blocks_whatever_the_granularity(size):
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(size)).cumsum(-1)
+    expected = quantize_tensor(x, "int4", "block", size)
+    for granularity in ("row", "tensor"):
+        assert torch.equal(quantize_tensor(x, f"int4g{size}", granularity), expected)
+    assert not torch.equal(quantize_tensor(x, "int4"), expected)
+
+
+OWN = """
+from beyond_outliers.quantizers import Format, microscale, table
+import torch
+ternary = table([-1, 0, 1])
+halves = Format(4.0, lambda x: (2 * x).round() / 2, block=8, scale=microscale(2))
+uint3 = Format(7, zero_point=True)
+number = 3
+"""
+
+
+@pytest.fixture
+def own_formats(tmp_path, monkeypatch):
+    (tmp_path / "formats_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("formats_of_mine", None)
+
+
+def test_a_format_of_your_own_by_module_and_name(own_formats):
+    x = torch.tensor([[3.0, -1.6, 1.4, 0.0, -3.0, 1.5, 2.0, -0.1]])
+    assert quantize_tensor(x, "formats_of_mine:ternary").tolist() == [[3, -3, 0, 0, -3, 0, 3, 0]]
+    # largest power of two below 3 is 2: scale 1/2; 3 / 0.5 = 6 goes to the largest level, 4
+    assert quantize_tensor(x, "formats_of_mine:halves").tolist() == [[2, -1.5, 1.5, 0, -2, 1.5, 2, 0]]
+    spec = QuantSpec("formats_of_mine:ternary", "formats_of_mine:uint3", method="gptq")
+    assert spec.name == "Wformats_of_mine:ternaryAformats_of_mine:uint3+gptq" and QuantSpec.named(spec.name) == spec
+    linear = torch.nn.Sequential(torch.nn.Linear(8, 5))
+    rounded = quantize_model(linear, spec, calibration=x.repeat(4, 1))
+    assert rounded[0].rounded.abs().unique().numel() <= 5 + 1  # a scale a row, and zero
+    with pytest.raises(ValueError, match=r"blocks of 8 do not divide the width 12"):
+        quantize_tensor(torch.ones(12), "formats_of_mine:halves")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("formats_of_mine:binary", ["no 'binary'", "ternary"]),
+        ("formats_of_mine:number", ["is a int", "Format"]),
+        ("formats_of_nobody:ternary", ["formats_of_nobody.py", "installed module"]),
+        ("formats_of_mine", ["unknown format", "module:name"]),
+    ],
+)
+def test_formats_of_your_own_that_are_not_there(own_formats, name, words):
+    with pytest.raises(ValueError) as refusal:
+        QuantSpec(weights=name)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+@pytest.mark.parametrize("levels", [[1.0], [0.0, 0.0, 1.0], [1.0, -1.0]])
+def test_levels_that_are_no_table_are_refused(levels):
+    with pytest.raises(ValueError, match="ascending"):
+        table(levels)
+
+
 QUANTIZING = [format for format in FORMATS if format != "none"]
+
+
+LOPSIDED = ("uint4", "nf4")  # whose levels are not those of the negative
 
 
 @pytest.mark.parametrize("format", QUANTIZING)
 def test_invariants(normal, format):
-    x = normal.float()
+    x = normal.float().reshape(-1, max(64, FORMATS[format].block or 0))
     q = quantize_tensor(x, format)
     assert q.shape == x.shape and q.dtype == x.dtype
-    assert torch.equal(quantize_tensor(-x, format), -q)
+    if format not in LOPSIDED:
+        assert torch.equal(quantize_tensor(-x, format), -q)
     assert torch.equal(quantize_tensor(4 * x, format), 4 * q)
     assert torch.equal(quantize_tensor(x.T.contiguous().T, format), q)  # strides do not matter
     assert 0 < (q - x).norm() < 0.75 * x.norm()
@@ -138,23 +312,25 @@ def test_error_falls_with_every_bit(normal):
 
 @pytest.mark.parametrize("format", QUANTIZING)
 def test_zeros_subnormals_and_extremes(format):
-    assert torch.equal(quantize_tensor(torch.zeros(3, 32), format), torch.zeros(3, 32))
-    tiny = torch.full((2, 32), 1e-45)
+    width = max(32, FORMATS[format].block or 0)
+    assert torch.equal(quantize_tensor(torch.zeros(3, width), format), torch.zeros(3, width))
+    tiny = torch.full((2, width), 1e-45)
     assert quantize_tensor(tiny, format).abs().max() <= 2**-118
-    assert quantize_tensor(torch.zeros(0, 32), format).shape == (0, 32)
-    huge = quantize_tensor(torch.full((2, 32), torch.finfo(torch.float32).max), format)
+    assert quantize_tensor(torch.zeros(0, width), format).shape == (0, width)
+    huge = quantize_tensor(torch.full((2, width), torch.finfo(torch.float32).max), format)
     assert huge.isfinite().all() and huge.min() > 2.5e38
 
 
 @pytest.mark.parametrize("format", QUANTIZING)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_groups_become_nan_as_a_whole(normal, format, bad):
-    x = normal[:, :32].float()
+    width = max(32, FORMATS[format].block or 0)
+    x = normal.float().reshape(-1, 128)[:, :width].contiguous()
     x[3, 5] = bad
     q = quantize_tensor(x, format)
-    group = 16 if format == "nvfp4" else 32
+    group = 16 if format == "nvfp4" else width
     assert q[3, :group].isnan().all()
-    others = torch.arange(24) != 3
+    others = torch.arange(12) != 3
     assert q.isnan().all() if format == "nvfp4" else torch.equal(q[others], quantize_tensor(x[others], format))
 
 
@@ -193,5 +369,24 @@ def test_names():
         "W4A4+rot": QuantSpec(rotate=True),
         "W4A4+head": QuantSpec(head=True),
         "W3Afp8+block32": QuantSpec("int3", "fp8", "block", block=32),
+        "W4g128": QuantSpec("int4g128", "none"),
+        "W4g64A8": QuantSpec("int4g64", "int8"),
+        "uint4": QuantSpec("uint4", "uint4"),
+        "Wuint4Amxfp8_e4m3+gptq": QuantSpec("uint4", "mxfp8_e4m3", method="gptq"),
+        "Wnf4+block64": QuantSpec("nf4", "none", "block", block=64),
+        "Amxfp6_e3m2+head": QuantSpec("none", "mxfp6_e3m2", head=True),
     }
     assert {key: spec.name for key, spec in name.items()} == {key: key for key in name}
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_every_name_leads_back_to_its_spec(weights):
+    for activations in FORMATS:
+        spec = QuantSpec(weights, activations)
+        assert QuantSpec.named(spec.name) == spec
+
+
+@pytest.mark.parametrize("name", ["", "W", "W4A", "Ag", "W4g16", "A4W4", "W4A4+block", "WnoneA4", "int4", "mxfp"])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="names no quantization"):
+        QuantSpec.named(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from beyond_outliers import quantizers
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import QuantizedLinear, QuantSpec, gptq, prepare_qat, quantize_model, quantize_tensor
 from beyond_outliers.quantizers.gptq import Hessian, gptq_weight
@@ -20,6 +21,8 @@ LEVELS |= {"fp4": E2M1, "mxfp4": E2M1, "nvfp4": E2M1, "fp8": E4M3}
 FORMATS = [(name, "row", None) for name in LEVELS]
 FORMATS += [(name, "tensor", None) for name in ("int4", "fp4", "nvfp4")]
 FORMATS += [(name, "block", 16) for name in ("int2", "int4", "fp8", "mxfp4")]
+OTHERS = [name for name in quantizers.FORMATS if name not in (*LEVELS, "none", "int4g128")]  # widths here are 64
+ALL = FORMATS + [(name, "row", None) for name in OTHERS] + [("uint4", "tensor", None), ("nf4", "block", 16)]
 
 
 def draw(rows=6, width=64, samples=256, seed=0, dtype=torch.float64):
@@ -128,11 +131,11 @@ def test_wide_updates_in_pieces_change_nothing(monkeypatch, format, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format, granularity, block", FORMATS)
+@pytest.mark.parametrize("format, granularity, block", ALL)
 def test_without_correlations_it_is_rounding_to_nearest(format, granularity, block, dtype):
     weight, _ = draw(dtype=dtype)
     plain = quantize_tensor(weight, format, granularity, block)
-    size = {"mxfp4": 32, "nvfp4": 16}.get(format, block)
+    size = quantizers.FORMATS[format].block or block
     scales = gptq._Scales(weight, format, granularity, size)
     identity = torch.eye(64, dtype=torch.float64)
     assert torch.equal(gptq._compensate(weight, identity, scales), plain)  # bit by bit, before any fallback
@@ -167,7 +170,7 @@ HOSTILE = ["one sample", "nearly singular", "outlier", "dead", "all dead", "shar
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_row_is_ever_worse_than_rounding_to_nearest(kind, dtype):
     hessian = hostile(kind)
-    for (format, granularity, block), order in itertools.product(FORMATS, ["activation", None]):
+    for (format, granularity, block), order in itertools.product(ALL, ["activation", None]):
         weight = draw(16, seed=3, dtype=dtype)[0] * torch.logspace(-3, 1, 16)[:, None].to(dtype)
         found = gptq_weight(weight, hessian, format, granularity, block, order=order)
         assert found.dtype == dtype and found.shape == weight.shape and found.isfinite().all()

@@ -13,7 +13,7 @@ COMMITTED = paths.RESULTS / "pocket"
 
 
 def bytes_of(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.glob("*"))}
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.csv"))}
 
 
 @pytest.fixture

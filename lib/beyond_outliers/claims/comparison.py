@@ -12,7 +12,8 @@ import pandas as pd
 from beyond_outliers.claims.confirm_kinds import with_zero
 from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, Cells, cells, contrast
 from beyond_outliers.claims.readings import PAPER_OPTIMIZERS
-from beyond_outliers.config.optimizers import REGISTRY
+from beyond_outliers.config.loading import is_own
+from beyond_outliers.config.optimizers import REGISTRY, entry
 
 Interval = tuple[float, float, float]  # estimate, low, high (95 %); NaN where there is none
 
@@ -23,7 +24,7 @@ class NothingToCompare(ValueError):
 
 def label(name: str) -> str:
     """An optimizer's name in figures and sentences."""
-    return REGISTRY[name].label if name in REGISTRY else name
+    return entry(name).label if name in REGISTRY or is_own(name) else name
 
 
 def listed(words: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from beyond_outliers.claims import methods, readings
+from beyond_outliers.claims import beside, methods, readings
 from beyond_outliers.claims.comparison import (
     Comparison,
     NothingToCompare,
@@ -194,3 +194,4 @@ def probed(found) -> str:
 
 
 finding("09_real_quantizers")(methods.finding)
+finding("10_your_optimizer")(beside.finding)

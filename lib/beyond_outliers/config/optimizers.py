@@ -1,16 +1,21 @@
 """The one list of optimizers: what each is called, how figures draw it, and where its class is. No torch here.
 
-A further optimizer is one entry, and the file of its class: scales tune it as soon as they give it learning rates.
+A further optimizer of the study is one entry, and the file of its class: scales tune it as soon as they give it
+learning rates. One from outside needs no entry: its name is `module:Class`, of an installed package or a file of yours.
 """
 
 import ast
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zlib import crc32
+
+from beyond_outliers.config.loading import is_own
+from beyond_outliers.config.parsing import choose
 
 if TYPE_CHECKING:
     import torch
@@ -76,4 +81,33 @@ REGISTRY: dict[str, Entry] = {
     "soap": Entry("SOAP", "beyond_outliers.optimizers.soap:SOAP", "#009E73", "P"),
     "sgd": Entry("SGD", "beyond_outliers.optimizers.adamw:SGD", "#56B4E9", "X", subject=False),  # the study's floor
 }
+# for optimizers from outside, told apart from the study's by a marker of their own
+OUTSIDE_COLOURS = ("#882255", "#332288", "#999933", "#666666", "#8B4513", "#661100")
+OUTSIDE_MARKERS = ("*", "h", "<", ">", "p", "d")
+_labels: dict[str, str] = {}  # what scale files call optimizers from outside
+
+
+def entry(name: str) -> Entry:
+    """The optimizer of that name, or of that `module:Class`; ValueError for neither, naming the valid ones."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if not is_own(name):
+        choose("optimizer", name, [*REGISTRY, "module:Class of your own"])
+    place = crc32(name.encode())
+    colour = OUTSIDE_COLOURS[place % len(OUTSIDE_COLOURS)]
+    marker = OUTSIDE_MARKERS[place // len(OUTSIDE_COLOURS) % len(OUTSIDE_MARKERS)]
+    return Entry(_labels.get(name, name.partition(":")[2]), name, colour, marker)
+
+
+def call(name: str, label: str) -> None:
+    """Gives an optimizer from outside its label in figures and sentences."""
+    _labels[name] = label
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Different names in the order of the registry, those from outside behind, by name."""
+    given = set(names)
+    return [*(name for name in REGISTRY if name in given), *sorted(given - set(REGISTRY))]
+
+
 OPTIMIZER_NAMES = tuple(name for name, entry in REGISTRY.items() if entry.subject)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.config.learning_rates import Rates, read_rates
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, call, entry
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
 from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
@@ -41,7 +41,10 @@ class Protocol:
     @classmethod
     def load(cls, scale: str) -> "Protocol":
         """ValueError for an unknown scale, and for a file with unknown, missing or unfit parts."""
-        return cls(scale, read_scale(scale))
+        settings = read_scale(scale)
+        for name, label in settings.labels.items():
+            call(name, label)
+        return cls(scale, settings)
 
     # ------------------------------------------------------------------------------------------------------- settings
 
@@ -159,7 +162,7 @@ class Protocol:
 
         `auxiliary`, the rate of embedding and vectors, is for tuned scales; without one, [hyper] alone says.
         """
-        choose("optimizer", optimizer, REGISTRY)
+        entry(optimizer)  # there is one of that name
         model = self.model(size)
         both = self.tuned or (bool(self.settings.rates_from) and "sweep" not in self.purposes(size))
         if lr is None or (auxiliary is None and both and optimizer in self.optimizers):

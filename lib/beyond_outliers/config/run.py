@@ -18,6 +18,10 @@ Tokens = Annotated[int, Range(1, 2**29)]
 Rate = Annotated[float, Range(1e-12, 1000)]
 Share = Annotated[float, Range(0, 1)]
 Seed = Annotated[int, Range(0, 10**6)]
+# of the registry, or the module:Class of one from outside
+OptimizerName = Annotated[
+    str, Matches(r"[A-Za-z0-9_][\w.-]*(:[\w.]+)?", "of letters, digits, '.', '_' and '-', or module:Class")
+]
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,15 @@ class CorpusConfig:
         check_fields(self)
 
 
+# a scale, or an optimizer from outside beside it: "pocket", "pocket+lion"
+ScaleName = Annotated[
+    str,
+    Matches(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*(\+[A-Za-z0-9][A-Za-z0-9._-]*)?", "of letters, digits, '.', '_', '-', and one '+'"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What all runs of a scale share: batch, length, schedule, evaluations."""
@@ -168,9 +181,9 @@ class RunConfig(Training):
     Device, threads and compilation are arguments of `train`, and are recorded in its result.
     """
 
-    scale: Name
+    scale: ScaleName
     size: Name
-    optimizer: Name
+    optimizer: OptimizerName
     lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
     model: ModelConfig
     corpus: CorpusConfig
@@ -201,7 +214,8 @@ class RunConfig(Training):
     def name(self) -> str:
         """Folder name of the run: readable first, unique last."""
         precision = f"-{self.quantization['scheme']}" if self.quantization else ""
-        return f"{self.size}-{self.optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
+        optimizer = self.optimizer.replace(":", ".")  # of one from outside; not every file system takes a colon
+        return f"{self.size}-{optimizer}-lr{self.lr:g}-s{self.seed}{precision}-{self.run_id}"
 
     def to_json(self) -> str:
         """Canonical: keys sorted. The model says its architecture where that is not the paper's."""

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES
+from beyond_outliers.config.loading import is_own
+from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES, ordered
+from beyond_outliers.config.outside import beside, optimizer_file
 from beyond_outliers.config.parsing import Different, Name, Range, check_keys, choose, parse
-from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, Seed, Tokens, Training, model_config
+from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
 
 PURPOSES = ("sweep", "full_precision", "qat", "schemes")
 
 Sizes = Annotated[tuple[Name, ...], Different()]
 Seeds = Annotated[tuple[Seed, ...], Different()]
 Names = Annotated[tuple[Name, ...], Different()]
-Hyperparameter = bool | float | str | tuple[float, ...]
+Hyperparameter = bool | float | str | tuple[float, ...] | tuple[str, ...]
 Number = Annotated[float, Range(0, 1000)]
 # a hyperparameter by the annotation that its class gives it; others, which only foreign classes have, as TOML has them
 KINDS: dict[str, Any] = {
@@ -175,12 +177,14 @@ class Scale:
     hyper: dict[str, dict[str, Hyperparameter]] = field(default_factory=dict)
     tuning: Tuning | None = None
     rates_from: Name | None = None
+    labels: dict[str, str] = field(default_factory=dict)  # of optimizers from outside, in figures and sentences
 
     def __post_init__(self) -> None:
         """ValueError where sections do not fit each other."""
         self._check_learning_rates()
         for name, given in self.hyper.items():
-            self._check_hyper(name, given)
+            if not is_own(name):  # of one from outside only importing it would tell: `study.check` does
+                self._check_hyper(name, given)
         self._check_models()
         for purpose, runs in self.plan:
             self._check_plan(purpose, runs)
@@ -222,9 +226,10 @@ class Scale:
 
     def _check_learning_rates(self) -> None:
         subjects = [name for name, entry in REGISTRY.items() if entry.subject]
-        check_keys("hyper", self.hyper, subjects)
-        check_keys("learning_rates", self.learning_rates, subjects)
-        check_keys("tuning.start", self.tuning.start if self.tuning else (), subjects)
+        start = self.tuning.start if self.tuning else ()
+        for where, given in (("hyper", self.hyper), ("learning_rates", self.learning_rates), ("tuning.start", start)):
+            check_keys(where, [name for name in given if not is_own(name)], [*subjects, "module:Class of your own"])
+        check_keys("labels", self.labels, [name for name in self.optimizers if is_own(name)])
         if bool(self.learning_rates) == bool(self.tuning and self.tuning.start):
             raise ValueError("the file must have learning rates in either [learning_rates] or [tuning.start]")
         if (self.plan.sweep is None) != (self.tuning is not None):
@@ -257,9 +262,8 @@ class Scale:
 
     @property
     def optimizers(self) -> tuple[str, ...]:
-        """The optimizers that the file gives learning rates, in the order of the registry."""
-        rates = self.tuning.start if self.tuning else self.learning_rates
-        return tuple(name for name in REGISTRY if name in rates)
+        """The optimizers that the file gives learning rates, in the order of the registry, those from outside last."""
+        return tuple(ordered(self.tuning.start if self.tuning else self.learning_rates))
 
     def runs(self, purpose: str) -> Runs | None:
         """What is run for a purpose, None for nothing; the sweep of a tuned scale is of all its sizes."""
@@ -275,13 +279,21 @@ def scales() -> list[str]:
 
 
 def read_scale(name: str) -> Scale:
-    """The scale file of that name. ValueError for an unknown scale, and, naming file and key, for what does not fit."""
-    parse(name, Name, "the name of a scale")
-    file = paths.SCALES / f"{name}.toml"
+    """The scale file of that name; of "pocket+lion" that of pocket, with one optimizer from outside in place of all.
+
+    ValueError for an unknown scale, and, naming file and key, for what does not fit.
+    """
+    parse(name, ScaleName, "the name of a scale")
+    base, _, own = name.partition("+")
+    file = paths.SCALES / f"{base}.toml"
     if not file.exists():
-        raise ValueError(f"unknown scale {name!r}; valid: {', '.join(scales())}")
+        raise ValueError(f"unknown scale {base!r}; valid: {', '.join(scales())}")
     try:
-        scale: Scale = parse(tomllib.loads(file.read_text(encoding="utf-8")), Scale, "")
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        if own:
+            file = optimizer_file(name)
+            table = beside(table, name)
+        scale: Scale = parse(table, Scale, "")
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply") from None
     except ValueError as error:  # TOML that cannot be read is one, too

@@ -6,6 +6,7 @@
 from beyond_outliers.optimizers.adamw import SGD, AdamW
 from beyond_outliers.optimizers.groups import NonFiniteGradientError, parameter_groups
 from beyond_outliers.optimizers.muon import Muon
+from beyond_outliers.optimizers.outside import Outside
 from beyond_outliers.optimizers.psgd import PSGD
 from beyond_outliers.optimizers.registry import OPTIMIZERS, REGISTRY, Entry, build_optimizer
 from beyond_outliers.optimizers.scion import Scion
@@ -22,6 +23,7 @@ __all__ = [
     "Entry",
     "Muon",
     "NonFiniteGradientError",
+    "Outside",
     "Scion",
     "Shampoo",
     "build_optimizer",

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry
-from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
 from beyond_outliers.optimizers.groups import parameter_groups, require
+from beyond_outliers.optimizers.outside import Outside
 
 __all__ = ["OPTIMIZERS", "REGISTRY", "Entry", "build_optimizer"]
 
@@ -15,19 +15,17 @@ OPTIMIZERS = {name: REGISTRY[name] for name in OPTIMIZER_NAMES}  # in the paper'
 def build_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float = 0.0, **hyper
 ) -> torch.optim.Optimizer:
-    """Optimizer `name` of the registry over `model`'s parameters, grouped by role.
+    """Optimizer `name` of the registry, or `module:Class` from outside, over `model`'s parameters, grouped by role.
 
     Every group carries `role`, `lr` and `initial_lr`; a schedule sets lr = initial_lr * factor. `weight_decay` reaches
     matrices and embeddings. `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
-    choose("optimizer", name, REGISTRY)
-    entry = REGISTRY[name]
-    unknown = sorted(set(hyper) - set(entry.hyperparameters))
-    if unknown:
+    one = entry(name)
+    if name in REGISTRY and (unknown := sorted(set(hyper) - set(one.hyperparameters))):
         raise ValueError(
-            f"{entry.label} has no hyperparameter {', '.join(unknown)}: valid ones are "
-            f"lr, weight_decay, {', '.join(entry.hyperparameters)}"
+            f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are "
+            f"lr, weight_decay, {', '.join(one.hyperparameters)}"
         )
     groups = parameter_groups(model)
     for rate, role in ROLE_RATES.items():
@@ -35,4 +33,6 @@ def build_optimizer(
             require(hyper[rate] >= 0, rate, hyper[rate], "at least 0")
             own = hyper.pop(rate)
             groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    return entry.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
+    if name not in REGISTRY:
+        return Outside(groups, name, lr=lr, weight_decay=weight_decay, **hyper)
+    return one.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)

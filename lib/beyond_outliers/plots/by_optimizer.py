@@ -13,6 +13,8 @@ from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import EngFormatter
 
 from beyond_outliers.claims.readings import with_error
+from beyond_outliers.config.loading import is_own
+from beyond_outliers.config.optimizers import ordered
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
 
 
@@ -84,7 +86,7 @@ def optimizer_bars(
     far = means.min() > 0 and means.max() - means.min() < means.min() / 2
     for value, ax in axes.items():
         rows = table[table[panel] == value]
-        names = [name for name in LABELS if name in set(rows.optimizer)]
+        names = ordered(rows.optimizer)
         for position, name in enumerate(names):
             own = rows[rows.optimizer == name]
             spread = np.sqrt((own[error] ** 2).mean()) if error else None
@@ -119,8 +121,9 @@ def heatmap(
     grid = table.pivot_table(index=row, columns=column, values=value, sort=False)
     for axis in (0, 1):
         names = list(grid.axes[axis])
-        order = [name for name in LABELS if name in names] or names
-        grid = grid.reindex(order, axis=axis).set_axis([LABELS.get(name, name) for name in order], axis=axis)
+        known = any(n in LABELS for n in names) and all(n in LABELS or is_own(n) for n in names)
+        order = ordered(names) if known else names
+        grid = grid.reindex(order, axis=axis).set_axis([LABELS[n] if known else n for n in order], axis=axis)
     figure, ax = plt.subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
     shown = grid.round(digits) + 0.0  # no -0.00
     make_norm = NORMS[norm]
@@ -153,7 +156,7 @@ def depth_profile(table: pd.DataFrame, title: str) -> plt.Figure:
 
 def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
     """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
-    optimizers = [name for name in LABELS if name in set(table.optimizer)]
+    optimizers = ordered(table.optimizer)
     rows = -(-len(optimizers) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
     for ax, optimizer in zip(axes.flat, optimizers, strict=False):
@@ -202,7 +205,7 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
 def efficiencies(table: pd.DataFrame) -> plt.Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
     figure, ax = plt.subplots(figsize=(5, 3))
-    table = table.set_index("optimizer").reindex([n for n in LABELS if n in set(table.optimizer)]).reset_index()
+    table = table.set_index("optimizer").reindex(ordered(table.optimizer)).reset_index()
     for position, row in enumerate(table.itertuples()):
         spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
         colour = COLOURS[row.optimizer]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from beyond_outliers.config.optimizers import ordered
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
 
 
@@ -36,7 +37,7 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
     """`relative.ratios`, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     if table.empty:
         return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
-    names = [name for name in LABELS if name in set(table.optimizer)]
+    names = ordered(table.optimizer)
     figure, axes = panels(table["size"], width=2.7, height=0.32 * len(names) + 1.3, sharex=True, sharey=True)
     for size, ax in axes.items():
         own = table[table["size"] == size].set_index("optimizer")
@@ -102,7 +103,7 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt
     shape = (len(formats), len(sizes))
     size = (2.9 * shape[1] + 1.4, 2.4 * shape[0] + 0.5)
     figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
-    names = [name for name in LABELS if name in set(table.optimizer)]
+    names = ordered(table.optimizer)
     for (row, format), (column, at) in ((r, c) for r in enumerate(formats) for c in enumerate(sizes)):
         ax, own = axes[row, column], table[(table.format == format) & (table["size"] == at)]
         ax.axhline(1, color="grey", lw=1)
@@ -148,7 +149,7 @@ def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 0.2
     figure, axes = panels(table["size"], width=4.2, height=4.0, columns=3)
     for size, ax in axes.items():
         own = table[table["size"] == size].sort_values("lr")
-        for name in [n for n in LABELS if n in set(own.optimizer)]:
+        for name in ordered(own.optimizer):
             path = own[own.optimizer == name]
             ax.plot(path.before, path.after, color=COLOURS[name], lw=1, alpha=0.7)
             areas = 12 * np.arange(1, len(path) + 1)

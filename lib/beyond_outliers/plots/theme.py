@@ -5,6 +5,7 @@
 
 import base64
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,24 @@ import seaborn as sns
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, Entry, entry
+
+
+class _Each(dict[str, str]):
+    """One part of the entry of an optimizer: of the study's own in their order, of others as they are asked for."""
+
+    def __init__(self, of: Callable[[Entry], str]):
+        super().__init__({name: of(entry(name)) for name in OPTIMIZER_NAMES})
+        self.of = of
+
+    def __missing__(self, name: str) -> str:
+        return self.of(entry(name))
+
 
 # one name, one colour and one marker an optimizer in every figure
-LABELS = {name: REGISTRY[name].label for name in OPTIMIZER_NAMES}
-COLOURS = {name: REGISTRY[name].colour for name in OPTIMIZER_NAMES}
-MARKERS = {name: REGISTRY[name].marker for name in OPTIMIZER_NAMES}
+LABELS = _Each(lambda one: one.label)
+COLOURS = _Each(lambda one: one.colour)
+MARKERS = _Each(lambda one: one.marker)
 
 
 def set_theme() -> None:

@@ -5,6 +5,7 @@ from beyond_outliers.quantizers.formats import FORMATS, QuantSpec, quantize_tens
 from beyond_outliers.quantizers.gptq import gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_matrix, hadamard_transform
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
+from beyond_outliers.quantizers.levels import Format, float_rounding, microscale, nearest_of, table
 from beyond_outliers.quantizers.opened import open_layers
 from beyond_outliers.quantizers.record import CoverageWarning, Quantization
 from beyond_outliers.quantizers.saving import load_quantized, save_quantized
@@ -24,6 +25,7 @@ __all__ = [
     "SCHEMES",
     "AbsMaxQuantizer",
     "CoverageWarning",
+    "Format",
     "LSQQuantizer",
     "QATLinear",
     "QuantSpec",
@@ -31,6 +33,7 @@ __all__ = [
     "QuantizedLinear",
     "QuestQuantizer",
     "coverage",
+    "float_rounding",
     "freeze_qat",
     "gptq_weight",
     "hadamard_block",
@@ -38,6 +41,8 @@ __all__ = [
     "hadamard_transform",
     "load_quantized",
     "make_quantizer",
+    "microscale",
+    "nearest_of",
     "open_layers",
     "optimal_gaussian_scale",
     "prepare_qat",
@@ -45,5 +50,6 @@ __all__ = [
     "quantize_tensor",
     "save_quantized",
     "staircase",
+    "table",
     "weights_held",
 ]

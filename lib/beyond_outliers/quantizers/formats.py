@@ -1,12 +1,18 @@
 """Number formats: what a tensor becomes when every entry is rounded to a few levels times a shared scale.
 
 Conventions, and their sources:
-    int2 .. int8   symmetric AbsMax, levels -(2^(b-1) - 1) .. 2^(b-1) - 1; arXiv 2509.23500, section 3
-    fp4, fp8       e2m1 (largest 6) and e4m3 (largest 448) under an AbsMax scale that maps the largest entry to the
-                   largest level
-    mxfp4          e2m1 in blocks of 32 under a power of two, 2^(floor(log2 max|x|) - 2); OCP Microscaling Formats 1.0
-    nvfp4          e2m1 in blocks of 16 under an e4m3 scale, and one float scale a tensor, max|x| / (448 * 6); NVIDIA
-    none           the tensor as it is
+    int2 .. int8     symmetric AbsMax, levels -(2^(b-1) - 1) .. 2^(b-1) - 1; arXiv 2509.23500, section 3
+    int4g32, ...     int4 with a scale for every 32, 64 or 128 consecutive entries of a row, whatever the granularity
+    uint4            asymmetric: levels 0 .. 15 and a zero point, the range of a group and 0 between them
+    fp4, fp8         e2m1 (largest 6) and e4m3 (largest 448) under an AbsMax scale that maps the largest entry to the
+                     largest level
+    fp4_e3m0         powers of two, 1/4 .. 16, and 0, under an AbsMax scale
+    nf4              quantiles of a normal distribution under an AbsMax scale; arXiv 2305.14314 (there in blocks of 64)
+    mxfp4            e2m1 in blocks of 32 under a power of two, 2^(floor(log2 max|x|) - 2)
+    mxfp6_e2m3, ...  likewise e2m3 (largest 7.5), e3m2 (28), e4m3 (448) and e5m2 (57344); OCP Microscaling Formats 1.0
+    nvfp4            e2m1 in blocks of 16 under an e4m3 scale, and one float scale a tensor, max|x| / (448 * 6); NVIDIA
+    none             the tensor as it is
+    module:name      one of your own: a `Format` in a Python file (`levels`)
 Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
 
 Edge cases, the same for every format: a group of zeros stays zero; a group whose scale would be subnormal becomes zero
@@ -16,102 +22,111 @@ Edge cases, the same for every format: a group of zeros stays zero; a group whos
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from beyond_outliers.config.loading import is_own, load_own
 from beyond_outliers.config.parsing import choose
+from beyond_outliers.quantizers.levels import (
+    E4M3_MAX,
+    Format,
+    absmax_scale,
+    float_rounding,
+    microscale,
+    nvfp4_scale,
+    round_e4m3,
+    table,
+)
 
 GRANULARITIES = ("tensor", "row", "block")
 METHODS = ("rtn", "gptq")
 
-
-def power_of_two_below(x: Tensor) -> Tensor:
-    """2^floor(log2|x|) of normal float32 or float64 numbers, 0 of zeros and subnormals: the exponent bits alone."""
-    if x.dtype == torch.float64:
-        return (x.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
-    return (x.view(torch.int32) & 0x7F80_0000).view(torch.float32)
-
-
-def round_to_float(x: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
-    """Nearest number of `mantissa_bits` explicit bits, subnormal below 2^smallest_exponent; unbounded above."""
-    step = power_of_two_below(x).clamp(min=2.0**smallest_exponent) * 2.0**-mantissa_bits
-    return (x / step).round() * step
-
-
-round_e2m1 = partial(round_to_float, mantissa_bits=1, smallest_exponent=0)
-round_e4m3 = partial(round_to_float, mantissa_bits=3, smallest_exponent=-6)
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-
-
-def _absmax_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
-    """The largest entry of a group goes to the level `largest`."""
-    scale = top / largest
-    return torch.where(scale < torch.finfo(top.dtype).tiny, 0.0, scale)
-
-
-def _mxfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
-    """The scale's exponent stays within e8m0 and above float32's subnormals."""
-    scale = power_of_two_below(top).clamp(2.0**-124, 2.0**127) / 4  # 4: the largest power of two in e2m1
-    return torch.where(top.isfinite(), scale, torch.nan)
-
-
-def _nvfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
-    """Blocks whose largest entry is under about 2^-19 of the tensor's get the scale 0 and vanish."""
-    tensor_scale = _absmax_scale(whole, largest * E4M3_MAX, whole)
-    block_scale = top / largest / torch.where(tensor_scale == 0, 1.0, tensor_scale)
-    return round_e4m3(block_scale).clamp(max=E4M3_MAX) * tensor_scale
-
-
-@dataclass(frozen=True)
-class Format:
-    """`largest` level; `round_unit`, the rounding of already scaled entries; `block`, where blocks have a size of the
-    format's own; `scale`, from the largest magnitudes of the groups, `largest`, and that of the whole tensor."""
-
-    largest: float = 0.0
-    round_unit: Callable[[Tensor], Tensor] = torch.round
-    block: int | None = None
-    scale: Callable[[Tensor, float, Tensor], Tensor] = _absmax_scale
-
+round_e2m1 = float_rounding(1, 0)
+E2M1_MAX = 6.0
+POWERS = [2.0**exponent for exponent in range(-2, 5)]
+# fmt: off
+NORMAL_QUANTILES = [  # as published with QLoRA: zero is one of them, so that one side has a level more
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]
+# fmt: on
 
 FORMATS = {
-    **{f"int{bits}": Format(2 ** (bits - 1) - 1, torch.round) for bits in range(2, 9)},
+    **{f"int{bits}": Format(2 ** (bits - 1) - 1) for bits in range(2, 9)},
+    **{f"int4g{size}": Format(7, block=size) for size in (32, 64, 128)},
+    "uint4": Format(15, zero_point=True),
     "fp4": Format(E2M1_MAX, round_e2m1),
+    "fp4_e3m0": table([-power for power in reversed(POWERS)] + [0.0, *POWERS]),
+    "nf4": table(NORMAL_QUANTILES),
     "fp8": Format(E4M3_MAX, round_e4m3),
-    "mxfp4": Format(E2M1_MAX, round_e2m1, 32, _mxfp4_scale),
-    "nvfp4": Format(E2M1_MAX, round_e2m1, 16, _nvfp4_scale),
+    "mxfp4": Format(E2M1_MAX, round_e2m1, 32, microscale(2)),
+    "mxfp6_e2m3": Format(7.5, float_rounding(3, 0), 32, microscale(2)),
+    "mxfp6_e3m2": Format(28.0, float_rounding(2, -2), 32, microscale(4)),
+    "mxfp8_e4m3": Format(E4M3_MAX, round_e4m3, 32, microscale(8)),
+    "mxfp8_e5m2": Format(57344.0, float_rounding(2, -14), 32, microscale(15)),
+    "nvfp4": Format(E2M1_MAX, round_e2m1, 16, nvfp4_scale),
     "none": Format(),
 }
 
 
-def group_scale(x: Tensor, format: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@cache
+def _own(name: str) -> Format:
+    found = load_own(name, "format")
+    if not isinstance(found, Format):
+        raise ValueError(f"format {name!r} is a {type(found).__name__}; valid: a beyond_outliers.quantizers.Format")
+    return found
+
+
+def format_named(name: str, kind: str = "format") -> Format:
+    """An entry of `FORMATS`, or your own by `module:name`. ValueError naming the valid ones."""
+    if name in FORMATS:
+        return FORMATS[name]
+    if not is_own(name):
+        choose(kind, name, [*FORMATS, "module:name of your own"])
+    return _own(name)
+
+
+def group_scale(x: Tensor, format: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, ...]:
     """Scale and largest magnitude of every group of `x`: its last `group` dimensions, kept with size 1.
 
     `x` is contiguous float32 or float64. `whole`: the largest magnitude of the whole tensor, which nvfp4's scales
-    depend on; 0-d, of `x` by default.
+    depend on; 0-d, of `x` by default. Formats with a zero point have it as a third tensor: the level of the value 0.
     """
-    top = x.abs().amax(dim=tuple(range(-group, 0)), keepdim=True)
-    return FORMATS[format].scale(top, FORMATS[format].largest, top.amax() if whole is None else whole), top
+    chosen, dims = format_named(format), tuple(range(-group, 0))
+    top = x.abs().amax(dim=dims, keepdim=True)
+    if not chosen.zero_point:
+        return chosen.scale(top, chosen.largest, top.amax() if whole is None else whole), top
+    low, high = (end(x, dim=dims, keepdim=True) for end in (torch.amin, torch.amax))
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    # halves: the range itself may overflow
+    scale = 2 * absmax_scale(high / 2 - low / 2, chosen.largest, top)
+    return scale, top, (-low / torch.where(scale == 0, 1.0, scale)).round()
 
 
-def round_to_scale(x: Tensor, format: str, scale: Tensor, top: Tensor) -> Tensor:
+def round_to_scale(x: Tensor, format: str, scale: Tensor, top: Tensor, zero: Tensor | None = None) -> Tensor:
     """`x` rounded to levels times the `scale` that `group_scale` gave, with `top`, for a tensor like it.
 
     Entries beyond the largest level go to it.
     """
-    chosen = FORMATS[format]
-    levels = chosen.round_unit(x / torch.where(scale == 0, 1.0, scale)).clamp(-chosen.largest, chosen.largest)
-    if chosen.block:
+    chosen = format_named(format)
+    levels = chosen.round_unit(x / torch.where(scale == 0, 1.0, scale))
+    if zero is not None:
+        limit = torch.finfo(x.dtype).max  # a level may lie just past the range
+        return (levels.clamp(-zero, chosen.largest - zero) * scale).clamp(-limit, limit)
+    levels = levels.clamp(-chosen.largest, chosen.largest)
+    if chosen.scale is not absmax_scale:
         return levels * scale
     return (levels * scale).clamp(-top, top)  # the product may round past `top`, near the end of the range to infinity
 
 
 def check_width(width: int, format: str, granularity: str = "row", block: int | None = None) -> None:
     """ValueError unless rows of `width` entries divide into the blocks that the format or the granularity asks for."""
-    own = FORMATS[format].block
+    own = format_named(format).block
     size = own or (block if granularity == "block" and format != "none" else None)
     if size is not None and width % size:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
@@ -132,12 +147,12 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
     """Rounds `x` (..., width) to `format` and back: the dequantized tensor, of the same shape and dtype.
 
     granularity: one scale a "tensor", a "row" (last dimension: one token of an activation, one output of a weight) or
-    a "block" of `block` consecutive entries of a row. mxfp4 and nvfp4 bring blocks of their own: it does not apply.
+    a "block" of `block` consecutive entries of a row. To formats with blocks of their own it does not apply.
     Half precision is computed in float32 and rounded back at the end. "none" returns `x` itself.
 
     Raises ValueError for an unknown format or granularity, a block that does not divide the width, integers, scalars.
     """
-    choose("format", format, FORMATS)
+    own = format_named(format).block
     check_block(granularity, block)
     if not x.is_floating_point() or x.ndim == 0:
         raise ValueError(f"x must be a floating-point tensor of rows, not {x.dtype} of shape {tuple(x.shape)}")
@@ -146,7 +161,7 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.contiguous()  # the exponent bits are read through a view of another dtype
-    size = FORMATS[format].block or block
+    size = own or block
     grouped = wide.unflatten(-1, (-1, size)) if size else wide
     whole_tensor = granularity == "tensor" and not size
     rounded = round_to_scale(grouped, format, *group_scale(grouped, format, x.ndim if whole_tensor else 1))
@@ -155,7 +170,7 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What of a model is rounded, and how: the names of `FORMATS` for weights and for activations.
+    """What of a model is rounded, and how: names of `FORMATS`, or your own, for weights and for activations.
 
     granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
     rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
@@ -172,8 +187,8 @@ class QuantSpec:
     method: str = "rtn"
 
     def __post_init__(self):
-        choose("format of the weights", self.weights, FORMATS)
-        choose("format of the activations", self.activations, FORMATS)
+        format_named(self.weights, "format of the weights")
+        format_named(self.activations, "format of the activations")
         check_block(self.granularity, self.block)
         choose("method", self.method, METHODS)
         if self.method == "gptq" and self.weights == "none":
@@ -181,7 +196,7 @@ class QuantSpec:
 
     @property
     def name(self) -> str:
-        """Short name for tables: W4A4, W4, A8, W4Afp8, W4A4+block32+rot+gptq+head; FP when nothing is rounded."""
+        """Short name for tables: W4A4, W4g128, A8, W4Afp8, W4A4+block32+rot+gptq+head; FP when nothing is rounded."""
         if self.weights == self.activations and not self.weights.startswith("int"):
             name = "FP" if self.weights == "none" else self.weights
         else:
@@ -199,16 +214,27 @@ class QuantSpec:
         for part in parts:
             if found := re.fullmatch(r"(tensor|block)(\d*)", part):
                 options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
-        if found := re.fullmatch(r"(?:W([a-z]*\d+))?(?:A([a-z]*\d+))?", start):
-            formats = [f"int{format}" if (format or "").isdigit() else format or "none" for format in found.groups()]
-        else:
-            formats = ["none" if start == "FP" else start] * 2
-        with contextlib.suppress(ValueError):
-            if (spec := cls(weights=formats[0], activations=formats[1], **options)).name == name:
-                return spec
+        for weights, activations in _formats_named(start):
+            with contextlib.suppress(ValueError):
+                if (spec := cls(weights=weights, activations=activations, **options)).name == name:
+                    return spec
         raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
 
     def check_width(self, width: int) -> None:
         """ValueError unless both formats fit rows of `width` entries."""
         check_width(width, self.weights, self.granularity, self.block)
         check_width(width, self.activations, self.granularity, self.block)
+
+
+def _formats_named(start: str) -> Iterator[tuple[str, str]]:
+    """What the part of a spec's name before the first "+" may say: pairs of formats for weights and activations."""
+    yield ("none", "none") if start == "FP" else (start, start)
+
+    def full(short: str) -> str:
+        return f"int{short}" if short[:1].isdigit() else short or "none"
+
+    if start[:1] == "A":
+        yield "none", full(start[1:])
+    for place in [len(start), *(i for i, letter in enumerate(start) if letter == "A")]:
+        if start[:1] == "W":
+            yield full(start[1:place]), full(start[place + 1 :])

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, evaluating, forward
 from beyond_outliers.quantizers.formats import (
     FORMATS,
     check_block,
     check_width,
-    choose,
+    format_named,
     group_scale,
     quantize_tensor,
     round_to_scale,
@@ -64,7 +65,9 @@ def gptq_weight(
     Raises ValueError for unknown names, blocks that do not divide the width, a Hessian of another shape, anything that
     is not finite, and a Hessian that is not positive definite after damping.
     """
-    choose("format", format, [name for name in FORMATS if name != "none"])
+    own = format_named(format).block
+    if format == "none":
+        choose("format", format, [name for name in FORMATS if name != "none"])
     choose("order", order, ORDERS)
     check_block(granularity, block)
     width = weight.shape[-1]
@@ -77,7 +80,7 @@ def gptq_weight(
         raise ValueError(f"damping must be a share from 0, not {damping}")
 
     hessian = hessian.double()
-    size = FORMATS[format].block or block
+    size = own or block
     columns = _column_order(hessian.diagonal(), size) if order else torch.arange(width, device=weight.device)
     factor = _inverse_factor(hessian[columns][:, columns], damping)
     compensated = torch.empty_like(weight)

@@ -7,6 +7,7 @@ lsq    learned step sizes, arXiv 1902.08153: gradients pass inside the grid, the
 """
 
 import math
+import re
 from functools import lru_cache
 
 import pandas as pd
@@ -172,7 +173,7 @@ def make_quantizer(scheme: str, format: str, spec: QuantSpec, weight: Tensor | N
         return None
     if scheme == "ste":
         return AbsMaxQuantizer(format, spec.granularity, spec.block)
-    if not format.startswith("int"):
+    if re.fullmatch(r"int\d", format) is None:
         raise ValueError(f"scheme {scheme!r} cannot train on the format {format!r}; valid: int2 .. int8, none")
     if spec.granularity != "row":
         raise ValueError(f"scheme {scheme!r} sets its own granularity; valid: 'row', not {spec.granularity!r}")

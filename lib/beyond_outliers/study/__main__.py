@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 from beyond_outliers import paths
@@ -31,9 +32,35 @@ def _where(study: Study) -> None:
     print(f"Start with    {figures / 'README.md'}")
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", required=True, help="module:Class of an installed package or a file of yours")
+    parser.add_argument("--name", help="of its folders: SCALE+NAME; default: from the class")
+    parser.add_argument("--label", help="in figures; default: the class")
+    parser.add_argument("--hyper", default="", help="TOML: \"momentum = 0.9, roles = ['matrix'], rest_lr = 3e-3\"")
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates to sweep; default: searched")
+
+
+def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Says what is guaranteed of the optimizer, trains and measures what is missing, and runs notebook 10."""
+    from beyond_outliers.notebook import run_notebook
+    from beyond_outliers.optimizers.trial import trial
+    from beyond_outliers.study.compare import compare, define
+
+    try:
+        hyper = tomllib.loads(f"hyper = {{ {given.hyper} }}")["hyper"]
+        beside, one = define(given.scale, given.optimizer, given.name, given.label, hyper, tuple(given.rates))
+        print(trial(one.source, one.learning_rates[0], **one.hyper), flush=True)
+        compare(given.scale, beside, one)
+    except (ValueError, MissingResults) as error:
+        parser.error(str(error))
+    print(run_notebook("10_your_optimizer", beside))
+    return 0
+
+
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("reproduce", "notebook", "render", "plan", "where", "continue", "merge", "publish", "keep", "replay", "verify"),
+    *("reproduce", "continue", "notebook", "render", "plan", "where"),
+    *("merge", "publish", "keep", "replay", "verify", "compare"),
 )
 
 
@@ -70,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--partial", action="store_true", help="although runs of the plan are missing")
         if step == "verify":
             one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
+        if step == "compare":
+            _add_compare(one)
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
@@ -77,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         from beyond_outliers.study.verify import verify
 
         return verify(given.scale, given.runs)
+    if given.step == "compare":
+        return _compare(given, parser)
     study = Study(given.scale)
     if given.step in ("corpus", "plan"):
         study.check()

@@ -9,7 +9,7 @@ import pandas as pd
 
 from beyond_outliers import checksums
 from beyond_outliers.config.scale import PURPOSES
-from beyond_outliers.study.common_loss import common_loss
+from beyond_outliers.study.common_loss import common_loss, given_beside
 from beyond_outliers.study.measure import measure_folder
 from beyond_outliers.study.own import take_up
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table
@@ -67,7 +67,7 @@ def _common_by_seed(study: "Study") -> list[pd.DataFrame]:
     if runs.empty:
         return []
     complete = runs.groupby(["size", "seed"]).optimizer.transform("nunique") == len(study.protocol.optimizers)
-    return [common_loss(runs[complete], study.table("curves"), by=("size", "seed"))]
+    return [common_loss(runs[complete], study.table("curves"), ("size", "seed"), given_beside(study))]
 
 
 def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]) -> None:

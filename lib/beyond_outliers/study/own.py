@@ -65,6 +65,9 @@ def publish(study: "Study", partial: bool = False) -> str:
     committed.mkdir(parents=True, exist_ok=True)
     for file in sorted(own.glob("*.csv"), key=lambda file: file.stem == "runs"):  # `runs` last
         os.replace(file, committed / file.name)
+    definition = paths.RUNS / study.scale / "optimizer.toml"  # of an optimizer from outside
+    if definition.exists():
+        os.replace(definition, committed / definition.name)
     checksums.seal(committed)
     shutil.rmtree(own)
     study.results = committed

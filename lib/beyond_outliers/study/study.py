@@ -20,7 +20,7 @@ from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
-from beyond_outliers.study.common_loss import common_loss
+from beyond_outliers.study.common_loss import common_loss, given_beside
 from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table
 
@@ -182,7 +182,8 @@ class Study:
         results = [self.required(p) for p in self._at("full_precision", size)]
         evaluations = [result.evaluations.assign(run=result.config.name) for result in results]
         runs = pd.DataFrame([result.row for result in results], columns=[*results[0].row] if results else RUN_COLUMNS)
-        return common_loss(runs, pd.concat(evaluations) if evaluations else pd.DataFrame(columns=RUN_COLUMNS))
+        found = pd.concat(evaluations) if evaluations else pd.DataFrame(columns=RUN_COLUMNS)
+        return common_loss(runs, found, given=given_beside(self))
 
     def common_losses(self, ended: set[str]) -> list[pd.DataFrame]:
         """The Common Loss of every size whose full-precision runs have all `ended`."""
@@ -209,7 +210,8 @@ class Study:
         if len(results) < len(runs):
             return False
         evaluations = pd.concat([r.evaluations.assign(run=name) for name, r in results.items()])
-        for row in common_loss(pd.DataFrame([r.row for r in results.values()]), evaluations).itertuples():
+        rows = pd.DataFrame([r.row for r in results.values()])
+        for row in common_loss(rows, evaluations, ("size", "seed"), given_beside(self)).itertuples():
             measure_run(results[row.run], int(row.step), "light", self.protocol.measure)
         return True
 

@@ -1,0 +1,40 @@
+"""Things of your own, named `module:name` in scale files and on command lines: optimizers, number formats."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from beyond_outliers import paths
+
+
+def is_own(name: object) -> bool:
+    """Whether `name` has the form module:name."""
+    return isinstance(name, str) and name.count(":") == 1 and all(name.split(":"))
+
+
+def load_own(name: str, kind: str) -> Any:
+    """What `module:name` stands for; the module is installed, or a file in the working directory or the repository.
+
+    ValueError that says whether there is no such module, it cannot be imported, or it has no such name.
+    """
+    if not is_own(name):
+        raise ValueError(f"{name!r} names no {kind} of your own; valid: module:name, for instance my_{kind}s:mine")
+    module, _, attribute = name.partition(":")
+    places = [place for place in (str(Path.cwd()), str(paths.ROOT)) if place not in sys.path]
+    sys.path += places  # behind all else: a file here hides no installed package
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{kind} {name!r}: cannot import {module!r} ({error}); valid: an installed module, or {module}.py in "
+            f"{Path.cwd()} or {paths.ROOT}"
+        ) from None
+    finally:
+        for place in places:
+            sys.path.remove(place)
+    if not hasattr(found, attribute):
+        public = ", ".join(sorted(part for part in vars(found) if not part.startswith("_"))[:20])
+        raise ValueError(f"{kind} {name!r}: the module {module!r} has no {attribute!r}; it has {public}")
+    return getattr(found, attribute)

@@ -1,0 +1,132 @@
+"""Optimizers from outside by `module:Class`: over the roles that they are given, AdamW over the rest.
+
+What the study asks of its own optimizers is asked of them, too: parameters that can be trained, hyperparameters by
+name, no step on a gradient that holds NaN or infinity, a state that fits. What cannot be seen from outside is tried on
+a small model (see `trial`): whether a resumed run goes on bit by bit, and whether every parameter is trained.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beyond_outliers.config.loading import load_own
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.optimizers.adamw import AdamW
+from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like, require
+
+KEYS = ("roles", "rest_lr")  # hyperparameters of `Outside` itself
+
+
+def check_hyperparameters(source: str, factory: Callable, given: Sequence[str]) -> None:
+    """ValueError for hyperparameters that the class does not take, naming those that it does."""
+    parameters = inspect.signature(factory).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return  # it takes everything, and says itself what it cannot use
+    valid = [name for name in list(parameters)[1:] if name not in ("lr", "weight_decay")]
+    if unknown := sorted(set(given) - set(valid)):
+        raise ValueError(f"{source} has no hyperparameter {', '.join(unknown)}; valid: {', '.join([*KEYS, *valid])}")
+
+
+class Outside(RoleGroups):
+    """`source` ("module:Class") over the groups of `roles`, this package's AdamW over the others.
+
+    Arguments: `params` as for every optimizer here; `rest_lr`: AdamW's learning rate for roles that `source` does not
+    get (needed where there are any and their groups have no rate of their own); `hyper` goes to the class. Weight decay
+    other than 0 is an error where the class does not take it. ValueError, too, for a class that changes parameters when
+    it is made, puts them into other groups, or wants to be told when it trains and when it is evaluated.
+    """
+
+    def __init__(
+        self,
+        params,
+        source: str,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        roles: Sequence[str] = ROLES,
+        rest_lr: float | None = None,
+        **hyper,
+    ):
+        for role in roles:
+            choose("role", role, ROLES)
+        factory = load_own(source, "optimizer")
+        check_hyperparameters(source, factory, list(hyper))
+        self.source, self.roles = source, tuple(roles)
+        missing = float("nan")
+        rest = {"lr": missing if rest_lr is None else rest_lr}
+        self.role_defaults = {role: rest for role in ROLES if role not in roles}
+        self.parts: list[torch.optim.Optimizer] = []
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        ours, others = self._groups()
+        if not ours:
+            raise ValueError(f"no parameter has a role of {', '.join(roles)}, which {source} is to train")
+        if left := [group["role"] for group in others if math.isnan(group["lr"])]:
+            raise ValueError(
+                f"{source} trains {', '.join(roles)}; give rest_lr, the learning rate of AdamW for {', '.join(left)}"
+            )
+        before = [p.detach().clone() for group in ours for p in group["params"]]
+        made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
+        self._refuse_strange(made, ours, before)
+        self.parts = [made, *([AdamW(_plain(others, True), lr=lr)] if others else [])]
+
+    def _groups(self) -> tuple[list[dict], list[dict]]:
+        """Groups of the class from outside, and of AdamW."""
+        ours = [group for group in self.param_groups if group["role"] in self.roles]
+        return ours, [group for group in self.param_groups if group["role"] not in self.roles]
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "source": self.source, "roles": self.roles, "parts": self.parts}
+
+    def _refuse_strange(self, made: Any, groups: list[dict], before: list[Tensor]) -> None:
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ValueError(f"{self.source} gives a {type(made).__name__}; valid: a torch.optim.Optimizer")
+        kept = [[id(p) for p in group["params"]] for group in made.param_groups]
+        if kept != [[id(p) for p in group["params"]] for group in groups]:
+            raise ValueError(f"{self.source} puts the parameters into groups of its own: its rates cannot be scheduled")
+        if callable(getattr(made, "train", None)) and callable(getattr(made, "eval", None)):
+            raise ValueError(f"{self.source} keeps other weights for evaluation (train, eval): that is not supported")
+        after = [p for group in groups for p in group["params"]]
+        if not all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+            raise ValueError(f"{self.source} changes the weights when it is made: every optimizer starts from the same")
+
+    def step(self, closure: Callable | None = None):
+        """One update of all parts. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
+        loss = self.evaluated(closure)
+        for made, groups in zip(self.parts, self._groups(), strict=False):
+            for own, group in zip(made.param_groups, groups, strict=True):
+                own["lr"] = group["lr"]  # as the schedule set it
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad = laid_out_like(p)
+            made.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        """Groups as torch has them, the shapes of the parameters, and the states of the parts."""
+        shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"]]
+        own = {"source": self.source, "shapes": shapes, "parts": [part.state_dict() for part in self.parts]}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """ValueError, before anything is changed, for the state of another class or of parameters of other shapes."""
+        require(state_dict.get("source") == self.source, "the state's source", state_dict.get("source"), self.source)
+        theirs = [tuple(shape) for shape in state_dict["shapes"]]
+        if theirs != (shapes := self.state_dict()["shapes"]):
+            raise ValueError(f"the state is of parameters of the shapes {theirs}, these are of {shapes}")
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+
+
+def _decays(source: str, factory: Callable, weight_decay: float) -> bool:
+    takes = "weight_decay" in inspect.signature(factory).parameters
+    require(takes or not weight_decay, f"weight_decay of {source}, which has none,", weight_decay, "0")
+    return takes
+
+
+def _plain(groups: list[dict], decays: bool) -> list[dict]:
+    """Groups as a class from outside gets them: no names, no roles."""
+    return [{key: group[key] for key in ("params", "lr", *(["weight_decay"] if decays else []))} for group in groups]

@@ -1,0 +1,125 @@
+"""An optimizer from outside beside the six: its runs and tables, made where the scale's own stay as they are.
+
+    python -m beyond_outliers.study compare --scale pocket --optimizer pytorch_optimizer:Lion     (make compare)
+
+It is trained and measured as the scale's own are: sizes, seeds, formats, rule of the learning rate. Where no rates are
+given, they are looked for from the class's own default, a factor of 3 apart, until the best lies between two others.
+"""
+
+import inspect
+import re
+import warnings
+from typing import Any
+
+import pandas as pd
+
+from beyond_outliers.config.learning_rates import EdgeWarning
+from beyond_outliers.config.loading import is_own, load_own
+from beyond_outliers.config.optimizers import REGISTRY
+from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
+from beyond_outliers.config.protocol import Planned
+from beyond_outliers.config.tuning import line_search
+from beyond_outliers.study.study import Study
+from beyond_outliers.study.tables import MissingResults
+
+FACTOR = 3.0
+START = 1e-3  # for a class whose lr has no default
+AUXILIARY_START = 0.01  # of the search at scales that tune, as the study's own have there
+
+
+class Beside(Study):
+    """The tables of a scale with those of an optimizer from outside behind them: for readings, which train nothing."""
+
+    def __init__(self, scale: str):
+        """scale: as in "pocket+lion". ValueError for a scale alone."""
+        base, beside, _ = scale.partition("+")
+        if not beside:
+            raise ValueError(f"scale {scale!r} names no optimizer from outside; valid: {scale}+name, made by compare")
+        super().__init__(base)
+        self.outside = Study(scale)
+        (self.yours,) = self.outside.protocol.optimizers
+
+    def table(self, name: str) -> pd.DataFrame:
+        """As `Study.table`; a table that the outside optimizer has no row of yet is the scale's alone."""
+        try:
+            return pd.concat([super().table(name), self.outside.table(name)], ignore_index=True)
+        except MissingResults:
+            return super().table(name)
+
+
+def source_of(optimizer: str) -> str:
+    """ "torch.optim.SGD" and "torch.optim:SGD" alike -> "torch.optim:SGD"; ValueError for no such name."""
+    if optimizer in REGISTRY:
+        raise ValueError(f"{optimizer!r} is one of the study's own: its runs are in the tables of the scale")
+    found = optimizer if ":" in optimizer else ":".join(optimizer.rsplit(".", 1))
+    if not is_own(found):
+        raise ValueError(f"{optimizer!r} names no optimizer; valid: module:Class, for instance pytorch_optimizer:Lion")
+    return found
+
+
+def define(
+    scale: str,
+    optimizer: str,
+    name: str | None = None,
+    label: str | None = None,
+    hyper: dict[str, Any] | None = None,
+    rates: tuple[float, ...] = (),
+) -> tuple[str, Outside]:
+    """(scale+name, definition) of an optimizer from outside: the one that is there already, or a new one.
+
+    Without `rates` those of an existing definition are taken, or none yet but the class's default. ValueError where
+    another optimizer, or the same with other hyperparameters, stands under that name.
+    """
+    source = source_of(optimizer)
+    label = label or source.partition(":")[2]
+    beside = f"{scale}+{name or re.sub('[^a-z0-9._-]', '', label.lower())}"
+    hyper = hyper or {}
+    default = inspect.signature(load_own(source, "optimizer")).parameters.get("lr")
+    start = default.default if default and isinstance(default.default, (int, float)) else START
+    known = read_outside(beside) if optimizer_file(beside).exists() else None
+    if known and (known.source, known.hyper) != (source, hyper):
+        raise ValueError(
+            f"{optimizer_file(beside)} is {known.source} with {known.hyper}, not {source} with {hyper}; valid: another "
+            "name for this one, or that folder removed"
+        )
+    grid = rates or (known.learning_rates if known else (float(start),))
+    tuned = Study(scale).protocol.tuned
+    return beside, Outside(
+        source=source,
+        label=label,
+        learning_rates=tuple(grid),
+        auxiliary=AUXILIARY_START if tuned else None,
+        hyper=hyper,
+    )
+
+
+def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
+    """Rates around the best of a scale with grids, ascending: at its smallest swept size, trained one after the other.
+
+    The runs are those of a sweep. RuntimeError where the best is not found within a dozen.
+    """
+    first = study.protocol.sweep_runs(study.sizes_of("sweep")[0])[0].config
+
+    def loss(lr: float) -> float:
+        return study.train(Planned("sweep", first.replace(lr=lr))).row["val_loss"]
+
+    return tuple(line_search(loss, one.learning_rates[0], FACTOR, 0.0)["tried"])
+
+
+def compare(scale: str, beside: str, one: Outside) -> Study:
+    """Trains and measures the optimizer wherever the scale's own are, as far as it has not been; returns its study.
+
+    MissingResults for a scale without tables to stand beside.
+    """
+    Study(scale).table("runs")
+    one.write(optimizer_file(beside))
+    study = Study(beside)
+    study.check()
+    if not study.protocol.tuned and len(one.learning_rates) == 1:
+        study.prepare_corpus()
+        grid = search_rates(study, one)
+        Outside(**{**vars(one), "learning_rates": grid}).write(optimizer_file(beside))
+        study = Study(beside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", EdgeWarning)
+        return study.ensure()

@@ -1,0 +1,143 @@
+"""An optimizer from outside beside a scale: its definition, its rates, its Common Loss, and the tables of both."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.claims import beside
+from beyond_outliers.claims.comparison import Comparison
+from beyond_outliers.config import OPTIMIZER_NAMES, Protocol
+from beyond_outliers.config.optimizers import entry
+from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
+from beyond_outliers.study import MissingResults, Study
+from beyond_outliers.study.common_loss import common_loss
+from beyond_outliers.study.compare import Beside, compare, define, search_rates, source_of
+
+SGD = "torch.optim:SGD"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+
+
+def written(scale="smoke", **changes):
+    beside, one = define(scale, SGD, hyper={"momentum": 0.9}, rates=(0.1, 0.3, 1.0))
+    one = Outside(**{**vars(one), **changes})
+    one.write(optimizer_file(beside))
+    return beside, one
+
+
+def test_a_definition_comes_back_from_its_file():
+    name, one = written(label='SGD, "plain"', hyper={"momentum": 0.9, "roles": ["matrix"], "rest_lr": 3e-3})
+    assert name == "smoke+sgd" and read_outside(name) == one
+    assert Protocol.load(name).settings.labels == {SGD: 'SGD, "plain"'} and entry(SGD).label == 'SGD, "plain"'
+
+
+@pytest.mark.parametrize("scale", ["smoke", "pocket", "laptop", "confirm"])
+def test_the_scale_is_the_same_but_for_its_optimizer(scale):
+    name, _ = written(scale)
+    own, base = Protocol.load(name), Protocol.load(scale)
+    assert own.optimizers == (SGD,)
+    assert own.measure == base.measure and own.corpus == base.corpus and own.sizes == base.sizes
+    rates = {(size, SGD): own.guess(SGD) for size in own.sizes}
+    ours = {(p.purpose, p.config.size, p.config.seed) for p in own.runs(rates)}
+    theirs = base.runs({(size, "adamw"): base.guess("adamw") for size in base.sizes})
+    assert ours == {(p.purpose, p.config.size, p.config.seed) for p in theirs if p.purpose != "schemes"}
+    for planned in own.runs(rates):
+        assert planned.config.scale == name and planned.config.hyper["momentum"] == 0.9
+        assert not set(planned.config.name) & set(":/\\") and planned.config.optimizer == SGD
+        assert planned.config.from_json(planned.config.to_json()) == planned.config
+
+
+def test_no_run_of_the_six_changes():
+    before = [p.config.name for p in Protocol.load("smoke").sweep_runs()]
+    written()
+    after = Protocol.load("smoke")
+    assert [p.config.name for p in after.sweep_runs()] == before and after.optimizers == OPTIMIZER_NAMES
+
+
+def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
+    name, one = written(learning_rates=(1e-3,))
+    tried = []
+
+    def trained(self, planned):
+        tried.append(planned)
+        return SimpleNamespace(row={"val_loss": 3 + np.log(planned.config.lr / 0.05) ** 2})
+
+    monkeypatch.setattr(Study, "train", trained)
+    rates = search_rates(Study(name), one)
+    assert rates == tuple(sorted({p.config.lr for p in tried})) and len(tried) == len(rates)
+    best = min(rates, key=lambda lr: abs(np.log(lr / 0.05)))
+    assert rates[0] < best < rates[-1] and np.allclose(np.diff(np.log(rates)), np.log(3), rtol=1e-5)
+    assert {(p.purpose, p.config.size, p.config.seed) for p in tried} == {("sweep", "tiny", 0)}
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: source_of("lion"), ["'lion'", "pytorch_optimizer:Lion"]),
+        (lambda: source_of("muon"), ["study's own"]),
+        (lambda: define("smoke", SGD, hyper={"momentum": 0.5}), ["smoke+sgd", "'momentum': 0.9", "'momentum': 0.5"]),
+        (lambda: define("smoke", "torch.optim:SDG"), ["no 'SDG'"]),
+        (lambda: define("smook", SGD), ["smook", "pocket"]),
+        (lambda: Study("smoke+lion"), ["smoke+lion", "make compare"]),
+        (lambda: Study("smoke+a+b"), ["smoke+a+b", "one '+'"]),
+        (lambda: Beside("smoke"), ["smoke+name"]),
+        (lambda: Outside(source="sgd", label="x", learning_rates=(0.1,)), ["module:Class", "'sgd'"]),
+    ],
+)
+def test_what_cannot_be_is_refused(call, words):
+    written()
+    with pytest.raises(ValueError) as refusal:
+        call()
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_hyperparameters_are_checked_before_anything_is_trained():
+    name, _ = written(hyper={"momentun": 0.9})
+    with pytest.raises(ValueError, match=r"hyper\.torch\.optim:SGD: .*momentun; valid: .*momentum"):
+        Study(name).check()
+
+
+def test_without_tables_to_stand_beside_there_is_no_comparison():
+    name, one = written()
+    with pytest.raises(MissingResults, match="make reproduce SCALE=smoke"):
+        compare("smoke", name, one)
+
+
+def test_the_common_loss_of_the_six_holds_for_yours():
+    runs = pd.DataFrame(
+        [(f"r{size}{seed}", size, SGD, seed, "finished", 30) for size in "ab" for seed in (0, 1)],
+        columns=["run", "size", "optimizer", "seed", "status", "steps"],
+    )
+    losses = {"ra0": [3.0, 2.5, 2.1], "ra1": [3.0, 2.45, 2.3], "rb0": [2.9, 2.8, 2.7], "rb1": [2.9, 2.6, 2.4]}
+    rows = [(run, 10 * (i + 1), loss) for run, values in losses.items() for i, loss in enumerate(values)]
+    evaluations = pd.DataFrame(rows, columns=["run", "step", "val_loss"])
+    given = pd.DataFrame({"size": ["a", "a", "b"], "seed": [0, 1, 0], "common_loss": [2.48, 2.48, 2.5]})
+    found = common_loss(runs, evaluations, given=given).set_index("run")
+    assert found.step.to_dict() == {"ra0": 30, "ra1": 20, "rb1": 30}  # rb0 never gets there
+    assert found.common_loss.to_dict() == {"ra0": 2.48, "ra1": 2.48, "rb1": 2.5}
+    by_seed = common_loss(runs, evaluations, ("size", "seed"), given).set_index("run")
+    assert by_seed.step.to_dict() == {"ra0": 30, "ra1": 20}  # of b the six have seed 0 alone
+
+
+def test_places_and_differences_are_those_of_the_means():
+    rows = pd.DataFrame(
+        [(size, name, seed, 2 + place / 10 + seed / 1000)
+         for size in ("a", "b") for place, name in enumerate([*OPTIMIZER_NAMES[:3], SGD, *OPTIMIZER_NAMES[3:]])
+         for seed in range(3)],
+        columns=["size", "optimizer", "seed", "loss"],
+    )  # fmt: skip
+    study = SimpleNamespace(yours=SGD, protocol=SimpleNamespace(optimizers=OPTIMIZER_NAMES))
+    found = beside.compared(study, rows, "loss")
+    assert isinstance(found, Comparison) and beside.place(study, found) == "4 of 7"
+    row = beside._row(study, rows, "loss")
+    assert row["yours"].startswith("2.301 [2.3") and row["lowest of the six"].startswith("AdamW 2.001 [")
+    assert row["yours less it"].startswith("0.300 [") and row["runs"] == "over a and b, n 6"
+    alone = beside._row(study, rows[rows.optimizer != SGD], "loss")
+    assert "no size has runs of" in alone["yours"]
