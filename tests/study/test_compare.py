@@ -1,10 +1,11 @@
 """An optimizer from outside beside a scale: its definition, its rates, its Common Loss, and the tables of both."""
 
-from types import SimpleNamespace
+from types import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleNamespace
 
 from beyond_outliers import paths
 from beyond_outliers.claims import beside
@@ -21,6 +22,8 @@ SGD = "torch.optim:SGD"
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
+    (tmp_path / "results" / "confirm").mkdir(parents=True)  # which lends pocket its learning rates
+    shutil.copy(paths.RESULTS / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 

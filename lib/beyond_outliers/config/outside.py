@@ -47,7 +47,7 @@ class Outside:
 
 
 def optimizer_file(scale: str) -> Path:
-    """Where the definition of "pocket+lion" lies: beside its committed tables, before there are some beside its runs."""
+    """Where the definition of "pocket+lion" lies: beside its committed tables if there are some, else its runs."""
     committed = paths.RESULTS / scale / "optimizer.toml"
     return committed if committed.exists() else paths.RUNS / scale / "optimizer.toml"
 
