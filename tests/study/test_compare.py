@@ -1,6 +1,7 @@
 """An optimizer from outside beside a scale: its definition, its rates, its Common Loss, and the tables of both."""
 
-from types import shutil
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
