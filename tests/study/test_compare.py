@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import SimpleNamespace
 
 from beyond_outliers import paths
 from beyond_outliers.claims import beside
