@@ -130,6 +130,12 @@ def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):
     assert pages.write_index("smoke").read_text() == before
 
 
+def test_a_finding_of_several_points_is_quoted_whole(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("**Finding.** By size:\n\n- small: 1\n- large: 2\n\nNot this.\n\n**Question.** Which?\n\n- no\n")
+    assert pages.said(page, "Finding") == "By size: small: 1 large: 2"
+
+
 def test_an_index_of_missing_or_mute_pages_is_refused(one_page):
     one_page.write_text(one_page.read_text().replace("**Finding.**", ""))
     with pytest.raises(ValueError, match=r"01_full_precision\.md has no paragraph that begins with \*\*Finding"):

@@ -136,11 +136,11 @@ def names_of(scale: str) -> list[str]:
 
 
 def said(page: Path, what: str) -> str:
-    """The paragraph of a page that begins with **what.**; ValueError where there is none."""
-    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+)$", page.read_text(), re.MULTILINE)
+    """The paragraph of a page that begins with **what.**, with its list as running text; ValueError without one."""
+    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+(?:\n\n(?:- .+\n)+)?)", page.read_text(), re.MULTILINE)
     if not found:
         raise ValueError(f"{page} has no paragraph that begins with **{what}.**: run `make figures` again")
-    return found[1]
+    return re.sub(r"\s*\n(?:- )?", " ", found[1]).strip()
 
 
 def write_index(scale: str) -> Path:
