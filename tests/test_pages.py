@@ -7,31 +7,8 @@ import pytest
 from beyond_outliers import pages, paths
 
 
-def html(table: pd.DataFrame) -> str:
+def html_of(table: pd.DataFrame) -> str:
     return table.style.to_html()
-
-
-def test_a_table_keeps_its_cells_headings_and_caption():
-    table = pd.DataFrame({"loss": [1.5, 2.0], "a|b": ["x", "y"]}, index=pd.Index(["p", "q"], name="size"))
-    lines = pages.markdown_table(table.style.set_caption("two runs").format(precision=2).to_html()).splitlines()
-    assert lines[0] == "*two runs*"
-    assert lines[2:] == ["| size | loss | a\\|b |", "| --- | --- | --- |", "| p | 1.50 | x |", "| q | 2.00 | y |"]
-
-
-def test_spans_of_index_and_columns_come_out_in_their_own_columns():
-    index = pd.MultiIndex.from_product([["0.1M", "0.2M"], ["muon", "soap"]], names=["size", "optimizer"])
-    columns = pd.MultiIndex.from_product([["gain", "R"], ["mean", "std"]])
-    table = pd.DataFrame([[i + 10 * j for j in range(4)] for i in range(4)], index=index, columns=columns)
-    lines = pages.markdown_table(html(table)).splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows[0] == ["size", "optimizer", "gain mean", "gain std", "R mean", "R std"]
-    assert rows[3] == ["", "soap", "1", "11", "21", "31"]
-    assert rows[4] == ["0.2M", "muon", "2", "12", "22", "32"]
-
-
-def test_html_without_a_table_is_refused():
-    with pytest.raises(ValueError, match="no table"):
-        pages.markdown_table("<p>none</p>")
 
 
 def executed(tmp_path, *outputs):
@@ -68,9 +45,9 @@ def test_a_page_links_to_saved_figures_and_shows_no_code(tmp_path, folder):
 
 
 def test_the_same_notebook_gives_the_same_bytes(tmp_path, folder):
-    source = executed(tmp_path, shown(text_html=html(pd.DataFrame({"x": [1]})), text_plain="x"))
+    source = executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))
     first = pages.write_page(source, "smoke", "01_full_precision").read_bytes()
-    again = executed(tmp_path, shown(text_html=html(pd.DataFrame({"x": [1]})), text_plain="x"))  # another Styler id
+    again = executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))  # another Styler id
     assert pages.write_page(again, "smoke", "01_full_precision").read_bytes() == first
 
 
@@ -97,10 +74,30 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
         pages.check_pages("huge", [])
 
 
-def test_links_and_code_in_a_table_are_kept():
-    table = pd.DataFrame({"a": ['<a href="../data/claims.toml#L3">rule</a>'], "b": ["<code>make test</code>"]})
-    lines = pages.markdown_table(table.style.hide(axis="index").to_html()).splitlines()
-    assert lines[-1] == "| [rule](../data/claims.toml#L3) | `make test` |"
+def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):
+    (folder / "01_loss.png").write_bytes(b"png")
+    pages.write_page(executed(tmp_path, shown(text_plain="figure 01_loss")), "smoke", "01_full_precision")
+    pages.check_pages("smoke", ["01_full_precision"])
+    (folder / "01_loss.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"01_full_precision\.md shows the figure 01_loss\.png.*make figures SCALE=smoke"
+    ):
+        pages.check_pages("smoke", ["01_full_precision"])
+
+
+def test_a_page_is_measured_in_bytes(tmp_path, folder, monkeypatch):
+    source = executed(tmp_path, shown(text_markdown="\u03c1" * 400, text_plain=""))  # two bytes each
+    monkeypatch.setattr(pages, "LARGEST", 800)
+    with pytest.raises(ValueError, match=r"has \d+ bytes, more than 800"):
+        pages.write_page(source, "smoke", "01_full_precision")
+
+
+def test_committed_pages_are_small_and_lie_beside_what_they_show():
+    committed = sorted((paths.ROOT / "figures").glob("*/*.md"))
+    assert len(committed) > 20
+    for page in committed:
+        assert len(page.read_bytes()) <= pages.LARGEST, page
+        pages._need_figures(page, page.read_text(), page.parent.name)
 
 
 def test_links_of_a_notebook_lead_somewhere_from_its_page():
@@ -131,6 +128,12 @@ def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):
     assert "**W4A4**: weights and activations" in index and "](../../data/README.md#terms)" in index
     before = index
     assert pages.write_index("smoke").read_text() == before
+
+
+def test_a_finding_of_several_points_is_quoted_whole(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("**Finding.** By size:\n\n- small: 1\n- large: 2\n\nNot this.\n\n**Question.** Which?\n\n- no\n")
+    assert pages.said(page, "Finding") == "By size: small: 1 large: 2"
 
 
 def test_an_index_of_missing_or_mute_pages_is_refused(one_page):

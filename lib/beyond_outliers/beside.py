@@ -14,7 +14,7 @@ from beyond_outliers.claims.comparison import label
 from beyond_outliers.claims.evidence import judged
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.protocol import scales
-from beyond_outliers.pages import markdown_table
+from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -109,7 +109,7 @@ def opened(scale: str) -> tuple[Study, Study]:
     own, committed = Study(scale), Study(scale, paths.RESULTS / scale)
     if not (committed.results / "runs.csv").exists():
         raise NothingOfYourOwn(f"nothing is committed of scale {scale}, so there is nothing to compare with")
-    if own.results == committed.results:
+    if own.results == committed.results or not (own.results / "runs.csv").exists():
         raise NothingOfYourOwn(
             f"these are the committed tables of scale {scale}, and no run of your own is there to compare: "
             f"run `make reproduce SCALE={scale}`"

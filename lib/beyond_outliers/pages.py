@@ -13,7 +13,6 @@ python -m beyond_outliers.pages readme --scale laptop    the findings in README.
 
 import argparse
 import hashlib
-import html.parser
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.tables import MissingResults
 from beyond_outliers.terms import explained
 
@@ -30,9 +30,9 @@ BEGIN, END = "<!-- findings of scale {scale}: python -m beyond_outliers.pages re
 HEADLINES = {  # of the README's first screen
     "03_ptq": "Who is hurt by rounding?",
     "04_error_propagation": "What goes with the damage?",
-    "05_qat": "And when training itself is quantized?",
     "07_claims": "The claims.",
 }
+CHOICE = "Which optimizer, if the model will be quantized?"
 
 
 class StalePage(RuntimeError):
@@ -40,82 +40,6 @@ class StalePage(RuntimeError):
 
 
 # --------------------------------------------------------------------------------------------------------- one output
-
-
-class _Table(html.parser.HTMLParser):
-    """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty, links kept."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.heads = 0
-        self.caption = ""
-        self._cell: list[str] | None = None
-        self._target = ""  # of the link that is open
-        self._span = (1, 1)
-        self._below: dict[int, int] = {}  # column -> rows that a cell above still covers
-        self._in_caption = self._in_head = False
-
-    def handle_starttag(self, tag, attributes):
-        of = dict(attributes)
-        if tag == "tr":
-            self.rows.append([])
-            self.heads += self._in_head
-        elif tag in ("td", "th"):
-            self._fill()
-            self._cell, self._span = [], (int(of.get("rowspan", 1)), int(of.get("colspan", 1)))
-        elif tag in ("a", "code") and self._cell is not None:
-            self._target = of.get("href", "") if tag == "a" else self._target
-            self._cell.append("[" if tag == "a" else "`")
-        elif tag == "caption":
-            self._in_caption = True
-        elif tag == "thead":
-            self._in_head = True
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th") and self._cell is not None:
-            rows, columns = self._span
-            text = " ".join("".join(self._cell).split())
-            for i in range(columns):
-                if rows > 1:
-                    self._below[len(self.rows[-1])] = rows - 1
-                self.rows[-1].append(text if i == 0 or self._in_head else "")  # a heading stands over all it spans
-            self._cell = None
-            self._fill()
-        elif tag in ("a", "code") and self._cell is not None:
-            self._cell.append(f"]({self._target})" if tag == "a" else "`")
-        elif tag == "caption":
-            self._in_caption = False
-        elif tag == "thead":
-            self._in_head = False
-
-    def _fill(self):
-        while self._below.get(len(self.rows[-1]), 0):
-            self._below[len(self.rows[-1])] -= 1
-            self.rows[-1].append("")
-
-    def handle_data(self, data):
-        if self._cell is not None:
-            self._cell.append(data)
-        elif self._in_caption:
-            self.caption += data
-
-
-def markdown_table(source: str) -> str:
-    """A Markdown table of the first table in `source` (HTML, as pandas writes it); ValueError if there is none."""
-    table = _Table()
-    table.feed(source)
-    rows = [row for row in table.rows if row]
-    if not rows:
-        raise ValueError("there is no table in this HTML output")
-    width = max(map(len, rows))
-    rows = [[cell.replace("|", "\\|") for cell in row] + [""] * (width - len(row)) for row in rows]
-    heads, body = rows[: max(1, table.heads)], rows[max(1, table.heads) :]
-    # pandas writes the names of columns and index in rows of their own: one heading a column is what Markdown has
-    heading = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
-    lines = [heading, ["---"] * width, *body]
-    caption = f"*{table.caption.strip()}*\n\n" if table.caption.strip() else ""
-    return caption + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def markdown_output(output: dict) -> dict | None:
@@ -160,6 +84,13 @@ def relinked(text: str, scale: str, kind: str) -> str:
     return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", rf"\1{paths.way_up(scale)}/", text)
 
 
+def _need_figures(page: Path, text: str, scale: str) -> None:
+    """ValueError, with the command that makes it, for a figure that a page shows and that does not lie beside it."""
+    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text):
+        if not (page.parent / figure).exists():
+            raise ValueError(f"{page} shows the figure {figure}, which is not there: run `make figures SCALE={scale}`")
+
+
 def write_page(executed: Path, scale: str, name: str) -> Path:
     """The page NAME.md of an executed notebook. ValueError where it is too large, or a figure is missing."""
     import nbconvert
@@ -174,14 +105,12 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
     body, _ = nbconvert.MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
     body = relinked(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", scale, "md")
     folder = paths.figures(scale)
-    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", body):
-        if not (folder / figure).exists():
-            raise ValueError(f"{name} shows the figure {figure}, which is not in {folder}")
+    _need_figures(folder / f"{name}.md", body, scale)
     source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
     index = f"../{scale.partition('+')[0]}/README.md" if "+" in scale else "README.md"
     head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages]({index})\n\n"
-    if len(head + body) > LARGEST:
-        raise ValueError(f"the page {name} of {scale} has {len(head + body)} bytes, more than {LARGEST}")
+    if (size := len((head + body).encode())) > LARGEST:
+        raise ValueError(f"the page {name} of {scale} has {size} bytes, more than {LARGEST}")
     target = folder / f"{name}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     paths.write_whole(target, head + body)
@@ -209,11 +138,11 @@ def names_of(scale: str) -> list[str]:
 
 
 def said(page: Path, what: str) -> str:
-    """The paragraph of a page that begins with **what.**; ValueError where there is none."""
-    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+)$", page.read_text(), re.MULTILINE)
+    """The paragraph of a page that begins with **what.**, with its list as running text; ValueError without one."""
+    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+(?:\n\n(?:- .+\n)+)?)", page.read_text(), re.MULTILINE)
     if not found:
         raise ValueError(f"{page} has no paragraph that begins with **{what}.**: run `make figures` again")
-    return found[1]
+    return re.sub(r"\s*\n(?:- )?", " ", found[1]).strip()
 
 
 def write_index(scale: str) -> Path:
@@ -248,23 +177,28 @@ def write_index(scale: str) -> Path:
 
 
 def check_pages(scale: str, names: list[str]) -> None:
-    """StalePage or FileNotFoundError, with the command that makes it, for pages that are old or missing."""
+    """StalePage, FileNotFoundError or ValueError, with the command that makes it, for pages that are old or missing, or
+    lack a figure."""
     if scale not in scales():
         raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(scales())}")
     for name in names:
         page = page_of(scale, name)
-        made_from = page.read_text().split(" -->")[0].rpartition(" ")[2]
+        text = page.read_text()
+        made_from = text.split(" -->")[0].rpartition(" ")[2]
         if made_from != fingerprint(scale, name):
             raise StalePage(f"{page} was made from other tables or another notebook: run `make figures SCALE={scale}`")
+        _need_figures(page, text, scale)
 
 
 def headlines(scale: str) -> str:
-    """What the README says of the committed tables: three findings, the verdicts, the terms, between BEGIN and END."""
+    """What the README says of the committed tables: findings, the verdicts, the terms, between BEGIN and END."""
+    from beyond_outliers.claims.effects import answer
     from beyond_outliers.claims.findings import FINDINGS
     from beyond_outliers.study.study import Study
 
     study = Study(scale, paths.RESULTS / scale)
-    bullets = [
+    bullets = [f"- **{CHOICE}** {answer(study)} [Page](figures/{scale}/07_claims.md)"]
+    bullets += [
         f"- **{lead}** {FINDINGS[name](study)} [Page](figures/{scale}/{name}.md)" for name, lead in HEADLINES.items()
     ]
     terms = explained("\n".join(bullets)).replace("](../", "](")

@@ -106,7 +106,7 @@ def test_the_table_names_what_is_not_measured_yet():
 
 def test_the_choice_is_by_the_loss_that_one_ends_with():
     """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
-    table = effects.choices(Made(qat=True)).set_index("if you will")
+    table = effects.choices(Made(qat=True)).set_index("if you want to")
     assert list(table["train with"]) == ["Muon", "Shampoo", "Muon"]
     after = table.loc["round to W4A4 after training"]
     assert after["loss (nats a token)"].startswith("8.0")  # 2.9 + 0.1, and half of ten
@@ -115,21 +115,24 @@ def test_the_choice_is_by_the_loss_that_one_ends_with():
 
 
 def test_who_cannot_be_told_from_the_best_is_named_beside_it():
-    row = effects.choices(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you will").loc["not quantize"]
+    row = effects.choices(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you want to").loc["leave it as it is"]
     assert row["train with"] == "Muon (or Scion)" and row.confidence == "lower than 4 of 5 others at 95 %"
 
 
 def test_the_answer_says_its_confidence_and_what_is_missing():
     text = effects.answer(Made())
-    assert "If you will round to W4A4 after training: **Shampoo**, which ends at 8.0" in text
-    assert "next comes Scion 0.150 [" in text and "lower than 5 of 5 others at 95 %" in text
-    assert text.endswith("If you will train in 4 bits (QAT): not measured yet.")
+    assert "To round to W4A4 after training: **Shampoo**, which ends at 8.0" in text
+    assert "with Scion 0.150 [" in text and "To train in 4 bits (QAT): not measured yet." in text
+    assert text.endswith(" Confidence: lower than 5 of 5 others at 95 % (over s and l, n 6 each).")  # said once
+    apart = effects.answer(Made(levels=LEVELS | {"scion": 2.801}))
+    assert "above it (lower than 4 of 5 others at 95 %; over s and l, n 6 each)." in apart
     alone = effects.answer(Made(seeds=1))
-    assert "[" not in alone and "next comes Scion 0.150 above (over s and l, n 2 each; confidence: none" in alone
+    assert "[" not in alone and "with Scion 0.150 above it." in alone
+    assert alone.endswith("Confidence: too few seeds for an interval (over s and l, n 2 each).")
 
 
 @pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
 def test_every_committed_study_has_an_answer(scale):
     text = effects.answer(Study(scale))
-    assert text.count("If you will") == 3 and "nan" not in text
+    assert text.count("To ") == 3 and "nan" not in text and text.endswith(".")
     assert ("[" in text) == (scale != "pocket")

@@ -118,10 +118,10 @@ def effect_table(study) -> pd.DataFrame:
     return pd.DataFrame({"optimizer": names} | columns)
 
 
-CHOICES = ["if you will", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
+CHOICES = ["if you want to", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
 # what a reader may be about to do -> the losses that they will end with
 SITUATIONS: dict[str, tuple[Callable, str]] = {
-    "not quantize": (_finished, "val_loss"),
+    "leave it as it is": (_finished, "val_loss"),
     "round to {spec} after training": (lambda study: readings.damage(study, checkpoint="final"), "val_loss"),
     "train in 4 bits (QAT)": (_qat, "val_loss_qat"),
 }
@@ -130,7 +130,7 @@ SITUATIONS: dict[str, tuple[Callable, str]] = {
 def choices(study) -> pd.DataFrame:
     """Which optimizer to train with, a row a situation: the lowest loss that a reader ends with, and whose it is.
 
-    Columns: if you will, train with, loss (nats a token), the others lie above it by, confidence, on (sizes and runs).
+    Columns: if you want to, train with, loss (nats a token), the others lie above it by, confidence, on (sizes, runs).
     Distances from the best are unpaired, as in the findings; those whose interval reaches 0 are named beside the best.
     """
     rows = []
@@ -151,7 +151,7 @@ def choices(study) -> pd.DataFrame:
                 f"{label(best)}{f' (or {listed(near)})' if near else ''}",
                 written(compared.mean(best)),
                 ", ".join(f"{label(rival)} {written(above[rival])}" for rival in rivals),
-                told if compared.certain else "none, too few seeds for an interval",
+                told if compared.certain else "too few seeds for an interval",
                 f"{compared.over}, {compared.n()}",
             )
         )
@@ -160,13 +160,15 @@ def choices(study) -> pd.DataFrame:
 
 def answer(study) -> str:
     """Which optimizer to train with if the model will be quantized, in a sentence a situation, with its confidence."""
+    rows = choices(study)
+    stands_on = [f"{row.confidence} ({row.on})" for row in rows.itertuples() if row.on]
+    shared = len(set(stands_on)) == 1  # then it is said once
     said = []
-    for will, best, loss, above, confidence, on in choices(study).itertuples(index=False):
-        nearest = above.partition("],")[0] + "]" if "]" in above else above.partition(",")[0]
-        said.append(
-            f"If you will {will}: {NOT_YET}."
-            if best == NOT_YET
-            else f"If you will {will}: **{best}**, which ends at {loss} nats a token; next comes {nearest} above "
-            f"({on}; confidence: {confidence})."
-        )
-    return " ".join(said)
+    for will, best, loss, above, confidence, on in rows.itertuples(index=False):
+        if best == NOT_YET:
+            said.append(f"To {will}: {NOT_YET}.")
+            continue
+        nearest = above.partition("],")[0].rstrip("]") + "]" if "]" in above else above.partition(",")[0]
+        behind = "" if shared else f" ({confidence}; {on})"
+        said.append(f"To {will}: **{best}**, which ends at {loss} nats a token, with {nearest} above it{behind}.")
+    return " ".join([*said, *([f"Confidence: {stands_on[0]}."] if shared else [])])

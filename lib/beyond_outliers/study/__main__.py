@@ -134,7 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "render":
         from beyond_outliers.notebook import render
 
-        render(given.scale, given.jobs)
+        try:
+            render(given.scale, given.jobs)
+        except MissingResults as missing:
+            parser.exit(1, f"{missing}\n")
     elif given.step == "plan":
         from beyond_outliers.study.plan import print_plan
 

@@ -1,0 +1,79 @@
+"""HTML tables, as pandas writes them, as Markdown tables that code hosts render."""
+
+import html.parser
+
+
+class _Table(html.parser.HTMLParser):
+    """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty, links kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.heads = 0
+        self.caption = ""
+        self._cell: list[str] | None = None
+        self._target = ""  # of the link that is open
+        self._span = (1, 1)
+        self._below: dict[int, int] = {}  # column -> rows that a cell above still covers
+        self._in_caption = self._in_head = False
+
+    def handle_starttag(self, tag, attributes):
+        of = dict(attributes)
+        if tag == "tr":
+            self.rows.append([])
+            self.heads += self._in_head
+        elif tag in ("td", "th"):
+            self._fill()
+            self._cell, self._span = [], (int(of.get("rowspan", 1)), int(of.get("colspan", 1)))
+        elif tag in ("a", "code") and self._cell is not None:
+            self._target = of.get("href", "") if tag == "a" else self._target
+            self._cell.append("[" if tag == "a" else "`")
+        elif tag == "caption":
+            self._in_caption = True
+        elif tag == "thead":
+            self._in_head = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th") and self._cell is not None:
+            rows, columns = self._span
+            text = " ".join("".join(self._cell).split())
+            for i in range(columns):
+                if rows > 1:
+                    self._below[len(self.rows[-1])] = rows - 1
+                self.rows[-1].append(text if i == 0 or self._in_head else "")  # a heading stands over all it spans
+            self._cell = None
+            self._fill()
+        elif tag in ("a", "code") and self._cell is not None:
+            self._cell.append(f"]({self._target})" if tag == "a" else "`")
+        elif tag == "caption":
+            self._in_caption = False
+        elif tag == "thead":
+            self._in_head = False
+
+    def _fill(self):
+        while self._below.get(len(self.rows[-1]), 0):
+            self._below[len(self.rows[-1])] -= 1
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell.append(data)
+        elif self._in_caption:
+            self.caption += data
+
+
+def markdown_table(source: str) -> str:
+    """A Markdown table of the first table in `source` (HTML, as pandas writes it); ValueError if there is none."""
+    table = _Table()
+    table.feed(source)
+    rows = [row for row in table.rows if row]
+    if not rows:
+        raise ValueError("there is no table in this HTML output")
+    width = max(map(len, rows))
+    rows = [[cell.replace("|", "\\|") for cell in row] + [""] * (width - len(row)) for row in rows]
+    heads, body = rows[: max(1, table.heads)], rows[max(1, table.heads) :]
+    # pandas writes the names of columns and index in rows of their own: one heading a column is what Markdown has
+    heading = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
+    lines = [heading, ["---"] * width, *body]
+    caption = f"*{table.caption.strip()}*\n\n" if table.caption.strip() else ""
+    return caption + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
