@@ -42,7 +42,7 @@ $(READY): environment.yml pyproject.toml
 	touch $@
 
 reproduce: $(READY)
-	$(BIN)/snakemake --cores $(CORES) --config scale=$(SCALE) --rerun-incomplete --quiet rules
+	$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) $(if $(EXECUTOR),--executor $(EXECUTOR)) --jobs $(CORES)
 	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
 
 figures: $(READY)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from beyond_outliers import paths
 from beyond_outliers.study.study import Study
@@ -32,8 +33,33 @@ def _where(study: Study) -> None:
 
 STEPS = (
     *("corpus", "train", "tune", "choose", "measure", "collect"),
-    *("notebook", "render", "plan", "where", "continue", "merge", "keep", "verify"),
+    *("notebook", "render", "plan", "where", "continue", "merge", "keep", "verify", "reproduce"),
 )
+
+
+# of make reproduce EXECUTOR=...: what Snakemake is told beside the number of jobs
+EXECUTORS = {
+    "local": ["--cores"],
+    "slurm": ["--executor", "slurm", "--retries", "3", "--latency-wait", "60", "--jobs"],
+}
+
+
+def reproduce(study: Study, jobs: int, executor: str) -> NoReturn:
+    """Becomes Snakemake, as the only one at work on this scale.
+
+    Snakemake's own lock outlives a process that was killed; the one that is held here ends with it.
+    """
+    from beyond_outliers.train.holding import RunHeld, held
+
+    study.check()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--nolock"]
+    command += ["--config", f"scale={study.scale}", "--rerun-incomplete", "--quiet", "rules", *EXECUTORS[executor]]
+    try:
+        with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
+            os.set_inheritable(lock.fileno(), True)
+            os.execv(sys.executable, [*command, str(jobs)])
+    except RunHeld as other:
+        raise SystemExit(str(other)) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="part I of N, for N machines")
         if step == "merge":
             one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
+        if step == "reproduce":
+            one.add_argument(
+                "--jobs", type=int, default=os.cpu_count(), help="cores, or jobs of a cluster, side by side"
+            )
+            one.add_argument("--executor", choices=sorted(EXECUTORS), default="local")
         if step == "verify":
             one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "plan":
@@ -73,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         return verify(given.scale, given.runs)
     study = Study(given.scale)
+    if given.step == "reproduce":
+        reproduce(study, given.jobs, given.executor)
     if given.step in ("corpus", "plan"):
         study.check()
     if given.step == "corpus":
