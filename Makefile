@@ -44,7 +44,7 @@ $(READY): environment.yml pyproject.toml
 	touch $@
 
 reproduce: $(READY)
-	@$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) --cores $(CORES)
+	@$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) --jobs $(CORES) $(if $(EXECUTOR),--executor $(EXECUTOR))
 	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
 	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
 

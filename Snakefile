@@ -70,6 +70,35 @@ def size_of(run):
     return max((size for size in SIZES if run.startswith(f"{size}-")), key=len)
 
 
+# What a cluster is asked for, on the safe side; a run that its time cuts off is saved and goes on (retries).
+GPUS = int(config.get("gpus", 0))
+ON_GPUS = {"gpu": GPUS} if GPUS else {}
+
+
+def memory(model):
+    """Megabytes: weights, gradients and the largest optimizer state, activations of a micro-batch, Python and torch."""
+    training = PROTOCOL.settings.training
+    tokens = training.micro_batch * training.context
+    numbers = 13 * model.n_parameters + tokens * (40 * model.depth * model.width + 2 * model.vocab_size)
+    return 1500 + round(1.2 * 4 * numbers / 1e6)
+
+
+def minutes(model):
+    """At 3 GFLOP/s a CPU thread, a tenth of what idle cores do here, or 50 TFLOP/s a GPU; half an hour to three days."""
+    operations = 6 * PROTOCOL.settings.training.tokens_per_parameter * model.n_parameters**2
+    return min(3 * 1440, 30 + round(operations / (5e13 * GPUS or 3e9 * PROTOCOL.threads) / 60))
+
+
+def asked(of):
+    """A resource of a job: of its size's model, of the run's, or of the largest."""
+
+    def resource(wildcards):
+        size = wildcards.get("size") or (size_of(wildcards.run) if "run" in wildcards.keys() else SIZES[-1])
+        return of(PROTOCOL.model(size))
+
+    return resource
+
+
 rule all:
     input:
         f"{WORK}/index.done",
@@ -93,6 +122,11 @@ rule train:
         output("train"),
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(size_of(wildcards.run), wildcards.run)
+    retries: 2
+    resources:
+        mem_mb=asked(memory),
+        runtime=asked(minutes),
+        **ON_GPUS,
     shell:
         "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet"
 
@@ -105,6 +139,11 @@ rule tune:
         output("tune"),
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose="sweep")
+    retries: 2
+    resources:
+        mem_mb=asked(memory),
+        runtime=3 * 1440,
+        **ON_GPUS,
     shell:
         "{PYTHON:q} -m beyond_outliers.study tune --scale {SCALE:q} --size {wildcards.size:q} "
         "--optimizer {wildcards.optimizer:q} --quiet > {output:q}"
@@ -127,6 +166,10 @@ rule measure:
         touch(output("measure")),
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
+    resources:
+        mem_mb=asked(memory),
+        runtime=1440,
+        **ON_GPUS,
     shell:
         "{PYTHON:q} -m beyond_outliers.study measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
         "--size {wildcards.size:q}"

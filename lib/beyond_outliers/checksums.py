@@ -33,7 +33,7 @@ def read_sums(folder: Path) -> dict[str, set[str]] | None:
         return None
     lines, _, last = file.read_bytes().decode(errors="replace").rpartition("# ")
     if last != f"{hashlib.sha256(lines.encode()).hexdigest()}\n":
-        raise DamagedFile(f"{file} is damaged: its last line is not the sum of those before it")
+        raise DamagedFile(f"{file} is damaged (without it the files beside it are taken as they are)")
     found: dict[str, set[str]] = {}
     for line in lines.splitlines():
         digest, _, name = line.partition("  ")
@@ -82,6 +82,8 @@ def write_files(
         try:
             for name, write in writers.items():
                 temporary[name].parent.mkdir(parents=True, exist_ok=True)
+                for left in temporary[name].parent.glob(".tmp*"):  # by safetensors, of a process that was killed
+                    left.unlink()
                 write(temporary[name])
                 to_disk(temporary[name])
             new = {name: sha256(path) for name, path in temporary.items()}

@@ -1,5 +1,6 @@
 """`make reproduce`: what Snakemake's log says, in one line, and how a failure ends."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from beyond_outliers import paths
 from beyond_outliers.study import progress, workflow
 from beyond_outliers.study.__main__ import main
 from beyond_outliers.study.study import Study
+from beyond_outliers.train.holding import held
 
 STARTED = """Building DAG of jobs...
 [Wed Nov 25 09:44:41 2026]
@@ -76,13 +78,6 @@ def test_a_killed_job_and_one_that_failed_earlier_have_their_own_reasons():
     ]
 
 
-def test_a_workflow_that_never_began_says_why_and_how_to_unlock_it(tmp_path):
-    file = tmp_path / "reproduce.log"
-    file.write_text("LockException:\nError: Directory cannot be locked.\n")
-    said = workflow.failure("smoke", log_of(file.read_text()), file)
-    assert "failed: the workflow" in said and "snakemake --unlock --config scale=smoke" in said
-
-
 class Kept(progress.Line):
     """A line that keeps all that it is told."""
 
@@ -120,7 +115,7 @@ def test_reproducing_shows_runs_and_steps_and_logs_the_rest(snakemake, tmp_path)
     (folder / "another" / "result.json").write_text("{}")  # of an older plan: not counted
     snakemake(STARTED + ENDED, 0)
     line = Kept()
-    assert workflow.reproduce(Study("smoke"), 1, line) == 0
+    assert workflow.reproduce(Study("smoke"), 1, line=line) == 0
     assert "smoke: 1 of 26 runs trained, step 4 of 27, now train tiny-muon-lr0.01-s0" in line.said
     assert STARTED.splitlines()[2] in (folder / "reproduce.log").read_text()
     assert line.noted == [f"scale smoke: what runs is logged in {folder / 'reproduce.log'}"]
@@ -128,6 +123,22 @@ def test_reproducing_shows_runs_and_steps_and_logs_the_rest(snakemake, tmp_path)
 
 def test_the_status_of_a_failure_is_handed_on(snakemake, capsys):
     snakemake(STARTED + BROKEN, 1)
-    assert main(["reproduce", "--scale", "smoke", "--cores", "1"]) == 1
+    assert main(["reproduce", "--scale", "smoke", "--jobs", "1"]) == 1
     said = capsys.readouterr().err
     assert "reason: ValueError: context must be positive" in said and "next:   make reproduce SCALE=smoke" in said
+
+
+def test_two_at_once_are_refused_by_name(snakemake, tmp_path):
+    snakemake(STARTED + ENDED, 0)
+    line = Kept()
+    with held(tmp_path / "runs" / "smoke" / ".workflow.lock"):
+        assert workflow.reproduce(Study("smoke"), 1, line=line) == 1
+    assert len(line.noted) == 1 and f"is held by process {os.getpid()} on" in line.noted[0]
+    assert workflow.reproduce(Study("smoke"), 1, line=line) == 0  # free again
+
+
+def test_every_executor_is_a_choice_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--scale", "smoke", "--executor", "cloud"])
+    said = capsys.readouterr().err
+    assert all(f"'{name}'" in said for name in workflow.EXECUTORS)

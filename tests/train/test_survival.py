@@ -97,9 +97,15 @@ def test_a_run_survives_a_full_disk(tiny, whole, tmp_path, size):
     goes_on(tiny, tmp_path, whole, "training: disk full")
 
 
-@pytest.mark.parametrize("scheme", [None, "quest"])
-@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
-@pytest.mark.parametrize("tries", [2, pytest.param(18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("optimizer", "scheme", "tries"),
+    [
+        ("adamw", None, 2),
+        pytest.param("adamw", None, 18, marks=pytest.mark.slow),
+        pytest.param("soap", None, 20, marks=pytest.mark.slow),
+        pytest.param("adamw", "quest", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_survives_being_killed_at_random_moments(run_config, tmp_path, optimizer, scheme, tries):
     quantization = {"scheme": scheme, "weights": "int4", "activations": "int4"} if scheme else None
     config = run_config.replace(optimizer=optimizer, lr=1e-3, evaluations=12, quantization=quantization)

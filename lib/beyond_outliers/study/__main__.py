@@ -85,8 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--tables-only", action="store_true", help="read tables, train nothing")
         if step == "render":
             one.add_argument("--jobs", type=int, default=1)
-        if step == "reproduce":
-            one.add_argument("--cores", type=int, default=os.cpu_count())
         if step == "continue":
             one.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
             one.add_argument("--hours", type=float, help="stop after that time; the default is when all is done")
@@ -95,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("folder", type=Path, help="data/results/SCALE of another machine")
         if step == "publish":
             one.add_argument("--partial", action="store_true", help="although runs of the plan are missing")
+        if step == "reproduce":
+            one.add_argument(
+                "--jobs", type=int, default=os.cpu_count(), help="cores, or jobs of a cluster, side by side"
+            )
+            one.add_argument("--executor", choices=("local", "slurm"), default="local")
         if step == "verify":
             one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "compare":
@@ -116,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "reproduce":
         from beyond_outliers.study.workflow import reproduce
 
-        return reproduce(study, given.cores)
+        return reproduce(study, given.jobs, given.executor)
     elif given.step == "train":
         study.train(study.find(given.run), progress=not given.quiet)
     elif given.step == "tune":

@@ -298,8 +298,9 @@ class Study:
     def required(self, planned: Planned) -> "RunResult":
         from beyond_outliers.train.folder import load_result, run_folder
 
-        result = load_result(run_folder(planned.config, paths.RUNS))
+        result = self.result(planned)
         if result is None:
+            load_result(run_folder(planned.config, paths.RUNS))  # of a damaged one the error says more
             raise MissingResults(
                 f"run {planned.config.name} has not ended: run `make reproduce SCALE={self.scale}`, or "
                 f"`python -m beyond_outliers.study train --scale {self.scale} --run {planned.config.name}`"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from beyond_outliers import checksums
+from beyond_outliers import checksums, paths
 
 TABLES = (
     "runs",
@@ -24,8 +24,12 @@ def check_table(folder: Path, name: str) -> None:
     """DamagedFile, with the remedies, unless the table `name` of a scale's folder is what was written, or not there."""
     file = folder / f"{name}.csv"
     if file.exists():
-        remedy = f"`git restore {folder}`, or, if it was changed on purpose, `python -m beyond_outliers.claims --scale "
-        checksums.check(folder, file.name, remedy=f"{remedy}{folder.name}`, which takes all tables as they are")
+        committed = folder.parent == paths.RESULTS
+        scale = folder.name if committed else folder.parent.name
+        collect = f"remove it, then `python -m beyond_outliers.study collect --scale {scale}`"
+        again = f"`git restore {folder}`" if committed else collect
+        taken = f"`python -m beyond_outliers.claims --scale {scale}`, which takes all tables as they are"
+        checksums.check(folder, file.name, remedy=f"{again}, or, if it was changed on purpose, {taken}")
 
 
 class MissingResults(RuntimeError):

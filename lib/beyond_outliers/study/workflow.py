@@ -14,8 +14,14 @@ from beyond_outliers import paths
 from beyond_outliers.study.plan import all_runs
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
+from beyond_outliers.train.holding import RunHeld, held
 
 POLL = 1.0  # seconds
+# what Snakemake is told before the number of jobs
+EXECUTORS = {
+    "local": ["--cores"],
+    "slurm": ["--executor", "slurm", "--retries", "3", "--latency-wait", "60", "--jobs"],
+}
 JOB = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):$")
 WILDCARDS = re.compile(r"^ +wildcards: (.+)$")
 JOBID = re.compile(r"^ +jobid: (\d+)$")
@@ -76,17 +82,32 @@ class Log:
         self.running[job] = self._names[job] = " ".join([self._rule, *values])
 
 
-def reproduce(study: Study, cores: int, line: Line | None = None) -> int:
-    """Runs the workflow of a scale; returns Snakemake's exit status. Writes data/runs/SCALE/reproduce.log."""
-    line, log = line or Line(), Log()
+def reproduce(study: Study, jobs: int, executor: str = "local", line: Line | None = None) -> int:
+    """Runs the workflow of a scale, as the only one at work on it; returns Snakemake's exit status.
+
+    Writes data/runs/SCALE/reproduce.log. jobs: cores, or jobs of a cluster, side by side. executor: a key of EXECUTORS.
+    Snakemake's own lock outlives a process that was killed; the one that is held here ends with it.
+    """
+    study.check()
+    line = line or Line()
+    try:
+        with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
+            return _run(study, [*EXECUTORS[executor], str(jobs)], line, lock.fileno())
+    except RunHeld as other:
+        line.note(str(other))
+        return 1
+
+
+def _run(study: Study, options: list[str], line: Line, lock: int) -> int:
+    log = Log()
     file = study.runs_folder / "reproduce.log"
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--cores", str(cores)]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--nolock", *options]
     command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete"]
     line.note(f"scale {study.scale}: what runs is logged in {file}")
     pace = Pace(study.scale)
     with file.open("w") as written, file.open() as read:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, cwd=paths.ROOT)
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, cwd=paths.ROOT, pass_fds=[lock])
         try:
             while (status := process.poll()) is None:
                 log.feed(read)
@@ -138,8 +159,4 @@ def failure(scale: str, log: Log, file: Path) -> str:
     for job, reason in dict.fromkeys(failed):
         said += [f"failed: {job}", f"reason: {reason or 'see the end of the log'}"]
     go_on = f"make reproduce SCALE={scale} goes on from what is done"
-    if any("LockException" in each for each in lines):
-        go_on = (
-            f"if no other make reproduce is running: .venv/bin/snakemake --unlock --config scale={scale}; then {go_on}"
-        )
     return "\n".join([*said, f"log:    {file}", f"next:   {go_on}"])

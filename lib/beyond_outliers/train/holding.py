@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 TRY_AGAIN = 75  # exit code (EX_TEMPFAIL) of a run that saved and stopped: the same command goes on
 
@@ -19,7 +20,7 @@ class RunHeld(RuntimeError):
 
 
 @contextlib.contextmanager
-def held(file: Path, wait: bool = True) -> Iterator[None]:
+def held(file: Path, wait: bool = True) -> Iterator[TextIO]:
     """Holds a lock file as the only process; it is free again as soon as its holder ends, however that was killed.
 
     While another process holds it: says which one, and waits for it, or (wait=False) raises RunHeld.
@@ -40,7 +41,7 @@ def held(file: Path, wait: bool = True) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n")
         lock.flush()
-        yield
+        yield lock
 
 
 class Termination:

@@ -1,0 +1,211 @@
+"""The steps of a study under faults: what they write comes out as undisturbed, or damage is named."""
+
+import copy
+import random
+import shutil
+import warnings
+
+import pandas as pd
+import pytest
+
+import faults
+from beyond_outliers import checksums, paths
+from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.config import EdgeWarning
+from beyond_outliers.corpus import tokens
+from beyond_outliers.study import Study, measure, verify
+from beyond_outliers.train import machine
+from scale_files import WHOLE, toml
+
+pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tally():
+    yield
+    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
+
+
+@pytest.fixture(scope="module")
+def scale_file(text_file, corpus_config):
+    table = copy.deepcopy(WHOLE["swept"])
+    table["corpus"] = {"source": str(text_file), "vocab_size": 320, "validation_share": 0.1}
+    table["training"] |= {"context": 32, "tokens_per_parameter": 0.1, "evaluations": 2, "validation_tokens": 256}
+    table["sizes"] = {"tiny": {"width": 32, "depth": 1, "n_heads": 2}}
+    table["learning_rates"], table["hyper"] = {"adamw": [1e-3, 5e-3]}, {}
+    table["plan"] = {purpose: {"sizes": ["tiny"], "seeds": [0]} for purpose in ("sweep", "full_precision")}
+    table["measure"] |= {"validation_tokens": 256, "propagation_tokens": 64, "trajectory": False}
+    return toml(table)
+
+
+def at(root, patch, scale_file):
+    """Everything of a study below one folder."""
+    (root / "scales").mkdir(parents=True, exist_ok=True)
+    (root / "scales" / "own.toml").write_text(scale_file)
+    for name in ("SCALES", "CACHE", "RESULTS", "RUNS"):
+        patch.setattr(paths, name, root / name.lower())
+    return Study("own")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, scale_file):
+    """A study that was never disturbed; what is measured is made up, and as written by `measure_run`."""
+    root = tmp_path_factory.mktemp("whole")
+
+    def made_up(model, config, level, settings):
+        return {name: pd.DataFrame({"value": [config.lr, config.seed]}) for name in ("ptq", "zero_shot")}
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", EdgeWarning)
+        patch.setattr(measure, "measure_model", made_up)
+        patch.setattr(machine, "git_commit", lambda: "test")
+        study = at(root, patch, scale_file)
+        for planned in study.protocol.sweep_runs():
+            study.train(planned, progress=False)
+        study.choose_learning_rates("tiny")
+        for planned in study.planned():
+            study.train(planned, progress=False)
+        study.measure("sweep", "tiny")
+        study.measure("full_precision", "tiny")
+        study.collect()
+        yield root
+
+
+def tables(root, kind="*.csv"):
+    files = [file for file in sorted(root.rglob(kind)) if file.is_file() and "scales" not in file.parts]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
+
+
+OWN = "runs/own/results"  # the study's own tables
+STEPS = {
+    "measuring": (
+        lambda study: [study.measure(purpose, "tiny") for purpose in ("sweep", "full_precision")],
+        "runs/own/*/measure-*",
+    ),
+    "choosing": (lambda study: study.choose_learning_rates("tiny"), f"{OWN}/learning_rates.csv"),
+    "choosing again": (lambda study: study.choose_learning_rates("tiny"), None),
+    "collecting": (lambda study: study.collect(), OWN),
+    "collecting again": (lambda study: study.collect(), None),
+    "tokenizing": (lambda study: tokens.open_corpus(study.protocol.corpus), "cache"),
+}
+
+
+def sweep(step, kind, every, whole, tmp_path, scale_file):
+    work, removed = STEPS[step]
+    undisturbed, number, code = tables(whole, "*.*"), 1 + every // 2, 1
+    kept = {name: raw for name, raw in undisturbed.items() if name.endswith((".csv", ".bin", "meta.json"))}
+    while code != 0:
+        root = tmp_path / f"{number}"
+        shutil.copytree(whole, root)
+        for place in root.glob(removed) if removed else ():
+            shutil.rmtree(place) if place.is_dir() else checksums.write_files(place.parent, {}, remove=[place.name])
+        if removed == OWN:  # rates are not collected
+            (root / removed).mkdir()
+            shutil.copy(whole / removed / "learning_rates.csv", root / removed)
+        with pytest.MonkeyPatch.context() as patch:
+            study = at(root, patch, scale_file)
+            patch.setattr(tokens, "_OPEN", {})
+            code = faults.in_child(lambda study=study: work(study), faults.at_change(kind, number, root))
+            assert code in (0, 1, faults.DIED, faults.PASSED_BY)
+            try:
+                work(at(root, patch, scale_file))
+                said = "same tables"
+            except DamagedFile as damage:
+                assert "tears" in kind and " is damaged" in str(damage) and "taken as they are" in str(damage)
+                said = "named"
+        if said == "same tables":
+            found = tables(root, "*.*")
+            assert {name: found.get(name) for name in kept} == kept
+            if removed != "cache":
+                assert not verify.damages(root)
+        faults.TALLY[f"{step}: change {kind}", said] += 1
+        shutil.rmtree(root)
+        number += every
+    assert number > 4
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_a_step_survives_a_fault_at_some_changes_of_the_disk(step, kind, whole, tmp_path, scale_file):
+    sweep(step, kind, 9, whole, tmp_path, scale_file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_a_step_survives_a_fault_at_every_change_of_the_disk(step, kind, whole, tmp_path, scale_file):
+    sweep(step, kind, 1, whole, tmp_path, scale_file)
+
+
+@pytest.mark.parametrize("tries", [10, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_what_tables_are_made_of_is_never_silent(whole, tmp_path, scale_file, tries):
+    """Collecting goes on with the other runs and says what is missing."""
+    rng, undisturbed = random.Random(tries), tables(whole / OWN)
+    read = {"config.json", "result.json", "metrics.csv", "ptq.csv", "zero_shot.csv", "SHA256SUMS"}
+    files = [
+        file for file in sorted((whole / "runs").rglob("*")) if file.name in read and file.parent.name != "results"
+    ]
+    for number in range(tries):
+        root = tmp_path / f"{number}"
+        shutil.copytree(whole, root)
+        hit = rng.choice(files).relative_to(whole)
+        faults.flip_a_bit(root / hit, rng)
+        run = hit.parts[2]
+        for file in (root / OWN).glob("*.csv"):
+            if file.name != "learning_rates.csv":
+                file.unlink()
+        (root / OWN / "SHA256SUMS").unlink()
+        with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match=f"left out.*{run}"):
+            study = at(root, patch, scale_file)
+            study.collect()
+            assert set(study.table("runs").run) == {p.config.name for p in study.planned()} - {run}
+        assert undisturbed.keys() >= tables(root / OWN).keys()
+        faults.TALLY["collecting: flipped bit in a run", "left out and named"] += 1
+
+
+@pytest.mark.parametrize("tries", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_a_table_is_never_silent(whole, tmp_path, scale_file, tries):
+    rng = random.Random(tries)
+    for number in range(tries):
+        root = tmp_path / f"{number}"
+        shutil.copytree(whole / "runs", root / "runs")
+        hit = rng.choice(sorted((root / OWN).iterdir()))
+        faults.flip_a_bit(hit, rng)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(DamagedFile, match=r"study collect --scale own"):
+            study = at(root, patch, scale_file)
+            for file in sorted(study.results.glob("*.csv")):
+                study.table(file.stem)
+        faults.TALLY["tables: flipped bit", "named"] += 1
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin", "validation.bin", "SHA256SUMS"])
+def test_a_flipped_bit_in_a_corpus_builds_it_again(whole, tmp_path, scale_file, name, capfd):
+    rng, undisturbed = random.Random(name), tables(whole / "cache", "*.*")
+    for number in range(4):
+        root = tmp_path / f"{number}"
+        shutil.copytree(whole / "cache", root / "cache")
+        (hit,) = (root / "cache").rglob(name)
+        faults.flip_a_bit(hit, rng)
+        with pytest.MonkeyPatch.context() as patch:
+            study = at(root, patch, scale_file)
+            patch.setattr(tokens, "_OPEN", {})
+            tokens.open_corpus(study.protocol.corpus)
+        assert "is damaged; building it again" in capfd.readouterr().err
+        assert tables(root / "cache", "*.*") == undisturbed
+        faults.TALLY["corpus: flipped bit", "built again"] += 1
+
+
+def test_verify_names_what_is_damaged_and_trains_runs_again(whole, tmp_path, scale_file, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    with pytest.MonkeyPatch.context() as patch:
+        study = at(tmp_path / "study", patch, scale_file)
+        patch.setattr(paths, "CHECKPOINTS", tmp_path / "none")
+        assert verify.verify("own", 2) == 0
+        said = capsys.readouterr().out
+        assert "every byte is what was written" in said and said.count(" same\n") == 2 and "0.1 at most" in said
+        study.table("runs").assign(val_loss=1.0).to_csv(study.results / "runs.csv", index=False)
+        assert verify.verify("own", 0) == 1 and "runs.csv is damaged" in capsys.readouterr().out
+        checksums.seal(study.results)
+        assert verify.verify("own", 2) == 1 and "differs" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"unknown scale '\.\./own'; valid: "):
+            verify.verify("../own", 0)
