@@ -19,7 +19,7 @@ LAYERS = [
     {"propagation", "scaling"},
     {"train", "probe"},
     {"study"},
-    {"claims"},
+    {"claims", "export"},
     {"plots"},
     {"pages", "notebook"},
 ]
