@@ -17,7 +17,7 @@ LAYERS = [
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
     {"propagation", "scaling"},
-    {"train", "probe"},
+    {"train", "probe", "probes"},
     {"study"},
     {"claims", "export"},
     {"plots"},
