@@ -59,7 +59,10 @@ class Rotary(nn.Module):
         self.head_size, self.base, self.interleaved = head_size, base, interleaved
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, T, head_size)
-        cos, sin = rotary_tables(x.shape[-2], self.head_size, self.base, x.device, x.dtype)
+        return self.turn(x, *rotary_tables(x.shape[-2], self.head_size, self.base, x.device, x.dtype))
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, H, T, head_size) by angles of shapes that broadcast with its pairs, (..., T, head_size / 2)."""
         if self.interleaved:
             even, odd = x[..., 0::2], x[..., 1::2]
             return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

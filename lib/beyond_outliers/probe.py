@@ -71,6 +71,7 @@ def probe(
     attention: str = "open",
     device: str | torch.device | None = None,
     strict: bool = True,
+    calibration: int = 32,
 ) -> Probe:
     """Quantizes a model after training as `spec` says (default W4A4) and measures what that does, on a text of yours.
 
@@ -83,6 +84,7 @@ def probe(
         what the model can read), no padding, a shorter rest dropped.
     granularity, attention: as in `decompose`; "open" gives every linear layer its row.
 
+    calibration: windows of the text behind the measured ones that a spec of method "gptq" calibrates on.
     strict: a matrix-multiply weight that cannot be rounded, other than the head, is an error; False goes on with a
         warning. What was rounded is printed either way.
 
@@ -106,14 +108,18 @@ def probe(
         model.pooler = None  # type: ignore[assignment]  # torch lets a module be taken out like this
     context = min(context, _longest(model))
     # no text has fewer than one token a 40 characters; a file of any size is read no further than needed
+    more = calibration if spec.method == "gptq" else 0
     with path.open(encoding="utf-8", errors="replace") as file:
-        ids = windows(tokenizer, file.read(40 * context * sequences), context, sequences)
+        ids = windows(tokenizer, file.read(40 * context * (sequences + more)), context, sequences + more)
     embedding = getattr(model, "get_input_embeddings", None)
     size = embedding().num_embeddings if embedding is not None else None
     if size is not None and int(ids.max()) >= size:
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
-    batches = ids.split(batch_size)
-    quantized = quantize_model(model, spec, strict=strict, example=batches[0])
+    if more and len(ids) <= sequences:
+        raise ValueError(f"the text fills {len(ids)} windows, {sequences} to measure: none is left to calibrate on")
+    batches = ids[:sequences].split(batch_size)
+    inputs = ids[sequences:].split(batch_size) if more else None
+    quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
     record = record_of(quantized)
     print(record)
     return Probe(

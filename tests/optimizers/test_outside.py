@@ -243,6 +243,8 @@ def test_a_trial_finds_what_is_in_no_state():
     assert found.distance is None and "its state cannot be kept" in str(found)
     found = trial("optimizers_of_mine:Lazy", 0.01)
     assert found.unmoved and all("norm" in name or "scale" in name for name in found.unmoved)
+    # signs that cancel: a weight may be back where it was without having stood still
+    assert trial("torch.optim:Rprop", 0.01, step_sizes=[0.01, 0.01]).unmoved == ()
     with pytest.raises(ValueError, match="Failing fails in step 0: RuntimeError: no dense gradients"):
         trial("optimizers_of_mine:Failing", 0.01)
 

@@ -17,9 +17,9 @@ LAYERS = [
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
     {"propagation", "scaling"},
-    {"train", "probe"},
+    {"train", "probe", "probes"},
     {"study"},
-    {"claims"},
+    {"claims", "export"},
     {"plots"},
     {"pages", "notebook", "beside", "site"},
 ]

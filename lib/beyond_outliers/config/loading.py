@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from beyond_outliers import paths
+ROOT = Path(__file__).resolve().parents[3]  # the repository
 
 
 def is_own(name: object) -> bool:
@@ -22,14 +22,14 @@ def load_own(name: str, kind: str) -> Any:
     if not is_own(name):
         raise ValueError(f"{name!r} names no {kind} of your own; valid: module:name, for instance my_{kind}s:mine")
     module, _, attribute = name.partition(":")
-    places = [place for place in (str(Path.cwd()), str(paths.ROOT)) if place not in sys.path]
+    places = [place for place in (str(Path.cwd()), str(ROOT)) if place not in sys.path]
     sys.path += places  # behind all else: a file here hides no installed package
     try:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
             f"{kind} {name!r}: cannot import {module!r} ({error}); valid: an installed module, or {module}.py in "
-            f"{Path.cwd()} or {paths.ROOT}"
+            f"{Path.cwd()} or {ROOT}"
         ) from None
     finally:
         for place in places:

@@ -53,9 +53,8 @@ def trial(name: str, lr: float, **hyper) -> Trial:
     training does, and with torch's random numbers from another seed. ValueError where it cannot be made, or where its
     step fails, naming the failure.
     """
-    first, again = (_run(name, lr, hyper, None)[1] for _ in range(2))
-    start = dict(_model().named_parameters())
-    unmoved = tuple(n for n, p in first.items() if torch.equal(p, start[n]))
+    (moved, first), (_, again) = (_run(name, lr, hyper, None) for _ in range(2))
+    unmoved = tuple(n for n in first if n not in moved)
     repeats = all(torch.equal(first[n], again[n]) for n in first)
     try:
         resumed = _run(name, lr, hyper, INTERRUPTED_AT)[1]
@@ -76,10 +75,11 @@ def _model() -> Olmo2:
         return Olmo2(Olmo2Config(vocab_size=24, width=16, depth=1, n_heads=2))
 
 
-def _run(name: str, lr: float, hyper: dict, interrupted_at: int | None) -> tuple[Olmo2, dict[str, Tensor]]:
+def _run(name: str, lr: float, hyper: dict, interrupted_at: int | None) -> tuple[set[str], dict[str, Tensor]]:
+    """Names of the parameters that some step moved, and the weights at the end."""
     model = _model()
     optimizer = build_optimizer(model, name, lr, **hyper)
-    generator = torch.Generator().manual_seed(1)
+    generator, moved = torch.Generator().manual_seed(1), set()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for step in range(STEPS):
@@ -90,12 +90,14 @@ def _run(name: str, lr: float, hyper: dict, interrupted_at: int | None) -> tuple
                 torch.manual_seed(3)
             ids = torch.randint(24, (8, 17), generator=generator)
             model.loss(ids[:, :-1], ids[:, 1:]).backward()
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
             try:
                 optimizer.step()
             except Exception as error:  # whatever a class from outside may raise
                 raise ValueError(f"{name} fails in step {step}: {type(error).__name__}: {error}") from error
+            moved |= {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
             optimizer.zero_grad(set_to_none=True)
-    return model, {n: p.detach().clone() for n, p in model.named_parameters()}
+    return moved, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def _through_a_file(state: dict) -> dict:

@@ -12,6 +12,7 @@ from beyond_outliers.plots.by_optimizer import (
 )
 from beyond_outliers.plots.findings import (
     candidate_scatter,
+    checkpoint_curves,
     claims_ledger,
     correlation_forest,
     probe_profile,
@@ -35,6 +36,7 @@ __all__ = [
     "along_training",
     "candidate_scatter",
     "centred_points",
+    "checkpoint_curves",
     "claims_ledger",
     "confirm_ledger",
     "correlation_forest",

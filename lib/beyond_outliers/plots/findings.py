@@ -109,6 +109,29 @@ def claims_ledger(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def checkpoint_curves(table: pd.DataFrame) -> plt.Figure:
+    """R_L (with its interval), MMR and kurtosis of `probes.probe_all`'s table along training, a line a format.
+
+    Checkpoints stand at the number in their name where all have one, else side by side in their order.
+    """
+    rows = table[table.reason == ""]
+    names = list(dict.fromkeys(rows.model))
+    numbered = bool(rows.step.notna().all()) and rows.step.nunique() == len(names)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    for (spec, own), colour in zip(rows.groupby("spec", sort=False), sns.color_palette("colorblind"), strict=False):
+        x = own.step.astype(float) if numbered else own.model.map(names.index)
+        arms = np.clip([own.R_L - own.R_L_low, own.R_L_high - own.R_L], 0, None)
+        axes[0].errorbar(x, own.R_L, yerr=arms, marker="o", ms=4, capsize=2, color=colour, label=spec)
+        for ax, metric in zip(axes[1:], ("mmr", "kurtosis"), strict=True):
+            ax.plot(x, own[metric], marker="o", ms=4, color=colour)
+    for ax, label in zip(axes, ("$R_L$", "MMR", "kurtosis"), strict=True):
+        ax.set(ylabel=label, yscale="log", xlabel="training step" if numbered else "")
+        if not numbered:
+            ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    legend(figure)
+    return figure
+
+
 def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
     """R and its parts A and B along the depth of any model, one point a module, coloured by kind."""
     figure, ax = plt.subplots(figsize=(9, 3.4))
