@@ -1,4 +1,4 @@
-"""What a pass through a model in evaluation mode must be: a function of its input, with nothing kept for the next pass."""
+"""What a pass in evaluation mode must be: a function of its input alone, with nothing kept for the next pass."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,6 +51,27 @@ def main_output(output) -> list[Tensor]:
 def as_real(x: Tensor) -> Tensor:
     """Complex numbers (...) as pairs of real ones (..., 2); real ones as they are."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+# -------------------------------------------------------------------------------------------- tensors made only once
+
+
+def keeps_tensors() -> bool:
+    """Whether a tensor made here is a real one, that a cache may keep: not while a program is traced on fake ones."""
+    return type(torch.empty(0)) is Tensor and not torch.compiler.is_exporting()
+
+
+def made_once(cache: dict, key, make: Callable):
+    """cache[key], made by `make()` at the first call, so that training can use what an inference made.
+
+    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept.
+    """
+    if not keeps_tensors():
+        return make()
+    if key not in cache:
+        with torch.inference_mode(False):
+            cache[key] = make()
+    return cache[key]
 
 
 # ------------------------------------------------------------------------------------------------- keys and values

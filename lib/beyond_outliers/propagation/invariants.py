@@ -1,4 +1,4 @@
-"""What must hold of the four evaluations whatever the model is, so that a wrong decomposition cannot pass as a right one.
+"""What must hold of the four evaluations whatever the model is, so that a wrong table cannot pass as a right one.
 
 A = 0 where no input differs, B = 0 where the function has not changed, and a module gives the same output for the same
 input again. R = A + B + C holds for any four tensors, so that it would not notice.
@@ -66,8 +66,8 @@ def check_unchanged(label: str, ours: list[Tensor], theirs: list[Tensor], given:
     if off := _difference(ours, theirs):
         raise ValueError(
             f"module {label!r} is the same in both models, yet its outputs for one input differ by {off:.2g} of their "
-            f"squared norm: {_cause(given)}. Its B would be wrong; valid: modules whose output depends on what they are "
-            "given alone"
+            f"squared norm: {_cause(given)}. Its B would be wrong; valid: modules whose output depends on what they "
+            "are given alone"
         )
 
 

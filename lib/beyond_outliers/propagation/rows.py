@@ -39,7 +39,7 @@ class _Trace(Watch):
         self.last: list[Tensor] = []
         self.output = self.run()
 
-    def computed(self, operator: str, output):
+    def computed(self, operator: str):
         if operator not in _MOVES and self.open:
             self.functional.add(self.open[-1][0])
 

@@ -44,7 +44,7 @@ class Watch(TorchDispatchMode):
         inputs = list(tensors(args, kwargs))
         active = operator == "embedding" or any(x in self.activations for x in inputs)
         if active:
-            self.computed(operator, output)
+            self.computed(operator)
         chosen = active or any(x in self.choices for x in inputs)
         picks = {pick for x in inputs for pick in self.origins.get(x, ())}
         if operator in _PICKS and active and (index := self._index(operator, args)):
@@ -63,19 +63,16 @@ class Watch(TorchDispatchMode):
                 self.origins[x] = picks
         return output
 
-    def computed(self, operator: str, output):
+    def computed(self, operator: str):
         """Called for every operator that an activation goes into."""
-        for x in floats(output):
-            self.activations[x] = True
 
     def _index(self, operator: str, args: tuple) -> list[Tensor]:
         """Those indices of a pick that activations decide and that pick among rows, not within them."""
         if operator in ("gather", "index_select"):
             return [args[2]] if args[1] not in (-1, args[0].ndim - 1) and args[2] in self.choices else []
         given = args[1] if operator == "index" else [args[1]]
-        return [
-            x for i, x in enumerate(given) if x is not None and x in self.choices and (i < args[0].ndim - 1 or not i)
-        ]
+        rows = given[: max(1, args[0].ndim - 1)]
+        return [x for x in rows if x is not None and x in self.choices]
 
     def enter(self, module, args, kwargs):
         inputs = list(tensors(args, kwargs))
