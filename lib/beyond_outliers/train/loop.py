@@ -92,6 +92,20 @@ class LossModule(nn.Module):
         return self.model.head_loss(self.hidden(ids), targets)
 
 
+def check_shares(config: RunConfig, world: int) -> None:
+    """ValueError unless every worker's share of a batch is whole micro-batches, or smaller than one.
+
+    Other shares would be cut into parts of unequal weight, or of another number than the gradients are summed after.
+    """
+    share, rest = divmod(config.batch_size, world)
+    if rest or (share > config.micro_batch and share % config.micro_batch):
+        raise ValueError(
+            f"batch_size {config.batch_size} over {world} workers is {config.batch_size / world:g} sequences each, no "
+            f"multiple of micro_batch {config.micro_batch}; valid: a batch_size that is a multiple of "
+            f"{world * config.micro_batch}, or a micro_batch that divides every worker's share"
+        )
+
+
 class _Run:
     """A run in progress."""
 
@@ -99,6 +113,7 @@ class _Run:
         self.config, self.folder = config, folder
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = device_named(device)
+        check_shares(config, self.world)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.corpus: Corpus = open_corpus(config.corpus, config.context)
