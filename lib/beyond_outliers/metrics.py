@@ -14,7 +14,8 @@ so that, relative to ||W x||^2, the layer's newly injected error (the B term of 
     noise_gain     = (||W||_F^2 / n) / (||W x||^2 / ||x||^2)   what the layer does to white noise against its signal
     input_error    = ||Q(x) - x||^2 / ||x||^2,   weight_error = ||Q(W) - W||_F^2 / ||W||_F^2
 
-MMR sees only the first factor of this product, through the largest entry. `noise_gain` is also the gain G = A / R_in
+Of this product MMR is about `input_error` alone, and there only about what a row's largest entry does to its scale:
+nothing of the weight, of the layer's gain, or of formats with blocks. `noise_gain` is also the gain G = A / R_in
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 

@@ -153,7 +153,7 @@ BAD = {
         ("eps", -1e-8),
         ("weight_decay", float("nan")),
     ],
-    "sgd": [("lr", float("nan")), ("momentum", 1.5), ("weight_decay", -0.1)],
+    "sgd": [("lr", float("nan")), ("momentum", 1.5), ("weight_decay", float("nan"))],
     "muon": [("momentum", 1.0), ("ns_steps", 0), ("betas", (-0.1, 0.9)), ("eps", float("nan"))],
     "scion": [("momentum", 0.0), ("scale", 0.0), ("embedding_lmo", "row"), ("ns_steps", 0)],
     "shampoo": [("betas", (0.9, 1.0)), ("eps", 0.0), ("frequency", 0), ("max_block_size", 0)],

@@ -85,7 +85,7 @@ class PSGD(StackedOptimizer):
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As its base's. A state without its generator, as torch.distributed.checkpoint makes it, loads with a warning."""
+        """As its base's. A state without its generator (so torch.distributed.checkpoint) loads with a warning."""
         super().load_state_dict(state_dict)
         if "generator" in state_dict:
             self.generator.set_state(state_dict["generator"].cpu())

@@ -1,9 +1,9 @@
-"""R_L alone: the relative error of a quantized model's output, with its interval over sequences.
+"""R_L alone: the relative error of a quantized model's output, its interval over sequences, its floor from rounding.
 
 `output_errors` gives it in three readings, the paper's and two without what softmax or the head add to it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, forward
+from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
 from beyond_outliers.passes import main_output, tensors
 from beyond_outliers.propagation.norms import dot, pieces, quotient
 from beyond_outliers.quantizers.watching import Runs
@@ -92,6 +92,31 @@ def relative_error(
     needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
     interval = float(value - half), float(value + half)
     return RelativeError(float(value), *interval, confidence, m, n_tokens, float(needed * n_tokens / m))
+
+
+def rounding_floor(
+    model: nn.Module, batches, quantize: Callable[[nn.Module], nn.Module], times: int = 2, seed: int = 0
+) -> float:
+    """Spread of R_L under changes of the weights that mean nothing: relative ones of 1e-6, drawn from `seed`.
+
+    A change that small moves entries next to a tie over it, these move others further on, and an encoder's R_L comes
+    out some per cent away. No two R_L of one model on other machines or of nearly equal weights need agree better; the
+    interval of `relative_error`, over sequences, knows nothing of it. Standard deviation, in units of R_L, over
+    `times` + 1 evaluations of `batches` (a list; the first with the weights as they are).
+
+    quantize: gives the quantized copy of a model. Weights in half precision change by up to their own rounding.
+    """
+    batches, found = list(as_batches(batches)), []
+    generator = torch.Generator().manual_seed(seed)
+    for time in range(times + 1):
+        moved = copy_of(model)
+        for weight in moved.parameters() if time else ():
+            if weight.is_floating_point():
+                size = max(1e-6, torch.finfo(weight.dtype).eps)
+                change = size * torch.randn(weight.shape, generator=generator)
+                weight.data.mul_((1 + change).to(weight.device, weight.dtype))
+        found.append(relative_error(moved, quantize(moved), batches).value)
+    return float(np.std(found, ddof=1))
 
 
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
