@@ -12,42 +12,65 @@ from torch import Tensor
 SLICE = 512  # tokens; measured best of 128 .. 1024 at vocabularies 512 and 2048
 
 
+IGNORED = -100  # a target that does not count, as in F.cross_entropy
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed in the forward pass, where the slice's probabilities are at hand."""
+    """Gradients are computed in the forward pass, where the slice's probabilities are at hand.
+
+    Whatever the dtype that comes in, slices and sums are at least float32: half precision has no numbers for 1 / n.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (N, D), (V, D), (N,)
-        n = hidden.shape[0]
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        w = weight.to(wide)
+        hidden_grad, weight_grad = torch.empty_like(hidden, dtype=wide), torch.zeros_like(w)
         total = hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, n, SLICE):
-            h, t = hidden[start : start + SLICE], targets[start : start + SLICE, None]
-            z = h @ weight.T
+        kept = targets != IGNORED
+        whole = bool(kept.all())
+        n = len(targets) if whole else int(kept.sum())
+        for start in range(0, len(targets), SLICE):
+            h, t = hidden[start : start + SLICE].to(wide), targets[start : start + SLICE, None]
+            counts = None if whole else kept[start : start + SLICE, None]
+            t = t if counts is None else t.where(counts, 0)
+            z = h @ w.T
             z -= z.amax(1, keepdim=True)
             chosen = z.gather(1, t)
             z.exp_()
             mass = z.sum(1, keepdim=True)
-            total += (mass.log() - chosen).sum()
+            losses = mass.log() - chosen
+            total += (losses if counts is None else losses.where(counts, 0.0)).sum()
             z /= n * mass  # probabilities / n; minus the one-hot target / n it is the gradient of the logits
-            z.scatter_add_(1, t, torch.full_like(chosen, -1 / n))
-            torch.mm(z, weight, out=hidden_grad[start : start + SLICE])
+            z.scatter_add_(1, t, torch.full_like(chosen, -1 / max(n, 1)))
+            z = z if counts is None else z.where(counts, 0.0)
+            torch.mm(z, w, out=hidden_grad[start : start + SLICE])
             weight_grad.addmm_(z.T, h)
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return (total / n).to(hidden.dtype)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return (total / n).to(wide)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None
+        if torch.is_grad_enabled():  # under create_graph; once_differentiable would not notice a gradient of constants
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative (create_graph=True): its gradients were computed in the "
+                "forward pass; valid: cross_entropy(F.linear(hidden, weight), targets)"
+            )
+        return *((saved * grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy (nats) of logits hidden @ weight.T, as F.cross_entropy gives it, gradients included.
 
-    hidden (..., D) and weight (V, D) floating, targets (...) int64. On CUDA, under autocast, compiled, or without
-    gradients it is the plain two-step computation: there the slices would cost more than they save.
+    hidden (..., D) and weight (V, D) floating, targets (...) int64. The loss is float32, or float64 of float64: half
+    precision is widened inside. Targets of -100 do not count (all of them: NaN); others outside of 0 .. V - 1 are a
+    ValueError that names the first. On CUDA, under autocast, compiled, or without gradients it is the plain two-step
+    computation: there the slices would cost more than they save. A second derivative of the sliced one is a
+    RuntimeError.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    check_targets(targets, len(weight))
     sliced = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if sliced and not torch.compiler.is_compiling():
         return _LinearCrossEntropy.apply(hidden, weight, targets)
@@ -55,6 +78,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """F.cross_entropy (nats) of logits (..., V) and targets (...), in float32 at least."""
+    """F.cross_entropy (nats) of logits (..., V) and targets (...), in float32 at least; targets as above."""
+    check_targets(targets, logits.shape[-1])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def check_targets(targets: Tensor, entries: int):
+    """ValueError naming the first target that is neither in 0 .. entries - 1 nor -100 (ignored).
+
+    On CUDA and while compiling nothing is looked at: it would wait for the device, whose kernel asserts the same.
+    """
+    if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():
+        return
+    outside = (targets != IGNORED) & ((targets < 0) | (targets >= entries))
+    if bool(outside.any()):
+        raise ValueError(f"target {int(targets[outside][0])}; valid: 0 to {entries - 1}, or {IGNORED} to leave it out")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.run import ModelConfig
 from beyond_outliers.cross_entropy import cross_entropy, linear_cross_entropy
+from beyond_outliers.passes import made_once
 
 
 class RMSNorm(nn.Module):
@@ -39,13 +40,13 @@ _ROTARY_TABLES: dict = {}
 @torch.compiler.assume_constant_result  # traced, the float64 cosines would be taken anew for every element of a batch
 def rotary_tables(length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype):
     """cos and sin of position * base^(-2i / head_size), each (length, head_size / 2), the angles taken in float64."""
-    key = (length, head_size, base, device, dtype)
-    if key not in _ROTARY_TABLES:
-        with torch.inference_mode(False):  # a table made under inference mode could not be used in training later
-            exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-            angles = torch.arange(length, dtype=torch.float64)[:, None] * base**-exponents
-            _ROTARY_TABLES[key] = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-    return _ROTARY_TABLES[key]
+
+    def make() -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * base**-exponents
+        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+    return made_once(_ROTARY_TABLES, (length, head_size, base, device, dtype), make)
 
 
 class Rotary(nn.Module):

@@ -14,7 +14,8 @@ so that, relative to ||W x||^2, the layer's newly injected error (the B term of 
     noise_gain     = (||W||_F^2 / n) / (||W x||^2 / ||x||^2)   what the layer does to white noise against its signal
     input_error    = ||Q(x) - x||^2 / ||x||^2,   weight_error = ||Q(W) - W||_F^2 / ||W||_F^2
 
-MMR sees only the first factor of this product, through the largest entry. `noise_gain` is also the gain G = A / R_in
+Of this product MMR is about `input_error` alone, and there only about what a row's largest entry does to its scale:
+nothing of the weight, of the layer's gain, or of formats with blocks. `noise_gain` is also the gain G = A / R_in
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 
@@ -38,8 +39,12 @@ def _rows(x: Tensor) -> Tensor:
     x = torch.as_tensor(x)
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must hold at least one row of features, not the shape {tuple(x.shape)}")
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return _wide(x.reshape(-1, x.shape[-1]))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: squares of half precision overflow from 256 on and vanish below 2e-4."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _absolute(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +113,8 @@ def _rounding_error(x: Tensor, format: str, spec: QuantSpec) -> Tensor:
         return torch.full((), torch.nan, dtype=torch.float64, device=x.device)
     if spec.rotate:
         x = hadamard_transform(x, hadamard_block(x.shape[-1]))
-    return (quantize_tensor(x, format, spec.granularity, spec.block) - x).square().sum(dtype=torch.float64)
+    error = _wide(quantize_tensor(x, format, spec.granularity, spec.block)) - _wide(x)
+    return error.square().sum(dtype=torch.float64)
 
 
 def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -155,22 +161,23 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     sums: dict[str, Tensor] = {}
-    previous: list = [None, None]  # q, k and v read the same tensor: its sums are taken once
+    previous: list = [None, None, None]  # q, k and v read the same tensor: its sums are taken once
 
-    def hook(module, args, output):
-        if args[0] is not previous[0]:
-            previous[:] = args[0], _input_sums(args[0], spec)
-        bare = output if module.bias is None else output - module.bias
-        row = torch.cat([previous[1], bare.square().sum(dtype=torch.float64)[None]])
+    def hook(module, args, kwargs, output):
+        (x,) = (*args, *kwargs.values())[:1]
+        if x is not previous[0] or x._version != previous[1]:  # the same tensor, and not changed in place since
+            previous[:] = x, x._version, _input_sums(x, spec)
+        bare = _wide(output) if module.bias is None else _wide(output) - _wide(module.bias)
+        row = torch.cat([previous[2], bare.square().sum(dtype=torch.float64)[None]])
         name = linears[module]
         sums[name] = sums[name] + row if name in sums else row
 
-    handles = [module.register_forward_hook(hook) for module in linears]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in linears]
     try:
         with evaluating(model):
             for batch in as_batches(batches):
                 forward(model, batch)
-                previous[:] = None, None
+                previous[:] = None, None, None
     finally:
         for handle in handles:
             handle.remove()

@@ -7,11 +7,13 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from beyond_outliers.passes import caching_configs, check_batch, without_draws
 
 
 @contextmanager
@@ -22,8 +24,7 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
     of the first model's parameters.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    found: list[Any] = [getattr(model, "config", None) for model in models]
-    configs = [config for config in found if getattr(config, "use_cache", False)]
+    configs = [config for model in models for config in caching_configs(model)]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -31,8 +32,8 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
             model.eval()
         for config in configs:
             config.use_cache = False
-        # not inference_mode: a buffer that a module caches on first use must stay usable in training
-        with torch.no_grad():
+        # no inference tensors, the caller's mode or not: what a module caches on first use must stay usable in training
+        with torch.inference_mode(False), torch.no_grad():
             yield device_of(models[0])
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -49,15 +50,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def forward(model: nn.Module, batch):
-    """Output for one batch: a tensor, a tuple of positional or a mapping of keyword arguments, moved to the model."""
+    """Output for one batch: a tensor, a tuple or list of positional or a mapping of keyword arguments.
+
+    The model gets copies, on its device: what it changes in place stays its own. Raises ValueError for a batch with a
+    key/value cache, and for a model that draws random numbers in evaluation mode so that another pass differs.
+    """
     device = device_of(model)
 
-    def move(value):
-        return value.to(device) if isinstance(value, Tensor) else value
+    def call():
+        if isinstance(batch, Mapping):
+            check_batch(batch)
+            return model(**{key: move(value) for key, value in batch.items()})
+        return model(*map(move, batch)) if isinstance(batch, (tuple, list)) else model(move(batch))
 
-    if isinstance(batch, Mapping):
-        return model(**{key: move(value) for key, value in batch.items()})
-    return model(*map(move, batch)) if isinstance(batch, tuple) else model(move(batch))
+    def move(value):
+        return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+    return call() if model.training else without_draws(model, call, device)
 
 
 def as_batches(batches) -> Iterable:
@@ -71,6 +80,9 @@ def as_batches(batches) -> Iterable:
 def is_linear(module: nn.Module) -> bool:
     """A linear layer of full precision (GPT-2's Conv1D is one too), or one of this project's quantized ones."""
     if isinstance(module, nn.Linear):  # its weight is not looked at: computing a parametrized one may change it
+        stored = module._parameters.get("weight")
+        if stored is not None and stored.is_complex():
+            return False
         return getattr(module, "rounds_operands", False) or computes_linear(module)
     return is_conv1d(module) or ("Linear" in type(module).__name__ and _has_matrix(module))
 
@@ -268,6 +280,7 @@ def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callabl
     return substitute(model, made)
 
 
+COMPLEX = "complex numbers"
 UNCALLED = "parent reads .weight without calling the layer"
 
 
@@ -283,6 +296,8 @@ def why_not_replaced(module: nn.Module) -> str | None:
     if stored is None:
         if not nn.utils.parametrize.is_parametrized(module, "weight"):
             return "weight computed by a hook"
+    elif stored.is_complex():
+        return COMPLEX
     elif not stored.is_floating_point() or stored.element_size() < 2 or type(stored.data) is not Tensor:
         return "already quantized"
     return None if computes_linear(module) else "subclass with its own forward"

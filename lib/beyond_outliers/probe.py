@@ -6,6 +6,7 @@ that maps token ids (B, T) to logits or hidden states, such as this project's `O
 
 import copy
 import os
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from beyond_outliers import paths
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
-from beyond_outliers.propagation import RelativeError, decompose, relative_error, summarise
+from beyond_outliers.propagation import RelativeError, decompose, relative_error, rounding_floor, summarise
 from beyond_outliers.quantizers import Quantization, QuantSpec, quantize_model
 from beyond_outliers.quantizers.opened import conv1d_to_linear, open_layers
-from beyond_outliers.quantizers.record import record_of
+from beyond_outliers.quantizers.record import CoverageWarning, record_of
 
 __all__ = ["Probe", "bundled_encoder", "conv1d_to_linear", "load", "probe", "windows"]
 
@@ -28,7 +29,8 @@ __all__ = ["Probe", "bundled_encoder", "conv1d_to_linear", "load", "probe", "win
 @dataclass(frozen=True)
 class Probe:
     """What `probe` found. `metrics`, `modules`: tables of `activation_metrics` and `decompose`; `quantization`: what
-    was rounded and what was not (`print(found.quantization)`)."""
+    was rounded and what was not (`print(found.quantization)`). floor: how far R_L moves under weight changes of 1e-6
+    (standard deviation, see `rounding_floor`), which the interval over sequences does not hold."""
 
     name: str
     spec: QuantSpec
@@ -36,6 +38,7 @@ class Probe:
     modules: pd.DataFrame
     error: RelativeError
     quantization: Quantization
+    floor: float = float("nan")
 
     def worst(self, n: int = 10, by: str = "B") -> pd.DataFrame:
         """The `n` linear layers with the most of `by` (B: newly injected error), with their outlier metrics.
@@ -52,9 +55,10 @@ class Probe:
         return table.sort_values(by, ascending=False, ignore_index=True).head(n)
 
     def summary(self) -> pd.Series:
-        """Averages over the linear layers, R_L with its interval, and the mean terms of the decomposition."""
+        """Averages over the linear layers, R_L with its interval and floor, the mean terms of the decomposition."""
         means = summarise(self.modules).drop("R_L")
         error = {"R_L": self.error.value, "R_L_low": self.error.low, "R_L_high": self.error.high}
+        error["R_L_floor"] = self.floor
         return pd.concat([pd.Series(error), average(self.metrics), means]).rename(f"{self.name} {self.spec.name}")
 
 
@@ -122,13 +126,19 @@ def probe(
     quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
     record = record_of(quantized)
     print(record)
+    error = relative_error(model, quantized, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)  # said above
+        floor = rounding_floor(model, batches, lambda moved: quantize_model(moved, spec, example=batches[0]))
+    print(f"R_L {error.value:.3g} [{error.low:.3g}, {error.high:.3g}] over sequences; +- {floor:.2g} from ties alone")
     return Probe(
         name,
         spec,
         activation_metrics(model, batches, spec),
         decompose(model, quantized, batches, granularity=granularity, attention=attention),
-        relative_error(model, quantized, batches),
+        error,
         record,
+        floor,
     )
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from beyond_outliers.propagation import decompose, relative_error
+from beyond_outliers.propagation import decompose, relative_error, rounding_floor
+from beyond_outliers.quantizers import QuantSpec, quantize_model
 from rounded_models import ids, olmo, quantize
 
 
@@ -45,3 +46,20 @@ def test_interval_formula_and_coverage():
     rows = np.random.default_rng(0).choice(4000, (2000, round(needed / 2)))
     estimates = d[rows].sum(1) / n[rows].sum(1)
     assert np.mean(np.abs(estimates / truth - 1) < 0.05) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_floor_is_what_ties_alone_do():
+    """Weights half way between two levels: each may go either way. A fifth of the way off, none does."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 4)), torch.randn(8, 32)
+    model[0].weight.data = torch.randint(-7, 7, (32, 32)) + 0.5
+    model[0].weight.data[:, 0] = 7.0  # the scale of every row is 1: all others lie between two levels
+    spec = QuantSpec("int4", "none")
+    quantized = [relative_error(model, quantize_model(model, spec), x).value]
+    floor = rounding_floor(model, x, lambda moved: quantize_model(moved, spec))
+    assert 0.05 * quantized[0] < floor < 2 * quantized[0]
+    assert floor == rounding_floor(model, x, lambda moved: quantize_model(moved, spec))
+    model[0].weight.data = model[0].weight.data.round() + 0.2
+    model[0].weight.data[:, 0] = 7.0
+    value = relative_error(model, quantize_model(model, spec), x).value
+    assert rounding_floor(model, x, lambda moved: quantize_model(moved, spec)) < 1e-3 * value

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from beyond_outliers import model as model_module
 from beyond_outliers.modules import evaluating, forward
+from beyond_outliers.passes import floats
 from beyond_outliers.probe import probe
 from beyond_outliers.propagation import relative_error
-from beyond_outliers.propagation.recording import floats
 from beyond_outliers.quantizers import QuantSpec, coverage, quantize_model
 
 tf = pytest.importorskip("transformers")

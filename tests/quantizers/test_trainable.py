@@ -150,3 +150,13 @@ def test_staircases(scheme, bits):
         assert step[0] == pytest.approx(learned, rel=1e-5) and 0 in levels
         inside = (x / learned > -(2 ** (bits - 1))) & (x / learned < 2 ** (bits - 1) - 1)
         assert (gradient == inside).all()
+
+
+def test_second_derivatives_pass_straight_through():
+    """Of f = sum y^3 with y the rounded x: f'' = 6 y where the gradient passes, 0 where it is masked."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    for quantizer in (AbsMaxQuantizer("int4"), QuestQuantizer(4, hadamard=False)):
+        y = quantizer(x)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        torch.testing.assert_close(second, torch.where(first == 0, 0.0, 6 * y.detach()))

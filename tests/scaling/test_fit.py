@@ -252,6 +252,20 @@ def test_bad_runs_are_refused(change, message):
         fit_scaling_law(change(synthetic("fixed_ratio")))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -3.0])
+@pytest.mark.parametrize("column", ["N", "D", "loss", "bits"])
+def test_one_row_of_a_value_that_is_none_is_named(column, value):
+    runs = synthetic("full").astype({"bits": float})
+    runs.loc[7, column] = value
+    with pytest.raises(ValueError, match=rf"column {column} must be finite and positive, but is {value} in row 7 \(1"):
+        fit_scaling_law(runs, "full")
+
+
+def test_numbers_as_text_are_numbers():
+    runs = synthetic("fixed_ratio", noise=0)
+    assert fit_scaling_law(runs.astype(str), bootstrap=0).parameters == fit_scaling_law(runs, bootstrap=0).parameters
+
+
 def test_bad_arguments_are_refused():
     runs = synthetic("fixed_ratio").assign(optimizer="muon")
     with pytest.raises(ValueError, match="unknown form 'chinchilla'; valid: fixed_ratio, full"):
@@ -260,6 +274,12 @@ def test_bad_arguments_are_refused():
         fit_scaling_law(runs, "full")
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1, not 95"):
         fit_scaling_law(runs, confidence=95)
+    for delta in (float("nan"), 0.0, -1e-3, float("inf")):
+        with pytest.raises(ValueError, match=f"delta must be positive and finite, not {delta}"):
+            fit_scaling_law(runs, delta=delta)
+    for bootstrap in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"whole number of resamples from 0, not {bootstrap}"):
+            fit_scaling_law(runs, bootstrap=bootstrap)
     with pytest.raises(ValueError, match=r"cannot share \['rho'\].*valid: A, alpha, E"):
         fit_shared(runs, share=("rho",))
     with pytest.raises(ValueError, match=r"lacks the columns \['scheme'\]"):

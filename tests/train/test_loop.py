@@ -1,5 +1,6 @@
 """Training: schedule, folder, resume, divergence, accumulation, data parallelism."""
 
+import dataclasses
 import json
 import math
 import os
@@ -258,3 +259,12 @@ def test_a_run_on_cuda_learns_what_one_on_cpu_learns(run_config, tmp_path, optim
     cuda = train(config, root=tmp_path / "cuda", device="cuda", compile=False, progress=False)
     assert cuda.row["device"] == "cuda" and cuda.row["status"] == "finished"
     assert cuda.row["val_loss"] == pytest.approx(cpu.row["val_loss"], abs=0.05)
+
+
+def test_a_share_that_is_no_whole_number_of_micro_batches_is_refused(run_config):
+    """9 sequences a worker in parts of 2 would never be summed over the workers; 7 would weigh their parts alike."""
+    for batch, micro, world in ((18, 2, 2), (14, 2, 2), (12, 4, 2), (4, 2, 8)):
+        with pytest.raises(ValueError, match=f"batch_size {batch} over {world} workers .*micro_batch {micro}; valid"):
+            machine.check_shares(dataclasses.replace(run_config, batch_size=batch, micro_batch=micro), world)
+    for batch, micro, world in ((8, 4, 2), (8, 8, 2), (18, 3, 2), (16, 2, 4), (6, 2, 1)):
+        machine.check_shares(dataclasses.replace(run_config, batch_size=batch, micro_batch=micro), world)

@@ -12,7 +12,7 @@ LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 LAYERS = [
     {"paths", "checksums", "terms", "markdown"},
     {"config"},
-    {"cross_entropy", "modules", "terms"},
+    {"cross_entropy", "modules", "passes", "terms"},
     {"corpus"},
     {"decoder", "model", "llama", "optimizers", "quantizers"},
     {"evaluate", "metrics"},

@@ -6,6 +6,7 @@ of fewer than two dimensions (norm gains, QK scales). A group that names no role
 or a QK scale is not the regularisation that the hyperparameter means.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from beyond_outliers.modules import find_head
 
 ROLES = ("matrix", "embedding", "vector")
+LARGE = 1e18  # a norm of all gradients from which on it is looked at closely; its square nears the end of float32
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient holds NaN or infinity: the run has diverged. Parameters and state are as before the step."""
+    """A gradient holds NaN or infinity, or its squares do: the run has diverged. All is as before the step."""
 
 
 class RoleGroups(torch.optim.Optimizer):
@@ -48,7 +50,20 @@ class RoleGroups(torch.optim.Optimizer):
                 vector = {"weight_decay": 0.0} if role == "vector" else {}
                 group = {**vector, **self.role_defaults.get(role, {}), **param_group, "params": members, "role": role}
                 super().add_param_group(group)
+                try:
+                    self.check(self.param_groups[-1])
+                except ValueError as error:
+                    self.param_groups.pop()
+                    raise ValueError(f"group {len(self.param_groups)} (role {role}): {error}") from error
                 group.setdefault("initial_lr", group["lr"])
+
+    def check(self, group: dict) -> None:
+        """ValueError that names a hyperparameter of `group` which is out of range. Every group is asked."""
+        require_common(group["lr"], group["weight_decay"])
+
+    def squares(self, group: dict) -> bool:
+        """Whether the group's state keeps squares of gradients, which an overflow would spoil for good."""
+        return False
 
     def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
         return {**super().__getstate__(), "role_defaults": dict(self.role_defaults)}
@@ -77,6 +92,10 @@ class RoleGroups(torch.optim.Optimizer):
             raise ValueError(f"the state has groups of {theirs} parameters, this optimizer of {ours}")
         names = iter([name for name, _ in self.named_parameters()])
         for group, saved in zip(self.param_groups, groups, strict=True):
+            try:
+                self.check({**group, **saved})
+            except ValueError as error:
+                raise ValueError(f"the state's group of {len(saved['params'])} parameters: {error}") from error
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 name, state = next(names), state_dict["state"].get(index)
                 if state:
@@ -92,19 +111,28 @@ class RoleGroups(torch.optim.Optimizer):
         return loss
 
     def refuse_nonfinite_gradients(self) -> None:
-        """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity.
+        """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity, or overflows squared.
 
-        One reduction for all parameters; they are looked at one by one only after it failed.
+        One reduction for all parameters; they are looked at one by one only where it is not small.
         """
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients or torch.stack(torch._foreach_norm(gradients)).sum().isfinite():
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).sum() < LARGE:
             return
         guilty = [
             name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
         ]
-        if guilty:  # none: every entry is finite, and only the sum of squares overflowed
+        what = "non-finite gradient of"
+        if not guilty:
+            what = f"a gradient whose squares overflow {str(gradients[0].dtype).removeprefix('torch.')}, of"
+            squared = {id(p) for group in self.param_groups if self.squares(group) for p in group["params"]}
+            guilty = [
+                name
+                for name, p in self.named_parameters()
+                if id(p) in squared and p.grad is not None and not p.grad.square().sum().isfinite().item()
+            ]
+        if guilty:
             more = f" and {len(guilty) - 5} more" if len(guilty) > 5 else ""
-            raise NonFiniteGradientError(f"non-finite gradient of {', '.join(guilty[:5])}{more}")
+            raise NonFiniteGradientError(f"{what} {', '.join(guilty[:5])}{more}")
 
     def named_parameters(self):
         """(name, parameter) over all groups; a parameter that came without a name is called by group and position."""
@@ -141,8 +169,8 @@ def require(valid: bool, name: str, value, expected: str) -> None:
 
 
 def require_common(lr: float, weight_decay: float) -> None:
-    require(lr >= 0, "lr", lr, "at least 0")
-    require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+    require(0 <= lr < math.inf, "lr", lr, "at least 0")
+    require(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "at least 0")
 
 
 def require_betas(betas: tuple[float, float], name: str = "betas") -> None:

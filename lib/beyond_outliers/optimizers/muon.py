@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas, require_common
+from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -67,15 +67,22 @@ class Muon(StackedOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-6,
     ):
-        require_common(lr, weight_decay)
-        require(adamw_lr >= 0, "adamw_lr", adamw_lr, "at least 0")
-        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(1 <= ns_steps <= 100, "ns_steps", ns_steps, "between 1 and 100")
+        require(0 <= adamw_lr < math.inf, "adamw_lr", adamw_lr, "at least 0")
         require_betas(adamw_betas, "adamw_betas")
-        require(adamw_eps >= 0, "adamw_eps", adamw_eps, "at least 0")
+        require(0 <= adamw_eps < math.inf, "adamw_eps", adamw_eps, "at least 0")
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "betas": tuple(adamw_betas), "eps": adamw_eps}
         super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
+        require(1 <= group["ns_steps"] <= 100, "ns_steps", group["ns_steps"], "between 1 and 100")
+        require_betas(group["betas"])
+        require(0 <= group["eps"] < math.inf, "eps", group["eps"], "at least 0")
+
+    def squares(self, group: dict) -> bool:
+        return group["role"] != "matrix"
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         if group["role"] == "matrix":

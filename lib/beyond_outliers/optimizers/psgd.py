@@ -30,11 +30,12 @@ O(m^2 k) rather than O(m^3), without any other m x m matrix: |.| and triu(.) Q c
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require, require_common
+from beyond_outliers.optimizers.groups import require
 from beyond_outliers.optimizers.linalg import add_gram_, strips
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -63,17 +64,19 @@ class PSGD(StackedOptimizer):
         update_probability: float | None = None,
         seed: int = 0,
     ):
-        require_common(lr, weight_decay)
-        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(0 < preconditioner_lr <= 1, "preconditioner_lr", preconditioner_lr, "in (0, 1]")
-        require(max_size_triangular >= 0, "max_size_triangular", max_size_triangular, "at least 0")
-        valid = update_probability is None or 0 < update_probability <= 1
-        require(valid, "update_probability", update_probability, "None or in (0, 1]")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         defaults |= {"preconditioner_lr": preconditioner_lr, "max_size_triangular": max_size_triangular}
         super().__init__(params, defaults | {"update_probability": update_probability})
         device = next(p.device for group in self.param_groups for p in group["params"])
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        rate, size, share = (group[k] for k in ("preconditioner_lr", "max_size_triangular", "update_probability"))
+        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
+        require(0 < rate <= 1, "preconditioner_lr", rate, "in (0, 1]")
+        require(size >= 0, "max_size_triangular", size, "at least 0")
+        require(share is None or 0 < share <= 1, "update_probability", share, "None or in (0, 1]")
 
     def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
         return {**super().__getstate__(), "generator": self.generator}
@@ -82,13 +85,16 @@ class PSGD(StackedOptimizer):
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        if "generator" not in state_dict:  # torch.distributed.checkpoint keeps nothing but state and groups
-            raise ValueError(
-                "this state of PSGD has no 'generator', whose probes a resumed run needs; "
-                "valid: what state_dict() returned, with all its keys"
-            )
+        """As its base's. A state without its generator (so torch.distributed.checkpoint) loads with a warning."""
         super().load_state_dict(state_dict)
-        self.generator.set_state(state_dict["generator"].cpu())
+        if "generator" in state_dict:
+            self.generator.set_state(state_dict["generator"].cpu())
+        else:
+            warnings.warn(
+                "this state of PSGD has no 'generator': its probes go on from this optimizer's own, so that the run is "
+                "not continued to the same numbers; valid: what state_dict() returned, with all its keys",
+                stacklevel=2,
+            )
 
     def init_state(self, group: dict, parameter: Tensor) -> dict:
         state: dict = {"momentum": torch.zeros_like(parameter), "since_update": 0, "updates": 0}

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require, require_common
+from beyond_outliers.optimizers.groups import require
 from beyond_outliers.optimizers.muon import newton_schulz
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -51,18 +51,21 @@ class Scion(StackedOptimizer):
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
     ):
-        require_common(lr, weight_decay)
-        require(0 < momentum <= 1, "momentum", momentum, "in (0, 1]")
-        require(scale > 0, "scale", scale, "positive")
-        require(embedding_lr >= 0, "embedding_lr", embedding_lr, "at least 0")
-        require(vector_lr >= 0, "vector_lr", vector_lr, "at least 0")
-        require(embedding_lmo in EMBEDDING_LMOS, "embedding_lmo", embedding_lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
-        require(1 <= ns_steps <= 100, "ns_steps", ns_steps, "between 1 and 100")
-        require(not (constrained and weight_decay), "weight_decay", weight_decay, "0 when constrained")
+        require(0 <= embedding_lr < math.inf, "embedding_lr", embedding_lr, "at least 0")
+        require(0 <= vector_lr < math.inf, "vector_lr", vector_lr, "at least 0")
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
         super().__init__(params, defaults, {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}})
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        lmo, decay = group["embedding_lmo"], group["weight_decay"]
+        require(0 < group["momentum"] <= 1, "momentum", group["momentum"], "in (0, 1]")
+        require(0 < group["scale"] < math.inf, "scale", group["scale"], "positive")
+        require(lmo in EMBEDDING_LMOS, "embedding_lmo", lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
+        require(1 <= group["ns_steps"] <= 100, "ns_steps", group["ns_steps"], "between 1 and 100")
+        require(not (group["constrained"] and decay), "weight_decay", decay, "0 when constrained")
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}

@@ -19,10 +19,12 @@ The paper's configuration: betas (0.95, 0.95), eps 1e-10, frequency 20, blocks u
 betas (0.9, 1.0), eps 1e-12, blocks of 1024, no grafting, and takes separate beta2 and eps for the grafted method.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require, require_betas, require_common
+from beyond_outliers.optimizers.groups import require, require_betas
 from beyond_outliers.optimizers.linalg import add_gram_, eigh
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -44,13 +46,18 @@ class Shampoo(StackedOptimizer):
         frequency: int = 20,
         max_block_size: int = 12_288,
     ):
-        require_common(lr, weight_decay)
-        require_betas(betas)
-        require(eps > 0, "eps", eps, "positive")
-        require(frequency >= 1, "frequency", frequency, "at least 1")
-        require(max_block_size >= 1, "max_block_size", max_block_size, "at least 1")
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         super().__init__(params, defaults | {"frequency": frequency, "max_block_size": max_block_size})
+
+    def check(self, group: dict) -> None:
+        super().check(group)
+        require_betas(group["betas"])
+        require(0 < group["eps"] < math.inf, "eps", group["eps"], "positive")
+        for name in ("frequency", "max_block_size"):
+            require(group[name] >= 1, name, group[name], "at least 1")
+
+    def squares(self, group: dict) -> bool:
+        return True
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -23,7 +23,9 @@ value is not finite (the -inf of future positions in attention scores) do not co
 in the order in which modules finish: first the embedding (R = 0), last the logits; R_L is the last row's R.
 """
 
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -32,9 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, linear_weight
-from beyond_outliers.propagation.norms import Ratios, dot, pieces, spectral_norm, squared_norms
-from beyond_outliers.propagation.recording import Call, Tape, clones, floats, opened_attention, record
+from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
+from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
+from beyond_outliers.propagation.norms import Ratios, dot, pieces, quotient, spectral_norm, squared_norms
+from beyond_outliers.propagation.recording import Call, Tape, clones, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
+from beyond_outliers.propagation.selection import other_tokens
+from beyond_outliers.quantizers.record import CoverageWarning
 from beyond_outliers.quantizers.watching import Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
@@ -45,26 +51,43 @@ REDUCTIONS = ("global", "token")
 class _Row:
     """Sums of one module's calls over the batches, and the table row that they give."""
 
-    def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], reduction: str):
+    def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], same: bool, reduction: str):
         self.name, self.kind, (self.module, self.quantized), self.reduction = name, kind, pair, reduction
+        self.same, self.repeats = same, repeats(pair[0])
         self.output = Ratios(reduction)
         self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
         self.phi, self.psi = Ratios(reduction), Ratios(reduction)
 
-    def add(self, call: Call, quantized_call: Call, in_place: bool):
+    def add(self, call: Call, quantized_call: Call, in_place: bool, outputs: Callable):
+        """`outputs`: picks the tensors to compare from what the module returns."""
         copy = clones if in_place else lambda value: value
-        h, hq = floats(call.args, call.kwargs), floats(quantized_call.args, quantized_call.kwargs)
-        f_h, fq_hq = floats(call.output), floats(quantized_call.output)
-        if h:
-            f_hq = floats(self.module(*copy(quantized_call.args), **copy(quantized_call.kwargs)))
-            fq_h = floats(self.quantized(*copy(call.args), **copy(call.kwargs)))
+
+        def evaluate(module: nn.Module, given: Call) -> list[Tensor]:
+            return outputs(module(*copy(given.args), **copy(given.kwargs)))
+
+        given, given_q = (list(tensors(one.args, one.kwargs)) for one in (call, quantized_call))
+        h, hq = ([as_real(x) for x in floats(values)] for values in (given, given_q))
+        f_h, fq_hq = outputs(call.output), outputs(quantized_call.output)
+        same_inputs = same_tensors(given, given_q)
+        if h or not same_inputs:
+            f_hq, fq_h = evaluate(self.module, quantized_call), evaluate(self.quantized, call)
         else:  # nothing that quantization could have changed goes in
             f_hq, fq_h = f_h, fq_hq
         shapes = [[tuple(x.shape) for x in outputs] for outputs in (f_h, fq_hq, f_hq, fq_h)]
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"module {self.name!r} returns other shapes in the quantized model: {shapes}")
-        for outputs in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
-            self._add_output(*outputs)
+        label, held = self.name, (call.args, call.kwargs)
+        if same_inputs:
+            check_repeated(label, f_h, f_hq, held)
+            check_repeated(label, fq_hq, fq_h, held)
+        elif not self.repeats:
+            check_repeated(label, f_h, evaluate(self.module, call), held)
+        self.repeats = True  # once is enough
+        if self.same:
+            check_unchanged(label, f_hq, fq_hq, held)
+            check_unchanged(label, f_h, fq_h, held)
+        for four in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
+            self._add_output(*four)
         for position, inputs in enumerate(zip(h, hq, strict=True)):
             for x, xq in pieces(inputs, self.reduction):
                 d = xq - x
@@ -100,10 +123,10 @@ class _Row:
         if self.kind == "linear":
             weight, quantized = linear_weight(self.module).double(), linear_weight(self.quantized).double()
             norm, middle_norm = spectral_norm(weight), spectral_norm((weight + quantized) / 2)
-            row["spectral_ratio"] = (middle_norm / norm) ** 2
-            row["cos_phi"] = float(self.phi.values()[0] ** 0.5 / middle_norm)
-            row["cos_psi"] = float(self.psi.values()[0] ** 0.5 / norm)
-            row["alignment_ratio"] = (row["cos_phi"] / row["cos_psi"]) ** 2
+            row["spectral_ratio"] = quotient(middle_norm, norm) ** 2
+            row["cos_phi"] = quotient(float(self.phi.values()[0] ** 0.5), middle_norm)
+            row["cos_psi"] = quotient(float(self.psi.values()[0] ** 0.5), norm)
+            row["alignment_ratio"] = quotient(row["cos_phi"], row["cos_psi"]) ** 2
         return row | {"R_in": r_in}
 
 
@@ -138,7 +161,12 @@ def decompose(
 
     What a module computes itself between the calls of its children (a residual add written as `+`) has no row of its
     own: the module around it gets a row whose kind ends with " (functional parts)", after its children's rows. A module
-    that runs several times has a row a call, named "name#2" and so on. Dropout and Identity have none.
+    that runs several times has a row a call, named "name#2" and so on. Dropout and Identity have none. The model's
+    answer (see `passes.main_output`: logits, not a pooled state beside them) has the last row, whatever ran last.
+
+    Checked as it goes, see `invariants`: A = 0 where the input has no error, B = 0 where the function has not changed,
+    modules of other libraries give the same again for the same input. Experts that get other tokens in the quantized
+    model have no row; a CoverageWarning names them.
 
     Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
     quantity is not defined (gain of a module whose input has no error; ratios of what is not linear).
@@ -156,28 +184,34 @@ def decompose(
     _choose("reduction", reduction, REDUCTIONS)
     calls: dict[tuple[str, int], Call] = {}
     rows: dict[tuple[str, int], _Row] = {}
+    elsewhere: set[str] = set()  # modules that see other tokens in some batch
 
     def keep(name: str, number: int, call: Call):
-        calls[name, number] = call
+        if name not in elsewhere:
+            calls[name, number] = call
 
     def compare(name: str, number: int, call: Call):
+        if name in elsewhere:
+            return
         original = calls.pop((name, number), None)
         if original is None:
             raise ValueError(f"module {name!r} runs more often in the quantized model than in the model")
         if (name, number) not in rows:
             pair = model.get_submodule(name), quantized.get_submodule(name)
             label = (name or "(model)") + (f"#{number}" if number > 1 else "")
-            rows[name, number] = _Row(label, kinds[name], pair, reduction)
-        rows[name, number].add(original, call, tapes[0].clone)
+            rows[name, number] = _Row(label, kinds[name], pair, same[name], reduction)
+        rows[name, number].add(original, call, tapes[0].clone, _outputs if name else main_output)
 
     tapes: list[Tape] = []
     runs = Runs(quantized)
     with evaluating(model, quantized), opened_attention(attention, model, quantized), runs.counted():
         for batch in as_batches(batches):
             if not tapes:
-                kinds = watched(model, batch, granularity, attention)
+                kinds, picking = watched(model, batch, granularity, attention)
                 _check_names(kinds, model, quantized)
+                same = {name: unchanged(model.get_submodule(name), quantized.get_submodule(name)) for name in kinds}
                 tapes = [Tape(model, kinds, keep), Tape(quantized, kinds, compare)]
+            elsewhere |= other_tokens(model, quantized, batch, picking - elsewhere)
             record(tapes[0], calls, batch)
             tapes[1].clone = tapes[0].clone
             tapes[1].run(batch)
@@ -185,10 +219,21 @@ def decompose(
                 raise ValueError(f"the quantized model does not run {sorted({name for name, _ in calls})}")
         if not tapes:
             raise ValueError("there is no batch in batches")
-        table = pd.DataFrame([row.as_dict() for row in rows.values()])
+        table = pd.DataFrame([row.as_dict() for (name, _), row in rows.items() if name not in elsewhere])
     runs.check(batch)
+    if elsewhere:
+        warnings.warn(
+            "modules without a row, because the quantized model sends them other tokens (their error is in the row of "
+            f"the module around them): {', '.join(sorted(elsewhere))}",
+            CoverageWarning,
+            stacklevel=2,
+        )
     table.insert(0, "index", range(len(table)))
     return table
+
+
+def _outputs(output) -> list[Tensor]:
+    return [as_real(x) for x in floats(output)]
 
 
 def _check_names(kinds: dict[str, str], model: nn.Module, quantized: nn.Module):

@@ -62,6 +62,11 @@ class Ratios:
             return sums[1:] / sums[0]
 
 
+def quotient(a: float, b: float) -> float:
+    """a / b; NaN where b is zero: the ratios of a matrix of zeros are not defined."""
+    return a / b if b else float("nan")
+
+
 def spectral_norm(weight: Tensor) -> float:
     """Largest singular value of a matrix, in float64, from the smaller Gram matrix: much cheaper than an SVD."""
     weight = weight.double()

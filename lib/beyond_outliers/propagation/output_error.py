@@ -1,9 +1,9 @@
-"""R_L alone: the relative error of a quantized model's output, with its interval over sequences.
+"""R_L alone: the relative error of a quantized model's output, its interval over sequences, its floor from rounding.
 
 `output_errors` gives it in three readings, the paper's and two without what softmax or the head add to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, forward
-from beyond_outliers.propagation.norms import dot, pieces
-from beyond_outliers.propagation.recording import floats
+from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
+from beyond_outliers.passes import main_output, tensors
+from beyond_outliers.propagation.norms import dot, pieces, quotient
 from beyond_outliers.quantizers.watching import Runs
 
 
@@ -67,7 +67,8 @@ def relative_error(
     runs = Runs(quantized)
     with evaluating(model, quantized), runs.counted():
         for batch in batches:
-            pairs = list(zip(floats(forward(model, batch)), floats(forward(quantized, batch)), strict=True))
+            answers = main_output(forward(model, batch)), main_output(forward(quantized, batch))
+            pairs = list(zip(*answers, strict=True))
             if not pairs:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
             first = pairs[0][0]
@@ -85,7 +86,7 @@ def relative_error(
         raise ValueError("there is no batch in batches")
     runs.check(batch)
     d, n, m = np.array(errors), np.array(signals), len(errors)
-    value = d.sum() / n.sum()
+    value = quotient(d.sum(), n.sum())
     spread = np.std(d - value * n, ddof=1) / n.mean() if m > 1 else np.nan
     half = stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m) if m > 1 else np.nan
     needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
@@ -93,26 +94,48 @@ def relative_error(
     return RelativeError(float(value), *interval, confidence, m, n_tokens, float(needed * n_tokens / m))
 
 
+def rounding_floor(
+    model: nn.Module, batches, quantize: Callable[[nn.Module], nn.Module], times: int = 2, seed: int = 0
+) -> float:
+    """Spread of R_L under changes of the weights that mean nothing: relative ones of 1e-6, drawn from `seed`.
+
+    A change that small moves entries next to a tie over it, these move others further on, and an encoder's R_L comes
+    out some per cent away. No two R_L of one model on other machines or of nearly equal weights need agree better; the
+    interval of `relative_error`, over sequences, knows nothing of it. Standard deviation, in units of R_L, over
+    `times` + 1 evaluations of `batches` (a list; the first with the weights as they are).
+
+    quantize: gives the quantized copy of a model. Weights in half precision change by up to their own rounding.
+    """
+    batches, found = list(as_batches(batches)), []
+    generator = torch.Generator().manual_seed(seed)
+    for time in range(times + 1):
+        moved = copy_of(model)
+        for weight in moved.parameters() if time else ():
+            if weight.is_floating_point():
+                size = max(1e-6, torch.finfo(weight.dtype).eps)
+                change = size * torch.randn(weight.shape, generator=generator)
+                weight.data.mul_((1 + change).to(weight.device, weight.dtype))
+        found.append(relative_error(moved, quantize(moved), batches).value)
+    return float(np.std(found, ddof=1))
+
+
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
     """`sample` sequences drawn from all batches, still in batches."""
-
-    def length(batch) -> int:
-        return len(next(x for x in (batch.values() if isinstance(batch, dict) else batch) if isinstance(x, Tensor)))
 
     def take(value, rows):
         return value[rows] if isinstance(value, Tensor) else value
 
-    sizes = [len(batch) if isinstance(batch, Tensor) else length(batch) for batch in batches]
+    sizes = [len(next(tensors(batch))) for batch in batches]
     total = sum(sizes)
     drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
     for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
         rows = torch.from_numpy(drawn[(drawn >= start) & (drawn < start + size)] - start)
         if not len(rows):
             continue
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             yield {key: take(value, rows) for key, value in batch.items()}
         else:
-            yield tuple(take(value, rows) for value in batch) if isinstance(batch, tuple) else batch[rows]
+            yield tuple(take(value, rows) for value in batch) if isinstance(batch, (tuple, list)) else batch[rows]
 
 
 def output_errors(model: nn.Module, quantized: nn.Module, batches) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Hooks that hand over the calls of a model's modules, with their inputs and outputs."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beyond_outliers.modules import forward
-
-
-def floats(*values) -> list[Tensor]:
-    """Floating-point tensors anywhere in nested tuples, lists and mappings, in order."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found += [value] if value.is_floating_point() else []
-        elif isinstance(value, (tuple, list)):
-            found += floats(*value)
-        elif isinstance(value, dict):
-            found += floats(*value.values())
-    return found
+from beyond_outliers.passes import tensors
 
 
 def clones(value):
@@ -31,7 +20,12 @@ def clones(value):
     if isinstance(value, (tuple, list)):
         copies = [clones(item) for item in value]
         return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
-    return {key: clones(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same class, with what it has beside its items
+        for key, item in value.items():
+            copied[key] = clones(item)
+        return copied
+    return value
 
 
 @contextmanager
@@ -60,7 +54,7 @@ class Call:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def note(self, *values):
-        self.versions += [(x, x._version) for x in floats(*values)]
+        self.versions += [(x, x._version) for x in tensors(*values) if not x.is_inference()]
 
 
 class Tape:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
 
-from beyond_outliers.modules import forward, is_linear
-from beyond_outliers.propagation.recording import floats
+from beyond_outliers.modules import is_linear
+from beyond_outliers.passes import as_real, floats, main_output
+from beyond_outliers.propagation.selection import Watch
 
 FUNCTIONAL = " (functional parts)"  # ends the kind of a row for what a module does between the calls of its children
 
@@ -22,58 +21,45 @@ _MOVES = frozenset([
     "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
     "unfold", "unsqueeze", "view", "zeros_like",
 ])
-
-
 # fmt: on
-class _Trace(TorchDispatchMode):
+
+
+class _Trace(Watch):
     """Watches one forward pass: which modules touch activations, which call others, which compute between the calls.
 
-    An activation is whatever descends from an embedding or from a floating-point input of the model; tables and masks
-    made from positions alone are none.
+    output: what the model gave. last: the name and the output of the last of `units` to finish.
     """
 
-    def __init__(self, model: nn.Module, batch):
-        super().__init__()
-        self.model, self.batch = model, batch
-        self.names = {module: name for name, module in model.named_modules()}
-        self.open: list[str] = []
+    def __init__(self, model: nn.Module, batch, units: set[nn.Module]):
+        super().__init__(model, batch)
+        self.units = units
         self.seen: set[str] = set()  # modules whose output is an activation
         self.parents: set[str] = set()  # modules that call modules
         self.functional: set[str] = set()  # modules that compute on activations themselves
-        self.activations = WeakIdKeyDictionary()
+        self.last: list[Tensor] = []
+        self.output = self.run()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        operator = function.overloadpacket.__name__
-        if operator == "embedding" or any(x in self.activations for x in floats(args, kwargs)):
-            for x in floats(output):
-                self.activations[x] = True
-            if operator not in _MOVES:
-                self.functional.add(self.open[-1])
-        return output
+    def computed(self, operator: str):
+        if operator not in _MOVES and self.open:
+            self.functional.add(self.open[-1][0])
 
-    def _enter(self, module, args):
-        self.parents.update(self.open[-1:])
-        self.open.append(self.names[module])
+    def enter(self, module, args, kwargs):
+        self.parents.update(name for name, _ in self.open[-1:])
+        super().enter(module, args, kwargs)
 
-    def _leave(self, module, args, output):
-        name = self.open.pop()
-        if any(x in self.activations for x in floats(output)):
-            self.seen.add(name)
+    def leave(self, module, args, kwargs, output):
+        super().leave(module, args, kwargs, output)
+        found = floats(output)
+        if any(x in self.activations for x in found):
+            self.seen.add(self.names[module])
+            if module in self.units:
+                self.last = found
 
-    def run(self) -> "_Trace":
-        handles = [module.register_forward_pre_hook(self._enter) for module in self.names]
-        handles += [module.register_forward_hook(self._leave) for module in self.names]
-        inputs = self.batch if isinstance(self.batch, (tuple, dict)) else (self.batch,)
-        for x in floats(inputs):
-            self.activations[x] = True
-        try:
-            with self:
-                forward(self.model, self.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self
+    def ends_with_the_last(self) -> bool:
+        """Whether the model's answer holds the numbers that the last unit gave, in whatever shape."""
+        answer = [as_real(x).double() for x in main_output(self.output)]
+        last = [as_real(x).double() for x in self.last]
+        return {(x.numel(), float(x.sum())) for x in answer} <= {(x.numel(), float(x.sum())) for x in last}
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -120,6 +106,8 @@ def _kind(name: str, module: nn.Module) -> str:
         return "embedding"
     if is_linear(module):
         return "linear"
+    if label == "linear":
+        return "own linear"  # of complex numbers, or another library's
     if not name or any(isinstance(part, nn.ModuleList) for part in module.modules()):
         return "model"
     if type(module).__module__ == nn.ReLU.__module__ and not _is_attention(module):
@@ -127,15 +115,22 @@ def _kind(name: str, module: nn.Module) -> str:
     return _OWN_KINDS.get(label) or next((kind for word, kind in _KINDS.items() if word in label), label)
 
 
-def watched(model: nn.Module, batch, granularity: str, attention: str) -> dict[str, str]:
-    """name -> kind of the modules that get rows: units that touch activations, and what computes around them."""
-    trace = _Trace(model, batch).run()
+def watched(model: nn.Module, batch, granularity: str, attention: str) -> tuple[dict[str, str], set[str]]:
+    """name -> kind of the modules that get rows: units that touch activations, and what computes around them.
+
+    Beside them the names of those whose inputs are rows that the model picks (see `selection`). Where the model's
+    answer is not what the last unit gave, such as beside a pooler, the model itself has the last row.
+    """
     idle = (nn.Identity, nn.modules.dropout._DropoutNd)  # in evaluation they hand on what they get
-    units = {trace.names[module] for module in _units(model, granularity, attention) if not isinstance(module, idle)}
+    whole = {module for module in _units(model, granularity, attention) if not isinstance(module, idle)}
+    trace = _Trace(model, batch, whole)
+    units = {trace.names[module] for module in whole}
     around = {""} | {".".join(name.split(".")[:i]) for name in units for i in range(1, name.count(".") + 1)}
+    if not trace.ends_with_the_last():
+        trace.functional.add("")
     kinds = {}
     for module, name in trace.names.items():
         if name in trace.seen and (name in units or name in around & trace.functional):
             partial = name not in units and name in trace.parents
             kinds[name] = _kind(name, module) + (FUNCTIONAL if partial else "")
-    return kinds
+    return kinds, {name for name, calls in trace.picked.items() if any(calls)} & set(kinds)

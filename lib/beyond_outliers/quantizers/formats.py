@@ -15,9 +15,11 @@ Conventions, and their sources:
     module:name      one of your own: a `Format` in a Python file (`levels`)
 Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
 
-Edge cases, the same for every format: a group of zeros stays zero; a group whose scale would be subnormal becomes zero
-(the error is below 2^-118 in float32); a group that holds NaN or an infinity has no scale and becomes NaN as a whole
-(with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
+Edge cases. A group of zeros stays zero. So does, in float32, a group whose scale would be subnormal: one whose largest
+entry is below L 2^-126 with L the largest level (int2 2^-126, ..., int8 2^-119, fp4 2^-123.4, fp8 2^-117.2); with
+nvfp4 2688 2^-126 = 2^-114.6, for then the tensor's scale is subnormal; with mxfp4 from 2^-128 down, half the smallest
+level of its smallest scale. The error is then the entry itself. A group that holds NaN or an infinity has no scale and
+becomes NaN as a whole (with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
 """
 
 import contextlib

@@ -244,7 +244,7 @@ class _Walk:
         self.hessian, self.left = Hessian(), 0
 
     def go(self, model: nn.Module, batches: list):
-        handles = [layer.register_forward_pre_hook(self.watch) for layer in self.waiting]
+        handles = [layer.register_forward_pre_hook(self.watch, with_kwargs=True) for layer in self.waiting]
         try:
             while self.waiting:
                 for batch, counts in zip(batches, self.runs, strict=True):
@@ -258,11 +258,11 @@ class _Walk:
             for handle in handles:
                 handle.remove()
 
-    def watch(self, layer: Any, args: tuple):
+    def watch(self, layer: Any, args: tuple, kwargs: dict):
         """Before each run of each layer, a module with `operand`."""
         if layer is not self.waiting[0]:
             return
-        self.hessian.add(layer.operand(args[0]))  # type: ignore[operator]  # narrowed to Module by the line before
+        self.hessian.add(layer.operand((*args, *kwargs.values())[0]))  # type: ignore[operator]  # narrowed to Module by the line before
         self.left -= 1
         if self.left:
             return

@@ -7,6 +7,8 @@ Both uses have block-diagonal matrices of the largest power of two up to 128 tha
 import torch
 from torch import Tensor
 
+from beyond_outliers.passes import made_once
+
 LARGEST_BLOCK = 128
 
 
@@ -20,14 +22,14 @@ _MATRICES: dict = {}
 
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's (size, size) matrix over sqrt(size), `size` a power of two: symmetric and its own inverse."""
-    key = (size, dtype, device)
-    if key not in _MATRICES:
-        with torch.inference_mode(False):  # training may want the matrix of an earlier inference
-            matrix = torch.ones(1, 1, dtype=torch.float64)
-            while len(matrix) < size:
-                matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-            _MATRICES[key] = (matrix / size**0.5).to(device, dtype)
-    return _MATRICES[key]
+
+    def make() -> Tensor:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / size**0.5).to(device, dtype)
+
+    return made_once(_MATRICES, (size, dtype, device), make)
 
 
 def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:

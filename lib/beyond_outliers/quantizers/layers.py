@@ -44,8 +44,8 @@ class QuantizedLinear(nn.Module):
             x = hadamard_transform(x, self.rotation)
         return x if self.activation_quantizer is None else self.activation_quantizer(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.operand(x), self.rounded, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name of it, which callers may use
+        return F.linear(self.operand(input), self.rounded, self.bias)
 
 
 class QATLinear(nn.Linear):
@@ -82,8 +82,8 @@ class QATLinear(nn.Linear):
         if self.weight_quantizer is not None:
             self.held = self.weight_quantizer.round(self._rotate(self.weight.detach()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._rotate(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._rotate(input)
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
         return F.linear(x, self.rounded_weight(), self.bias)

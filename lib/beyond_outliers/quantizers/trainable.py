@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
+from beyond_outliers.passes import keeps_tensors
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
 
@@ -139,8 +140,14 @@ class LSQQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor):
+        if not keeps_tensors():
+            raise RuntimeError(
+                "LSQ's step of the activations starts from the first batch, which a traced program has not got; "
+                "valid: one forward pass before torch.export or fake tensors"
+            )
         mean = x.abs().mean(dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-        self.log_step.data = (2 * mean / math.sqrt(self.highest)).log().reshape(1)
+        # in place: the parameter stays what optimizers and graphs hold, and no inference tensor gets into it
+        self.log_step.copy_((2 * mean / math.sqrt(self.highest)).log().reshape(1))
         self.started = True
 
     def forward(self, x: Tensor, held: None = None) -> Tensor:

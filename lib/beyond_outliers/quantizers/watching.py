@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward
+from beyond_outliers.passes import floats
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Weight, record_of
 from beyond_outliers.quantizers.weights import NO_HEAD, OUTSIDE, UNSEEN, path, rounding_layers, treated_weights
@@ -55,9 +56,9 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         operator = function.overloadpacket.__name__
-        inputs = _floats(args, kwargs)
+        inputs = floats(args, kwargs)
         active = any(x in self.activations for x in inputs)
-        operands = _floats(args[1:] if operator in _SUMS else args, kwargs)
+        operands = floats(args[1:] if operator in _SUMS else args, kwargs)
         origins = [self.sources[x] for x in operands if x not in self.activations and x in self.sources]
         made_of = frozenset().union(*origins)
         activated = active or operator == "embedding"
@@ -68,7 +69,7 @@ class _Products(TorchDispatchMode):
                     self.uses.setdefault(source, set()).add((operator, not owners.isdisjoint(self.open)))
                     activated = True  # what a layer makes of a constant input is its output, no weight any more
             activated |= len(origins) > 1
-        for x in _floats(output):
+        for x in floats(output):
             if activated:
                 self.activations[x] = True
             elif made_of and x not in self.sources:
@@ -86,7 +87,7 @@ class _Products(TorchDispatchMode):
     def run(self, model: nn.Module, batch) -> "_Products":
         handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in self.modules]
         handles += [m.register_forward_hook(self._leave) for m in self.modules]
-        for x in _floats(batch):
+        for x in floats(batch):
             self.activations[x] = True
         try:
             with evaluating(model), self:
@@ -95,18 +96,6 @@ class _Products(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         return self
-
-
-def _floats(*values) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found += [value] if value.is_floating_point() else []
-        elif isinstance(value, (tuple, list)):
-            found += _floats(*value)
-        elif isinstance(value, Mapping):
-            found += _floats(*value.values())
-    return found
 
 
 def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weight]:

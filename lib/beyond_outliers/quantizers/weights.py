@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.modules import UNCALLED, every_module, linear_weight, why_not_replaced
+from beyond_outliers.modules import COMPLEX, UNCALLED, every_module, linear_weight, why_not_replaced
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.layers import QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.operands import own_rounding
@@ -84,7 +84,9 @@ def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
     for own, tensor in _matrices(module).items():
         row = Weight(name if own == "weight" else path(name, own), "parameter", tensor.numel(), False, UNSEEN)
         known = next((value for kind, value in _KNOWN.items() if isinstance(module, kind)), None)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        if tensor.is_complex():
+            yield replace(row, kind="linear" if isinstance(module, nn.Linear) else "parameter", reason=COMPLEX)
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
             yield replace(row, kind="linear", reason="already quantized")
         elif isinstance(module, nn.Linear):
             reason = why_not_replaced(module) or "subclass with its own forward"

@@ -54,8 +54,8 @@ def fit_scaling_law(
     ratios that differ by more than a fifth); if a rho rests on fewer than three runs; if it ends at a limit of the
     search; or if its profile is flat: with it held at half or at double its value and all others fitted anew, an
     F test at 5 % cannot tell the fits apart. A and B, which shift with their exponents, are identified when those are.
-    Raises ValueError for an unknown form, missing columns, no rows, no runs at 16 bits, and for values that are not
-    finite and positive (diverged runs must be left out).
+    Raises ValueError for an unknown form, missing columns, no rows, no runs at 16 bits, for values that are not
+    finite and positive (diverged runs must be left out), and for such a `delta`, `bootstrap` or `confidence`.
     """
     return _fit(checked_runs(runs, form, None), form, None, (), delta, bootstrap, confidence, seed)[None]
 
@@ -138,6 +138,10 @@ def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.
 def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    if not 0 < delta < np.inf:
+        raise ValueError(f"delta must be positive and finite, not {delta}")
+    if bootstrap != int(bootstrap) or bootstrap < 0:
+        raise ValueError(f"bootstrap must be a whole number of resamples from 0, not {bootstrap}")
     problem = build_problem(runs, form, by, share, delta)
     n, p = len(runs), len(problem.keys)
     starts = starting_points(problem)

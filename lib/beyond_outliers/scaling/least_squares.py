@@ -35,6 +35,8 @@ def checked_runs(runs: pd.DataFrame, form: str, by: str | None) -> pd.DataFrame:
                 f"column {name} must be finite and positive, but is {runs[name].iloc[bad[0]]} in row "
                 f"{runs.index[bad[0]]} ({len(bad)} such rows); leave diverged runs out"
             )
+        if not pd.api.types.is_numeric_dtype(runs[name]):  # numbers as text
+            runs = runs.assign(**{name: values})
     if by is not None and runs[by].isna().any():
         raise ValueError(f"column {by} is empty in the rows {runs.index[runs[by].isna()].tolist()}")
     for name, part in [("", runs)] if by is None else runs.groupby(by):

@@ -41,8 +41,8 @@ from beyond_outliers.train.folder import (
     weights_path,
 )
 from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
-from beyond_outliers.train.machine import LossModule, device_named, provenance, should_compile
-from beyond_outliers.train.state import read_state, states, write_state
+from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
+from beyond_outliers.train.resume import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
@@ -100,6 +100,7 @@ class _Run:
         self.config, self.folder = config, folder
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = device_named(device)
+        check_shares(config, self.world)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.corpus: Corpus = open_corpus(config.corpus, config.context)

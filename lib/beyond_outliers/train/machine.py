@@ -60,6 +60,20 @@ class LossModule(nn.Module):
         return self.model.head_loss(self.hidden(ids), targets)
 
 
+def check_shares(config: RunConfig, world: int) -> None:
+    """ValueError unless every worker's share of a batch is whole micro-batches, or smaller than one.
+
+    Other shares would be cut into parts of unequal weight, or of another number than the gradients are summed after.
+    """
+    share, rest = divmod(config.batch_size, world)
+    if rest or (share > config.micro_batch and share % config.micro_batch):
+        raise ValueError(
+            f"batch_size {config.batch_size} over {world} workers is {config.batch_size / world:g} sequences each, no "
+            f"multiple of micro_batch {config.micro_batch}; valid: a batch_size that is a multiple of "
+            f"{world * config.micro_batch}, or a micro_batch that divides every worker's share"
+        )
+
+
 def provenance(device: torch.device, compiled: bool) -> dict:
     """Where, when and with what a number was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

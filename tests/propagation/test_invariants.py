@@ -1,0 +1,418 @@
+"""A decomposition that would not be about the same thing: refused, or put right, with values from outside."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from beyond_outliers.metrics import activation_metrics
+from beyond_outliers.modules import evaluating, forward
+from beyond_outliers.passes import main_output
+from beyond_outliers.propagation import decompose, relative_error
+from beyond_outliers.quantizers import CoverageWarning, QuantSpec, prepare_qat, quantize_model
+from rounded_models import quantize
+
+NUMBERS = ["R", "A", "B", "C", "R_in"]
+TEXT = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+TEXT |= {"pad_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 32, "patch_size": 8}
+ROTARY = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+PATCHES = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+MARKS = {"image_token_id": 158, "video_token_id": 157, "vision_start_token_id": 156, "vision_end_token_id": 155}
+
+
+def seeing(name: str):
+    """A language model that can read images, its cache switched on in a configuration inside of its own."""
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "Qwen2VL":
+        config = tf.Qwen2VLConfig(text_config=TEXT | ROTARY, vision_config=PATCHES, **MARKS)
+    else:
+        text, vision = {
+            "Llava": (tf.LlamaConfig(**TEXT), tf.CLIPVisionConfig(**VISION)),
+            "Mistral3": (tf.MistralConfig(**TEXT), tf.PixtralVisionConfig(**VISION)),
+            "PaliGemma": (
+                tf.GemmaConfig(**TEXT, head_dim=8),
+                tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+            ),
+        }[name]
+        more = {"projection_dim": 32, "hidden_size": 32} if name == "PaliGemma" else {}
+        config = getattr(tf, f"{name}Config")(text_config=text, vision_config=vision, image_token_id=159, **more)
+    return getattr(tf, f"{name}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Llava", "Mistral3", "PaliGemma", "Qwen2VL"])
+def test_a_cache_in_a_nested_configuration_is_off(name):
+    model = seeing(name)
+    tokens = torch.randint(4, 150, (2, 10), generator=torch.Generator().manual_seed(1))
+    quantized = quantize_model(model, QuantSpec(), example=tokens)
+    table = decompose(model, quantized, tokens)
+    first = table[table["kind"].str.startswith("attention")].iloc[0]
+    assert first["R_in"] == first["A"] == 0 < first["B"] and first["R"] == first["B"]
+    assert model.config.text_config.use_cache and quantized.config.text_config.use_cache  # as they were
+    for one in (model, quantized):
+        one.config.text_config.use_cache = False
+    by_hand = decompose(model, quantized, tokens)
+    np.testing.assert_allclose(table[NUMBERS], by_hand[NUMBERS], rtol=1e-6, atol=1e-12)
+    with torch.no_grad():
+        y, yq = (one(tokens, use_cache=False).logits.double() for one in (model, quantized))
+    expected = float((yq - y).square().sum() / y.square().sum())
+    assert table["R"].iloc[-1] == pytest.approx(expected, rel=1e-6) == relative_error(model, quantized, tokens).value
+
+
+def test_every_configuration_gets_its_switch_back():
+    class Config:
+        def __init__(self, **values):
+            vars(self).update(values)
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    deep = Config(use_cache=True)
+    model.config = Config(use_cache=False, text_config=Config(decoder_config=deep))
+    model[0].generation_config = Config(use_cache=True)
+    with evaluating(model):
+        assert not (deep.use_cache or model[0].generation_config.use_cache)
+    assert deep.use_cache and model[0].generation_config.use_cache and not model.config.use_cache
+
+
+@pytest.mark.parametrize("given", [{"use_cache": True}, {"past_key_values": [torch.ones(1)]}])
+def test_a_batch_that_brings_a_cache_is_refused(given):
+    with pytest.raises(ValueError, match=f"the batch has {next(iter(given))}"):
+        forward(nn.Linear(2, 2), {"input": torch.ones(1, 2), **given})
+
+
+class Cell(nn.Module):
+    """A linear layer after a step that `step` gives: what is wrong with it lies there."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.linear = step, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.step(x))
+
+
+class Growing(nn.Module):
+    """Adds up everything that it ever saw, as a cache does."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return torch.stack(self.seen).sum(0)
+
+
+class Forgetful(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class Global(nn.Module):
+    """Follows a number that is no part of it."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return x * Global.scale
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_module_that_remembers_is_refused_by_name(depth):
+    model = nn.Sequential(*(Cell(nn.Tanh()) for _ in range(depth)), Cell(Growing()))
+    with pytest.raises(ValueError, match=rf"module '{depth}\.step' gives another output for the same input"):
+        decompose(model, quantize(model), torch.randn(3, 8))
+
+
+def test_dropout_without_a_mode_is_refused_by_name():
+    model = nn.Sequential(Cell(nn.Tanh()), Cell(Forgetful()))
+    quantized, x = quantize(model), torch.randn(3, 8)
+    for measure in (decompose, relative_error):
+        with pytest.raises(ValueError, match=r"random numbers in evaluation mode, drawn in 1\.step \(.*training="):
+            measure(model, quantized, x)
+    with pytest.raises(ValueError, match=r"1\.step"):
+        activation_metrics(model, x)
+
+
+def test_numbers_that_are_drawn_and_not_used_do_no_harm():
+    class Idle(nn.Module):
+        def forward(self, x):
+            torch.rand(())
+            return x.tanh()
+
+    torch.manual_seed(0)
+    idle, plain, x = Cell(Idle()), Cell(nn.Tanh()), torch.randn(3, 8)
+    plain.linear = idle.linear
+    found, expected = (decompose(model, quantize(model), x) for model in (idle, plain))
+    np.testing.assert_array_equal(found[NUMBERS], expected[NUMBERS])
+
+
+def test_an_unchanged_module_that_behaves_otherwise_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(8, 8), Cell(Global()))
+    quantized = quantize(model)
+    quantized.register_forward_pre_hook(lambda *_: setattr(Global, "scale", 2.0))
+    model.register_forward_pre_hook(lambda *_: setattr(Global, "scale", 1.0))
+    # while the quantized model runs, both models' modules are evaluated with its number: f(h) is no longer what it was
+    with pytest.raises(ValueError, match=r"module '1\.step' (is the same in both models|gives another output)"):
+        decompose(model, quantized, torch.randn(3, 8))
+    Global.scale = 1.0
+
+
+def test_a_changed_attribute_is_a_changed_function():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = 1.0
+
+        def forward(self, x):
+            return x * self.factor
+
+    model = Cell(Scaled())
+    other = copy.deepcopy(model)
+    other.step.factor = 1.5
+    row = decompose(model, other, torch.randn(3, 8)).iloc[0]
+    assert row["B"] == row["R"] == pytest.approx(0.25) and row["A"] == 0
+
+
+# ------------------------------------------------------------------------------------------- what a model answers
+
+
+def test_main_output():
+    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
+    cases = [
+        (a, [1]),
+        ((a, (b, c)), [1]),
+        ((torch.tensor(1), a), [1]),
+        (((a, b), c), [1, 2, 3]),
+        ({"loss": a, "logits": b, "hidden_states": (c,)}, [2]),
+        ({"start_logits": a, "end_logits": b, "attentions": (c,)}, [1, 2]),
+        ({"last_hidden_state": b, "pooler_output": a}, [2]),
+        ({"image_embeds": a, "text_embeds": b, "text_hidden_states": (c,)}, [1, 2]),
+    ]
+    for output, sizes in cases:
+        assert [len(x) for x in main_output(output)] == sizes, output
+    assert main_output(torch.ones(3, dtype=torch.complex64))[0].shape == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hidden_and_pooled_states_beside_the_answer_do_not_count():
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    model = tf.BertModel(tf.BertConfig(**shape, output_hidden_states=True)).eval()
+    tokens = torch.randint(4, 150, (2, 10))
+    quantized = quantize_model(model, QuantSpec())
+    with torch.no_grad():
+        y, yq = (one(tokens).last_hidden_state.double() for one in (model, quantized))
+    expected = float((yq - y).square().sum() / y.square().sum())
+    assert relative_error(model, quantized, tokens).value == pytest.approx(expected, rel=1e-6)
+    for granularity in ("module", "block"):
+        last = decompose(model, quantized, tokens, granularity).iloc[-1]
+        assert (last["name"], last["R"]) == ("(model)", pytest.approx(expected, rel=1e-6))
+    causal = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, output_hidden_states=True)).eval()
+    rounded = quantize_model(causal, QuantSpec())
+    batch = {"input_ids": tokens, "labels": tokens}
+    with torch.no_grad():
+        y, yq = (one(tokens).logits.double() for one in (causal, rounded))
+    expected = float((yq - y).square().sum() / y.square().sum())
+    assert relative_error(causal, rounded, batch).value == pytest.approx(expected, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- how it is called
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, *, hidden):
+        return self.down(input=self.up(input=hidden).relu())
+
+
+def test_layers_that_are_called_by_keyword():
+    torch.manual_seed(0)
+    model, x = ByKeyword(), torch.randn(64, 8)
+    twin = nn.Sequential(model.up, nn.ReLU(), model.down)
+    batch = {"hidden": x}
+    ours, theirs = activation_metrics(model, batch), activation_metrics(twin, x)
+    np.testing.assert_array_equal(ours.drop(columns=["name", "kind"]), theirs.drop(columns=["name", "kind"]))
+    spec = QuantSpec(method="gptq")
+    ours, theirs = quantize_model(model, spec, batch), quantize_model(twin, spec, x)
+    assert torch.equal(ours.down.rounded, theirs[2].rounded)
+    assert torch.equal(prepare_qat(model, QuantSpec())(hidden=x), prepare_qat(twin, QuantSpec())(x))
+    found = decompose(model, ours, batch).set_index("name").loc[["up", "down"], NUMBERS]
+    expected = decompose(twin, theirs, x).set_index("name").loc[["0", "2"], NUMBERS]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_batches_as_a_data_loader_gives_them():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(6, 8)
+    quantized = quantize(model)
+    lists = DataLoader(TensorDataset(x), batch_size=2)
+    mappings = DataLoader([{"input": row} for row in x], batch_size=2)
+    assert isinstance(next(iter(lists)), (list, tuple)) and isinstance(next(iter(mappings)), dict)
+    expected, exact = decompose(model, quantized, x.split(2)), relative_error(model, quantized, x.split(2))
+    for loader in (lists, mappings):
+        found = decompose(model, quantized, loader)
+        np.testing.assert_array_equal(found[NUMBERS], expected[NUMBERS])
+        assert relative_error(model, quantized, loader) == exact
+        np.testing.assert_array_equal(activation_metrics(model, loader)["mmr"], activation_metrics(model, x)["mmr"])
+        assert relative_error(model, quantized, loader, sample=3).n_sequences == 3
+
+
+def test_a_model_that_changes_its_input_in_place():
+    class Hasty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.first(x)
+            return y + self.second(x.mul_(torch.linspace(0, 30, 8, dtype=x.dtype)))
+
+    class Careful(Hasty):
+        def forward(self, x):
+            return self.first(x) + self.second(x * torch.linspace(0, 30, 8, dtype=x.dtype))
+
+    torch.manual_seed(0)
+    hasty, x = Hasty().double(), torch.randn(5, 8).double()
+    careful, before = Careful().double(), x.clone()
+    careful.load_state_dict(hasty.state_dict())
+    pairs = [(model, quantize(model)) for model in (hasty, careful)]
+    found, expected = (decompose(*pair, x)[NUMBERS] for pair in pairs)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert relative_error(*pairs[0], x).value == pytest.approx(relative_error(*pairs[1], x).value, rel=1e-12)
+    columns = ["mmr", "kurtosis", "input_error", "expected_error"]
+    found, expected = (activation_metrics(model, x)[columns] for model in (hasty, careful))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    with torch.inference_mode():
+        np.testing.assert_allclose(activation_metrics(hasty, x.clone())[columns], expected, rtol=1e-12)
+        np.testing.assert_allclose(decompose(*pairs[0], x.clone())["R"], decompose(*pairs[1], x)["R"], rtol=1e-12)
+    assert torch.equal(x, before)
+
+
+def test_complex_activations_count_as_pairs_of_numbers():
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft(x)
+
+    class Back(nn.Module):
+        def forward(self, z):
+            return z.real + z.imag
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Spectrum(), Back(), nn.Linear(8, 8)).double()
+    quantized, x = quantize(model), torch.randn(5, 8).double()
+    table = decompose(model, quantized, x).set_index("name")
+    assert list(table.index) == ["0", "1", "2", "3"]
+    with torch.no_grad():
+        h, hq = (np.fft.fft(one[0](x).numpy()) for one in (model, quantized))
+    assert table.loc["1", "R"] == pytest.approx(np.sum(np.abs(hq - h) ** 2) / np.sum(np.abs(h) ** 2), rel=1e-12)
+    # Parseval: the transform stretches every vector alike
+    assert table.loc["1", "gain"] == pytest.approx(1, rel=1e-12) and table.loc["1", "R"] == table.loc["2", "R_in"]
+    ends = nn.Sequential(nn.Linear(8, 8), Spectrum()).double()
+    assert relative_error(ends, quantize(ends), x).value == pytest.approx(decompose(ends, quantize(ends), x)["R"][1])
+
+
+def test_complex_weights_are_named_and_left_alone():
+    class Wave(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real, self.wave = nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.wave(self.real(x).to(torch.complex64)).abs()
+
+    model, x = Wave(), torch.randn(5, 8)
+    with pytest.warns(CoverageWarning, match=r"wave \(complex numbers\)"):
+        quantized = quantize_model(model, QuantSpec())
+    table = decompose(model, quantized, x).set_index("name")
+    assert table.loc["wave", "kind"] == "own linear" and np.isnan(table.loc["wave", "spectral_ratio"])
+    assert table.loc["wave", "B"] == 0 and activation_metrics(model, x)["name"].tolist() == ["real"]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_matrix_of_zeros_has_no_ratios():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.zeros_(model[1].weight)
+    table = decompose(model, quantize(model), torch.randn(5, 8))
+    assert table.loc[1, ["spectral_ratio", "cos_phi", "cos_psi", "alignment_ratio"]].isna().all()
+    assert (table.loc[1, ["R", "A", "B"]] == 0).all() and table.loc[2, "spectral_ratio"] > 0
+    zero = nn.Sequential(nn.Linear(8, 8, bias=False))
+    nn.init.zeros_(zero[0].weight)
+    assert np.isnan(relative_error(zero, quantize(zero), torch.randn(5, 8)).value)
+
+
+# ------------------------------------------------------------------------------------------------------- experts
+
+
+class Experts(nn.Module):
+    """Sends each token to the expert with the largest of two scores, which a linear layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        rows, chosen = x.flatten(0, -2), self.router(x.flatten(0, -2)).argmax(-1)
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            picked = (chosen == i).nonzero().squeeze(-1)
+            y.index_add_(0, picked, expert(rows[picked]))
+        return y.view(x.shape)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(8, 8), Experts(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.mix(self.first(x)))
+
+
+def test_experts_that_see_other_tokens_have_no_row_and_are_named():
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(2, 20, 8).double()
+    quantized = quantize(model)
+    with torch.no_grad():
+        h, hq = model.first(x), quantized.first(x)
+        moved = (model.mix.router(h).argmax(-1) != quantized.mix.router(hq).argmax(-1)).sum()
+        y, yq = (one.last(one.mix(one.first(x))) for one in (model, quantized))
+    assert moved > 0
+    with pytest.warns(CoverageWarning, match=r"other tokens .*: mix\.experts\.0\.0, mix\.experts\.0\.1, mix\.experts"):
+        table = decompose(model, quantized, x).set_index("name")
+    assert list(table.index) == ["first", "mix.router", "mix", "last"]
+    assert table.loc["last", "R"] == pytest.approx(float((yq - y).square().sum() / y.square().sum()), rel=1e-12)
+    # the same number of tokens each, and yet others
+    swapped = copy.deepcopy(model)
+    swapped.mix.router.weight.data = model.mix.router.weight.data.flip(0)
+    swapped.mix.router.bias.data = model.mix.router.bias.data.flip(0)
+    half = torch.cat([x.flatten(0, 1)[model.mix.router(h).argmax(-1).flatten() == i][:5] for i in (0, 1)])
+    with pytest.warns(CoverageWarning, match="other tokens"):
+        assert list(decompose(model, swapped, half)["name"]) == ["first", "mix.router", "mix", "last"]
+
+
+def test_experts_that_see_the_same_tokens_have_rows_of_right_values():
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(2, 20, 8).double()
+    quantized = quantize(model, skip=("first", "mix.router"))
+    table = decompose(model, quantized, x).set_index("name")
+    with torch.no_grad():
+        h = model.first(x).flatten(0, 1)
+        rows = h[model.mix.router(h).argmax(-1) == 0]
+        y, yq = (one.mix.experts[0][0](rows) for one in (model, quantized))
+    expected = float((yq - y).square().sum() / y.square().sum())
+    row = table.loc["mix.experts.0.0"]
+    assert row["R"] == row["B"] == pytest.approx(expected, rel=1e-12) and row["A"] == 0
+    assert (table.loc[["first", "mix.router"], "R"] == 0).all()

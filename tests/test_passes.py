@@ -1,0 +1,71 @@
+"""Tensors that are made once: usable in training whatever the mode in which they were made."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.passes import made_once
+from beyond_outliers.quantizers import QuantSpec, hadamard_transform, prepare_qat, quantize_model
+
+
+def test_made_once():
+    cache: dict = {}
+    with FakeTensorMode():
+        assert type(made_once(cache, "a", lambda: torch.ones(2))) is not torch.Tensor and not cache
+    with torch.inference_mode():
+        first = made_once(cache, "a", lambda: torch.ones(2))
+    assert first is made_once(cache, "a", lambda: torch.zeros(2)) and type(first) is torch.Tensor
+    assert not first.is_inference()
+
+
+def test_after_fake_tensors_and_inference_a_model_trains_as_one_that_never_saw_them():
+    """Widths and lengths that nothing else in the tests uses: the tables of others may be there already."""
+    torch.manual_seed(0)
+    config = Olmo2Config(vocab_size=64, width=24, depth=1, n_heads=2)
+    model, ids = prepare_qat(Olmo2(config), QuantSpec()), torch.randint(0, 64, (2, 11))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(ids))
+        hadamard_transform(torch.randn(3, 24))
+    with torch.inference_mode():
+        model(ids)
+    model.loss(ids, ids).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x := torch.randn(3, 24))), x)
+
+
+def test_an_exported_program_is_the_rotated_model():
+    torch.manual_seed(0)
+    model = quantize_model(nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 8)), QuantSpec(rotate=True))
+    x = torch.randn(5, 40)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_lsq_learns_its_step_whatever_the_first_batch_came_under(mode):
+    torch.manual_seed(0)
+    x = torch.randn(3, 16)
+    plain, layer = (prepare_qat(nn.Sequential(nn.Linear(16, 16)), QuantSpec(), "lsq")[0] for _ in range(2))
+    layer.load_state_dict(plain.state_dict())
+    parameter = layer.activation_quantizer.log_step
+    with mode():
+        layer(x)
+    assert layer.activation_quantizer.log_step is parameter and not parameter.is_inference()
+    expected = (2 * x.abs().mean() / 7**0.5).log()
+    assert float(parameter) == pytest.approx(float(expected), rel=1e-6)
+    for one in (plain, layer):
+        one(x).square().sum().backward()
+    gradient = plain.activation_quantizer.log_step.grad
+    assert torch.equal(layer.activation_quantizer.log_step.grad, gradient) and gradient.abs() > 0
+
+
+def test_lsq_does_not_start_from_a_batch_that_is_none():
+    layer = prepare_qat(nn.Sequential(nn.Linear(16, 16)), QuantSpec(), "lsq")
+    with pytest.raises(RuntimeError, match="valid: one forward pass before"):
+        torch.export.export(layer, (torch.randn(3, 16),))
+    assert not layer[0].activation_quantizer.started and layer[0].activation_quantizer.log_step.isnan()
+    layer(torch.randn(3, 16))
+    assert layer[0].activation_quantizer.started
