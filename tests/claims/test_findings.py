@@ -207,9 +207,9 @@ def test_the_evidence_links_rule_figure_notebook_and_command():
     verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
     assert (
         row.verdict == verdict.verdict
-        and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}]"
+        and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
     )
-    targets = re.findall(r'href="([^"]+)"', "".join(row[["rule", "figure", "notebook"]]))
+    targets = re.findall(r'href="([^"]+)"', row.evidence)
     assert targets == [f"../{rule_place('laptop', 'C4')}", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
 

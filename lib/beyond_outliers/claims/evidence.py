@@ -100,23 +100,26 @@ def _sentence(statistic: str) -> str:
 
 
 def evidence(study) -> pd.DataFrame:
-    """Claim by claim, to be shown as HTML: verdict and estimate, with links to rule, notebook and figure, and the
-    command that prints the rows behind it."""
+    """Claim by claim, to be shown as HTML: verdict and estimate, why, what would change it; evidence: links to rule,
+    figure and notebook; and the command that prints the rows behind it."""
     rows = []
     for row in judged(study).itertuples():
         figure, command = FIGURES[row.id], f"python -m beyond_outliers.claims show {row.id} --scale {study.scale}"
+        estimate = f"{written((row.value, row.low, row.high), 2)}, " if pd.notna(row.value) else ""
+        links = [
+            link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
+            link(figure, f"../figures/{study.scale}/{figure}.png"),
+            link(row.notebook, f"{row.notebook}.ipynb"),
+        ]
         rows.append(
             {
                 "claim": f"{row.id} {html.escape(row.claim)}",
-                "verdict": row.verdict,
-                "estimate": written((row.value, row.low, row.high), 2) if pd.notna(row.value) else "none",
-                "n": f"{row.n} ({row.unit})",
                 "paper": html.escape(str(row.paper)),
+                "verdict": row.verdict,
+                "estimate": f"{estimate}n {row.n} ({row.unit})",
                 "why": html.escape(row.comment),
                 "what would change it": html.escape(row.changes),
-                "rule": link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
-                "figure": link(figure, f"../figures/{study.scale}/{figure}.png"),
-                "notebook": link(row.notebook, f"{row.notebook}.ipynb"),
+                "evidence": "; ".join(links),
                 "its rows": f"<code>{command}</code>",
             }
         )
