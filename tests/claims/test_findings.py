@@ -230,6 +230,15 @@ def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
     assert "](../data/claims-confirm.toml#L" in text and verdict_lines(study, "01_full_precision") == ""
 
 
+def test_cells_without_runs_are_named_by_their_sizes(monkeypatch):
+    row = {"id": "C1", "claim": "c", "statistic": "s", "paper": "p", "value": np.nan, "low": np.nan, "high": np.nan}
+    row |= {"n": "0", "unit": "nats", "verdict": "undecided", "notebook": "01_full_precision", "changes": "x"}
+    row |= {"comment": "Undecided, fewer than 3 runs: adamw at 0.16M has 0, muon at 0.16M has 0, soap at 0.26M has 0."}
+    monkeypatch.setattr(evidence_module, "judged", lambda study: pd.DataFrame([row]))
+    text = verdict_lines(SimpleNamespace(scale="confirm"), "01_full_precision")
+    assert "fewer than 3 runs of some optimizer at 0.16M, 0.26M." in text and "adamw" not in text
+
+
 def test_a_long_reason_is_cut(monkeypatch):
     row = {"id": "C1", "claim": "c", "statistic": "s. More", "paper": "p", "value": 1.0, "low": np.nan, "high": np.nan}
     row |= {"n": 3, "unit": "runs", "verdict": "undecided", "comment": "word " * 100, "notebook": "01_full_precision"}

@@ -12,6 +12,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims.comparison import written
+from beyond_outliers.claims.confirm_ledger import short
 from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, confirm_verdicts
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import read_verdicts
@@ -89,7 +90,7 @@ def verdict_lines(study, notebook: str) -> str:
         estimate = f": {written((row.value, row.low, row.high), 2)}" if pd.notna(row.value) else ""
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
-            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(row.comment, LONGEST, placeholder=' ...')} "
+            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(short(row.comment), LONGEST, placeholder=' ...')} "
             f"*Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
@@ -117,7 +118,7 @@ def evidence(study) -> pd.DataFrame:
                 "paper": html.escape(str(row.paper)),
                 "verdict": row.verdict,
                 "estimate": f"{estimate}n {row.n} ({row.unit})",
-                "why": html.escape(row.comment),
+                "why": html.escape(short(row.comment)),
                 "what would change it": html.escape(row.changes),
                 "evidence": "; ".join(links),
                 "its rows": f"<code>{command}</code>",
