@@ -37,3 +37,10 @@ def test_links_and_code_in_a_table_are_kept():
     table = pd.DataFrame({"a": ['<a href="../data/claims.toml#L3">rule</a>'], "b": ["<code>make test</code>"]})
     lines = markdown_table(table.style.hide(axis="index").to_html()).splitlines()
     assert lines[-1] == "| [rule](../data/claims.toml#L3) | `make test` |"
+
+
+def test_a_table_without_rows_says_so():
+    empty = pd.DataFrame(columns=["size", "optimizer"]).style.hide(axis="index").to_html()
+    assert markdown_table(empty) == "*No rows yet (size, optimizer): nothing of this has been measured.*\n"
+    nothing = pd.DataFrame({"size": [], "scheme": [], "x": []}).pivot_table(index="size", columns="scheme", values="x")
+    assert "No rows yet" in markdown_table(nothing.style.to_html())

@@ -63,7 +63,10 @@ class _Table(html.parser.HTMLParser):
 
 
 def markdown_table(source: str) -> str:
-    """A Markdown table of the first table in `source` (HTML, as pandas writes it); ValueError if there is none."""
+    """A Markdown table of the first table in `source` (HTML, as pandas writes it); ValueError if there is none.
+
+    A table without rows becomes a sentence that says so.
+    """
     table = _Table()
     table.feed(source)
     rows = [row for row in table.rows if row]
@@ -75,5 +78,7 @@ def markdown_table(source: str) -> str:
     # pandas writes the names of columns and index in rows of their own: one heading a column is what Markdown has
     heading = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
     lines = [heading, ["---"] * width, *body]
+    if not any(any(row) for row in body):
+        return f"*No rows yet ({', '.join(heading)}): nothing of this has been measured.*\n"
     caption = f"*{table.caption.strip()}*\n\n" if table.caption.strip() else ""
     return caption + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

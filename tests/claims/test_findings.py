@@ -207,9 +207,9 @@ def test_the_evidence_links_rule_figure_notebook_and_command():
     verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
     assert (
         row.verdict == verdict.verdict
-        and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}]"
+        and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
     )
-    targets = re.findall(r'href="([^"]+)"', "".join(row[["rule", "figure", "notebook"]]))
+    targets = re.findall(r'href="([^"]+)"', row.evidence)
     assert targets == [f"../{rule_place('laptop', 'C4')}", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
 
@@ -228,6 +228,15 @@ def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
     assert text.endswith("*Would change it:* " + confirm_rules()["C4"]["changes"])
     assert "- C4, **tie**." in text and "-0.02 [-0.05, 0.01] (n 9/9/6, log nats). Within 0.1 of 0." in text
     assert "](../data/claims-confirm.toml#L" in text and verdict_lines(study, "01_full_precision") == ""
+
+
+def test_cells_without_runs_are_named_by_their_sizes(monkeypatch):
+    row = {"id": "C1", "claim": "c", "statistic": "s", "paper": "p", "value": np.nan, "low": np.nan, "high": np.nan}
+    row |= {"n": "0", "unit": "nats", "verdict": "undecided", "notebook": "01_full_precision", "changes": "x"}
+    row |= {"comment": "Undecided, fewer than 3 runs: adamw at 0.16M has 0, muon at 0.16M has 0, soap at 0.26M has 0."}
+    monkeypatch.setattr(evidence_module, "judged", lambda study: pd.DataFrame([row]))
+    text = verdict_lines(SimpleNamespace(scale="confirm"), "01_full_precision")
+    assert "fewer than 3 runs of some optimizer at 0.16M, 0.26M." in text and "adamw" not in text
 
 
 def test_a_long_reason_is_cut(monkeypatch):

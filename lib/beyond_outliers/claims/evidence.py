@@ -12,6 +12,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims.comparison import written
+from beyond_outliers.claims.confirm_ledger import short
 from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, confirm_verdicts
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import read_verdicts
@@ -91,7 +92,7 @@ def verdict_lines(study, notebook: str) -> str:
         estimate = f": {written((row.value, row.low, row.high), 2)}" if pd.notna(row.value) else ""
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
-            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(row.comment, LONGEST, placeholder=' ...')} "
+            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(short(row.comment), LONGEST, placeholder=' ...')} "
             f"*Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
@@ -102,23 +103,26 @@ def _sentence(statistic: str) -> str:
 
 
 def evidence(study) -> pd.DataFrame:
-    """Claim by claim, to be shown as HTML: verdict and estimate, with links to rule, notebook and figure, and the
-    command that prints the rows behind it."""
+    """Claim by claim, to be shown as HTML: verdict and estimate, why, what would change it; evidence: links to rule,
+    figure and notebook; and the command that prints the rows behind it."""
     rows = []
     for row in judged(study).itertuples():
         figure, command = FIGURES[row.id], f"python -m beyond_outliers.claims show {row.id} --scale {study.scale}"
+        estimate = f"{written((row.value, row.low, row.high), 2)}, " if pd.notna(row.value) else ""
+        links = [
+            link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
+            link(figure, f"../figures/{study.scale}/{figure}.png"),
+            link(row.notebook, f"{row.notebook}.ipynb"),
+        ]
         rows.append(
             {
                 "claim": f"{row.id} {html.escape(row.claim)}",
-                "verdict": row.verdict,
-                "estimate": written((row.value, row.low, row.high), 2) if pd.notna(row.value) else "none",
-                "n": f"{row.n} ({row.unit})",
                 "paper": html.escape(str(row.paper)),
-                "why": html.escape(row.comment),
+                "verdict": row.verdict,
+                "estimate": f"{estimate}n {row.n} ({row.unit})",
+                "why": html.escape(short(row.comment)),
                 "what would change it": html.escape(row.changes),
-                "rule": link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
-                "figure": link(figure, f"../figures/{study.scale}/{figure}.png"),
-                "notebook": link(row.notebook, f"{row.notebook}.ipynb"),
+                "evidence": "; ".join(links),
                 "its rows": f"<code>{command}</code>",
             }
         )

@@ -63,14 +63,18 @@ class Outside(RoleGroups):
         ours, others = self._groups()
         if not ours:
             raise ValueError(f"no parameter has a role of {', '.join(roles)}, which {source} is to train")
-        if left := [group["role"] for group in others if math.isnan(group["lr"])]:
-            raise ValueError(
-                f"{source} trains {', '.join(roles)}; give rest_lr, the learning rate of AdamW for {', '.join(left)}"
-            )
         before = [p.detach().clone() for group in ours for p in group["params"]]
         made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
         self._refuse_strange(made, ours, before)
         self.parts = [made, *([AdamW(_plain(others, True), lr=lr)] if others else [])]
+
+    def check(self, group: dict) -> None:
+        if group["role"] not in self.roles and math.isnan(group["lr"]):
+            left = ", ".join(role for role in ROLES if role not in self.roles)
+            raise ValueError(
+                f"{self.source} trains {', '.join(self.roles)}; give rest_lr, the learning rate of AdamW for {left}"
+            )
+        super().check(group)
 
     def _groups(self) -> tuple[list[dict], list[dict]]:
         """Groups of the class from outside, and of AdamW."""

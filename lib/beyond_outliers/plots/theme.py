@@ -78,7 +78,7 @@ def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **
     """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
     values = list(dict.fromkeys(values))
     if not values:
-        figure, ax = plt.subplots(figsize=(width + 1.1, height))
+        figure, ax = plt.subplots(figsize=(width + 1.1, 1.0))
         ax.set_axis_off()
         ax.text(0.5, 0.5, "nothing has been measured yet", ha="center", va="center")
         return figure, {}
