@@ -6,6 +6,7 @@ python -m beyond_outliers.study {corpus,train,tune,choose,measure,collect,notebo
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +45,7 @@ EXECUTORS = {
 }
 
 
-def reproduce(study: Study, jobs: int, executor: str) -> NoReturn:
+def reproduce(study: Study, jobs: int, executor: str, options: str) -> NoReturn:
     """Becomes Snakemake, as the only one at work on this scale.
 
     Snakemake's own lock outlives a process that was killed; the one that is held here ends with it.
@@ -57,7 +58,7 @@ def reproduce(study: Study, jobs: int, executor: str) -> NoReturn:
     try:
         with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
             os.set_inheritable(lock.fileno(), True)
-            os.execv(sys.executable, [*command, str(jobs)])
+            os.execv(sys.executable, [*command, str(jobs), *shlex.split(options)])
     except RunHeld as other:
         raise SystemExit(str(other)) from None
 
@@ -94,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "--jobs", type=int, default=os.cpu_count(), help="cores, or jobs of a cluster, side by side"
             )
             one.add_argument("--executor", choices=sorted(EXECUTORS), default="local")
+            one.add_argument("--options", default="", help="more options of Snakemake, as one text")
         if step == "verify":
             one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "plan":
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         return verify(given.scale, given.runs)
     study = Study(given.scale)
     if given.step == "reproduce":
-        reproduce(study, given.jobs, given.executor)
+        reproduce(study, given.jobs, given.executor, given.options)
     if given.step in ("corpus", "plan"):
         study.check()
     if given.step == "corpus":
