@@ -10,6 +10,7 @@
 #   make verify                 every committed table against its checksum; with SCALE=pocket also its runs, a few trained anew
 #   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
+#   make lock                   environment.lock, the same versions with hashes, again from environment.yml (needs uv)
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
 #   make lab                    JupyterLab
 #   make clean | make distclean remove what can be made again | the environment and downloads, too
@@ -27,7 +28,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue compare figures publish verify plan check test test-fast bench hooks lab clean distclean
+.PHONY: help env reproduce continue compare figures publish verify plan check test test-fast bench lock hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,15 +37,16 @@ env: $(READY)
 
 # The pip section of environment.yml, line by line, so that conda and pip users get the same versions.
 $(READY): environment.yml pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); say make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	sed -n 's/^      - \([^ ].*\)/\1/p' environment.yml > $(VENV)/pins.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/pins.txt
 	touch $@
 
 reproduce: $(READY)
-	@$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) --jobs $(CORES) $(if $(EXECUTOR),--executor $(EXECUTOR))
+	@$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) --jobs $(CORES) \
+		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(OPTIONS),--options="$(OPTIONS)")
 	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
 	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
 
@@ -84,6 +86,11 @@ test-fast: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks --override-ini addopts="--import-mode=importlib" --benchmark-only
+
+# The same versions with their hashes, for Linux and macOS; needs uv. Installed by: pip install --require-hashes -r environment.lock
+lock:
+	sed -n 's/^      - \([^ -].*\)/\1/p' environment.yml | uv pip compile --quiet --universal --generate-hashes \
+		--python-version 3.11 --no-emit-index-url --no-annotate --no-header --output-file environment.lock -
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

@@ -75,3 +75,24 @@ import beyond_outliers.probe, beyond_outliers.claims, beyond_outliers.scaling
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LOCK = (paths.ROOT / "environment.lock").read_text()
+
+
+def test_the_lock_has_every_pin_with_hashes_and_names_no_host():
+    locked = {}
+    for entry in re.split(r"\n(?=\S)", LOCK.strip()):
+        name, _, rest = entry.partition("==")
+        locked.setdefault(name.split("[")[0].replace("_", "-").lower(), []).append(rest)
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", rest), f"environment.lock has no hash of {name}"
+    for name, pin in PINS.items():
+        assert any(re.match(rf"{re.escape(pin)}\s", rest) for rest in locked.get(name, [])), f"{name}: run `make lock`"
+    assert "://" not in LOCK and "index" not in LOCK
+
+
+@pytest.mark.parametrize(("version", "fits"), [("3.10", False), ("3.11", True), ("3.13", True), ("3.14", False)])
+def test_the_makefile_says_which_python_it_takes(version, fits):
+    condition = re.search(r"sys.exit\(not (.*?)\)'", (paths.ROOT / "Makefile").read_text())[1]
+    wanted = tuple(map(int, version.split(".")))
+    assert eval(condition.replace("sys.version_info[:2]", repr(wanted))) == fits

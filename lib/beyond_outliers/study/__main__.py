@@ -6,6 +6,7 @@ python -m beyond_outliers.study STEP --scale pocket ...; --help lists the steps
 import argparse
 import json
 import os
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "--jobs", type=int, default=os.cpu_count(), help="cores, or jobs of a cluster, side by side"
             )
             one.add_argument("--executor", choices=("local", "slurm"), default="local")
+            one.add_argument("--options", default="", help="more options of Snakemake, as one text")
         if step == "verify":
             one.add_argument("--runs", type=int, default=2, help="of the smallest size, that are trained again")
         if step == "compare":
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.step == "reproduce":
         from beyond_outliers.study.workflow import reproduce
 
-        return reproduce(study, given.jobs, given.executor)
+        return reproduce(study, given.jobs, given.executor, shlex.split(given.options))
     elif given.step == "train":
         study.train(study.find(given.run), progress=not given.quiet)
     elif given.step == "tune":

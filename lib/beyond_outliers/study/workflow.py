@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from beyond_outliers import paths
@@ -82,28 +82,30 @@ class Log:
         self.running[job] = self._names[job] = " ".join([self._rule, *values])
 
 
-def reproduce(study: Study, jobs: int, executor: str = "local", line: Line | None = None) -> int:
+def reproduce(
+    study: Study, jobs: int, executor: str = "local", options: Sequence[str] = (), line: Line | None = None
+) -> int:
     """Runs the workflow of a scale, as the only one at work on it; returns Snakemake's exit status.
 
-    Writes data/runs/SCALE/reproduce.log. jobs: cores, or jobs of a cluster, side by side. executor: a key of EXECUTORS.
-    Snakemake's own lock outlives a process that was killed; the one that is held here ends with it.
+    Writes data/runs/SCALE/reproduce.log. jobs: cores, or jobs of a cluster, side by side. executor: a key of EXECUTORS;
+    options: more for Snakemake. Its own lock outlives a process that was killed; the one that is held here ends with it.
     """
     study.check()
     line = line or Line()
     try:
         with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
-            return _run(study, [*EXECUTORS[executor], str(jobs)], line, lock.fileno())
+            return _run(study, [*EXECUTORS[executor], str(jobs)], list(options), line, lock.fileno())
     except RunHeld as other:
         line.note(str(other))
         return 1
 
 
-def _run(study: Study, options: list[str], line: Line, lock: int) -> int:
+def _run(study: Study, where: list[str], options: list[str], line: Line, lock: int) -> int:
     log = Log()
     file = study.runs_folder / "reproduce.log"
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--nolock", *options]
-    command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--nolock", *where]
+    command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete", *options]
     line.note(f"scale {study.scale}: what runs is logged in {file}")
     pace = Pace(study.scale)
     with file.open("w") as written, file.open() as read:

