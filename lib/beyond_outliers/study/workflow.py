@@ -88,7 +88,7 @@ def reproduce(
     """Runs the workflow of a scale, as the only one at work on it; returns Snakemake's exit status.
 
     Writes data/runs/SCALE/reproduce.log. jobs: cores, or jobs of a cluster, side by side. executor: a key of EXECUTORS;
-    options: more for Snakemake. Its own lock outlives a process that was killed; the one that is held here ends with it.
+    options: more for Snakemake. Its own lock outlives a process that was killed; this one ends with its holder.
     """
     study.check()
     line = line or Line()
