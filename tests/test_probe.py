@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from beyond_outliers import model as model_module
+from beyond_outliers import probe as probe_module
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.probe import bundled_encoder, conv1d_to_linear, load, probe, windows
 from beyond_outliers.quantizers import QuantSpec, quantize_model
@@ -182,6 +184,77 @@ def test_windows_of_unknown_words_are_named_with_their_share():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.warns(UserWarning, match="75% of the tokens of the text are the unknown token"):
         assert windows(words, "known to no one " * 10, 8, 2).tolist() == [[1, 0, 0, 0] * 2] * 2
+
+
+def changed_checkpoint(folder: Path, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, r"not in the checkpoint: .*; .*without a place"),
+        (
+            lambda w: {k: v for k, v in w.items() if "layers.1." not in k},
+            r"9 not in the checkpoint: model\.layers\.1\.",
+        ),
+        (
+            lambda w: w | {k.replace("layers.1.", "layers.2."): v.clone() for k, v in w.items() if "layers.1." in k},
+            r"9 without a place in the model: model\.layers\.2\.",
+        ),
+        (
+            lambda w: {k.replace("weight", "rounded") if "proj" in k else k: v for k, v in w.items()},
+            r"14 not in the checkpoint: model\.layers\.0",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_its_configuration_s_is_refused_with_the_names(change, words, tmp_path, tokenizer):
+    folder = changed_checkpoint(saved("llama", tmp_path, tokenizer), change)
+    with pytest.raises(ValueError, match=words):
+        probe(folder, TEXT, context=16, sequences=2)
+
+
+def test_heads_and_poolers_may_differ_and_t5_encoders_load(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    shape = {key: value for key, value in SHAPE.items() if key != "pad_token_id"} | {"max_position_embeddings": 34}
+    masked = tf.RobertaForMaskedLM(tf.RobertaConfig(**shape, pad_token_id=1))  # a head too many, a pooler too few
+    t5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    for name, model in {"roberta": masked, "t5": tf.T5EncoderModel(tf.T5Config(**t5))}.items():
+        model.save_pretrained(tmp_path / name)
+        found = probe(tmp_path / name, TEXT, tokenizer=tokenizer, context=64, sequences=2)  # no tokenizer of its own
+        # RoBERTa's table of 34 positions begins after the padding id: 32 tokens and no more
+        assert found.error.n_tokens == 2 * (32 if name == "roberta" else 64)
+        assert found.modules["R"].iloc[-1] == pytest.approx(found.error.value, rel=1e-5)
+    pair = tf.T5ForConditionalGeneration(tf.T5Config(**t5))
+    pair.save_pretrained(tmp_path / "pair")
+    for model in (pair, tmp_path / "pair"):
+        with pytest.raises(ValueError, match=r"an encoder with a decoder; valid: .*get_encoder"):
+            probe(model, TEXT, tokenizer=tokenizer)
+    assert probe(pair.get_encoder(), TEXT, tokenizer=tokenizer, context=16, sequences=2).error.value > 0
+
+
+def test_no_limit_of_positions_is_no_limit(tokenizer):
+    """XLNet says -1."""
+    config = tf.XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    assert config.max_position_embeddings == -1
+    found = probe(tf.XLNetModel(config), TEXT, tokenizer=tokenizer, context=16, sequences=2, strict=False)
+    assert found.error.n_tokens == 32
+
+
+def test_a_tokenizer_is_looked_at_before_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe_module, "load", lambda *_, **__: pytest.fail("the weights were loaded first"))
+    with pytest.raises(ValueError, match="a dict is no tokenizer"):
+        probe(tmp_path, TEXT, tokenizer={"a": 1})
+
+
+def test_the_floor_stands_beside_the_interval(tokenizer, capsys):
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=VOCABULARY, width=16, depth=1, n_heads=2))
+    found = probe(model, TEXT, tokenizer=tokenizer, context=16, sequences=4)
+    assert 0 < found.floor < found.error.value and found.summary()["R_L_floor"] == found.floor
+    assert f"+- {found.floor:.2g} from ties alone" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -93,20 +94,24 @@ def probe(
         warning. What was rounded is printed either way.
 
     Raises ValueError naming what is missing: no such model or text file, a module without tokenizer, too little text,
-    ids beyond the vocabulary, no linear layer.
+    ids beyond the vocabulary, no linear layer, a checkpoint whose weights do not fit (see `load`).
     """
     spec = spec or QuantSpec()
     path = Path(text)
     if not path.is_file():
         raise ValueError(f"no text file at {str(path)!r}")
+    if tokenizer is not None:
+        TextEncoder(tokenizer)  # a ValueError for what is none, before anything that takes time
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ValueError(f"a loaded {type(model).__name__} needs its tokenizer: pass tokenizer=...")
         name, model = type(model).__name__, copy.deepcopy(model)
     else:
         name = Path(model).name
-        model, own_tokenizer = load(model)
-        tokenizer = tokenizer or own_tokenizer
+        model, own_tokenizer = load(model, with_tokenizer=tokenizer is None)
+        tokenizer = own_tokenizer if tokenizer is None else tokenizer
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        raise ValueError(f"{type(model).__name__} is {_PAIR}")
     model = open_layers(model).to(device or "cpu") if device else open_layers(model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # type: ignore[assignment]  # torch lets a module be taken out like this
@@ -142,8 +147,12 @@ def probe(
     )
 
 
-def load(source: str | Path) -> tuple[nn.Module, object]:
-    """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; ValueError where there is none."""
+def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, object]:
+    """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; None for a tokenizer not asked for.
+
+    Raises ValueError where there is none, where weights of the model are not in the checkpoint, have another shape, or
+    belong to layers that the configuration does not have (naming them), and for a pair of encoder and decoder.
+    """
     import transformers as tf
 
     folder = Path(source).expanduser()
@@ -156,16 +165,45 @@ def load(source: str | Path) -> tuple[nn.Module, object]:
         raise ValueError(f"no model folder at {str(source)!r}")
     try:
         config = tf.AutoConfig.from_pretrained(source)
+        tokenizer = tf.AutoTokenizer.from_pretrained(source) if with_tokenizer else None  # cheap: before the weights
         names = " ".join(getattr(config, "architectures", None) or ())
-        kind = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
-        model = kind.from_pretrained(source, dtype=torch.float32)
-        return model.eval(), tf.AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+        kind: type = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
+        if "EncoderModel" in names:  # of T5: AutoModel would add a decoder, drawn at random
+            kind = tf.AutoModelForTextEncoding
+        elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
+            raise ValueError(f"{str(source)!r} is {names}, {_PAIR}")
+        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)  # type: ignore[attr-defined]
+    except (OSError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {str(source)!r}: not a folder with model and tokenizer, and no hub model that can be "
             f"reached ({first_line})"
         ) from error
+    _check_keys(str(source), info)
+    return model.eval(), tokenizer
+
+
+_PAIR = (
+    "an encoder with a decoder; valid: one of the two, such as probe(model.get_encoder(), text, tokenizer=tokenizer)"
+)
+
+
+def _check_keys(source: str, info: dict) -> None:
+    """ValueError that names the weights in which checkpoint and configuration differ.
+
+    A pooler may lack (it is left out), and heads that the model does not have may be there, as for encoders of BERT;
+    layers, which are numbered, may not.
+    """
+    lacking = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    others = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info["mismatched_keys"])
+    layers = sorted(name for name in info["unexpected_keys"] if any(part.isdigit() for part in name.split(".")))
+    found = {"not in the checkpoint": lacking, "of another shape there": others, "without a place in the model": layers}
+    told = [f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in found.items() if names]
+    if told:
+        raise ValueError(
+            f"the weights of {source!r} are not those of its configuration ({'; '.join(told)}); valid: a checkpoint "
+            "whose names fit, for instance without the prefix of torch.compile, '_orig_mod.'"
+        )
 
 
 def windows(tokenizer, text: str, context: int, sequences: int) -> Tensor:
@@ -191,9 +229,17 @@ def windows(tokenizer, text: str, context: int, sequences: int) -> Tensor:
 
 
 def _longest(model: nn.Module) -> int:
-    """Positions that the model can read, as far as its configuration says."""
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**30
+    """Positions that the model can read, as far as its configuration and its table of positions say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limits = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
+    for name, table in model.named_modules():
+        # RoBERTa and its kin count positions from the padding id on: that many rows of the table are no positions
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings") and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    return min(limits, default=2**30)
 
 
 def bundled_encoder() -> Path:
