@@ -64,6 +64,8 @@ def repository(tmp_path, monkeypatch):
     for name in ("RESULTS", "FIGURES", "RUNS"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
     shutil.copytree(source, tmp_path / "results" / "pocket")
+    (tmp_path / "results" / "confirm").mkdir()  # which lends pocket its learning rates
+    shutil.copy(source.parent / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
     return tmp_path
 
 
