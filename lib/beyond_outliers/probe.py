@@ -110,7 +110,7 @@ def probe(
         name = Path(model).name
         model, own_tokenizer = load(model, with_tokenizer=tokenizer is None)
         tokenizer = own_tokenizer if tokenizer is None else tokenizer
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+    if any({"encoder", "decoder"} <= dict(module.named_children()).keys() for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is {_PAIR}")
     model = open_layers(model).to(device or "cpu") if device else open_layers(model)
     if getattr(model, "pooler", None) is not None:
