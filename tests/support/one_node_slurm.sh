@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A Slurm of one node, this one, from Debian's packages (slurmctld slurmd slurm-client munge), all of it below one folder:
 #   one_node_slurm.sh start FOLDER     then: export SLURM_CONF=FOLDER/slurm.conf
+# Jobs look for their configuration in /etc/slurm, so a link stands there while it runs.
 #   one_node_slurm.sh stop FOLDER
 # Needs root. Exit code 77, with the reason, where it cannot be started.
 set -euo pipefail
@@ -10,6 +11,7 @@ host=$(hostname -s)
 cannot() { echo "no Slurm here: $1" >&2; exit 77; }
 
 stop() {
+    if [ "$(readlink /etc/slurm/slurm.conf)" = "$folder/slurm.conf" ]; then rm /etc/slurm/slurm.conf; fi
     for daemon in slurmd slurmctld munged; do
         if [ -f "$folder/$daemon.pid" ]; then kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true; fi
     done
@@ -52,6 +54,8 @@ NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {pr
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
 export SLURM_CONF=$folder/slurm.conf
+mkdir -p /etc/slurm
+[ -e /etc/slurm/slurm.conf ] || ln -s "$SLURM_CONF" /etc/slurm/slurm.conf
 slurmctld -f "$SLURM_CONF" || cannot "slurmctld does not start: $(tail -n 1 "$folder/slurmctld.log")"
 slurmd -f "$SLURM_CONF" || { stop; cannot "slurmd does not start: $(tail -n 1 "$folder/slurmd.log")"; }
 for _ in $(seq 60); do
