@@ -5,6 +5,7 @@ that maps token ids (B, T) to logits or hidden states, such as this project's `O
 """
 
 import copy
+import inspect
 import os
 import warnings
 import zipfile
@@ -108,7 +109,7 @@ def probe(
         name = Path(model).name
         model, own_tokenizer = load(model, with_tokenizer=tokenizer is None)
         tokenizer = own_tokenizer if tokenizer is None else tokenizer
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} is {_PAIR}")
     model = open_layers(model).to(device or "cpu") if device else open_layers(model)
     if getattr(model, "pooler", None) is not None:
