@@ -5,6 +5,7 @@ that maps token ids (B, T) to logits or hidden states, such as this project's `O
 """
 
 import copy
+import inspect
 import os
 import warnings
 import zipfile
@@ -110,7 +111,7 @@ def probe(
         name = Path(model).name
         model, own_tokenizer = load(model, with_tokenizer=tokenizer is None)
         tokenizer = own_tokenizer if tokenizer is None else tokenizer
-    if any({"encoder", "decoder"} <= dict(module.named_children()).keys() for module in model.modules()):
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} is {_PAIR}")
     model = open_layers(model).to(device or "cpu") if device else open_layers(model)
     if getattr(model, "pooler", None) is not None:
