@@ -50,8 +50,8 @@ def place(study, found: Comparison) -> str:
 def _row(study, rows: pd.DataFrame, value: str) -> dict[str, str]:
     try:
         found = compared(study, rows, value)
-    except NothingToCompare as nothing:
-        return {"yours": f"- ({nothing})"}
+    except NothingToCompare:
+        return {"yours": "no size at which all of them have one"}
     others = [name for name in found.order if name != study.yours]
     lowest, highest = others[0], others[-1]
     return {
@@ -96,8 +96,8 @@ def finding(study) -> str:
         of, column = quantities()[name]
         try:
             found = compared(study, of(study), column)
-        except NothingToCompare as nothing:
-            parts.append(f"its {name} cannot be compared: {nothing}")
+        except NothingToCompare:
+            parts.append(f"has no {name} at a size where all the others have one")
             continue
         said = words.format(written(found.mean(study.yours)), primary=study.protocol.measure.primary)
         best = next(other for other in found.order if other != study.yours)
