@@ -135,7 +135,7 @@ def probe(
     error = relative_error(model, quantized, batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # said above
-        floor = rounding_floor(model, batches, lambda moved: quantize_model(moved, spec, example=batches[0]))
+        floor = rounding_floor(model, batches, lambda moved: quantize_model(moved, spec, inputs, example=batches[0]))
     print(f"R_L {error.value:.3g} [{error.low:.3g}, {error.high:.3g}] over sequences; +- {floor:.2g} from ties alone")
     return Probe(
         name,
