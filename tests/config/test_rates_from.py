@@ -9,6 +9,8 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.config import Protocol, Rates
+from beyond_outliers.study import Study
+from beyond_outliers.study import rates as study_rates
 from beyond_outliers.study.steps import Step, choices
 from scale_files import toml
 
@@ -64,6 +66,17 @@ def test_a_swept_size_keeps_its_own_rates_and_lends_them_to_nobody(load, tmp_pat
     # and only the swept size waits for a choice
     assert choices(protocol, Step("collect", size="0.03M")) == [Step("choose", size="0.03M")]
     assert choices(protocol, Step("collect", size="0.08M")) == []
+
+
+def test_the_table_that_is_written_comes_back_with_and_without_an_auxiliary_rate(load, monkeypatch):
+    """What `choose` writes: rows of the sweep, which have no auxiliary rate, and the lent ones, which have."""
+    load()
+    study = Study("pocket")
+    swept = [{"size": "0.03M", "optimizer": "soap", "lr": 0.1 + 0.2, "edge": False, "grid": "0.1 0.3", "n_runs": 2}]
+    monkeypatch.setattr(study_rates, "_swept", lambda study, size: swept)
+    table = study.choose_learning_rates("0.03M").set_index(["size", "optimizer"])
+    assert table.chosen_by["0.03M", "soap"] == "pocket" and (table.chosen_by["0.08M"] == "confirm").all()
+    assert Study("pocket").rates == study.protocol.lent | {("0.03M", "soap"): Rates(0.1 + 0.2)}
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,11 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     if not file.exists():
         return {}
     checksums.check(file.parent, file.name, remedy=f"`git restore {file}`, or choose them again")
-    exact = {"lr": float, "auxiliary": float}  # every bit counts: run ids are hashed from them
+    # every bit counts: run ids are hashed from them; sizes of one table may have an auxiliary rate or none
+    exact = {"lr": float, "auxiliary": lambda text: float(text) if text else None}
     rows = pd.read_csv(file, dtype={"size": str}, converters=exact).to_dict("records")
-    return {(row["size"], row["optimizer"]): Rates(row["lr"], row.get("auxiliary")) for row in rows}
+    rates = ((row, row.get("auxiliary")) for row in rows)
+    return {(row["size"], row["optimizer"]): Rates(row["lr"], None if pd.isna(rate) else rate) for row, rate in rates}
 
 
 def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
