@@ -180,8 +180,8 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
 
     from beyond_outliers.pages import relinked, write_page
 
-    choose("notebook", name, notebooks())
-    choose("scale", scale, scales())
+    choose("notebook", name, sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
+    choose("scale", scale.partition("+")[0], scales())  # pocket+lion: an optimizer from outside beside pocket
     source = paths.NOTEBOOKS / f"{name}.ipynb"
     parameters = {"scale": scale, **parameters}
     known = papermill.inspect_notebook(source)

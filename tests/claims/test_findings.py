@@ -183,8 +183,8 @@ STUDIES = [name for name in FINDINGS if name not in ("08_probe_your_model", "10_
 def test_every_committed_study_has_its_findings(scale, name):
     text = FINDINGS[name](Study(scale))
     assert text.endswith(".") and "nan" not in text
-    if scale == "pocket":
-        assert "[" not in text or name == "07_claims"  # one seed: nothing has an interval
+    if name == "05_qat" and scale == "pocket":
+        assert "[" not in text  # one seed under QAT: nothing has an interval
 
 
 # ------------------------------------------------------------------------------------------------------------ evidence

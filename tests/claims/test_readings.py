@@ -228,4 +228,4 @@ def test_candidates_are_the_readings_of_the_committed_study():
         kept = [value for value, kind in zip(row[1].mmr, row[1].kind, strict=True) if kind != "down"]
         assert table.mmr[row[0]] == pytest.approx(sum(kept) / len(kept), rel=1e-12)
     damage = readings.damage(study).set_index("run").increase
-    assert (table.increase == damage[table.index]).all() and len(table) == 12
+    assert (table.increase == damage[table.index]).all() and len(table) == 24
