@@ -25,7 +25,8 @@ def explained() -> dict[str, list[str]]:
     return columns
 
 
-LIKE_RUNS = ("auxiliary_learning_rates.csv", "sgd_baseline.csv", "confirm_adamw_rates.csv")  # "have the columns of runs.csv"
+# "have the columns of runs.csv"
+LIKE_RUNS = ("auxiliary_learning_rates.csv", "sgd_baseline.csv", "confirm_adamw_rates.csv")
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.name}")
