@@ -527,7 +527,9 @@ def test_coverage(name):
             quantize_model(model, QuantSpec(), strict=True, example=batch)
     else:
         assert quantize_model(model, QuantSpec(), strict=True).quantization.share == record.share
-    assert 0 < relative_error(model, quantized, [batch]).value < 3
+    error = relative_error(model, quantized, [batch]).value
+    # of SqueezeBERT only the pooler is rounded, which is no part of the hidden states that it answers in
+    assert error == 0 if name == "squeezebert" else 0 < error < 3
 
 
 TEXT = Path(model_module.__file__)
