@@ -14,6 +14,7 @@ python -m beyond_outliers.pages readme --scale laptop    the findings in README.
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
     folder = paths.figures(scale)
     _need_figures(folder / f"{name}.md", body, scale)
     source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
-    index = f"../{scale.partition('+')[0]}/README.md" if "+" in scale else "README.md"
+    index = Path(os.path.relpath(paths.figures(scale.partition("+")[0]), folder), "README.md").as_posix()
     head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages]({index})\n\n"
     if (size := len((head + body).encode())) > LARGEST:
         raise ValueError(f"the page {name} of {scale} has {size} bytes, more than {LARGEST}")

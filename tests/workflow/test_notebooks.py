@@ -8,8 +8,8 @@ import pandas as pd
 import papermill
 import pytest
 
+from beyond_outliers import checksums, pages, paths
 from beyond_outliers import notebook as notebook_module
-from beyond_outliers import pages, paths
 from beyond_outliers.claims import CLAIMS, rules, verdicts
 from beyond_outliers.claims.__main__ import write_verdicts
 from beyond_outliers.notebook import notebooks, paper, render, run_notebook
@@ -112,7 +112,7 @@ def test_rendering_reads_the_verdicts_and_writes_no_table(executed, study, monke
     file = study.results / "claims.csv"
     table = pd.read_csv(file)
     table.loc[0, "comment"] = "A sentence that no rule would say."
-    table.to_csv(file, index=False)
+    checksums.write_text(file, table.to_csv(index=False))
     before = contents(study.results)
     monkeypatch.setattr(notebook_module, "notebooks", lambda protocol=None: ["07_claims"])
     render("smoke", 1)

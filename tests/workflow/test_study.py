@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config import OPTIMIZER_NAMES, read_learning_rates
 from beyond_outliers.quantizers import quantize_model
 from beyond_outliers.study import TABLES, MissingResults, Study, measure
+from beyond_outliers.study.tables import OPTIONAL
 
 pytestmark = pytest.mark.slow
 
@@ -125,12 +126,11 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
     before, before_common = study.table("runs"), study.table("common_loss")
     gone = before.run.iloc[3]
     stale = before.iloc[[0]].assign(run="an-old-run")
-    pd.concat([before, stale]).to_csv(study.results / "runs.csv", index=False)
+    checksums.write_text(study.results / "runs.csv", pd.concat([before, stale]).to_csv(index=False))
     full = set(study.runs("full_precision").run)
     only_swept = next(run for run in study.runs("sweep").run if run not in full)  # once a main run, say, no longer
-    pd.concat([before_common, before_common.iloc[[0]].assign(run=only_swept)]).to_csv(
-        study.results / "common_loss.csv", index=False
-    )
+    more = pd.concat([before_common, before_common.iloc[[0]].assign(run=only_swept)])
+    checksums.write_text(study.results / "common_loss.csv", more.to_csv(index=False))
     result = Study.result
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
     monkeypatch.setattr(Study, "common_loss", lambda self, size: before_common[before_common["size"] == size])
@@ -145,7 +145,7 @@ def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, 
     monkeypatch.setattr(study, "results", tmp_path)
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.size == "small" else result(self, p))
     study.collect()
-    for name in set(TABLES) - {"learning_rates", "trajectory"}:
+    for name in set(TABLES) - {"learning_rates", *OPTIONAL}:
         table = study.table(name)
         assert len(table) and table.run.str.startswith("tiny-").all(), name
     assert not study.complete()
