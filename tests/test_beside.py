@@ -1,13 +1,12 @@
 """Yours beside ours: every run and verdict counted once, and nothing but the reader's own folder written."""
 
-import shutil
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from beyond_outliers import beside, paths
 from beyond_outliers.study import Study, own
+from repository import repository_of_pocket
 
 COLUMNS = ["run", "purpose", "size", "optimizer", "seed", "scheme", "lr", "val_loss"]
 
@@ -60,13 +59,7 @@ def test_runs_are_compared_by_name_then_by_what_they_are():
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """The committed tables of pocket, and a study of one's own that made its full-precision runs again."""
-    source = paths.RESULTS / "pocket"
-    for name in ("RESULTS", "FIGURES", "RUNS"):
-        monkeypatch.setattr(paths, name, tmp_path / name.lower())
-    shutil.copytree(source, tmp_path / "results" / "pocket")
-    (tmp_path / "results" / "confirm").mkdir()  # which lends pocket its learning rates
-    shutil.copy(source.parent / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
-    return tmp_path
+    return repository_of_pocket(tmp_path, monkeypatch)
 
 
 def made(monkeypatch, study, losses):

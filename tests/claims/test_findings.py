@@ -222,7 +222,8 @@ def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
         ("W4A4+head", "six", "C3", "Muon lowest", "reproduced", 9.0, 8.0, 10.0, "9/9/9", "log MMR", "a part"),
         ("W4A4+head", "six", "C4", "whole", "tie", -0.02, -0.05, 0.01, "9/9/6", "log nats", "Within 0.1 of 0."),
     ]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "verdicts.csv", index=False)
+    table = pd.DataFrame(rows, columns=columns).assign(rival="adamw")  # as every verdicts.csv has it
+    table.to_csv(tmp_path / "verdicts.csv", index=False)
     assert list(judged(study).id) == ["C4"] and "1 tie (C4)" in FINDINGS["07_claims"](study)
     text = verdict_lines(study, "03_ptq")
     assert text.endswith("*Would change it:* " + confirm_rules()["C4"]["changes"])

@@ -1,6 +1,5 @@
 """An optimizer from outside beside a scale: its definition, its rates, its Common Loss, and the tables of both."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +15,14 @@ from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.compare import Beside, compare, define, search_rates, source_of
+from repository import lend_rates
 
 SGD = "torch.optim:SGD"
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    (tmp_path / "results" / "confirm").mkdir(parents=True)  # which lends pocket its learning rates
-    shutil.copy(paths.RESULTS / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
+    lend_rates(tmp_path)
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 

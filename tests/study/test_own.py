@@ -8,6 +8,7 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.study import MissingResults, Study, collect, own
 from beyond_outliers.study.__main__ import main
+from repository import repository_of_pocket
 
 COMMITTED = paths.RESULTS / "pocket"
 
@@ -19,12 +20,7 @@ def bytes_of(folder):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A repository whose committed tables are those of pocket, and which nobody has run anything in."""
-    for name in ("RESULTS", "FIGURES", "RUNS"):
-        monkeypatch.setattr(paths, name, tmp_path / name.lower())
-    shutil.copytree(COMMITTED, tmp_path / "results" / "pocket")
-    (tmp_path / "results" / "confirm").mkdir()  # which lends pocket its learning rates
-    shutil.copy(COMMITTED.parent / "confirm" / "learning_rates.csv", tmp_path / "results" / "confirm")
-    return tmp_path
+    return repository_of_pocket(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -17,19 +17,12 @@ LOSS, DAMAGE, QAT = "loss in full precision", "damage at the Common Loss", "loss
 def quantities() -> dict[str, tuple[Callable, str]]:
     """What the page compares: name -> (rows of a study, column); in all of them the lowest is the best."""
 
-    def finished(study) -> pd.DataFrame:
-        return readings.full_precision(study).query("status == 'finished'")
-
-    def trained(study) -> pd.DataFrame:
-        rows = readings.qat_losses(study)
-        return rows[rows.status_qat == "finished"]
-
     return {
-        LOSS: (finished, "val_loss"),
+        LOSS: (readings.finished, "val_loss"),
         DAMAGE: (readings.damage, "increase"),
         "damage at the end of training": (lambda study: readings.damage(study, checkpoint="final"), "increase"),
-        QAT: (trained, "val_loss_qat"),
-        "cost of QAT": (trained, "increase"),
+        QAT: (readings.finished_qat, "val_loss_qat"),
+        "cost of QAT": (readings.finished_qat, "increase"),
         "R_L": (readings.output_error, "R_L"),
         "mean linear gain": (readings.linear_gain, "gain"),
         "MMR": (readings.mmr, "mmr"),

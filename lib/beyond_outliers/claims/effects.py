@@ -38,22 +38,13 @@ class Quantity:
     value: str
 
 
-def _finished(study) -> pd.DataFrame:
-    return readings.full_precision(study).query("status == 'finished'")
-
-
-def _qat(study) -> pd.DataFrame:
-    rows = readings.qat_losses(study)
-    return rows[rows.status_qat == "finished"]
-
-
 QUANTITIES = {
-    "loss": Quantity("loss in full precision", NATS, _finished, "val_loss"),
+    "loss": Quantity("loss in full precision", NATS, readings.finished, "val_loss"),
     "common": Quantity("{spec} increase at the Common Loss", NATS, readings.damage, "increase"),
     "final": Quantity(
         "{spec} increase at the end", NATS, lambda study: readings.damage(study, checkpoint="final"), "increase"
     ),
-    "qat": Quantity("increase by training in 4 bits (QAT)", NATS, _qat, "increase"),
+    "qat": Quantity("increase by training in 4 bits (QAT)", NATS, readings.finished_qat, "increase"),
     "R_L": Quantity("R_L at the end", TIMES, readings.output_error, "R_L"),
     "mmr": Quantity("MMR at the end", TIMES, readings.mmr, "mmr"),
 }
@@ -121,9 +112,9 @@ def effect_table(study) -> pd.DataFrame:
 CHOICES = ["if you want to", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
 # what a reader may be about to do -> the losses that they will end with
 SITUATIONS: dict[str, tuple[Callable, str]] = {
-    "leave it as it is": (_finished, "val_loss"),
+    "leave it as it is": (readings.finished, "val_loss"),
     "round to {spec} after training": (lambda study: readings.damage(study, checkpoint="final"), "val_loss"),
-    "train in 4 bits (QAT)": (_qat, "val_loss_qat"),
+    "train in 4 bits (QAT)": (readings.finished_qat, "val_loss_qat"),
 }
 
 

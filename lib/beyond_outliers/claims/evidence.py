@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
+from beyond_outliers.claims import confirm_ledger
 from beyond_outliers.claims.comparison import written
 from beyond_outliers.claims.confirm_ledger import short
-from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules, confirm_verdicts
+from beyond_outliers.claims.confirm_readings import PRIMARY, confirm_rules
 from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.ledger import read_verdicts
 from beyond_outliers.claims.statistics import LEAST_UNITS
-from beyond_outliers.study.tables import check_table
 
 # the figure to look at, by claim
 FIGURES = {
@@ -47,14 +47,13 @@ def judged(study) -> pd.DataFrame:
         table = read_verdicts(study)
         changes = [would_change(row) for row in table.to_dict("records")]
         return table.assign(changes=changes)[COLUMNS]
-    file = study.results / "verdicts.csv"
-    check_table(study.results, file.stem)
-    table = pd.read_csv(file) if file.exists() else confirm_verdicts(study)
+    table = confirm_ledger.read(study)
     whole = table[(table.spec == PRIMARY) & (table.optimizers == "six") & (table.part == "whole")]
     rules = pd.DataFrame.from_dict(confirm_rules(), orient="index")[["statistic", "paper", "changes", "notebook"]]
-    texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id").claim
     whole = whole.rename(columns={"estimate": "value"}).join(rules, on="id")
-    return whole.assign(claim=whole.id.map(texts), n=whole.n.fillna("0")).reset_index(drop=True)[COLUMNS]
+    return whole.assign(claim=whole.id.map(confirm_ledger.texts()), n=whole.n.replace("", "0")).reset_index(drop=True)[
+        COLUMNS
+    ]
 
 
 def would_change(row: dict) -> str:

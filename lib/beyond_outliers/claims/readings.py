@@ -46,6 +46,11 @@ def full_precision(study) -> pd.DataFrame:
     return study.runs("full_precision")
 
 
+def finished(study) -> pd.DataFrame:
+    """Those of `full_precision` that did not diverge."""
+    return full_precision(study).query("status == 'finished'")
+
+
 def spread(study) -> pd.DataFrame:
     """Final losses of the main runs in full precision over seeds, one row a size and optimizer.
 
@@ -236,6 +241,11 @@ def qat_losses(study) -> pd.DataFrame:
     both = _with_qat(full_precision(study), study.runs("qat"), ["val_loss", "status"]).drop(columns="status_fp")
     increase = both.val_loss_qat - both.val_loss_fp
     return both.assign(increase=increase, relative_increase=increase / both.val_loss_fp)
+
+
+def finished_qat(study) -> pd.DataFrame:
+    """Those of `qat_losses` whose run under QAT did not diverge."""
+    return qat_losses(study).query("status_qat == 'finished'")
 
 
 def qat_accuracies(study) -> pd.DataFrame:

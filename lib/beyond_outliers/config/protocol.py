@@ -20,6 +20,8 @@ from beyond_outliers.config.tuning import auxiliary_rates, runs_of_search
 
 __all__ = ["OPTIMIZER_NAMES", "PURPOSES", "Planned", "Protocol", "scales"]
 
+# what must be alike where a size takes the rates of another scale
+DECIDE_A_RATE = ("model", "corpus", "context", "batch_size", "steps", "warmup", "decay", "weight_decay", "hyper")
 Losses = Callable[[str], float | None]  # final validation loss of a run by its name, None while it has not ended
 
 
@@ -82,6 +84,10 @@ class Protocol:
             raise ValueError(f"scale {self.scale} has no [tuning]; its learning rates come from grids")
         return self.settings.tuning
 
+    def borrows(self, size: str) -> bool:
+        """Whether a size takes its rates from the scale `rates_from`: where there is one, those that are not swept."""
+        return self.settings.rates_from is not None and "sweep" not in self.purposes(size)
+
     @functools.cached_property
     def lent(self) -> dict[tuple[str, str], Rates]:
         """(size, optimizer) -> rates of the sizes that take them from the scale `rates_from`; empty without one.
@@ -92,7 +98,7 @@ class Protocol:
             return {}
         lender, found = Protocol.load(self.settings.rates_from), {}
         chosen = read_rates(lender.scale, paths.RESULTS / lender.scale)
-        for size in (size for size in self.sizes if "sweep" not in self.purposes(size)):
+        for size in filter(self.borrows, self.sizes):
             for name in self.optimizers:
                 if (size, name) not in chosen:
                     valid = ", ".join(dict.fromkeys(at for at, _ in chosen)) or "none yet"
@@ -102,17 +108,7 @@ class Protocol:
                     )
                 found[size, name] = rates = chosen[size, name]
                 own, lent = (p.config(size, name, rates.lr, auxiliary=rates.auxiliary) for p in (self, lender))
-                for key in (
-                    "model",
-                    "corpus",
-                    "context",
-                    "batch_size",
-                    "steps",
-                    "warmup",
-                    "decay",
-                    "weight_decay",
-                    "hyper",
-                ):
+                for key in DECIDE_A_RATE:
                     if (ours := getattr(own, key)) != (theirs := getattr(lent, key)):
                         raise ValueError(
                             f"scale {self.scale}: {size} takes its rates from {lender.scale}, so its {key} must be "
@@ -164,7 +160,7 @@ class Protocol:
         """
         entry(optimizer)  # there is one of that name
         model = self.model(size)
-        both = self.tuned or (bool(self.settings.rates_from) and "sweep" not in self.purposes(size))
+        both = self.tuned or self.borrows(size)
         if lr is None or (auxiliary is None and both and optimizer in self.optimizers):
             known = self.rates().get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
             lr = known.lr if lr is None else lr

@@ -53,21 +53,22 @@ def _same_value(a, b, hooks: bool) -> bool:
 
 def check_repeated(label: str, first: list[Tensor], again: list[Tensor], given: tuple):
     """ValueError naming the module `label` unless an evaluation on equal inputs gave equal outputs."""
-    if off := _difference(first, again):
-        raise ValueError(
-            f"module {label!r} gives another output for the same input when it runs again, by {off:.2g} of its squared "
-            f"norm: {_cause(given)}. Its A, B and C would be wrong; valid: modules whose output depends on what they "
-            "are given alone"
-        )
+    said = "gives another output for the same input when it runs again, by {:.2g} of its squared norm"
+    _refuse_difference(label, first, again, given, said, "A, B and C")
 
 
 def check_unchanged(label: str, ours: list[Tensor], theirs: list[Tensor], given: tuple):
     """ValueError naming the module `label` unless both models' evaluations of an unchanged function agree."""
-    if off := _difference(ours, theirs):
+    said = "is the same in both models, yet its outputs for one input differ by {:.2g} of their squared norm"
+    _refuse_difference(label, ours, theirs, given, said, "B")
+
+
+def _refuse_difference(label: str, first: list[Tensor], again: list[Tensor], given: tuple, said: str, wrong: str):
+    """ValueError where they differ; `said`: how, with room for by how much, `wrong`: the terms that would be."""
+    if off := _difference(first, again):
         raise ValueError(
-            f"module {label!r} is the same in both models, yet its outputs for one input differ by {off:.2g} of their "
-            f"squared norm: {_cause(given)}. Its B would be wrong; valid: modules whose output depends on what they "
-            "are given alone"
+            f"module {label!r} {said.format(off)}: {_cause(given)}. Its {wrong} would be wrong; valid: modules whose "
+            "output depends on what they are given alone"
         )
 
 

@@ -5,13 +5,14 @@ or cast of one) gets its other operand rounded, along the dimension that the pro
 in any other way is a RuntimeError: nothing could be said about what was rounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from beyond_outliers.modules import has_own_forward
+from beyond_outliers.passes import tensors
 
 # fmt: off
 _MOVES = frozenset([  # of a weight: what comes out holds entries of the weight and nothing else
@@ -54,7 +55,7 @@ class RoundedProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         label = getattr(function, "__name__", str(function))
-        names = {name for value in _tensors(args, kwargs) if (name := self.name(value))}
+        names = {name for value in tensors(args, kwargs) if (name := self.name(value))}
         if not names:
             return function(*args, **kwargs)
         if label == "linear":
@@ -67,7 +68,7 @@ class RoundedProducts(TorchFunctionMode):
         if label not in _MOVES:
             return self._read(function, label, args, kwargs, sorted(names)[0])
         output = function(*args, **kwargs)
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             self.tracked[id(tensor)] = sorted(names)[0], tensor
         return output
 
@@ -78,7 +79,7 @@ class RoundedProducts(TorchFunctionMode):
             output = function(*args, **kwargs)
         except RuntimeError as error:
             raise refusal from error
-        if any(True for _ in _tensors(output)):
+        if any(True for _ in tensors(output)):
             raise refusal
         return output
 
@@ -119,16 +120,6 @@ class RoundedProducts(TorchFunctionMode):
         ]
         # an ellipsis stands for several dimensions: count from the side of the index where there is none
         return (equation, *self._pair(operands[0], places[0], operands[1], places[1]))
-
-
-def _tensors(*values) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(*value)
-        elif isinstance(value, dict):
-            yield from _tensors(*value.values())
 
 
 def along(function: Callable | None, x: Tensor, dim: int) -> Tensor:

@@ -74,7 +74,8 @@ def verify(scale: str | None, count: int) -> int:
     print(again.to_string(index=False))
     median, most = MACHINE_EFFECT
     print(
-        f"{len(again)} runs trained again. On another processor a loss differs by {median} nats in the median and "
-        f"{most} at most (the machine effect); on the same one, with the same versions and threads, by nothing."
+        f"{len(again)} runs trained again. On another processor a loss differs by {median} nats in the median where "
+        f"that was measured, and {most} at most passes for it; on the same one, with the same versions and threads, "
+        "by nothing."
     )
     return int(bool(wrong) or "differs" in set(again.verdict))

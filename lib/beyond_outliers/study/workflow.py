@@ -137,10 +137,9 @@ class Pace:
         self.before = self.trained
 
     def _look(self) -> None:
-        study = Study(self.scale)
-        trained = {file.parent.name for file in study.runs_folder.glob("*/result.json")}
+        trained = {file.parent.name for file in (paths.RUNS / self.scale).glob("*/result.json")}
         if trained != self.trained or not self.costs:
-            self.costs = {planned.config.name: work(planned.config) for planned in all_runs(study)}
+            self.costs = {planned.config.name: work(planned.config) for planned in all_runs(Study(self.scale))}
         self.trained = trained
 
     def said(self) -> str:
