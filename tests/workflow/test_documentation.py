@@ -140,3 +140,10 @@ def test_the_citation_says_version_and_date_and_what_of_the_papers_code_is_publi
     assert f"\nversion: {version}\n" in citation and re.search(r'^date-released: "20\d\d-\d\d-\d\d"$', citation, re.M)
     for text in (citation, README.read_text()):
         assert "alexa" in text and "shipped no code" not in text
+
+
+@pytest.mark.parametrize("folder", sorted(paths.FIGURES.glob("*/")), ids=lambda folder: folder.name)
+def test_every_committed_figure_is_on_a_page(folder):
+    """Figures of sizes or names that are gone would stay for good: nothing draws them again."""
+    shown = "".join(page.read_text() for page in folder.glob("*.md"))
+    assert [file.name for file in folder.glob("*.p[nd][gf]") if f"{file.stem}.png" not in shown] == []
