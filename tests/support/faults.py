@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 TALLY: Counter[tuple[str, str]] = Counter()  # (fault, outcome) -> tries
 KINDS = ("raises", "full from then on", "dies", "tears the file, then dies")
 DIED, PASSED_BY = 9, 8  # exit codes: of a fault that kills, and of work that ended well in spite of one
@@ -32,6 +34,9 @@ def start(work: Callable[[], object], prepare: Callable[[], object] = lambda: No
     child = os.fork()
     if child == 0:
         code = 1
+        # pools of threads do not come along: whoever asked theirs for work would wait for ever
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(1)
         try:
             prepare()
             work()
