@@ -52,7 +52,9 @@ def test_the_site_is_published_from_the_studies_that_are_committed():
     text = (ROOT / ".github" / "workflows" / "pages.yml").read_text()
     drawn, laid_out = re.search(r"for scale in ([\w ]+);", text)[1], re.search(r"site site ([\w ]+)", text)[1]
     assert drawn == laid_out and set(drawn.split()) <= set(scales())
-    assert set(drawn.split()) == {folder.name for folder in (paths.RESULTS).iterdir() if folder.is_dir()}
+    committed = {folder.name for folder in paths.RESULTS.iterdir() if folder.is_dir()}
+    # "pocket+lion" is one optimizer beside a study: one page, drawn by make compare, read in the repository
+    assert set(drawn.split()) == {name for name in committed if "+" not in name}
 
 
 def test_a_site_has_an_index_and_what_its_pages_link_to(tmp_path, monkeypatch, capsys):
