@@ -20,7 +20,7 @@ def test_a_table_keeps_its_cells_headings_and_caption():
 def test_a_number_that_is_not_there_is_a_dash():
     table = pd.DataFrame({"low": [0.5, float("nan")], "banana": ["nan", "nana"]})
     lines = markdown_table(table.style.hide(axis="index").format(precision=1).to_html()).splitlines()
-    assert lines == ["| low | banana |", "| --- | --- |", "| 0.5 | – |", "| – | nana |"]
+    assert lines == ["| low | banana |", "| --- | --- |", "| 0.5 | - |", "| - | nana |"]
 
 
 def test_spans_of_index_and_columns_come_out_in_their_own_columns():

@@ -2,7 +2,7 @@
 
 import html.parser
 
-NONE = "–"  # where pandas writes nan or NaN: there is no such number
+NONE = "-"  # where pandas writes nan or NaN: there is no such number
 
 
 class _Table(html.parser.HTMLParser):
