@@ -67,9 +67,7 @@ class Outside(RoleGroups):
         try:
             made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
         except TypeError as error:
-            raise ValueError(
-                f"{source} cannot be made from parameters and lr ({error}); valid: an optimizer"
-            ) from error
+            raise ValueError(f"{source} cannot be made of parameters and lr ({error}); valid: an optimizer") from error
         self._refuse_strange(made, ours, before)
         self.parts = [made, *([AdamW(_plain(others, True), lr=lr)] if others else [])]
 
