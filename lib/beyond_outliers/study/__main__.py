@@ -43,7 +43,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Says what is guaranteed of the optimizer, trains and measures what is missing, and runs notebook 10."""
-    from beyond_outliers.notebook import run_notebook
+    from beyond_outliers.notebook import YOURS, run_notebook
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study.compare import compare, define
 
@@ -54,7 +54,7 @@ def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         compare(given.scale, beside, one)
     except (ValueError, MissingResults) as error:
         parser.error(str(error))
-    print(run_notebook("10_your_optimizer", beside))
+    print(run_notebook(YOURS, beside))
     return 0
 
 
