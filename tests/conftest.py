@@ -15,6 +15,13 @@ from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_runs_of_ones_own(tmp_path_factory):
     """Tests read the committed tables, also where somebody has made a study of their own in this checkout."""
