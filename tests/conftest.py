@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 # before torch is imported anywhere: single-threaded kernels, so that results and timings do not depend on neighbours
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The faults that tests injected, counted where they were."""
+    faults = sys.modules.get("faults")
+    if faults and faults.TALLY:
+        terminalreporter.section("injected faults")
+        terminalreporter.write_line(faults.table())
 
 
 @pytest.fixture(scope="session", autouse=True)

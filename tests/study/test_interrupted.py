@@ -18,12 +18,6 @@ from checkouts import same_tables, tables, tiny_study
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning", "ignore:left out")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 @pytest.fixture(scope="module")
 def study(text_file):
     """root -> everything of a study below that folder: text to tables, in seconds."""

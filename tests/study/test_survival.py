@@ -19,12 +19,6 @@ from checkouts import tiny_study
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 @pytest.fixture(scope="module")
 def scale_file(text_file):
     return tiny_study(text_file, full_precision=[0])

@@ -25,12 +25,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "git_commit", lambda: "test")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 @pytest.fixture
 def tiny(run_config):
     """A run of eleven steps, three of them with an evaluation."""

@@ -36,12 +36,6 @@ class Here(Engine):
             manager.cell_complete(cell)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 CELLS = """
 scale: str = "pocket"
 build: bool = False
