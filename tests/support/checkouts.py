@@ -33,6 +33,12 @@ def tiny_study(text_file: Path, **plan: list[int]) -> str:
     return toml(table)
 
 
+def lend_wheels(cache: Path, wheels: Path = paths.CACHE / "wheels") -> None:
+    """Lets another cache have the wheels that this checkout has, or will have, downloaded."""
+    wheels.mkdir(parents=True, exist_ok=True)
+    (cache / "wheels").symlink_to(wheels)
+
+
 class Checkout:
     """A copy of the sources with the scale `own` alone, and what it makes, below one folder."""
 
@@ -44,9 +50,8 @@ class Checkout:
         shutil.copy(paths.ROOT / "Snakefile", self.root)
         (self.root / "data" / "scales").mkdir()
         (self.root / "data" / "scales" / f"{SCALE}.toml").write_text(scale_file)
-        if paths.CACHE.exists():
-            (self.root / "data" / "cache").mkdir()
-            (self.root / "data" / "cache" / "wheels").symlink_to(paths.CACHE / "wheels")
+        (self.root / "data" / "cache").mkdir()
+        lend_wheels(self.root / "data" / "cache")
 
     def start(self, *command: str, prepare: Callable[[], object] | None = None, **environment: str) -> subprocess.Popen:
         """A step of the study as the leader of a process group."""

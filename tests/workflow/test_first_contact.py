@@ -39,6 +39,8 @@ def test_without_a_compiler_runs_are_not_compiled(run_config, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert not machine.should_compile("auto", large, torch.device("cpu"))
+    with pytest.raises(ValueError, match="compile=True needs a C"):
+        machine.should_compile(True, large, torch.device("cpu"))
 
 
 @pytest.mark.slow

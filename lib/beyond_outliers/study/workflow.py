@@ -134,9 +134,8 @@ def _run(study: Study, executor: str, where: list[str], options: list[str], line
                 process.wait()
                 line.note(f"interrupted by {asked[0].name}. To go on: make reproduce SCALE={study.scale}")
                 return TRY_AGAIN if asked[0] == signal.SIGTERM else 128 + asked[0]
-        finally:  # jobs whose Snakemake was killed
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+        finally:
+            end(process, executor)
         log.feed(read)
     line.close()
     if status:
@@ -174,9 +173,9 @@ def _asked_to_end() -> Iterator[list[signal.Signals]]:
 
 
 def end(process: subprocess.Popen, executor: str) -> None:
-    """Tells Snakemake and its jobs to end: runs in training are saved. On a cluster Snakemake cancels its jobs."""
+    """Ends Snakemake, if it is still there, and its jobs: runs in training are saved. On a cluster it cancels them."""
     with contextlib.suppress(ProcessLookupError):
-        if executor == "local":
+        if executor == "local" or process.poll() is not None:
             os.killpg(process.pid, signal.SIGTERM)
         else:
             process.send_signal(signal.SIGINT)
