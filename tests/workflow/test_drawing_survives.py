@@ -1,5 +1,6 @@
 """A page under faults: what is there is whole, old or new, and the same command draws it again."""
 
+import importlib
 import itertools
 import random
 import time
@@ -70,7 +71,9 @@ def drawing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def here(monkeypatch):
-    """The kernel is this process."""
+    """The kernel is this process, which imports once what every child needs."""
+    for module in ("nbconvert", "beyond_outliers.pages", "beyond_outliers.plots.theme"):
+        importlib.import_module(module)
     monkeypatch.setitem(papermill_engines._engines, None, Here)
 
 
