@@ -107,12 +107,13 @@ def test_a_run_survives_being_killed_at_random_moments(run_config, tmp_path, opt
     whole = outcome(train(config, root=tmp_path / "whole", progress=False))
     taken, rng = time.perf_counter() - started, random.Random(tries)
     for number in range(tries):
-        root = tmp_path / f"{number}"
+        root, killed = tmp_path / f"{number}", 0
         while load_result(run_folder(config, root)) is None and faults.signalled(
             trained(config, root), signal.SIGKILL, rng.uniform(0.1, 1) * taken
         ):
-            faults.TALLY["training: SIGKILL", "killed"] += 1
+            killed += 1
         goes_on(config, root, whole, "training: SIGKILL")
+        faults.TALLY["training: SIGKILL", "same weights and losses"] += killed - 1  # one of them is counted
 
 
 def newest_step(folder):
@@ -122,7 +123,7 @@ def newest_step(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tries", [4])
+@pytest.mark.parametrize("tries", [3])
 def test_a_compiled_run_survives_being_killed_as_often_as_it_gets_on(run_config, tmp_path, monkeypatch, tries):
     """Every SIGKILL comes after a state that the process itself has saved."""
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
