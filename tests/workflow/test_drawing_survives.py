@@ -98,7 +98,7 @@ def aged(folder, names):
 
 
 @pytest.mark.parametrize("kind", faults.KINDS)
-def test_a_page_survives_a_fault_at_some_changes_of_the_disk(here, drawing, tmp_path, kind, every=17):
+def test_a_page_survives_a_fault_at_some_changes_of_the_disk(here, drawing, tmp_path, kind, every=29):
     folder, draw = drawing
     assert faults.in_child(draw) == 0
     whole = drawn(folder)
