@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
@@ -88,6 +87,8 @@ def relative_error(
     d, n, m = np.array(errors), np.array(signals), len(errors)
     value = quotient(d.sum(), n.sum())
     spread = np.std(d - value * n, ddof=1) / n.mean() if m > 1 else np.nan
+    from scipy import stats  # half a second that a process which only trains does not need
+
     half = stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m) if m > 1 else np.nan
     needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
     interval = float(value - half), float(value + half)

@@ -10,7 +10,6 @@ import sys
 import torch
 
 from beyond_outliers.checksums import DamagedFile
-from beyond_outliers.train.forecast import forecast
 from beyond_outliers.train.holding import RunHeld
 from beyond_outliers.train.loop import train
 
@@ -40,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if given.dry_run:
+        from beyond_outliers.train.forecast import forecast
+
         if int(os.environ.get("RANK", 0)) == 0:
             if given.threads:
                 torch.set_num_threads(given.threads)
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             threads=given.threads,
             recompute=given.recompute,
         )
-    except (DamagedFile, RunHeld, PermissionError) as error:
+    except (DamagedFile, RunHeld, PermissionError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     if result.row:
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
