@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from beyond_outliers.optimizers.adamw import adam_of_runs
 from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -96,8 +97,8 @@ class Muon(StackedOptimizer):
         gradient, momentum = stack.gradient(), stack.state["momentum"]
         momentum.lerp_(gradient, 1 - group["momentum"])
         direction = torch.lerp(gradient, momentum, group["momentum"]) if group["nesterov"] else momentum
-        rows, cols = stack.params[0].shape
-        stack.decay(1 - group["lr"] * group["weight_decay"])
+        rows, cols = stack.shape
+        stack.decay(group["lr"], group["weight_decay"])
         stack.descend(
             newton_schulz(direction, group["ns_steps"], group["ns_dtype"]),
             group["lr"] * math.sqrt(max(1.0, rows / cols)),
@@ -105,7 +106,12 @@ class Muon(StackedOptimizer):
 
 
 def adamw_step(group: dict, stack: Stack, step: int) -> None:
-    """torch's fused AdamW on a stack: an inner optimizer whose state are the stack's own exp_avg and exp_avg_sq."""
+    """torch's fused AdamW on a stack: an inner optimizer whose state are the stack's own exp_avg and exp_avg_sq.
+
+    Stacks of several runs, whose learning rates are a tensor, take the same steps by plain operations.
+    """
+    if isinstance(group["lr"], Tensor):
+        return adam_of_runs(group, stack, step)
     inner = stack.derived.get("adamw")
     if inner is None:
         inner = stack.derived["adamw"] = torch.optim.AdamW(stack.params, fused=True)

@@ -74,7 +74,7 @@ class Scion(StackedOptimizer):
         stack.advance()
         momentum = stack.state["momentum"]
         momentum.lerp_(stack.gradient(), group["momentum"])
-        stack.decay(1 - group["lr"] * (1.0 if group["constrained"] else group["weight_decay"]))
+        stack.decay(group["lr"], 1.0 if group["constrained"] else group["weight_decay"])
         if group["role"] == "matrix":
             rows, cols = momentum.shape[-2:]
             update = newton_schulz(momentum, group["ns_steps"], group["ns_dtype"])
