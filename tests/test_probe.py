@@ -126,7 +126,7 @@ def test_batches_are_cut_to_the_memory_given(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(probe_module, "decompose", watched)
     probe(model, str(TEXT), tokenizer=tokenizer, context=16, sequences=5, memory=2.5 * each)
     assert sizes == [2, 2, 1] and "MB a window of 16 tokens" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"a window of 16 tokens takes .* GB of activations, more than memory=1e"):
+    with pytest.raises(ValueError, match=r"16 tokens takes .* GB of activations, more than memory=10 bytes"):
         probe(model, str(TEXT), tokenizer=tokenizer, context=16, sequences=4, memory=10)
 
 

@@ -5,6 +5,7 @@ python tests/benchmarks/bench.py --only optimizers     on a machine that does no
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,15 +14,25 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "suppor
 ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together")
 
 
+def busy_elsewhere() -> float:
+    """Seconds of CPU time that other processes have had since the start of the machine; 0 where /proc does not tell."""
+    if not (stat := Path("/proc/stat")).exists():
+        return 0.0
+    user, nice, system = map(int, stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
 def main(arguments: list[str] | None = None) -> None:
     import benchmarking
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="which benchmarks")
     for name in parser.parse_args(arguments).only:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), busy_elsewhere()
         table = importlib.import_module(f"test_{name}").measure()
-        print(f"{name}, {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        others = f"; others kept {(busy_elsewhere() - before) / seconds:.2f} cores busy" if before else ""
+        print(f"{name}, {seconds:.0f} s{others}")
         print(benchmarking.with_targets(table).to_string(index=False))
         benchmarking.write(table)
 

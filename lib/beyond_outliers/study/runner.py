@@ -81,7 +81,7 @@ def trained_together(queue: list[Planned], most: Callable[[RunConfig], int]) -> 
 def runs_at_once(jobs: int) -> Callable[[RunConfig], int]:
     """How many runs of a kind train as one: on CUDA what fits half of the memory that a job has, on CPUs one.
 
-    There it does not pay: a core is busy with one small model already (tests/benchmarks/test_together.py).
+    There it saves 5 to 10 per cent (tests/benchmarks/test_together.py), and runs would end in other last digits.
     """
     import torch
 
