@@ -24,7 +24,6 @@ FORMATS = {
     "W4": QuantSpec(activations="none"),
     "W4A4+rot": QuantSpec(rotate=True),
     "mxfp4": QuantSpec("mxfp4", "mxfp4"),
-    "nvfp4": QuantSpec("nvfp4", "nvfp4"),
 }
 
 
@@ -62,7 +61,7 @@ def qat_overhead(sizes=tuple(SHAPES), schemes=SCHEMES, rounds: int = 15, micro_b
     return rows
 
 
-def ptq_overhead(sizes=tuple(SHAPES), formats=tuple(FORMATS), rounds: int = 15) -> list[dict]:
+def ptq_overhead(sizes=("0.33M",), formats=tuple(FORMATS), rounds: int = 15) -> list[dict]:
     """Forward pass (hidden states) of compiled quantized models beside full precision."""
     rows = []
     for size in sizes:
