@@ -3,11 +3,10 @@
 Ours runs as `train` runs it at the scales for CPUs, in micro-batches; the plain model takes the whole batch, eager and
 under a naive `torch.compile` of its loss.
 
-Where a compiled step goes at 0.33M on two threads (torch.profiler, per cent of self time): matrix products 48, Inductor's
-kernels (norms, rotary positions, squared ReLU, residual adds) 23, attention's forward and backward pass 13, the sliced
-loss beside its products (maximum, exponential, sum, division over 2048 logits a token) 10, optimizer and everything
-else 6. The first and the third are the same library calls in the plain model, which spends two thirds of what ours saves
-on the loss and on kernels that torch.compile fuses for it as well: that bounds what is left to win in float32.
+Where a compiled step goes at 0.33M on two threads (torch.profiler, per cent of self time): matrix products 48,
+Inductor's kernels (norms, rotary positions, squared ReLU, residual adds) 23, attention's forward and backward pass 13,
+the sliced loss beside its products (maximum, exponential, sum, division over 2048 logits a token) 10, optimizer and
+everything else 6. The first and the third are calls of the same library that the plain model makes.
 """
 
 import pandas as pd
