@@ -9,6 +9,8 @@ the sliced loss beside its products (maximum, exponential, sum, division over 20
 everything else 6. The first and the third are calls of the same library that the plain model makes.
 """
 
+import itertools
+
 import pandas as pd
 import pytest
 import torch
@@ -28,6 +30,7 @@ CASES = {
     "1M": (Olmo2Config(vocab_size=2048, width=128, depth=4, n_heads=8), 64, 16),
 }
 PLAIN, NAIVE = "plain eager", "plain torch.compile"
+NAMES = (PLAIN, NAIVE, "eager", "compiled")
 
 
 class PlainBlock(nn.Module):
@@ -87,12 +90,12 @@ def training_step(loss, optimizer, ids, targets, micro_batch: int):
     return step
 
 
-def candidates(size: str) -> dict:
+def candidates(size: str, names: tuple[str, ...]) -> dict:
     """Name -> one training step (fused AdamW) on random tokens."""
     config, batch, micro_batch = CASES[size]
     ids, targets = torch.randint(config.vocab_size, (2, batch, CONTEXT))
     steps = {}
-    for name in (PLAIN, NAIVE, "eager", "compiled"):
+    for name in names:
         torch.manual_seed(0)
         model = PlainModel(config) if name in (PLAIN, NAIVE) else Olmo2(config)
         loss = LossModule(model, name == "compiled") if isinstance(model, Olmo2) else model.loss
@@ -103,15 +106,16 @@ def candidates(size: str) -> dict:
     return steps
 
 
-def measure(sizes=tuple(CASES), rounds: int = 15, threads: int = 2) -> pd.DataFrame:
+def measure(sizes=tuple(CASES), rounds: int = 15, threads: int = 2, names=NAMES) -> pd.DataFrame:
     """Speed-ups: ours, eager and compiled, over the plain model, eager and compiled."""
     rows = []
     with on_threads(threads):
         for size in sizes:
             torch.compiler.reset()
             few = CASES[size][1] < 64  # short steps: more of them
-            times = paired(candidates(size), rounds * (10 if few else 1), warm_up=3)
-            for what, beside in (("eager", PLAIN), ("compiled", PLAIN), ("compiled", NAIVE)):
+            times = paired(candidates(size, names), rounds * (10 if few else 1), warm_up=3)
+            ours = [name for name in names if name not in (PLAIN, NAIVE)]
+            for what, beside in itertools.product(ours, [name for name in names if name not in ours]):
                 rows.append(compared(times, what, beside, "training step", size, threads, speedup=True))
     return pd.DataFrame(rows)
 
@@ -136,8 +140,8 @@ def test_the_plain_model_is_the_same_model():
     assert torch.allclose(ours.loss(ids, targets), plain.loss(ids, targets), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_speedups_are_of_the_steps_measured():
-    table = measure(("0.08M",), rounds=1, threads=1)
-    assert ((table.low <= table.value) & (table.value <= table.high)).all()
-    assert list(table.beside) == [PLAIN, PLAIN, NAIVE] and table.beside_seconds.nunique() == 2
+    """Eager alone, which needs no compiler."""
+    (row,) = measure(("0.08M",), rounds=1, threads=1, names=(PLAIN, "eager")).to_dict("records")
+    assert row["low"] <= row["value"] <= row["high"] and row["rounds"] == 10
+    assert row["beside"] == PLAIN and row["value"] == pytest.approx(row["beside_seconds"] / row["seconds"], rel=0.5)
