@@ -83,7 +83,7 @@ def ptq_overhead(sizes=("0.33M",), formats=tuple(FORMATS), rounds: int = 15) -> 
 
 def measure() -> pd.DataFrame:
     with on_threads(2):
-        return pd.DataFrame([*qat_overhead(), *ptq_overhead()])
+        return pd.DataFrame([*qat_overhead(("0.33M",)), *qat_overhead(("1M",), ("quest",)), *ptq_overhead()])
 
 
 @pytest.mark.slow
