@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
-ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together")
+ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together", "probe")
 
 
 def busy_elsewhere() -> float:

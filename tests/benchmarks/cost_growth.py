@@ -7,10 +7,7 @@ One of the three is varied at a time: parameters by the width, modules by the de
 the sequences of the batch. Memory is the peak of resident memory above that before the call. Linux alone: /proc.
 """
 
-import ctypes
-import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from benchmarking import measured
 from beyond_outliers import paths
 from beyond_outliers.metrics import activation_metrics
 from beyond_outliers.model import Olmo2, Olmo2Config
@@ -55,27 +54,6 @@ def activities(width: int, depth: int, sequences: int) -> tuple[Olmo2, dict[str,
         "relative_error": lambda: relative_error(model, quantized, batches),
         "decompose": lambda: decompose(model, quantized, batches),
     }
-
-
-def resident(what: str) -> int:
-    """Bytes of resident memory now (VmRSS) or at most since the last reset (VmHWM)."""
-    found = re.search(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, f"{what} in /proc/self/status"
-    return 1024 * int(found[1])
-
-
-def measured(call: Callable, repeats: int = 3) -> tuple[float, int]:
-    """Least seconds of some calls, and bytes of the peak of the first above what was held before."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, times = resident("VmRSS"), []
-    for number in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-        if number == 0:
-            peak = resident("VmHWM") - before
-    return min(times), peak
 
 
 def measure(grown: dict[str, list[tuple[int, int, int]]] = GROWN, repeats: int = 3) -> pd.DataFrame:

@@ -4,10 +4,13 @@ A benchmark's rows have the columns of `COLUMNS`. `value` is a ratio of paired t
 target, what it was before, and the reason of a miss are in data/benchmarks.toml, by benchmark, size and what.
 """
 
+import ctypes
+import re
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -58,6 +61,27 @@ def compared(
     row = {"benchmark": benchmark, "size": size, "what": what, "beside": beside, "threads": threads, "unit": "x"}
     row |= {"value": value, "low": low, "high": high, "rounds": len(times)}
     return row | {"seconds": times[what].median(), "beside_seconds": times[beside].median()}
+
+
+def resident(what: str) -> int:
+    """Bytes of resident memory now (VmRSS) or at most since the last reset (VmHWM)."""
+    found = re.search(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, f"{what} in /proc/self/status"
+    return 1024 * int(found[1])
+
+
+def measured(call: Callable, repeats: int = 3) -> tuple[float, int]:
+    """Least seconds of some calls, and bytes of the peak of the first above what was held before."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, times = resident("VmRSS"), []
+    for number in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        if number == 0:
+            peak = resident("VmHWM") - before
+    return min(times), peak
 
 
 # ------------------------------------------------------------------------------------------------ targets and the table
@@ -111,7 +135,7 @@ def rendered(table: pd.DataFrame) -> str:
     lines.append("| what | size | measured in | target | before | now | |")
     lines.append("| --- | --- | --- | --- | ---: | ---: | --- |")
     for row in table.dropna(subset="target").fillna({"beside": ""}).itertuples():
-        unit = "seconds" if row.unit == "s" else f"x {row.beside}"
+        unit = {"s": "seconds", "MB": "MB"}.get(row.unit, f"x {row.beside}")
         quartiles = "" if pd.isna(row.low) else f" ({row.low:.2f} to {row.high:.2f})"
         before = "" if pd.isna(row.before) else f"{row.before:g}"
         lines.append(
