@@ -27,11 +27,9 @@ def measure(threads: int = 2, memory: float = 5e8, **smaller) -> pd.DataFrame:
     tokenizer.train([str(text)], trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet))
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**smaller)).eval()
+    options = {"tokenizer": tokenizer, "context": CONTEXT, "sequences": WINDOWS, "memory": memory}
     with on_threads(threads):
-        _, peak = measured(
-            lambda: probe(model, text, tokenizer=tokenizer, context=CONTEXT, sequences=WINDOWS, memory=memory),
-            repeats=1,
-        )
+        seconds, peak = measured(lambda: probe(model, text, **options), repeats=1)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M"
     row = {"benchmark": "probe", "size": size, "threads": threads, "rounds": 1, "seconds": seconds}
     what = f"GPT-2, {WINDOWS} windows of {CONTEXT} tokens"
