@@ -1,4 +1,4 @@
-"""How time and memory grow with parameters, tokens and modules: training, rounding, GPTQ, decomposing, scoring.
+"""How time and memory grow with parameters, tokens and modules: training, rounding, GPTQ, metrics, decomposing.
 
     python tests/benchmarks/cost_growth.py       writes data/results/cost_growth.csv and figures/cost_growth.png, .pdf
     python tests/benchmarks/cost_growth.py draw  the figures alone, from the table
