@@ -94,14 +94,14 @@ def targets() -> dict[tuple, dict]:
 
 
 def with_targets(rows: pd.DataFrame) -> pd.DataFrame:
-    wanted, rows = targets(), rows.copy()
+    wanted, rows = targets(), rows.reindex(columns=COLUMNS)
     found = [wanted.get((r.benchmark, r.size, r.what, r.beside), {}) for r in rows.fillna({"beside": ""}).itertuples()]
     rows["target"] = [
         f"at least {e['at_least']}" if "at_least" in e else f"at most {e['at_most']}" if "at_most" in e else None
         for e in found
     ]
     rows["before"] = [e.get("before") for e in found]
-    return rows.reindex(columns=COLUMNS)
+    return rows
 
 
 def met(row) -> bool | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from beyond_outliers.optimizers.adamw import adam_of_runs
 from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas
-from beyond_outliers.optimizers.stacking import CPU_STACK_ELEMENTS, Stack, StackedOptimizer
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -109,9 +109,6 @@ class Muon(StackedOptimizer):
     def squares(self, group: dict) -> bool:
         return group["role"] != "matrix"
 
-    def stack_elements(self, group: dict) -> int:
-        return stack_elements(group)
-
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         if group["role"] == "matrix":
             return {"momentum": torch.zeros_like(parameter)}
@@ -130,12 +127,6 @@ class Muon(StackedOptimizer):
             newton_schulz(direction, group["ns_steps"], group["ns_dtype"], group["ns_gram"]),
             group["lr"] * math.sqrt(max(1.0, rows / cols)),
         )
-
-
-def stack_elements(group: dict) -> int:
-    """Half precision multiplies so fast that calls weigh more than the cache: a sixth less a step at 1024 x 256."""
-    half = group["ns_dtype"] is not None and group["ns_dtype"].itemsize == 2
-    return (4 if half else 1) * CPU_STACK_ELEMENTS
 
 
 def adamw_step(group: dict, stack: Stack, step: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from beyond_outliers.optimizers.adamw import AdamW
 from beyond_outliers.optimizers.groups import LARGE, NonFiniteGradientError
 from beyond_outliers.optimizers.psgd import PSGD
-from beyond_outliers.optimizers.stacking import CPU_STACK_ELEMENTS, Stack, StackedOptimizer, cut_to_cache
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer, cut_to_cache
 
 Steppable = StackedOptimizer | AdamW
 
@@ -94,7 +94,7 @@ class RunsAsOne:
 
     def _stacks_of(self, number: int) -> list[RunsStack]:
         """A group's stacks, cut as those of a run by itself are: its random numbers are drawn stack by stack."""
-        owner, groups = self.optimizers[0], [optimizer.param_groups[number] for optimizer in self.optimizers]
+        groups = [optimizer.param_groups[number] for optimizer in self.optimizers]
         for optimizer, group in zip(self.optimizers, groups, strict=True):
             for p in group["params"]:
                 if not optimizer.state[p]:
@@ -106,8 +106,7 @@ class RunsAsOne:
             buckets.setdefault((p.shape, p.dtype), []).append(place)
         found = []
         for places in buckets.values():
-            most = owner.stack_elements(groups[0]) if isinstance(owner, StackedOptimizer) else CPU_STACK_ELEMENTS
-            parts = cut_to_cache([first[place] for place in places], owner.state[first[places[0]]], most)
+            parts = cut_to_cache([first[place] for place in places], self.optimizers[0].state[first[places[0]]])
             for part in parts:
                 mine, places = places[: len(part)], places[len(part) :]
                 entries = [

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import require
-from beyond_outliers.optimizers.muon import newton_schulz, stack_elements
+from beyond_outliers.optimizers.muon import newton_schulz
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 EMBEDDING_LMOS = ("sign", "column")
@@ -67,9 +67,6 @@ class Scion(StackedOptimizer):
         require(lmo in EMBEDDING_LMOS, "embedding_lmo", lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
         require(1 <= group["ns_steps"] <= 100, "ns_steps", group["ns_steps"], "between 1 and 100")
         require(not (group["constrained"] and decay), "weight_decay", decay, "0 when constrained")
-
-    def stack_elements(self, group: dict) -> int:
-        return stack_elements(group)
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}

@@ -94,10 +94,6 @@ class StackedOptimizer(RoleGroups):
     def update(self, group: dict, stack: Stack) -> None:
         raise NotImplementedError
 
-    def stack_elements(self, group: dict) -> int:
-        """Of the largest stacked tensor, on CPUs."""
-        return CPU_STACK_ELEMENTS
-
     def stacks(self, group: dict) -> list[Stack]:
         """The group's stacks over the parameters that have a gradient; rebuilt only when that set changes."""
         live = [p for p in group["params"] if p.grad is not None]
@@ -111,8 +107,7 @@ class StackedOptimizer(RoleGroups):
                 counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
                 key = (p.shape, p.dtype, p.device, *counts)
                 buckets.setdefault(key, []).append(p)
-            most = self.stack_elements(group)
-            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], most)]
+            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]])]
             found = [Stack(part, [self.state[p] for p in part]) for part in parts]
             self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], found)
         return cached[1]
@@ -127,14 +122,14 @@ class StackedOptimizer(RoleGroups):
         return loss
 
 
-def cut_to_cache(params: list[Tensor], state: dict, most: int = CPU_STACK_ELEMENTS) -> list[list[Tensor]]:
+def cut_to_cache(params: list[Tensor], state: dict) -> list[list[Tensor]]:
     """Same-shaped parameters in parts that are worth stacking: all at once, but on CPUs only what stays in cache.
 
     There, stacking saves the overhead of many small calls; temporaries beyond the cache cost more than that.
-    `state` is one parameter's: its largest tensor counts, `most` elements of it in all.
+    `state` is one parameter's: its largest tensor counts.
     """
     if params[0].device.type != "cpu":
         return [params]
     largest = max([1] + [value.numel() for value in state.values() if isinstance(value, Tensor)])
-    count = max(1, most // largest)
+    count = max(1, CPU_STACK_ELEMENTS // largest)
     return [params[start : start + count] for start in range(0, len(params), count)]
