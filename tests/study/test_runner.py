@@ -112,7 +112,7 @@ def test_a_failed_run_is_named_with_its_reason_and_the_next_command(study, at_on
 
 def test_runs_of_one_kind_train_together_where_several_fit(study):
     queue = runner.waiting(study, done=set())
-    assert [len(group) for group in runner.trained_together(queue, lambda config: 1)] == [1] * len(queue)
+    assert [len(group) for group in runner.trained_together(queue, None)] == [1] * len(queue)
     groups = runner.trained_together(queue, lambda config: 4 if config.size == "0.08M" else 99)
     assert sorted(p.config.name for group in groups for p in group) == sorted(p.config.name for p in queue)
     full = [group for group in groups if group[0].purpose == "full_precision"]

@@ -19,6 +19,8 @@ class Stack:
     what can be recomputed from the state.
     """
 
+    runs = 1  # whose parameters are stacked; `RunsStack` has several
+
     def __init__(self, params: list[Tensor], per_parameter: list[dict]):
         self.params = params
         self.per_parameter = per_parameter
@@ -29,8 +31,6 @@ class Stack:
                 self.state[key] = torch.stack([entry[key] for entry in per_parameter])
                 for entry, view in zip(per_parameter, self.state[key].unbind(), strict=True):
                     entry[key] = view
-
-    runs = 1  # whose parameters are stacked; `RunsStack` has several
 
     def __len__(self) -> int:
         return len(self.per_parameter)

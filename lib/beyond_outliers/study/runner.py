@@ -58,11 +58,14 @@ def waiting(study: Study, done: set[str], shard: tuple[int, int] = (1, 1)) -> li
     return [planned for _, planned in sorted(found.values(), key=lambda pair: pair[0])]
 
 
-def trained_together(queue: list[Planned], most: Callable[[RunConfig], int]) -> list[list[Planned]]:
+def trained_together(queue: list[Planned], most: Callable[[RunConfig], int] | None) -> list[list[Planned]]:
     """The queue in groups that train as one batched model, in the order of their first runs.
 
-    A group is of one purpose, shape and optimizer; `most(config)`: the most runs of this kind that one may have.
+    A group is of one purpose, shape and optimizer; `most(config)`: the most runs of this kind that one may have, None:
+    every run by itself.
     """
+    if most is None:
+        return [[planned] for planned in queue]
     from beyond_outliers.train.together import alike, can_be_stacked
 
     open_groups: dict[tuple, list[Planned]] = {}
@@ -78,17 +81,17 @@ def trained_together(queue: list[Planned], most: Callable[[RunConfig], int]) -> 
     return found
 
 
-def runs_at_once(jobs: int) -> Callable[[RunConfig], int]:
-    """How many runs of a kind train as one: on CUDA what fits half of the memory that a job has, on CPUs one.
+def runs_at_once(jobs: int) -> Callable[[RunConfig], int] | None:
+    """How many runs of a kind train as one: on CUDA what fits half of the memory that a job has, on CPUs None.
 
     There it saves 5 to 10 per cent (tests/benchmarks/test_together.py), and runs would end in other last digits.
     """
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     from beyond_outliers.train.together import fitting_runs
 
-    if not torch.cuda.is_available():
-        return lambda config: 1
     memory = torch.cuda.get_device_properties(0).total_memory / jobs
     return lambda config: min(MOST_AT_ONCE, fitting_runs(config, memory / 2))
 
