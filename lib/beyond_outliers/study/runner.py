@@ -103,13 +103,13 @@ def train_and_measure(scale: str, purpose: str, config: str, *beside: str) -> st
     """
     import torch
 
-    from beyond_outliers.train.together import train_together
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.compiler.reset()  # a worker trains many models: guards of the last would count against this one
     study = Study(scale)
     configs = [RunConfig.from_json(text) for text in (config, *beside)]
     if beside:
+        from beyond_outliers.train.together import train_together
+
         train_together(configs, threads=study.protocol.threads, progress=False)
     for planned in (Planned(purpose, one) for one in configs):
         study.train(planned, progress=False)
