@@ -1,6 +1,6 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
 #   make reproduce              train, quantize, measure, run every notebook, compare   (SCALE=pocket)
-#   make test                   everything: checks, the test suite, a whole study at scale smoke
+#   make test                   everything: checks, the test suite, a whole study at scale smoke   (PYTHON=python3.13: on that one)
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
 #   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and the README's
@@ -19,6 +19,13 @@ SCALE  ?= pocket
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTHON ?= python3
 VENV   := .venv
+# A Python that is named, of another version than the environment that is there, has one of its own beside it.
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(origin PYTHON),command line)
+  ifneq ($(filter-out $(call version,$(PYTHON)),$(call version,.venv/bin/python)),)
+    VENV := .venv-$(call version,$(PYTHON))
+  endif
+endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -102,4 +109,4 @@ clean:
 	rm -rf data/runs data/cache/corpus data/cache/compiled .snakemake .pytest_cache .ruff_cache .mypy_cache
 
 distclean: clean
-	rm -rf $(VENV) data/cache *.egg-info lib/*.egg-info
+	rm -rf .venv .venv-3.* data/cache *.egg-info lib/*.egg-info

@@ -71,8 +71,9 @@ def size_of(run):
 
 
 # What a cluster is asked for, on the safe side; a run that its time cuts off is saved and goes on (retries).
-GPUS = int(config.get("gpus", 0))
-ON_GPUS = {"gpu": GPUS} if GPUS else {}
+GPUS = int(config.get("gpus", 0))  # of one run in training; all else takes one
+ON_GPUS = {"gpu": 1} if GPUS else {}
+LIGHT = {"mem_mb": 4000, "runtime": 120}  # of jobs that read and write tables and pages
 
 
 def memory(model):
@@ -87,6 +88,11 @@ def minutes(model):
     """At 3 GFLOP/s a CPU thread, a tenth of what idle cores do here, or 50 TFLOP/s a GPU; half an hour to three days."""
     operations = 6 * PROTOCOL.settings.training.tokens_per_parameter * model.n_parameters**2
     return min(3 * 1440, 30 + round(operations / (5e13 * GPUS or 3e9 * PROTOCOL.threads) / 60))
+
+
+def tokenizing(_):
+    """Minutes: an hour, and one more for every 100 MB of text."""
+    return 60 + round((PROTOCOL.corpus.limit_mb or 0) / 100)
 
 
 def asked(of):
@@ -111,6 +117,9 @@ rule corpus:
     output:
         output("corpus"),
     threads: 2 # beside it nothing runs: everything needs it
+    resources:
+        mem_mb=8000,
+        runtime=tokenizing,
     shell:
         "{PYTHON:q} -m beyond_outliers.study corpus --scale {SCALE:q} > {output:q}"
 
@@ -126,9 +135,9 @@ rule train:
     resources:
         mem_mb=asked(memory),
         runtime=asked(minutes),
-        **ON_GPUS,
+        **{"gpu": GPUS} if GPUS else {},
     shell:
-        "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet"
+        "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet --processes {GPUS:q}"
 
 
 # of scales whose learning rates are searched for: all runs of a search, which decides from run to run
@@ -155,6 +164,8 @@ checkpoint choose:
     output:
         output("choose"),
     priority: lambda wildcards: priority(wildcards.size)
+    resources:
+        **LIGHT,
     shell:
         "{PYTHON:q} -m beyond_outliers.study choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
 
@@ -181,6 +192,8 @@ rule collect:
     output:
         touch(output("collect")),
     priority: lambda wildcards: priority(wildcards.size)
+    resources:
+        **LIGHT,
     shell:
         "{PYTHON:q} -m beyond_outliers.study collect --scale {SCALE:q}"
 
@@ -190,6 +203,8 @@ rule claims:
         f"{WORK}/collected-{SIZES[-1]}",
     output:
         touch(f"{WORK}/claims.done"),
+    resources:
+        **LIGHT,
     shell:
         "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q} --checked"
 
@@ -201,6 +216,8 @@ rule notebook:
         lambda wildcards: rules.claims.output if wildcards.notebook == "07_claims" else [],
     output:
         touch(DRAWN),
+    resources:
+        **LIGHT,
     shell:
         "{PYTHON:q} -m beyond_outliers.study notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
 
@@ -210,5 +227,7 @@ rule index:
         expand(DRAWN, notebook=notebooks(PROTOCOL)),
     output:
         touch(f"{WORK}/index.done"),
+    resources:
+        **LIGHT,
     shell:
         "{PYTHON:q} -m beyond_outliers.pages index --scale {SCALE:q}"

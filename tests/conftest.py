@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 # before torch is imported anywhere: single-threaded kernels, so that results and timings do not depend on neighbours
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,21 @@ from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The faults that tests injected, counted where they were."""
+    faults = sys.modules.get("faults")
+    if faults and faults.TALLY:
+        terminalreporter.section("injected faults")
+        terminalreporter.write_line(faults.table())
 
 
 @pytest.fixture(scope="session", autouse=True)

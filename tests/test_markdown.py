@@ -17,6 +17,12 @@ def test_a_table_keeps_its_cells_headings_and_caption():
     assert lines[2:] == ["| size | loss | a\\|b |", "| --- | --- | --- |", "| p | 1.50 | x |", "| q | 2.00 | y |"]
 
 
+def test_a_number_that_is_not_there_is_a_dash():
+    table = pd.DataFrame({"low": [0.5, float("nan")], "banana": ["nan", "nana"]})
+    lines = markdown_table(table.style.hide(axis="index").format(precision=1).to_html()).splitlines()
+    assert lines == ["| low | banana |", "| --- | --- |", "| 0.5 | - |", "| - | nana |"]
+
+
 def test_spans_of_index_and_columns_come_out_in_their_own_columns():
     index = pd.MultiIndex.from_product([["0.1M", "0.2M"], ["muon", "soap"]], names=["size", "optimizer"])
     columns = pd.MultiIndex.from_product([["gain", "R"], ["mean", "std"]])

@@ -128,6 +128,14 @@ def test_rotary_positions_are_relative(interleaved):
     assert torch.equal(cos[0], torch.ones(8, dtype=torch.float64))
 
 
+def test_rotary_tables_are_a_constant_to_the_compiler_as_its_own_decorator_makes_one():
+    def other():
+        pass
+
+    assert vars(torch.compiler.assume_constant_result(other)).items() <= vars(rotary_tables).items()
+    assert vars(other)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=["full", "grouped"])
 def test_n_parameters_counts_the_tied_embedding_once(config):
     assert sum(p.numel() for p in Olmo2(config).parameters()) == config.n_parameters

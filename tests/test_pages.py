@@ -71,7 +71,7 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
     with pytest.raises(pages.StalePage, match="01_full_precision"):
         pages.check_pages("smoke", ["01_full_precision"])
     with pytest.raises(ValueError, match="unknown scale 'huge'"):
-        pages.check_pages("huge", [])
+        pages.names_of("huge")
 
 
 def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):

@@ -13,7 +13,6 @@ from beyond_outliers import paths
 from beyond_outliers.claims.comparison import label
 from beyond_outliers.claims.evidence import judged
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
-from beyond_outliers.config.protocol import scales
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
@@ -184,12 +183,16 @@ def _markdown(table: pd.DataFrame, digits: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.beside", description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
+    parser.add_argument("--scale", required=True, help="which study of data/scales")
     given = parser.parse_args(arguments)
+    if "+" in given.scale:
+        return 0  # an optimizer from outside: its page is the comparison
     try:
         print(write(given.scale))
     except NothingOfYourOwn as nothing:
         print(f"Yours beside ours: {nothing}.")
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

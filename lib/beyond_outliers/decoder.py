@@ -37,7 +37,6 @@ class ResidualAdd(nn.Module):
 _ROTARY_TABLES: dict = {}
 
 
-@torch.compiler.assume_constant_result  # traced, the float64 cosines would be taken anew for every element of a batch
 def rotary_tables(length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype):
     """cos and sin of position * base^(-2i / head_size), each (length, head_size / 2), the angles taken in float64."""
 
@@ -47,6 +46,11 @@ def rotary_tables(length: int, head_size: int, base: float, device: torch.device
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
     return made_once(_ROTARY_TABLES, (length, head_size, base, device, dtype), make)
+
+
+# Traced, the float64 cosines would be taken anew for every element of a batch. This is torch.compiler's
+# assume_constant_result, which would import the compiler into every process: a second that most of them never need.
+rotary_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Rotary(nn.Module):

@@ -2,6 +2,8 @@
 
 import html.parser
 
+NONE = "-"  # where pandas writes nan or NaN: there is no such number
+
 
 class _Table(html.parser.HTMLParser):
     """The cells of the first HTML table: rows of strings, spans filled in with repetitions left empty, links kept."""
@@ -37,6 +39,7 @@ class _Table(html.parser.HTMLParser):
         if tag in ("td", "th") and self._cell is not None:
             rows, columns = self._span
             text = " ".join("".join(self._cell).split())
+            text = NONE if text.lower() == "nan" else text
             for i in range(columns):
                 if rows > 1:
                     self._below[len(self.rows[-1])] = rows - 1

@@ -156,6 +156,7 @@ def parameters_of(notebook: str) -> dict[str, str]:
     return {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in lines if ":" in line.split("#")[0]}
 
 
+YOURS = "10_your_optimizer"  # of `make compare`
 # what a notebook has nothing to say without: a purpose of runs that a scale may leave out of its plan
 ASKS_FOR = {"05_qat": "qat", "06_scaling_laws": "qat"}
 
@@ -163,8 +164,10 @@ ASKS_FOR = {"05_qat": "qat", "06_scaling_laws": "qat"}
 def notebooks(protocol: Protocol | None = None) -> list[str]:
     """Names of the study's notebooks, in reading order: all, or those that a scale's plan of runs has enough for.
 
-    Not among them: 10_your_optimizer, which `make compare` runs.
+    An optimizer from outside ("pocket+lion") has the one that no study has.
     """
+    if protocol and "+" in protocol.scale:
+        return [YOURS]
     names = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
     planned = protocol.purposes() if protocol else ASKS_FOR.values()
     return [name for name in names if name not in ASKS_FOR or ASKS_FOR[name] in planned]
@@ -210,7 +213,7 @@ def render(scale: str, jobs: int) -> None:
     study = Study(scale)
     study.table("runs")  # fail early, with the remedy
     names = notebooks(study.protocol)
-    if left_out := sorted(set(notebooks()) - set(names)):
+    if names != [YOURS] and (left_out := sorted(set(notebooks()) - set(names))):
         print(f"left out, because scale {scale} does not plan their runs: {', '.join(left_out)}")
     command = [sys.executable, "-m", "beyond_outliers.study", "notebook", "--scale", scale, "--tables-only", "--name"]
     with ThreadPoolExecutor(jobs) as pool:
@@ -226,4 +229,5 @@ def render(scale: str, jobs: int) -> None:
         raise SystemExit(
             f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
         )
-    write_index(scale)
+    if names != [YOURS]:
+        write_index(scale)

@@ -14,9 +14,10 @@ DATA = ROOT / "data"
 PAPER = DATA / "paper"  # the paper's tables
 SCALES = DATA / "scales"  # one protocol a scale: sizes, learning rates, seeds
 SOURCES = DATA / "sources.toml"  # the pinned wheels that are read as data
-CACHE = DATA / "cache"  # wheels and token files; git-ignored, safe to delete
 
 OUTPUT = Path(os.environ.get("BEYOND_OUTLIERS_OUTPUT") or ROOT).resolve()
+# wheels and token files; git-ignored, safe to delete; beside what is written where the checkout cannot be
+CACHE = (DATA if os.access(DATA, os.W_OK) else OUTPUT / "data") / "cache"
 RESULTS = DATA / "results"  # committed tidy tables, one folder a scale
 FIGURES = OUTPUT / "figures"  # figures and pages of the committed tables
 CHECKPOINTS = OUTPUT / "data" / "checkpoints"  # committed final weights of one seed, bfloat16
@@ -44,11 +45,14 @@ def way_up(scale: str) -> str:
     return "../.." if figures(scale) == FIGURES / scale else "../../../.."
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Where it is to be checked when it is read, `checksums` writes it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from beyond_outliers import paths
-from beyond_outliers.config.protocol import scales
 from beyond_outliers.pages import names_of, page_of
 
 LINKED = ("data/*.md", "data/*.toml", "data/scales/*.toml", "data/results/*/*.csv", "notebooks/*.ipynb", "README.md")
@@ -52,11 +51,11 @@ def build(folder: Path, names: list[str]) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.site", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the site goes")
-    parser.add_argument("scales", nargs="+", choices=scales(), help="studies of data/scales")
+    parser.add_argument("scales", nargs="+", help="studies of data/scales, and optimizers beside them (pocket+lion)")
     given = parser.parse_args(arguments)
     try:
         print(build(given.folder, given.scales))
-    except FileNotFoundError as missing:
+    except (FileNotFoundError, ValueError) as missing:
         parser.exit(1, f"{missing}\n")
     return 0
 

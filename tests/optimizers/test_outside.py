@@ -10,6 +10,7 @@ import torch
 from beyond_outliers.config.optimizers import REGISTRY, call, entry, ordered
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.optimizers import AdamW, NonFiniteGradientError, build_optimizer
+from beyond_outliers.optimizers.outside import Outside
 from beyond_outliers.optimizers.trial import trial
 
 MINE = """
@@ -216,6 +217,7 @@ def test_states_that_do_not_fit_are_refused():
         ("torch.optim:SGD", {"roles": ["matrix"]}, ["rest_lr", "embedding, vector"]),
         ("torch.optim:Rprop", {"weight_decay": 0.1}, ["weight_decay", "Rprop", "0.1"]),
         ("torch.optim:LBFGS", {}, ["parameter groups"]),
+        ("torch.nn:Linear", {}, ["torch.nn:Linear", "'lr'", "valid: an optimizer"]),
         ("optimizers_of_mine:initialising", {}, ["changes the weights"]),
         ("optimizers_of_mine:regrouping", {}, ["groups of its own"]),
         ("optimizers_of_mine:TwoFaced", {}, ["train, eval"]),
@@ -226,6 +228,11 @@ def test_what_cannot_be_used_is_refused_by_name(name, hyper, words):
     with pytest.raises(ValueError) as refusal:
         build_optimizer(model(), name, lr=0.1, **hyper)
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_a_class_that_evaluates_the_loss_itself_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss itself"):
+        Outside([torch.nn.Parameter(torch.ones(2, 2))], "torch.optim:LBFGS", lr=0.1)
 
 
 def test_a_trial_of_a_class_that_keeps_all_in_its_state():

@@ -72,6 +72,15 @@ def test_points_carry_both_intervals():
     assert ax.containers[1].lines[0].get_markerfacecolor() == "white"
 
 
+def test_a_name_is_not_written_over_the_next_point():
+    names = ["scion", "adamw", "psgd"]
+    table = pd.DataFrame({"optimizer": names, "x": [0.0, 0.1, 1.0], "y": [0.0, 0.05, 1.0], "x_half": 0.1})
+    table["y_half"] = 0.1
+    (ax,) = plots.centred_points(table, "x", "y", "a", "b").axes
+    sides = {text.get_text(): (text.get_ha(), text.get_va()) for text in ax.texts}
+    assert sides == {"Scion": ("right", "top"), "AdamW": ("left", "baseline"), "PSGD": ("left", "baseline")}
+
+
 def test_paths_go_from_small_to_large_rates_and_count_what_is_outside():
     rates = pd.DataFrame({"lr": [0.4, 0.1, 0.2], "before": [3.2, 3.0, 3.1], "after": [9.0, 3.2, 3.3]})
     table = pd.concat([rates.assign(optimizer="adamw"), rates.assign(optimizer="muon", before=rates.before - 0.1)])

@@ -1,6 +1,5 @@
 """The steps of a study under faults: what they write comes out as undisturbed, or damage is named."""
 
-import copy
 import random
 import shutil
 import warnings
@@ -15,27 +14,14 @@ from beyond_outliers.config import EdgeWarning
 from beyond_outliers.corpus import tokens
 from beyond_outliers.study import Study, measure, verify
 from beyond_outliers.train import machine
-from scale_files import WHOLE, toml
+from checkouts import tiny_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 @pytest.fixture(scope="module")
-def scale_file(text_file, corpus_config):
-    table = copy.deepcopy(WHOLE["swept"])
-    table["corpus"] = {"source": str(text_file), "vocab_size": 320, "validation_share": 0.1}
-    table["training"] |= {"context": 32, "tokens_per_parameter": 0.1, "evaluations": 2, "validation_tokens": 256}
-    table["sizes"] = {"tiny": {"width": 32, "depth": 1, "n_heads": 2}}
-    table["learning_rates"], table["hyper"] = {"adamw": [1e-3, 5e-3]}, {}
-    table["plan"] = {purpose: {"sizes": ["tiny"], "seeds": [0]} for purpose in ("sweep", "full_precision")}
-    table["measure"] |= {"validation_tokens": 256, "propagation_tokens": 64, "trajectory": False}
-    return toml(table)
+def scale_file(text_file):
+    return tiny_study(text_file, full_precision=[0])
 
 
 def at(root, patch, scale_file):

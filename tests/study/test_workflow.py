@@ -1,8 +1,10 @@
 """`make reproduce`: what Snakemake's log says, in one line, and how a failure ends."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +80,12 @@ def test_a_killed_job_and_one_that_failed_earlier_have_their_own_reasons():
     ]
 
 
+def test_a_damaged_file_is_the_reason():
+    said = "DamagedFile: /out/metrics.csv is damaged: delete the folder /out and run the same command again"
+    log = log_of(STARTED, BROKEN.replace("ValueError: context must be positive, not -64", said))
+    assert log.failed == [("train tiny-muon-lr0.01-s0-7bf448f521", said)]
+
+
 class Kept(progress.Line):
     """A line that keeps all that it is told."""
 
@@ -135,6 +143,23 @@ def test_two_at_once_are_refused_by_name(snakemake, tmp_path):
         assert workflow.reproduce(Study("smoke"), 1, line=line) == 1
     assert len(line.noted) == 1 and f"is held by process {os.getpid()} on" in line.noted[0]
     assert workflow.reproduce(Study("smoke"), 1, line=line) == 0  # free again
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_what_ends_it_ends_its_jobs(monkeypatch, tmp_path, number, status):
+    """In Snakemake's place a shell with a job that would go on for a minute."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(workflow, "POLL", 0.01)
+    start, job = subprocess.Popen, tmp_path / "job"
+    script = f"sleep 60 & echo $$ $! > {job}.tmp; mv {job}.tmp {job}; wait"
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: start(["sh", "-c", script], **rest))
+    monkeypatch.setattr(workflow.Log, "feed", lambda log, lines: job.exists() and os.kill(os.getpid(), number))
+    line = Kept()
+    assert workflow.reproduce(Study("smoke"), 1, line=line) == status
+    assert line.noted[-1] == f"interrupted by {number.name}. To go on: make reproduce SCALE=smoke"
+    leader, below = job.read_text().split()
+    assert f"process {leader} on " in (tmp_path / "runs" / "smoke" / ".workflow.lock").read_text()
+    assert not Path(f"/proc/{below}").exists() or " Z " in Path(f"/proc/{below}/stat").read_text()
 
 
 def test_every_executor_is_a_choice_of_the_command(capsys):

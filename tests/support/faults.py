@@ -23,6 +23,12 @@ DIED, PASSED_BY = 9, 8  # exit codes: of a fault that kills, and of work that en
 _HIT: list[bool] = []
 
 
+def table() -> str:
+    """What was tried in this session, and how it ended, as a Markdown table with the sum."""
+    rows = [f"| {fault} | {tries} | {outcome} |" for (fault, outcome), tries in sorted(TALLY.items())]
+    return "\n".join(["| fault | tries | outcome |", "| --- | ---: | --- |", *rows, f"| all | {TALLY.total()} | |"])
+
+
 def in_child(work: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
     """Runs `work` in a forked process after `prepare`; its exit code, 1 for an exception, negative for a signal."""
     return ended(start(work, prepare))

@@ -18,6 +18,7 @@ stop() {
 }
 
 if [ "$1" = stop ]; then stop; exit; fi
+if [ -e /etc/slurm/slurm.conf ]; then cannot "this machine has one of its own in /etc/slurm"; fi
 [ "$(id -u)" = 0 ] || cannot "its daemons need root"
 for program in munged slurmctld slurmd sbatch; do
     PATH=$PATH:/usr/sbin command -v "$program" >/dev/null || cannot "$program is not installed (apt install slurmctld slurmd slurm-client munge)"
@@ -45,17 +46,18 @@ SlurmdPort=17818
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 SlurmctldParameters=enable_configless
 JobRequeue=1
+PropagatePrioProcess=1
 RequeueExit=75
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
 export SLURM_CONF=$folder/slurm.conf
 mkdir -p /etc/slurm
-[ -e /etc/slurm/slurm.conf ] || ln -s "$SLURM_CONF" /etc/slurm/slurm.conf
+ln -s "$SLURM_CONF" /etc/slurm/slurm.conf
 slurmctld -f "$SLURM_CONF" || cannot "slurmctld does not start: $(tail -n 1 "$folder/slurmctld.log")"
 slurmd -f "$SLURM_CONF" || { stop; cannot "slurmd does not start: $(tail -n 1 "$folder/slurmd.log")"; }
 for _ in $(seq 60); do

@@ -251,7 +251,6 @@ def test_the_command_line_refuses_unknown_names(capsys):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "psgd", "scion", "shampoo", "soap"])
 def test_a_run_on_cuda_learns_what_one_on_cpu_learns(run_config, tmp_path, optimizer):
     config = run_config.replace(optimizer=optimizer, lr=1e-3, tokens_per_parameter=2)

@@ -25,12 +25,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "git_commit", lambda: "test")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tally():
-    yield
-    print("\n".join(f"{fault}: {tries} x {outcome}" for (fault, outcome), tries in sorted(faults.TALLY.items())))
-
-
 @pytest.fixture
 def tiny(run_config):
     """A run of eleven steps, three of them with an evaluation."""
@@ -119,6 +113,40 @@ def test_a_run_survives_being_killed_at_random_moments(run_config, tmp_path, opt
         ):
             faults.TALLY["training: SIGKILL", "killed"] += 1
         goes_on(config, root, whole, "training: SIGKILL")
+
+
+def newest_step(folder):
+    """The step of the newest state in a run's folder, the last step of a run that has ended, else 0."""
+    states = [int(file.stem.partition("-")[2]) for file in folder.glob("state-*.pt")]
+    return max(states, default=10**6 if (folder / "result.json").exists() else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tries", [4])
+def test_a_compiled_run_survives_being_killed_as_often_as_it_gets_on(run_config, tmp_path, monkeypatch, tries):
+    """Every SIGKILL comes after a state that the process itself has saved."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    config = run_config.replace(evaluations=tries * 8, tokens_per_parameter=0.35 * max(1, tries / 4))
+    rng, folder = random.Random(tries), run_folder(config, tmp_path / "parts")
+
+    def compiled(root):
+        return lambda: train(config, root=root, compile=True, progress=False)
+
+    assert faults.in_child(compiled(tmp_path / "whole")) == 0
+    killed = 0
+    while newest_step(folder) < 10**6:
+        before, child = newest_step(folder), faults.start(compiled(tmp_path / "parts"))
+        while killed < tries and newest_step(folder) == before:
+            time.sleep(0.001)
+        if killed < tries:
+            time.sleep(rng.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+        killed += faults.ended(child) == -signal.SIGKILL
+    assert killed == tries, "it was faster than the signals"
+    faults.TALLY["training, compiled: SIGKILL", "same weights and losses"] += killed
+    found, whole = (load_result(run_folder(config, tmp_path / name)) for name in ("parts", "whole"))
+    assert whole.row["compiled"] and outcome(found) == outcome(whole)
 
 
 @pytest.mark.parametrize("tries", [2, pytest.param(10, marks=pytest.mark.slow)])

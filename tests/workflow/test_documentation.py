@@ -106,25 +106,37 @@ def test_every_target_was_measured_and_every_miss_has_its_reason():
     assert [key for key in wanted if "reason" in wanted[key] and key not in missed] == [], "reasons of what is met"
 
 
-def test_the_readme_says_what_the_tables_of_the_study_proper_say():
-    """Its findings, word for word; `python -m beyond_outliers.pages readme --scale laptop` writes them."""
-    block = pages.headlines("laptop")
+def test_the_readme_says_what_the_tables_of_the_confirmatory_study_say():
+    """Its findings, word for word; `python -m beyond_outliers.pages readme --scale confirm` writes them."""
+    block = pages.headlines("confirm")
     assert block in README.read_text()
-    verdicts = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").verdict.value_counts()
+    rows = pd.read_csv(paths.RESULTS / "confirm" / "verdicts.csv")
+    judged = rows[(rows.spec == "W4A4+head") & (rows.optimizers == "six") & (rows.part == "whole")]
+    verdicts = judged.verdict.value_counts()
+    assert len(judged) == 14
     assert [f"{verdicts[name]} {name}" in block for name in verdicts.index] == [True] * len(verdicts)
+
+
+def test_the_readme_counts_the_verdicts_of_the_exploratory_study():
+    verdicts = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").verdict.value_counts()
+    counts = verdicts["reproduced"], verdicts["not reproduced"], verdicts["undecided"]
+    assert "{} claims reproduced, {} not, {} undecided".format(*counts) in README.read_text()
 
 
 def test_a_changed_table_leaves_the_readme_behind(monkeypatch, tmp_path):
     """The test above can fail: one more nat of damage in every run of Muon."""
-    for file in (paths.RESULTS / "laptop").glob("*.csv"):
-        (tmp_path / "laptop").mkdir(exist_ok=True)
-        (tmp_path / "laptop" / file.name).write_bytes(file.read_bytes())
-    table = pd.read_csv(tmp_path / "laptop" / "ptq.csv")
+    for file in (paths.RESULTS / "confirm").glob("*.csv"):
+        (tmp_path / "confirm").mkdir(exist_ok=True)
+        (tmp_path / "confirm" / file.name).write_bytes(file.read_bytes())
+    before = pages.headlines("confirm")
+    table = pd.read_csv(tmp_path / "confirm" / "ptq.csv")
     table.loc[table.run.str.contains("-muon-"), "increase"] += 1
-    table.to_csv(tmp_path / "laptop" / "ptq.csv", index=False)
+    table.to_csv(tmp_path / "confirm" / "ptq.csv", index=False)
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    block = pages.headlines("laptop")
-    assert "costs Muon 1.136" in block and block not in README.read_text()
+    cost = r"costs Muon ([\d.]+)"
+    after = pages.headlines("confirm")
+    assert float(re.search(cost, after)[1]) == pytest.approx(1 + float(re.search(cost, before)[1]))
+    assert after not in README.read_text()
 
 
 def test_the_readme_names_every_wing_and_module_as_it_is():
@@ -139,7 +151,8 @@ def test_the_readme_names_every_wing_and_module_as_it_is():
 def test_the_executed_page_comes_before_the_source():
     for name in notebooks():
         line = next(line for line in README.read_text().splitlines() if f"(notebooks/{name}.ipynb)" in line)
-        assert line.index(f"(figures/laptop/{name}.md)") < line.index(f"(notebooks/{name}.ipynb)")
+        executed = re.search(rf"\(figures/[\w+-]+/{name}\.md\)", line)
+        assert executed.start() < line.index(f"(notebooks/{name}.ipynb)")
 
 
 def test_the_citation_says_version_and_date_and_what_of_the_papers_code_is_public():

@@ -96,3 +96,25 @@ def test_the_makefile_says_which_python_it_takes(version, fits):
     condition = re.search(r"sys.exit\(not (.*?)\)'", (paths.ROOT / "Makefile").read_text())[1]
     wanted = tuple(map(int, version.split(".")))
     assert eval(condition.replace("sys.version_info[:2]", repr(wanted))) == fits
+
+
+@pytest.mark.parametrize(
+    ("there", "named", "used"), [("3.11", "3.13", ".venv-3.13"), ("3.11", "3.11", ".venv"), ("", "3.12", ".venv")]
+)
+def test_a_python_that_is_named_has_an_environment_of_its_own(tmp_path, there, named, used):
+    """Interpreters that do nothing but say their version; make only says what it would do."""
+    import subprocess
+
+    def interpreter(file, version):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\necho {version}\n")
+        file.chmod(0o755)
+
+    if there:
+        interpreter(tmp_path / ".venv" / "bin" / "python", there)
+    interpreter(tmp_path / "another", named)
+    for name in ("environment.yml", "pyproject.toml", "Makefile"):
+        (tmp_path / name).write_text((paths.ROOT / name).read_text())
+    command = ["make", "--dry-run", "test", f"PYTHON={tmp_path / 'another'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert f"\n{used}/bin/python -m pytest\n" in done.stdout, done

@@ -8,6 +8,7 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.corpus import wheels
+from beyond_outliers.study.__main__ import main as study
 from beyond_outliers.train import machine
 from beyond_outliers.train.__main__ import main
 
@@ -38,6 +39,8 @@ def test_without_a_compiler_runs_are_not_compiled(run_config, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert not machine.should_compile("auto", large, torch.device("cpu"))
+    with pytest.raises(ValueError, match="compile=True needs a C"):
+        machine.should_compile(True, large, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -48,12 +51,27 @@ def test_without_a_home_a_scale_is_planned(tmp_path):
     assert done.returncode == 0 and "verdict" in done.stdout, done.stderr
 
 
-def test_a_checkout_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda: main(["--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01"]),
+        lambda: study(["reproduce", "--scale", "smoke"]),
+    ],
+)
+def test_a_checkout_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, command):
     """The superuser may write everywhere, so a file stands where the folder of runs should be."""
     (tmp_path / "runs").touch()
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     with pytest.raises(SystemExit) as ended:
-        main(["--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01"])
+        command()
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1
     assert "cannot be written" in said and "set BEYOND_OUTLIERS_OUTPUT to a folder that can be" in said
+
+
+@pytest.mark.parametrize(("written", "folder"), [(True, paths.DATA), (False, "elsewhere/data")])
+def test_what_is_downloaded_lies_beside_what_is_written_where_the_checkout_cannot_be(tmp_path, written, folder):
+    """The superuser may write everywhere, so the system's answer is made up."""
+    code = f"import os; os.access = lambda *_: {written}; from beyond_outliers import paths; print(paths.CACHE)"
+    done = run("-c", code, BEYOND_OUTLIERS_OUTPUT=str(tmp_path / "elsewhere"))
+    assert done.stdout.strip() == str(tmp_path / folder / "cache"), done.stderr

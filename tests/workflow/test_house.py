@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import beyond_outliers
 from beyond_outliers import paths
@@ -75,3 +77,11 @@ def test_no_submodule_bears_the_name_of_an_export():
             submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
             assert not submodules & set(package.__all__), wing.name
             assert all(hasattr(package, name) for name in package.__all__), wing.name
+
+
+def test_a_job_of_the_workflow_starts_without_what_few_jobs_need():
+    """A study is hundreds of processes: the compiler and scipy's statistics would be half of the start of each."""
+    heavy = "torch._dynamo", "scipy.stats", "transformers", "matplotlib"
+    code = f"import sys, beyond_outliers.study.__main__; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

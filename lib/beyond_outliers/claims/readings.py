@@ -66,7 +66,7 @@ def spread(study) -> pd.DataFrame:
         between_seeds=("val_loss", "std"),
         of_the_text=("val_standard_error", "mean"),
     )
-    return table.assign(rank=table.groupby("size")["mean"].rank()).reset_index()
+    return table.assign(rank=table.groupby("size")["mean"].rank(method="min").astype("Int64")).reset_index()
 
 
 def machine_effect(study) -> pd.DataFrame:
@@ -218,8 +218,9 @@ def cloze(study, spec: str = "none", purpose: str = "full_precision", checkpoint
 
 
 def chance(rows: pd.DataFrame) -> pd.DataFrame:
-    """How well accuracies are known, a row a task: questions, chance, mean standard error."""
-    return rows.groupby("task", sort=False)[["n", "chance", "standard_error"]].mean()
+    """How well accuracies are known, a row a task: questions (the fewest of a run), chance, mean standard error."""
+    tasks = rows.groupby("task", sort=False)
+    return tasks.agg(n=("n", "min"), chance=("chance", "mean"), standard_error=("standard_error", "mean"))
 
 
 def damage_and_error(study) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Things of your own, named `module:name` in scale files and on command lines: optimizers, number formats."""
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -35,6 +36,7 @@ def load_own(name: str, kind: str) -> Any:
         for place in places:
             sys.path.remove(place)
     if not hasattr(found, attribute):
-        public = ", ".join(sorted(part for part in vars(found) if not part.startswith("_"))[:20])
+        names = sorted(part for part in vars(found) if not part.startswith("_"))
+        public = ", ".join(difflib.get_close_matches(attribute, names, n=5) or names[:20])
         raise ValueError(f"{kind} {name!r}: the module {module!r} has no {attribute!r}; it has {public}")
     return getattr(found, attribute)

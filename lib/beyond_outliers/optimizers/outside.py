@@ -64,7 +64,10 @@ class Outside(RoleGroups):
         if not ours:
             raise ValueError(f"no parameter has a role of {', '.join(roles)}, which {source} is to train")
         before = [p.detach().clone() for group in ours for p in group["params"]]
-        made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
+        try:
+            made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
+        except TypeError as error:
+            raise ValueError(f"{source} cannot be made of parameters and lr ({error}); valid: an optimizer") from error
         self._refuse_strange(made, ours, before)
         self.parts = [made, *([AdamW(_plain(others, True), lr=lr)] if others else [])]
 
@@ -87,6 +90,9 @@ class Outside(RoleGroups):
     def _refuse_strange(self, made: Any, groups: list[dict], before: list[Tensor]) -> None:
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"{self.source} gives a {type(made).__name__}; valid: a torch.optim.Optimizer")
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{self.source} evaluates the loss itself (step needs a closure): that is not supported")
         kept = [[id(p) for p in group["params"]] for group in made.param_groups]
         if kept != [[id(p) for p in group["params"]] for group in groups]:
             raise ValueError(f"{self.source} puts the parameters into groups of its own: its rates cannot be scheduled")

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from beyond_outliers.claims.readings import with_error
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, legend, tidy_log
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, tidy_log
 
 CANDIDATES = {  # of `predictors`, as axes name them
     "mmr": "MMR (without down)",
@@ -46,8 +46,7 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
         ax.set_visible(False)
     for place, size in enumerate(sizes):
         axes[0, 0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(textwrap.fill(label, 30))
+    label_y(axes.flat, label)
     legend(figure)
     return figure
 

@@ -127,11 +127,15 @@ def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str
     if table.empty:
         return _nothing("no size has every optimizer yet")
     figure, ax = plt.subplots(figsize=(5.2, 3.8))
-    for row in table.to_dict("records"):
+    places = (table[[x, y]] / (table[[x, y]].max() - table[[x, y]].min())).reset_index(drop=True)
+    for (_, place), row in zip(places.iterrows(), table.to_dict("records"), strict=True):
         spread = {f"{axis}err": np.nan_to_num(row[f"{name}_half"]) for axis, name in (("x", x), ("y", y))}
         known = np.isfinite(row[f"{x}_half"]) and np.isfinite(row[f"{y}_half"])
         ax.errorbar(row[x], row[y], ls="none", **spread, **_style(row["optimizer"], known))
-        ax.annotate(LABELS[row["optimizer"]], (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        other = (places - place).drop(index=place.name)  # where another point stands to the upper right, not over it
+        covers = (other[x].between(0, 0.25) & other[y].between(0, 0.15)).any()
+        beside = {"xytext": (-5, -5), "ha": "right", "va": "top"} if covers else {"xytext": (5, 5)}
+        ax.annotate(LABELS[row["optimizer"]], (row[x], row[y]), textcoords="offset points", fontsize=8, **beside)
     for line in (ax.axhline, ax.axvline):
         line(0, color="grey", lw=0.8)
     ax.set(xlabel=xlabel, ylabel=ylabel)

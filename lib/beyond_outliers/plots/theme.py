@@ -4,6 +4,7 @@
 """
 
 import base64
+import io
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,10 @@ def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
     """NAME.pdf and .png in `paths.figures`; returns what a notebook shows, so that a cell can end with it."""
     folder: Path = paths.figures(scale)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # no date: same data, same file
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    for kind, left_out in (("pdf", "CreationDate"), ("png", "Software")):  # no date: same data, same file
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, metadata={left_out: None})
+        paths.write_whole(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
     return SavedFigure(figure, folder / f"{name}.png")
 

@@ -4,14 +4,17 @@ python -m beyond_outliers.study STEP --scale pocket ...; --help lists the steps
 """
 
 import argparse
+import errno
 import json
 import os
 import shlex
 import sys
 import tomllib
 from pathlib import Path
+from typing import NoReturn
 
 from beyond_outliers import paths
+from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -43,7 +46,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Says what is guaranteed of the optimizer, trains and measures what is missing, and runs notebook 10."""
-    from beyond_outliers.notebook import run_notebook
+    from beyond_outliers.notebook import YOURS, run_notebook
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study.compare import compare, define
 
@@ -54,8 +57,14 @@ def _compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         compare(given.scale, beside, one)
     except (ValueError, MissingResults) as error:
         parser.error(str(error))
-    print(run_notebook("10_your_optimizer", beside))
+    print(run_notebook(YOURS, beside))
     return 0
+
+
+def _under_torchrun(processes: int, command: list[str]) -> NoReturn:
+    """Becomes torchrun with so many processes of this machine, each of which does the step."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "beyond_outliers.study", *command, "--quiet"])
 
 
 STEPS = (
@@ -73,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         one.add_argument("--scale", required=step != "verify")
         if step == "train":
             one.add_argument("--run", required=True, help="name of a planned run")
+            one.add_argument("--processes", type=int, default=1, help="more than one: under torchrun, one a GPU")
         if step in ("train", "tune"):
             one.add_argument("--quiet", action="store_true", help="no progress bar")
         if step == "measure":
@@ -107,6 +117,17 @@ def main(arguments: list[str] | None = None) -> int:
         if step == "plan":
             one.add_argument("--cores", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
+    try:
+        return _do(given, parser)
+    except (DamagedFile, PermissionError) as error:
+        parser.exit(1, f"{type(error).__name__}: {error}\n")
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        parser.exit(1, f"{error}: set BEYOND_OUTLIERS_OUTPUT to a folder that can be written\n")
+
+
+def _do(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.step == "verify":
         from beyond_outliers.study.verify import verify
 
@@ -122,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         from beyond_outliers.study.workflow import reproduce
 
         return reproduce(study, given.jobs, given.executor, shlex.split(given.options))
+    elif given.step == "train" and given.processes > 1:
+        _under_torchrun(given.processes, ["train", "--scale", given.scale, "--run", given.run])
     elif given.step == "train":
         study.train(study.find(given.run), progress=not given.quiet)
     elif given.step == "tune":

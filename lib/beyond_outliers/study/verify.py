@@ -57,12 +57,12 @@ def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataF
 
 
 def verify(scale: str | None, count: int) -> int:
-    """Prints what is damaged: of all scales' tables, or of all that one has; trains runs of that one again.
+    """Prints what is damaged: of all studies' tables, or of all that one has; trains runs of that one again.
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
     choose("scale", scale, [None, *scales()])
-    chosen = [scale] if scale else [name for name in scales() if (paths.RESULTS / name).exists()]
+    chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("*/"))
     wrong = [line for name in chosen for line in [*damages(paths.RESULTS / name), *unlisted(name)]]
     if scale:
         wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")

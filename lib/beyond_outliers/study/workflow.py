@@ -1,20 +1,25 @@
 """`make reproduce`: Snakemake does the work, its log goes to a file, and the terminal shows one line.
 
-A failure ends with what failed, why, and the command that goes on.
+A failure ends with what failed, why, and the command that goes on. Whatever ends this process ends its jobs, too, which
+save what they have; only SIGKILL leaves them at work, and the lock then names them.
 """
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from beyond_outliers import paths
 from beyond_outliers.study.plan import all_runs
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.holding import RunHeld, held
+from beyond_outliers.train.holding import TRY_AGAIN, RunHeld, held, sign
 
 POLL = 1.0  # seconds
 # what Snakemake is told before the number of jobs
@@ -28,7 +33,7 @@ JOBID = re.compile(r"^ +jobid: (\d+)$")
 FINISHED = re.compile(r"^Finished jobid: (\d+) ")
 STEPS = re.compile(r"^(\d+) of (\d+) steps \(")
 FAILED = re.compile(r"^Error in rule (\w+):$")
-REASON = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Results|Failed|Exit|Interrupt)(?:: .*)?$")
+REASON = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Results|Failed|File|Held|Exit|Interrupt)(?:: .*)?$")
 
 KILLED = re.compile(r"died with <Signals\.(\w+)")
 
@@ -94,13 +99,14 @@ def reproduce(
     line = line or Line()
     try:
         with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
-            return _run(study, [*EXECUTORS[executor], str(jobs)], list(options), line, lock.fileno())
+            where = [*EXECUTORS[executor], str(jobs), *(how_to_ask() if executor == "slurm" else [])]
+            return _run(study, executor, where, list(options), line, lock)
     except RunHeld as other:
         line.note(str(other))
         return 1
 
 
-def _run(study: Study, where: list[str], options: list[str], line: Line, lock: int) -> int:
+def _run(study: Study, executor: str, where: list[str], options: list[str], line: Line, lock: TextIO) -> int:
     log = Log()
     file = study.runs_folder / "reproduce.log"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,22 +114,71 @@ def _run(study: Study, where: list[str], options: list[str], line: Line, lock: i
     command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete", *options]
     line.note(f"scale {study.scale}: what runs is logged in {file}")
     pace = Pace(study.scale)
-    with file.open("w") as written, file.open() as read:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, cwd=paths.ROOT, pass_fds=[lock])
+    with file.open("w") as written, file.open() as read, _asked_to_end() as asked:
+        process = subprocess.Popen(
+            command,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            cwd=paths.ROOT,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,  # a group of its own, so that all of it can be told
+        )
+        sign(lock, process.pid)
         try:
-            while (status := process.poll()) is None:
+            while (status := process.poll()) is None and not asked:
                 log.feed(read)
                 line.show(sentence(pace.said(), log.said()))
                 time.sleep(POLL)
-        except KeyboardInterrupt:  # the terminal has told Snakemake, too: it ends its jobs
-            process.wait()
-            line.note(f"interrupted. To go on: make reproduce SCALE={study.scale}")
-            return 130
+            if status is None:
+                end(process, executor)
+                process.wait()
+                line.note(f"interrupted by {asked[0].name}. To go on: make reproduce SCALE={study.scale}")
+                return TRY_AGAIN if asked[0] == signal.SIGTERM else 128 + asked[0]
+        finally:
+            end(process, executor)
         log.feed(read)
     line.close()
     if status:
         line.note(failure(study.scale, log, file))
     return status
+
+
+def how_to_ask() -> list[str]:
+    """How Snakemake asks Slurm after its jobs, where that keeps no accounts: then `sacct` knows nothing."""
+    try:
+        asked = subprocess.run(["sacct", "--noheader", "--allocations"], capture_output=True)
+        return ["--slurm-status-command", "squeue"] if asked.returncode else []
+    except FileNotFoundError:
+        return []  # Snakemake says that there is no Slurm, or takes squeue itself
+
+
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[list[signal.Signals]]:
+    """The signals so far that ask to end: Ctrl-C, SIGTERM, a closed terminal. The second one ends at once."""
+    asked: list[signal.Signals] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(signal.Signals(number))
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    ours = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
+    before = {number: signal.signal(number, ask) for number in ours}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(process: subprocess.Popen, executor: str) -> None:
+    """Ends Snakemake, if it is still there, and its jobs: runs in training are saved. On a cluster it cancels them."""
+    with contextlib.suppress(ProcessLookupError):
+        if executor == "local" or process.poll() is not None:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGINT)
 
 
 class Pace:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     compile: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
     try:
         result = train(config, device=given.device, compile=compile[given.compile], threads=given.threads)
-    except (DamagedFile, RunHeld, PermissionError) as error:
+    except (DamagedFile, RunHeld, PermissionError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     if result.row:
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")

@@ -45,10 +45,15 @@ def held(file: Path, wait: bool = True) -> Iterator[TextIO]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
             print(f"{file} cannot be locked ({error}); see to it that no other process works there", file=sys.stderr)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n")
-        lock.flush()
+        sign(lock, os.getpid())
         yield lock
+
+
+def sign(lock: TextIO, process: int) -> None:
+    """Writes into a lock that is held who holds it: whom to wait for, or to end."""
+    lock.truncate(0)
+    lock.write(f"process {process} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n")
+    lock.flush()
 
 
 class Termination:
