@@ -25,11 +25,11 @@ from beyond_outliers.quantizers import QuantSpec, quantize_model
 
 FILE = paths.RESULTS / "cost_growth.csv"
 GROWN = {  # axis -> (width, depth, sequences of 128 tokens)
-    "parameters": [(width, 4, 16) for width in (64, 128, 256, 512)],
-    "tokens": [(64, 4, sequences) for sequences in (4, 16, 64, 256)],
-    "modules": [(64, depth, 16) for depth in (2, 4, 8, 16)],
+    "parameters": [(width, 4, 8) for width in (32, 64, 128, 256)],
+    "tokens": [(64, 4, sequences) for sequences in (8, 16, 32, 64)],
+    "modules": [(64, depth, 8) for depth in (2, 4, 8, 16)],
 }
-MICRO_BATCH, CONTEXT = 16, 128
+MICRO_BATCH, CONTEXT = 8, 128
 
 
 def activities(width: int, depth: int, sequences: int) -> tuple[Olmo2, dict[str, Callable]]:
@@ -56,7 +56,7 @@ def activities(width: int, depth: int, sequences: int) -> tuple[Olmo2, dict[str,
     }
 
 
-def measure(grown: dict[str, list[tuple[int, int, int]]] = GROWN, repeats: int = 3) -> pd.DataFrame:
+def measure(grown: dict[str, list[tuple[int, int, int]]] = GROWN, repeats: int = 2) -> pd.DataFrame:
     """A row for each axis, shape and activity."""
     torch.set_num_threads(1)
     rows = []

@@ -24,7 +24,7 @@ def test_time_grows_no_faster_than_what_it_is_spent_on(axis):
 
 
 def test_memory_does_not_grow_with_the_number_of_batches():
-    table = pd.read_csv(cost_growth.FILE).query("axis == 'tokens' and tokens >= 2048")
+    table = pd.read_csv(cost_growth.FILE).query("axis == 'tokens'")
     for what, rows in table.groupby("what"):
         peaks = rows.sort_values("tokens").megabytes
         assert peaks.iloc[-1] < 1.5 * peaks.iloc[0] + 10, what

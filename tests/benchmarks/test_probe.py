@@ -14,7 +14,7 @@ from benchmarking import measured, on_threads
 from beyond_outliers import paths
 from beyond_outliers.probe import probe
 
-CONTEXT, WINDOWS = 128, 8
+CONTEXT, WINDOWS = 64, 4
 
 
 def measure(threads: int = 2, memory: float = 5e8, **smaller) -> pd.DataFrame:

@@ -70,7 +70,7 @@ def resident(what: str) -> int:
     return 1024 * int(found[1])
 
 
-def measured(call: Callable, repeats: int = 3) -> tuple[float, int]:
+def measured(call: Callable, repeats: int = 2) -> tuple[float, int]:
     """Least seconds of some calls, and bytes of the peak of the first above what was held before."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
