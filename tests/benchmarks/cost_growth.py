@@ -25,9 +25,9 @@ from beyond_outliers.quantizers import QuantSpec, quantize_model
 
 FILE = paths.RESULTS / "cost_growth.csv"
 GROWN = {  # axis -> (width, depth, sequences of 128 tokens)
-    "parameters": [(width, 4, 8) for width in (32, 64, 128, 256)],
-    "tokens": [(64, 4, sequences) for sequences in (8, 16, 32, 64)],
-    "modules": [(64, depth, 8) for depth in (2, 4, 8, 16)],
+    "parameters": [(width, 4, 8) for width in (32, 64, 128)],
+    "tokens": [(64, 4, sequences) for sequences in (8, 16, 32)],
+    "modules": [(64, depth, 8) for depth in (2, 4, 8)],
 }
 MICRO_BATCH, CONTEXT = 8, 128
 

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of probing a model of GPT-2's size (124M parameters, random weights) of `transformers`.
+"""CPU seconds and peak memory of probing a model of GPT-2's size (124M parameters, random weights) of `transformers`.
 
 Memory is what stays bounded: four copies of the weights, 2.0 GB, and the activations of a batch, which `memory` bounds.
 """
@@ -17,7 +17,7 @@ from beyond_outliers.probe import probe
 CONTEXT, WINDOWS = 64, 4
 
 
-def measure(threads: int = 2, memory: float = 5e8, **smaller) -> pd.DataFrame:
+def measure(threads: int = 1, memory: float = 5e8, **smaller) -> pd.DataFrame:
     """`smaller`: other settings of GPT2Config than GPT-2's own."""
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer(models.BPE())
