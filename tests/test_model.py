@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beyond_outliers.config import Olmo2Config
+from beyond_outliers.config import LlamaConfig, Olmo2Config
 from beyond_outliers.cross_entropy import linear_cross_entropy
 from beyond_outliers.decoder import Rotary, rotary_tables
 from beyond_outliers.model import Olmo2
+from beyond_outliers.quantizers import QuantSpec, prepare_qat
+from beyond_outliers.quantizers.convert import weights_held
+from beyond_outliers.train.folder import MODELS
 
 
 def reference_logits(weights: dict, config: Olmo2Config, ids: np.ndarray) -> np.ndarray:
@@ -197,3 +200,39 @@ def test_the_compiled_model_is_the_same_function():
     torch.compile(model.loss)(ids, targets).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, eager[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("config", [Olmo2Config, LlamaConfig])
+@pytest.mark.parametrize("scheme", [None, "quest", "lsq"])
+def test_recomputation_changes_no_bit_of_a_gradient(config, scheme):
+    torch.manual_seed(0)
+    model = MODELS[config](config(vocab_size=320, width=32, depth=3, n_heads=2))
+    if scheme:
+        model = prepare_qat(model, QuantSpec(), scheme=scheme)
+    ids, targets = torch.randint(320, (2, 4, 16))
+    model(ids)  # LSQ's steps start from it
+    found = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        loss = 0.0
+        with weights_held(model):
+            for half in (slice(2), slice(2, 4)):
+                part = model.loss(ids[half], targets[half])
+                part.backward()
+                loss += part.detach()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_recomputation_keeps_no_more_than_the_inputs_of_blocks():
+    model = Olmo2(Olmo2Config(vocab_size=320, width=32, depth=3, n_heads=2))
+    ids, sizes = torch.randint(320, (2, 16)), []
+    for recompute in (False, True):
+        model.recompute = recompute
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()), lambda x: x):
+            model.hidden(ids)
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0] / 5

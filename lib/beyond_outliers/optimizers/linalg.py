@@ -30,3 +30,25 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         values, vectors = torch.linalg.eigh(x.double())
         return values.to(x.dtype), vectors.to(x.dtype)
+
+
+def norm_lower_bound(a: Tensor) -> Tensor:
+    """Lower bound of the spectral norm of symmetric matrices, within sqrt(2) in practice: (N, n, n) -> (N, 1, 1).
+
+    One and a half power iterations from the longest row. Squares of the entries must neither overflow nor vanish.
+    """
+    longest = torch.linalg.vector_norm(a, dim=-1).argmax(-1).view(-1, 1, 1)
+    tiny = torch.finfo(a.dtype).tiny
+    row = a.take_along_dim(longest, 1) @ a  # (N, 1, n)
+    row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
+    return torch.linalg.vector_norm(row @ a, dim=-1, keepdim=True) + tiny
+
+
+def norm_lower_bound_of_gram(u: Tensor) -> Tensor:
+    """`norm_lower_bound(u u^T)` without that product: (N, n, k) -> (N, 1, 1)."""
+    lengths = ((u @ (u.mT @ u)) * u).sum(-1)  # squared, of the rows of u u^T
+    tiny = torch.finfo(u.dtype).tiny
+    row = u.take_along_dim(lengths.argmax(-1).view(-1, 1, 1), 1) @ u.mT  # (N, 1, n)
+    row = (row @ u) @ u.mT
+    row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
+    return torch.linalg.vector_norm((row @ u) @ u.mT, dim=-1, keepdim=True) + tiny

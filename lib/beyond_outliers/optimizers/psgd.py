@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import require
-from beyond_outliers.optimizers.linalg import add_gram_, strips
+from beyond_outliers.optimizers.linalg import add_gram_, norm_lower_bound, norm_lower_bound_of_gram, strips
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 DAMPING = 2.0**-13
@@ -135,6 +135,12 @@ class PSGD(StackedOptimizer):
         direction *= (1.1 / (rms + 1e-8)).clamp(max=1.0)
         stack.decay(group["lr"], group["weight_decay"])
         stack.descend(direction.view(shape), group["lr"])
+
+    def skip(self, group: dict, stack: Stack) -> None:
+        step = stack.advance()
+        if self.due(stack, self.period(group, step - 1)):  # the probe that its owner draws: all draw the same ones
+            shape, like = (len(stack.params), *stack.params[0].shape), stack.params[0]
+            torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
 
     def period(self, group: dict, n: int) -> float:
         """Calls between two updates of the preconditioner, 1 / p, as of call n (from 0)."""
@@ -282,28 +288,6 @@ def gram(x: Tensor) -> Tensor:
     if x.shape[1] < 512:
         return torch.bmm(x, x.mT)
     return add_gram_(x.new_empty(*x.shape[:2], x.shape[1]), x, beta=0, alpha=1)
-
-
-def norm_lower_bound(a: Tensor) -> Tensor:
-    """Lower bound of the spectral norm of symmetric matrices, within sqrt(2) in practice: (N, n, n) -> (N, 1, 1).
-
-    One and a half power iterations from the longest row. Squares of the entries must neither overflow nor vanish.
-    """
-    longest = torch.linalg.vector_norm(a, dim=-1).argmax(-1).view(-1, 1, 1)
-    tiny = torch.finfo(a.dtype).tiny
-    row = a.take_along_dim(longest, 1) @ a  # (N, 1, n)
-    row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
-    return torch.linalg.vector_norm(row @ a, dim=-1, keepdim=True) + tiny
-
-
-def norm_lower_bound_of_gram(u: Tensor) -> Tensor:
-    """`norm_lower_bound(u u^T)` without that product: (N, n, k) -> (N, 1, 1)."""
-    lengths = ((u @ (u.mT @ u)) * u).sum(-1)  # squared, of the rows of u u^T
-    tiny = torch.finfo(u.dtype).tiny
-    row = u.take_along_dim(lengths.argmax(-1).view(-1, 1, 1), 1) @ u.mT  # (N, 1, n)
-    row = (row @ u) @ u.mT
-    row = row / (torch.linalg.vector_norm(row, dim=-1, keepdim=True) + tiny)
-    return torch.linalg.vector_norm((row @ u) @ u.mT, dim=-1, keepdim=True) + tiny
 
 
 def balance(left: Tensor, right: Tensor) -> None:

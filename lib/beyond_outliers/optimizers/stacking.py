@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import RoleGroups
+from beyond_outliers.optimizers.sharing import Sharing
 
 CPU_STACK_ELEMENTS = 2**18  # of the largest stacked tensor: 1 MiB in float32
 
@@ -16,12 +17,13 @@ class Stack:
 
     `state[key]` is (N, ...); each parameter's own entry in the optimizer's state is a view of its slice, so that
     writing in place here keeps `state_dict` right. Counts are plain integers, equal for all N. `derived` is free for
-    what can be recomputed from the state.
+    what can be recomputed from the state. `owner` is the worker that updates it, None for every one.
     """
 
     runs = 1  # whose parameters are stacked; `RunsStack` has several
 
-    def __init__(self, params: list[Tensor], per_parameter: list[dict]):
+    def __init__(self, params: list[Tensor], per_parameter: list[dict], owner: int | None = None):
+        self.owner = owner
         self.params = params
         self.per_parameter = per_parameter
         self.state: dict[str, Tensor] = {}
@@ -78,11 +80,23 @@ class StackedOptimizer(RoleGroups):
     def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
         self.role_defaults = role_defaults or {}
         self._stacks: dict[int, tuple[list[tuple[int, int]], list[Stack]]] = {}
+        self._sharing: Sharing | None = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._stacks = {}  # their views are stale: loading (and copying) gives every parameter new tensors
+        self.__dict__.setdefault("_sharing", None)  # a copy works alone
+
+    def share(self) -> None:
+        """From now on the workers of torch.distributed divide the stacks among them, and each keeps its own's state.
+
+        The numbers stay what they are (on CUDA PSGD draws other probes). All workers must call `step` and `state_dict`
+        together, with the same gradients; the first one's state_dict is the whole state, the same for any number of
+        workers, and what each of them loads.
+        """
+        self._sharing = Sharing()
+        self._stacks = {}
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -94,6 +108,19 @@ class StackedOptimizer(RoleGroups):
     def update(self, group: dict, stack: Stack) -> None:
         raise NotImplementedError
 
+    def skip(self, group: dict, stack: Stack) -> None:
+        """What a worker does for a stack that another one updates: counts, and random numbers drawn for all."""
+        stack.advance()
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self._sharing is not None:
+            index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            stacks = [stack for _, stacks in self._stacks.values() for stack in stacks]
+            whole = self._sharing.gather(stacks, self.state)
+            state["state"] = {index[p]: entry for p, entry in whole.items()}
+        return state
+
     def stacks(self, group: dict) -> list[Stack]:
         """The group's stacks over the parameters that have a gradient; rebuilt only when that set changes."""
         live = [p for p in group["params"] if p.grad is not None]
@@ -102,15 +129,38 @@ class StackedOptimizer(RoleGroups):
         if cached is None or cached[0] != [(id(p), id(self.state.get(p))) for p in live]:
             buckets: dict[tuple, list[Tensor]] = {}
             for p in live:
-                if not self.state[p]:
-                    self.state[p] = {"step": 0, **self.init_state(group, p)}
+                if not self.state[p]:  # shared, it has a shape alone until it is known whose it is
+                    like = p if self._sharing is None else p.detach().to("meta")
+                    self.state[p] = {"step": 0, **self.init_state(group, like)}
                 counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
                 key = (p.shape, p.dtype, p.device, *counts)
                 buckets.setdefault(key, []).append(p)
-            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]])]
-            found = [Stack(part, [self.state[p] for p in part]) for part in parts]
+            workers = self._sharing.workers if self._sharing else 1
+            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], workers)]
+            owners = self._sharing.owners(group, parts, self.state) if self._sharing else [None] * len(parts)
+            found = [self._stack(group, part, owner) for part, owner in zip(parts, owners, strict=True)]
             self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], found)
         return cached[1]
+
+    def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
+        """The stack of some parameters; of another worker's the states become shapes, on the meta device."""
+        if self._sharing is not None:
+            for p in params:
+                self._keep_or_drop(group, p, self._sharing.mine(owner))
+        return Stack(params, [self.state[p] for p in params], owner)
+
+    def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool) -> None:
+        state = self.state[parameter]
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        if not mine:
+            state.update({key: value.to("meta") for key, value in tensors.items()})
+        elif any(value.is_meta for value in tensors.values()):
+            if state["step"]:
+                raise RuntimeError(
+                    "which parameters have a gradient has changed, and with it which worker keeps a state; valid with "
+                    "several workers: a loss that always uses the same parameters"
+                )
+            state.update(self.init_state(group, parameter))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -118,18 +168,23 @@ class StackedOptimizer(RoleGroups):
         loss = self.evaluated(closure)
         for group in self.param_groups:
             for stack in self.stacks(group):
-                self.update(group, stack)
+                if self._sharing is None or self._sharing.mine(stack.owner):
+                    self.update(group, stack)
+                else:
+                    self.skip(group, stack)
+        if self._sharing is not None:
+            self._sharing.exchange([stack for group in self.param_groups for stack in self.stacks(group)])
         return loss
 
 
-def cut_to_cache(params: list[Tensor], state: dict) -> list[list[Tensor]]:
-    """Same-shaped parameters in parts that are worth stacking: all at once, but on CPUs only what stays in cache.
+def cut_to_cache(params: list[Tensor], state: dict, workers: int = 1) -> list[list[Tensor]]:
+    """Same-shaped parameters in parts that are worth stacking: one for every worker, but on CPUs what stays in cache.
 
-    There, stacking saves the overhead of many small calls; temporaries beyond the cache cost more than that.
-    `state` is one parameter's: its largest tensor counts.
+    There, stacking saves the overhead of many small calls; temporaries beyond the cache cost more than that, and the
+    parts are the same for any number of workers. `state` is one parameter's: its largest tensor counts.
     """
-    if params[0].device.type != "cpu":
-        return [params]
-    largest = max([1] + [value.numel() for value in state.values() if isinstance(value, Tensor)])
-    count = max(1, CPU_STACK_ELEMENTS // largest)
+    count = -(-len(params) // workers)
+    if params[0].device.type == "cpu":
+        largest = max([1] + [value.numel() for value in state.values() if isinstance(value, Tensor)])
+        count = max(1, CPU_STACK_ELEMENTS // largest)
     return [params[start : start + count] for start in range(0, len(params), count)]

@@ -4,7 +4,10 @@ The same under torchrun trains with data parallelism.
 """
 
 import argparse
+import os
 import sys
+
+import torch
 
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.train.holding import RunHeld
@@ -24,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--recompute", action="store_true", help="activation checkpointing: less memory, a third more operations"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and time, and run nothing")
     given = parser.parse_args(arguments)
     try:
         config = Protocol.load(given.scale).config(
@@ -31,9 +38,24 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    if given.dry_run:
+        from beyond_outliers.train.forecast import forecast
+
+        if int(os.environ.get("RANK", 0)) == 0:
+            if given.threads:
+                torch.set_num_threads(given.threads)
+            workers = int(os.environ.get("WORLD_SIZE", 1))
+            print(forecast(config, given.device, workers, given.recompute))
+        return 0
     compile: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
     try:
-        result = train(config, device=given.device, compile=compile[given.compile], threads=given.threads)
+        result = train(
+            config,
+            device=given.device,
+            compile=compile[given.compile],
+            threads=given.threads,
+            recompute=given.recompute,
+        )
     except (DamagedFile, RunHeld, PermissionError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     if result.row:

@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from beyond_outliers import checksums, paths
@@ -44,6 +42,7 @@ from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
 from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
 from beyond_outliers.train.resume import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
+from beyond_outliers.train.workers import Workers, place
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
 SAVE_EVERY = 240.0  # seconds; with the step in progress, less than five minutes are lost
@@ -59,6 +58,7 @@ def train(
     device: str = "auto",
     compile: bool | str = "auto",
     threads: int | None = None,
+    recompute: bool = False,
     root: Path | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -69,7 +69,8 @@ def train(
     are not what was written; a damaged state is named, and the one before it is gone on from.
 
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
-    threads: CPU threads, None for torch's default. root: folder of all runs, by default data/runs.
+    threads: CPU threads, None for torch's default. recompute: less memory for more operations and the same numbers
+    (see `Decoder`). root: folder of all runs, by default data/runs.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
     on CUDA it is bfloat16 autocast. Under torchrun the global batch is shared among the workers.
     """
@@ -78,10 +79,10 @@ def train(
         return done
     if threads:
         torch.set_num_threads(threads)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = place()
     with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
         if (done := load_result(folder)) is None:  # of the process that held the run
-            run = _Run(config, folder, device, compile, progress)
+            run = _Run(config, folder, device, compile, recompute, progress)
             try:
                 run.loop()
             finally:
@@ -98,35 +99,34 @@ class _Run:
 
     together = 1  # runs trained in the same batched model (`train.together`)
 
-    def __init__(self, config: RunConfig, folder: Path, device: str, compile: bool | str, progress: bool):
+    def __init__(
+        self, config: RunConfig, folder: Path, device: str, compile: bool | str, recompute: bool, progress: bool
+    ):
         self.config, self.folder = config, folder
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = device_named(device)
-        check_shares(config, self.world)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        check_shares(config, place()[0])
+        self.workers = Workers(self.device)
+        self.first = self.workers.rank == 0  # the worker that writes
         self.corpus: Corpus = open_corpus(config.corpus, config.context)
         self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
         self.model = build_model(config).to(self.device)
+        self.model.recompute = recompute
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
         self.compiled = should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
-        self.loss: LossModule | DistributedDataParallel = LossModule(self.model, self.compiled)
-        if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.loss = DistributedDataParallel(self.loss, device_ids=ids)
+        self.loss = self.workers.join(LossModule(self.model, self.compiled), self.optimizer)
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict] = []
         self.mean, self.count = torch.zeros((), device=self.device), 0  # training losses since the last logged one
         self.clock = self.saved = time.perf_counter()
-        self.termination = Termination()
-        self.progress = progress and self.rank == 0
+        self.termination, self.late = Termination(), False
+        self.progress = progress and self.first
         self._restore()
         settings, text = folder / "config.json", config.to_json()
-        if self.rank == 0 and not (settings.exists() and settings.read_bytes() == text.encode()):
+        if self.first and not (settings.exists() and settings.read_bytes() == text.encode()):
             checksums.write_text(settings, text)
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -158,7 +158,7 @@ class _Run:
             status, reason = "diverged", str(error)
         finally:
             bar.close()
-        if self.rank == 0:
+        if self.first:
             self._finish(status, reason)
 
     def _log_training(self, bar: tqdm | None) -> None:
@@ -179,11 +179,10 @@ class _Run:
 
     def _save_in_time(self) -> None:
         """Saves when the last time is long ago, and when the process is asked to end, which it then does."""
-        late = time.perf_counter() - self.saved > SAVE_EVERY
-        if self.rank == 0 and (late or self.termination.asked) and self.step < self.config.steps:
+        if (self.late or self.termination.asked) and self.step < self.config.steps:
             self._save()
         if self.termination.asked and self.step < self.config.steps:
-            if self.rank == 0:
+            if self.first:
                 print(
                     f"SIGTERM: {self.config.name} is saved at step {self.step}; run it again to go on", file=sys.stderr
                 )
@@ -192,7 +191,9 @@ class _Run:
     def _step(self) -> torch.Tensor:
         """One optimizer step; returns the mean training loss of its batch as a 0-d tensor."""
         config = self.config
-        ids, targets = (torch.from_numpy(part) for part in self.batches(self.step, self.rank, self.world))
+        ids, targets = (
+            torch.from_numpy(part) for part in self.batches(self.step, self.workers.rank, self.workers.count)
+        )
         parts = max(1, len(ids) // config.micro_batch)
         factor = schedule(self.step, config.steps, config.warmup, config.decay)
         for group in self.optimizer.param_groups:
@@ -202,12 +203,7 @@ class _Run:
         with held:  # QAT rounds the weights once a step, not once a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
-                with (
-                    self._autocast(),
-                    self.loss.no_sync()
-                    if isinstance(self.loss, DistributedDataParallel) and not last
-                    else contextlib.nullcontext(),
-                ):
+                with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.loss):
                     loss = self.loss(x.to(self.device), y.to(self.device)) / parts
                     loss.backward()
                 total += loss.detach()
@@ -216,12 +212,10 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.world > 1:
-            asked = torch.full_like(total, self.termination.asked)  # all workers stop after the same step
-            shared = torch.stack([total, asked])
-            dist.all_reduce(shared, op=dist.ReduceOp.SUM)
-            total, self.termination.asked = shared[0], bool(shared[1].item())
-        return total / self.world
+        late = time.perf_counter() - self.saved > SAVE_EVERY
+        # all workers save, and stop, after the same step
+        mean, (self.late, self.termination.asked) = self.workers.agree(total, late, self.termination.asked)
+        return mean
 
     def _autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -244,7 +238,7 @@ class _Run:
         # one bump at the full learning rate is forgiven: such runs come back to the losses of their neighbours
         if high[-1] and (not np.isfinite(found.loss) or self.step == config.steps or high[-2]):
             raise Diverged(f"validation loss {found.loss:.3f} at step {self.step}, {start:.3f} at the start")
-        if save and self.rank == 0:
+        if save:
             self._save(evaluated=True)
 
     def _log(self, **values) -> None:
@@ -261,7 +255,13 @@ class _Run:
         pd.DataFrame(self.rows).reindex(columns=columns).to_csv(path, index=False)
 
     def _save(self, evaluated: bool = False) -> None:
-        """Writes all that the run needs to go on, and the weights of an evaluation."""
+        """Writes all that the run needs to go on, and the weights of an evaluation. All workers take part."""
+        optimizer = self.optimizer.state_dict()  # gathered from the workers
+        if self.first:
+            self._write_state(optimizer, evaluated)
+        self.saved, self.late = time.perf_counter(), False
+
+    def _write_state(self, optimizer: dict, evaluated: bool) -> None:
         state = {
             "run_id": self.config.run_id,
             "step": self.step,
@@ -271,11 +271,10 @@ class _Run:
             "count": self.count,
             "taken": time.perf_counter() - self.clock,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
         }
         weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
         write_state(self.folder, state, {**weights, "metrics.csv": self._write_metrics})
-        self.saved = time.perf_counter()
 
     def _restore(self) -> None:
         if (state := read_state(self.folder, self.config, self.device)) is None:
@@ -297,8 +296,7 @@ class _Run:
         checksums.write_files(self.folder, written, remove=[file.name for file in states(self.folder)])
 
     def close(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
+        self.workers.leave()
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -28,6 +28,7 @@ from beyond_outliers.train.folder import RunResult, load_result, run_folder
 from beyond_outliers.train.holding import TRY_AGAIN, RunHeld, Termination, held
 from beyond_outliers.train.loop import LOGGED_STEPS, SAVE_EVERY, Diverged, _Run, train
 from beyond_outliers.train.timetable import evaluation_steps, schedule
+from beyond_outliers.train.workers import place
 
 RATES = ("embedding_lr", "vector_lr", "adamw_lr")  # hyperparameters that are learning rates
 
@@ -58,8 +59,11 @@ def train_together(
     """Trains runs side by side in one model and returns their results in order; resumes; finished ones are loaded.
 
     Arguments as of `train`. Runs that another process holds, and those interrupted at another step than the first, are
-    trained by themselves in the end. ValueError for runs that cannot be stacked, or differ in more than seed and rates.
+    trained by themselves in the end. ValueError for runs that cannot be stacked, or differ in more than seed and rates,
+    and under torchrun.
     """
+    if place()[0] > 1:
+        raise ValueError("under torchrun the workers share one run; runs are trained together in one process")
     for config in configs:
         if not can_be_stacked(config):
             raise ValueError(
@@ -77,7 +81,7 @@ def train_together(
             with contextlib.suppress(RunHeld):
                 locks.enter_context(held(folder / ".lock", wait=False))
                 if load_result(folder) is None:
-                    members.append(_Member(config, folder, device, compile, progress=False))
+                    members.append(_Member(config, folder, device, compile, recompute=False, progress=False))
         members = [member for member in members if member.step == members[0].step]
         if len(members) > 1:
             _Together(members, progress).loop()
