@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     import benchmarking
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="which benchmarks")
+    parser.add_argument("--only", nargs="+", choices=[*ROOMS, "cuda"], default=list(ROOMS), help="which benchmarks")
     for name in parser.parse_args(arguments).only:
         start, before = time.perf_counter(), busy_elsewhere()
         table = importlib.import_module(f"test_{name}").measure()

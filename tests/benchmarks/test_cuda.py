@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from beyond_outliers import paths
+from benchmarking import COLUMNS
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.model import Olmo2
@@ -42,13 +42,13 @@ def operations_per_token(config: Olmo2Config, context: int) -> float:
     return 6 * config.n_parameters + 12 * config.depth * config.width * context
 
 
-def utilisation(tokens_per_second: float, operations: float, device_name: str) -> float:
+def utilisation(tokens_per_second, operations: float, device_name: str):
     """Share of the device's peak that the model's own operations make; NaN for a device whose peak is not listed."""
     peak = next((of for name, of in PEAK.items() if set(name.split()) <= set(device_name.split())), math.nan)
     return tokens_per_second * operations / peak
 
 
-def milliseconds(step: Callable[[], object], rounds: int, warm_up: int, device: torch.device) -> pd.Series:
+def seconds(step: Callable[[], object], rounds: int, warm_up: int, device: torch.device) -> pd.Series:
     times = []
     for _ in range(warm_up + rounds):
         if device.type == "cuda":
@@ -57,12 +57,15 @@ def milliseconds(step: Callable[[], object], rounds: int, warm_up: int, device: 
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(time.perf_counter() - start)
     return pd.Series(times[warm_up:])
 
 
-def spread(times: pd.Series) -> dict[str, float]:
-    return {"q25": times.quantile(0.25), "median": times.median(), "q75": times.quantile(0.75)}
+def row(benchmark: str, size: str, what: str, unit: str, values: pd.Series, times: pd.Series) -> dict:
+    """As in benchmarks.csv: median and quartiles of values that are made of the times."""
+    low, value, high = values.quantile([0.25, 0.5, 0.75])
+    row = {"benchmark": benchmark, "size": size, "what": what, "unit": unit, "value": value, "low": low, "high": high}
+    return row | {"seconds": times.median(), "rounds": len(times)}
 
 
 def training_step(model: Olmo2, device: torch.device, context: int, sequences: int, compiled: bool = True) -> Callable:
@@ -89,41 +92,40 @@ def made(config: Olmo2Config, device: torch.device, scheme: str | None = None) -
 
 
 def throughput(sizes: dict[str, Olmo2Config], device: torch.device, name: str, rounds: int = 20, **given) -> list[dict]:
-    """Tokens a second and model-FLOPs utilisation of a compiled training step, a row a size."""
+    """Tokens a second and model-FLOPs utilisation of a compiled training step, two rows a size."""
     given = {"context": CONTEXT, "sequences": SEQUENCES} | given
     rows = []
     for size, config in sizes.items():
-        times = milliseconds(training_step(made(config, device), device, **given), rounds, 5, device)
-        speed = given["sequences"] * given["context"] / times.median() * 1e3
-        mfu = utilisation(speed, operations_per_token(config, given["context"]), name)
-        rows.append({"benchmark": "CUDA training step", "size": size, "optimizer": "adamw", **spread(times)})
-        rows[-1] |= {"implementation": name, "tokens_per_second": speed, "utilisation": mfu}
+        times = seconds(training_step(made(config, device), device, **given), rounds, 5, device)
+        speeds = given["sequences"] * given["context"] / times
+        shares = utilisation(speeds, operations_per_token(config, given["context"]), name)
+        rows.append(row("CUDA training step", size, f"compiled, bf16, {name}", "tokens/s", speeds, times))
+        rows.append(row("CUDA training step", size, f"utilisation, bf16, {name}", "share", shares, times))
     return rows
 
 
 def optimizer_steps(size: str, config: Olmo2Config, device: torch.device, name: str, cycles: int = 2) -> list[dict]:
-    """Milliseconds of a step of each of the six on all parameters, means over whole refresh cycles; a row each."""
+    """A step of each of the six on all parameters: medians over whole refresh cycles of their means; a row each."""
     rows = []
     for optimizer_name in OPTIMIZERS:
         model = made(config, device)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        optimizer = build_optimizer(model, optimizer_name, 1e-3)
-        times = milliseconds(optimizer.step, cycles * CYCLE, 2, device)
-        rows.append({"benchmark": "CUDA optimizer step", "size": size, "optimizer": optimizer_name, **spread(times)})
-        rows[-1] |= {"implementation": name, "mean": times.mean()}
+        times = seconds(build_optimizer(model, optimizer_name, 1e-3).step, cycles * CYCLE, 2, device)
+        means = times.groupby(times.index // CYCLE).mean()
+        rows.append(row("CUDA optimizer step", size, f"{optimizer_name}, {name}", "s", means, times))
     return rows
 
 
 def qat_steps(size: str, config: Olmo2Config, device: torch.device, name: str, rounds: int = 20, **given) -> list[dict]:
     """The compiled step in W4A4 under each scheme over that in full precision; a row each."""
     given = {"context": CONTEXT, "sequences": SEQUENCES} | given
-    rows = []
+    found = {}
     for scheme in (None, *SCHEMES):
-        times = milliseconds(training_step(made(config, device, scheme), device, **given), rounds, 5, device)
-        rows.append({"benchmark": f"CUDA step, {scheme or 'full precision'}", "size": size, "optimizer": "adamw"})
-        rows[-1] |= {"implementation": name, **spread(times), "ratio": times.median() / rows[0].get("median", math.nan)}
-    return rows
+        found[scheme] = seconds(training_step(made(config, device, scheme), device, **given), rounds, 5, device)
+    plain = found.pop(None).median()
+    rows = [row("CUDA QAT step", size, f"{of}, {name}", "x", times / plain, times) for of, times in found.items()]
+    return [r | {"beside": "full precision", "beside_seconds": plain} for r in rows]
 
 
 def test_operations_are_those_that_torch_counts():
@@ -143,16 +145,23 @@ def test_utilisation_names_the_right_peak():
 
 @pytest.mark.slow
 def test_every_part_runs_on_a_toy():
-    toy, cpu = {"toy": Olmo2Config(vocab_size=64, width=32, depth=1, n_heads=2)}, torch.device("cpu")
+    toy, cpu = Olmo2Config(vocab_size=64, width=32, depth=1, n_heads=2), torch.device("cpu")
     small = {"context": 16, "sequences": 2, "rounds": 2, "compiled": False}
-    table = pd.DataFrame(throughput(toy, cpu, "CPU", **small) + optimizer_steps("toy", toy["toy"], cpu, "CPU", 1))
-    assert list(table.optimizer) == ["adamw", *OPTIMIZERS] and (table["median"] > 0).all()
-    assert table.tokens_per_second[0] > 0 and math.isnan(table.utilisation[0])
-    assert [row["ratio"] > 0 for row in qat_steps("toy", toy["toy"], cpu, "CPU", **small)[1:]] == [True] * len(SCHEMES)
+    speed, share = throughput({"toy": toy}, cpu, "CPU", **small)
+    assert speed["value"] > 0 and speed["unit"] == "tokens/s" and math.isnan(share["value"])
+    steps, qat = optimizer_steps("toy", toy, cpu, "CPU", 1), qat_steps("toy", toy, cpu, "CPU", **small)
+    assert [r["what"] for r in steps] == [f"{name}, CPU" for name in OPTIMIZERS]
+    assert [r["what"] for r in qat] == [f"{scheme}, CPU" for scheme in SCHEMES]
+    assert all(r["low"] <= r["value"] <= r["high"] and r["seconds"] > 0 for r in [speed, *steps, *qat])
+    assert {key for r in [speed, share, *steps, *qat] for key in r} <= set(COLUMNS)
 
 
-def measured(device: torch.device) -> pd.DataFrame:
-    name, sizes = torch.cuda.get_device_name(device), shapes()
+def measure() -> pd.DataFrame:
+    """The rows for benchmarks.csv; ends with the reason where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        sys.exit("the benchmarks on CUDA need a CUDA device, and torch finds none here")
+    device, sizes = torch.device("cuda"), shapes()
+    name = torch.cuda.get_device_name(device)
     rows = throughput(sizes, device, name) + optimizer_steps("50M", sizes["50M"], device, name)
     return pd.DataFrame(rows + qat_steps("50M", sizes["50M"], device, name))
 
@@ -160,15 +169,13 @@ def measured(device: torch.device) -> pd.DataFrame:
 @pytest.mark.cuda
 @pytest.mark.slow
 def test_on_cuda_everything_is_measured():
-    table = measured(torch.device("cuda"))
+    table = measure()
     print(table.to_string())
-    assert (table["median"] > 0).all() and set(table.optimizer) == set(OPTIMIZERS)
-    assert set(table["size"]) == set(shapes())
+    assert (table.seconds > 0).all() and set(table["size"]) == set(shapes())
+    assert len(table) == 2 * len(shapes()) + len(OPTIMIZERS) + len(SCHEMES)
 
 
-if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA device, and torch finds none here")
-    result = measured(torch.device("cuda"))
-    result.to_csv(paths.RESULTS / "benchmarks_cuda.csv", index=False)
-    print(result.to_string())
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_cuda_device_it_says_so():
+    with pytest.raises(SystemExit, match="need a CUDA device, and torch finds none here"):
+        measure()

@@ -5,6 +5,7 @@ are not looked at here but when they are read: at large sizes that would take ho
 """
 
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from beyond_outliers import checksums, paths
@@ -48,3 +49,8 @@ def mend(study: "Study") -> list[str]:
     for marker in [file for pattern in done for file in study.runs_folder.glob(pattern)]:
         marker.unlink()
     return said
+
+
+def mend_aloud(study: "Study") -> None:
+    for said in mend(study):
+        print(said, file=sys.stderr)

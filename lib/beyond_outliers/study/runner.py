@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.collect import merge
-from beyond_outliers.study.mend import mend
+from beyond_outliers.study.mend import mend_aloud
 from beyond_outliers.study.own import take_up
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
@@ -149,8 +148,7 @@ def continue_study(
     failed: dict[str, str] = {}
     running: dict[Future, list[Planned]] = {}  # usually of one run each
     take_up(study)
-    for said in mend(study):
-        print(said, file=sys.stderr)
+    mend_aloud(study)
     if (paths.RESULTS / study.scale / "runs.csv").exists():
         merge(study, paths.RESULTS / study.scale)  # what others have committed since
     done = study.done()

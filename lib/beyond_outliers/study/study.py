@@ -6,7 +6,6 @@ The workflow (Snakefile) does the same steps (see `steps`) side by side, each a 
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss, given_beside
-from beyond_outliers.study.mend import mend
+from beyond_outliers.study.mend import mend_aloud
 from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table
 
@@ -262,8 +261,7 @@ class Study:
         if self.complete():
             return self
         self.check()
-        for said in mend(self):
-            print(said, file=sys.stderr)
+        mend_aloud(self)
         done: set[Step] = set()
 
         def after_its_needs(step: Step) -> None:
