@@ -3,6 +3,7 @@
 import inspect
 import json
 import numbers
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,10 @@ def render(scale: str, jobs: int) -> None:
 
     study = Study(scale)
     study.table("runs")  # fail early, with the remedy
+    folder = paths.figures(scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: set BEYOND_OUTLIERS_OUTPUT to a folder that can be")
     names = notebooks(study.protocol)
     if names != [YOURS] and (left_out := sorted(set(notebooks()) - set(names))):
         print(f"left out, because scale {scale} does not plan their runs: {', '.join(left_out)}")

@@ -30,6 +30,15 @@ def test_pages_and_figures_come_out_the_same_byte_for_byte(drawn):
     assert [name for name in first if first[name] != second[name]] == [] and set(first) == set(second)
 
 
+def test_where_pages_cannot_be_written_it_is_said_at_once(tmp_path, monkeypatch, capsys):
+    """The superuser may write everywhere, so the system's answer is made up."""
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["render", "--scale", "pocket"])
+    assert stopped.value.code == 1 and "set BEYOND_OUTLIERS_OUTPUT to a folder that can be" in capsys.readouterr().err
+
+
 def test_a_scale_without_tables_is_named_with_the_command_that_makes_them(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["render", "--scale", "gpu"])
