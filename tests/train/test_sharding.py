@@ -41,9 +41,9 @@ def test_a_run_goes_on_sharded_or_not(run_config, tmp_path, first, then):
 @pytest.mark.slow
 def test_workers_agree_that_a_sharded_run_has_diverged(run_config, tmp_path):
     config = run_config.replace(lr=1e8)
-    done, seconds = trained([config], tmp_path, 2, options=SHARD)
+    done, _ = trained([config], tmp_path, 2, options=SHARD)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert load_result(run_folder(config, tmp_path)).row["status"] == "diverged" and seconds < 60
+    assert load_result(run_folder(config, tmp_path)).row["status"] == "diverged"
 
 
 def test_what_cannot_be_sharded_is_refused(run_config, capsys):
