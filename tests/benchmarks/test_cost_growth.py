@@ -11,7 +11,7 @@ import cost_growth
 
 import benchmarking
 
-# Largest power of an axis with which a cost may grow; GPTQ inverts matrices of width^2, which parameters grow with: 1.5.
+# Largest power of an axis with which a cost may grow; GPTQ inverts matrices of width^2, as parameters grow: 1.5.
 LARGEST = {"parameters": 1.3, "tokens": 1.15, "modules": 1.15}
 
 
