@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from beyond_outliers import model as model_module
 from beyond_outliers import probe as probe_module
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.probe import bundled_encoder, conv1d_to_linear, load, probe, windows
+from beyond_outliers.probe import activation_bytes, bundled_encoder, conv1d_to_linear, load, probe, windows
+from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 
 tf = pytest.importorskip("transformers")
@@ -107,6 +108,26 @@ def test_this_projects_model_with_its_own_tokenizer(tokenizer):
     coarse = dataclasses.replace(found, modules=found.modules[found.modules["kind"] != "linear"])
     with pytest.raises(ValueError, match="granularity='module'"):
         coarse.worst()
+
+
+def test_batches_are_cut_to_the_memory_given(tokenizer, monkeypatch, capsys):
+    torch.manual_seed(0)
+    config = Olmo2Config(vocab_size=VOCABULARY, width=16, depth=1, n_heads=2)
+    model, window = Olmo2(config), torch.zeros(1, 16, dtype=torch.long)
+    each, double = activation_bytes(model, window), activation_bytes(model, window.expand(2, 16))
+    logits, hidden = 4 * 16 * VOCABULARY, 4 * 16 * 16
+    assert logits + 10 * hidden < each < logits + 60 * hidden and double == pytest.approx(2 * each, rel=0.1)
+    sizes = []
+
+    def watched(m, q, batches, **options):
+        sizes.extend(map(len, batches))
+        return decompose(m, q, batches, **options)
+
+    monkeypatch.setattr(probe_module, "decompose", watched)
+    probe(model, str(TEXT), tokenizer=tokenizer, context=16, sequences=5, memory=2.5 * each)
+    assert sizes == [2, 2, 1] and "MB a window of 16 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"16 tokens takes .* GB of activations, more than memory=10 bytes"):
+        probe(model, str(TEXT), tokenizer=tokenizer, context=16, sequences=4, memory=10)
 
 
 def test_what_is_missing_is_named(tmp_path, tokenizer):

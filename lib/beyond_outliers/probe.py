@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from beyond_outliers import paths
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.modules import evaluating, forward
+from beyond_outliers.passes import tensors
 from beyond_outliers.propagation import RelativeError, decompose, relative_error, rounding_floor, summarise
 from beyond_outliers.quantizers import Quantization, QuantSpec, quantize_model
 from beyond_outliers.quantizers.opened import conv1d_to_linear, open_layers
@@ -78,6 +80,7 @@ def probe(
     device: str | torch.device | None = None,
     strict: bool = True,
     calibration: int = 32,
+    memory: float = 2e9,
 ) -> Probe:
     """Quantizes a model after training as `spec` says (default W4A4) and measures what that does, on a text of yours.
 
@@ -90,6 +93,8 @@ def probe(
         what the model can read), no padding, a shorter rest dropped.
     granularity, attention: as in `decompose`; "open" gives every linear layer its row.
 
+    memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and said, where it must
+        be. Beside them stand four copies of the weights. A single window that takes more is an error up front.
     calibration: windows of the text behind the measured ones that a spec of method "gptq" calibrates on.
     strict: a matrix-multiply weight that cannot be rounded, other than the head, is an error; False goes on with a
         warning. What was rounded is printed either way.
@@ -127,6 +132,7 @@ def probe(
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     if more and len(ids) <= sequences:
         raise ValueError(f"the text fills {len(ids)} windows, {sequences} to measure: none is left to calibrate on")
+    batch_size = _fitting(model, ids[:1], memory, batch_size)
     batches = ids[:sequences].split(batch_size)
     inputs = ids[sequences:].split(batch_size) if more else None
     quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
@@ -146,6 +152,37 @@ def probe(
         record,
         floor,
     )
+
+
+def _fitting(model: nn.Module, window: Tensor, memory: float, wanted: int) -> int:
+    """`wanted` windows such as this one (1, T), or as many as `memory` bytes hold; ValueError where not even one."""
+    each = activation_bytes(model, window)
+    if each > memory:
+        raise ValueError(
+            f"a window of {window.shape[1]} tokens takes {each / 1e9:.2g} GB of activations, more than memory="
+            f"{memory:.2g} bytes; valid: a smaller context, or more memory"
+        )
+    fits = int(memory // each)
+    if fits < wanted:
+        print(f"activations take {each / 1e6:.3g} MB a window of {window.shape[1]} tokens: batches of {fits}")
+    return min(fits, wanted)
+
+
+def activation_bytes(model: nn.Module, batch) -> int:
+    """Bytes of all that the modules of `model` take and return in a pass over `batch`: what `decompose` holds."""
+    held: dict[int, Tensor] = {}  # by storage; held on to, since a freed one's place is given to the next
+
+    def keep(module, args, kwargs, output):
+        held.update({x.untyped_storage().data_ptr(): x for x in tensors(args, kwargs, output)})
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
+    try:
+        with evaluating(model):
+            forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, sum(x.untyped_storage().nbytes() for x in held.values()))
 
 
 def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, object]:

@@ -1,6 +1,6 @@
 """Training on a CUDA device: compiled bf16 throughput, steps of the six optimizers, what QAT adds.
 
-`python tests/benchmarks/test_cuda.py` on a machine that has one writes the rows to data/results/benchmarks.csv, the
+`python tests/benchmarks/test_cuda.py` on a machine that has one writes data/results/benchmarks_cuda.csv, the
 device in their column `implementation`; elsewhere it says that it needs one. On CPU the tests run its parts on a toy.
 """
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from beyond_outliers import paths
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.model import Olmo2
@@ -168,8 +169,6 @@ def test_on_cuda_everything_is_measured():
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device, and torch finds none here")
-    from test_optimizers import write_rows  # beside this script
-
     result = measured(torch.device("cuda"))
-    write_rows(result)
+    result.to_csv(paths.RESULTS / "benchmarks_cuda.csv", index=False)
     print(result.to_string())

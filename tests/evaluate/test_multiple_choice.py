@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 import warnings
 import zipfile
 
@@ -301,3 +302,29 @@ def test_zero_shot_refuses_unknown_tasks(model, tokenizer):
         zero_shot(model, tokenizer, ("piqa", "boolq"))
     with pytest.raises(ValueError, match="limit must be at least 1 question, not 0"):
         zero_shot(model, tokenizer, ("cloze",), limit=0)
+
+
+def test_a_batch_a_thread_scores_the_same(model, tokenizer, monkeypatch):
+    """On several threads batches go side by side, in order, each on one; a failure in one of them is raised."""
+    monkeypatch.setitem(evaluate.BATCH_TOKENS, "cpu", 40)
+    alone = score(model, tokenizer, requests(20))
+    seen, score_batch = [], evaluate._score_batch
+
+    def watched(*arguments):
+        seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
+        return score_batch(*arguments)
+
+    monkeypatch.setattr(evaluate, "_score_batch", watched)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        side_by_side = score(model, tokenizer, requests(20))
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(evaluate, "_score_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            score(model, tokenizer, requests(20))
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(side_by_side, alone, rtol=1e-5)
+    assert len(seen) > 2 and {state[1:] for state in seen} == {(1, False)}
+    assert threading.current_thread().name not in {state[0] for state in seen}

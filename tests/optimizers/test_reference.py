@@ -1,5 +1,7 @@
 """Every optimizer against a float64 NumPy re-derivation on fixed gradients, and against public implementations."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -358,6 +360,27 @@ def test_newton_schulz_in_float32_stays_on_the_float64_curve():
         found = newton_schulz(torch.tensor(m, dtype=torch.float32)).numpy()
         expected = np.stack([orthogonalised(x) for x in m])
         assert np.abs(found - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 64), (1, 96, 24)])
+@pytest.mark.parametrize("smallest", [0.1, 1e-4])
+def test_newton_schulz_through_gram_matrices_is_the_same_iteration(shape, smallest):
+    """In float64 to rounding; in float32 to less than 1e-3, at singular values down to 1e-4 of the largest."""
+    torch.manual_seed(0)
+    u, values, vt = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    x = u * torch.logspace(0, math.log10(smallest), values.shape[-1], dtype=torch.float64) @ vt
+    exact = newton_schulz(x)
+    torch.testing.assert_close(newton_schulz(x, gram=True), exact, rtol=1e-9, atol=1e-9)
+    single = newton_schulz(x.float(), gram=True)
+    assert not torch.equal(single, newton_schulz(x.float())), "another order of products"
+    assert (single - exact).norm() / exact.norm() < 1e-3  # bfloat16, which others iterate in: 1e-2
+
+
+def test_matrices_that_are_nearly_square_are_iterated_plainly():
+    x = torch.randn(2, 10, 16)
+    assert torch.equal(newton_schulz(x, gram=True), newton_schulz(x))
+    long = torch.randn(2, 10, 32)
+    assert torch.equal(newton_schulz(long, dtype=torch.bfloat16, gram=True), newton_schulz(long, dtype=torch.bfloat16))
 
 
 # --- products that skip what structure makes known ----------------------------------------------------------------

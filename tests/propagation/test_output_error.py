@@ -48,6 +48,23 @@ def test_interval_formula_and_coverage():
     assert np.mean(np.abs(estimates / truth - 1) < 0.05) == pytest.approx(0.95, abs=0.02)
 
 
+def test_a_tolerance_reads_no_more_than_it_needs():
+    torch.manual_seed(0)
+    model, quantized = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    quantized.weight.data = model.weight.data + 0.1 * torch.randn(3, 3)
+    population = torch.randn(4000, 2, 3) * torch.rand(4000, 1, 1)
+    batches = population.split(20)
+    truth, near = relative_error(model, quantized, batches), []
+    for seed in range(40):
+        found = relative_error(model, quantized, batches, tolerance=0.05, seed=seed)
+        assert found.high - found.value <= 0.05 * found.value and 20 <= found.n_sequences < 4000
+        near.append(abs(found.value / truth.value - 1) < 0.05)
+    assert np.mean(near) > 0.8  # 95 % less what stopping at a lucky moment costs
+    assert relative_error(model, quantized, batches, tolerance=1e-6).n_sequences == 4000
+    with pytest.raises(ValueError, match="tolerance must be a positive share of R, not 0"):
+        relative_error(model, quantized, batches, tolerance=0)
+
+
 def test_the_floor_is_what_ties_alone_do():
     """Weights half way between two levels: each may go either way. A fifth of the way off, none does."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,17 @@ def whole(study, tmp_path_factory):
     return results(root), [file.stat().st_size for file in files(root)], time.perf_counter() - started
 
 
+def follow(said):
+    """Does what an error says of a damaged run or table."""
+    runs = set(re.findall(r"delete the folder (/\S+)", said))
+    tables = set(re.findall(r"(/\S+) is damaged.*: remove it, then", said))
+    assert len(runs) + len(tables) == 1, said
+    for folder in runs:
+        shutil.rmtree(folder)
+    for file in tables:
+        Path(file).unlink()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "disk full", "flipped bit"])
 def test_a_study_survives(study, whole, tmp_path, fault, capfd, tries=2):
@@ -75,11 +87,10 @@ def test_a_study_survives(study, whole, tmp_path, fault, capfd, tries=2):
         if fault == "flipped bit" and (there := files(root)):
             faults.flip_a_bit(rng.choice(there), rng)
         capfd.readouterr()
-        while faults.in_child(make):  # a run that has ended cannot go on: it is named, with what to delete
+        while faults.in_child(make):  # what has ended cannot go on: it is named, with what to do
             said = capfd.readouterr().err
             assert fault == "flipped bit" and "DamagedFile" in said, said
-            (folder,) = set(re.findall(r"delete the folder (/\S+)", said))
-            shutil.rmtree(folder)
+            follow(said)
         assert same_tables(results(root), undisturbed), (fault, number)
         faults.TALLY[f"study: {fault}", "same tables" + ", after what it said" * bool(said)] += 1
         shutil.rmtree(root)

@@ -13,6 +13,7 @@ from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.config import EdgeWarning
 from beyond_outliers.corpus import tokens
 from beyond_outliers.study import Study, measure, verify
+from beyond_outliers.study.mend import mend
 from beyond_outliers.train import machine
 from checkouts import tiny_study
 
@@ -162,6 +163,50 @@ def test_a_flipped_bit_in_a_table_is_never_silent(whole, tmp_path, scale_file, t
             for file in sorted(study.results.glob("*.csv")):
                 study.table(file.stem)
         faults.TALLY["tables: flipped bit", "named"] += 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.csv", "ptq.csv", "SHA256SUMS"])
+def test_what_has_ended_and_is_damaged_is_made_again(whole, tmp_path, scale_file, name):
+    """Of a run or a measurement; and Snakemake is to see that it is not done."""
+    undisturbed, rng = tables(whole / OWN), random.Random(name)
+    for number, hit in enumerate(sorted((whole / "runs").glob(f"*/*/**/{name}"))):
+        root = tmp_path / f"{number}"
+        shutil.copytree(whole, root)
+        hit = root / hit.relative_to(whole)
+        if hit.parent == root / OWN:
+            continue
+        faults.flip_a_bit(hit, rng)
+        markers = [
+            root / "runs" / "own" / marker for marker in ("measured-sweep-tiny", "collected-tiny", "chosen-tiny.txt")
+        ]
+        for marker in markers:
+            marker.touch()
+        with pytest.MonkeyPatch.context() as patch:
+            study = at(root, patch, scale_file)
+            (said,) = mend(study)
+            assert f"{hit} is damaged" in said and ("made again" in said or "measured again" in said)
+            assert [marker.exists() for marker in markers] == [False, False, True]
+            for planned in study.planned():
+                study.train(planned, progress=False)
+            for purpose in ("sweep", "full_precision"):
+                study.measure(purpose, "tiny")
+            study.collect()
+            assert mend(study) == [] and tables(root / OWN).keys() == undisturbed.keys()
+            assert len(study.table("ptq")) == undisturbed["ptq.csv"].count(b"\n") - 1
+        faults.TALLY["run that has ended: flipped bit", "named and made again"] += 1
+
+
+def test_damaged_rates_are_chosen_again(whole, tmp_path, scale_file):
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    rates, marker = tmp_path / OWN / "learning_rates.csv", tmp_path / "runs" / "own" / "chosen-tiny.txt"
+    marker.touch()
+    before = rates.read_bytes()
+    faults.flip_a_bit(rates, random.Random(0))
+    with pytest.MonkeyPatch.context() as patch:
+        study = at(tmp_path, patch, scale_file)
+        assert len(mend(study)) == 1 and not marker.exists()
+        study.choose_learning_rates("tiny")
+    assert rates.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin", "validation.bin", "SHA256SUMS"])

@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 
+import benchmarking
 from beyond_outliers import pages, paths
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import TABLES as STUDY_TABLES
@@ -88,14 +89,21 @@ def test_every_path_that_contributing_names_is_there():
     assert [path for path in named if not (paths.ROOT / path).exists()] == []
 
 
-def test_the_optimizer_table_shows_the_measured_milliseconds():
-    """The README's table is typed from data/results/benchmarks.csv; measuring again must not leave it behind."""
-    table = pd.read_csv(paths.RESULTS / "benchmarks.csv").query("benchmark == 'optimizer step' and size == '6x256'")
-    ours = table[table.implementation == "ours"].set_index("optimizer")["mean"]
-    shown = dict(
-        re.findall(r"^\| (AdamW|Muon|PSGD|Scion|Shampoo|SOAP) \| ([\d.]+) \|", README.read_text(), re.MULTILINE)
-    )
-    assert {name.lower(): float(value) for name, value in shown.items()} == pytest.approx(dict(ours), rel=0.01)
+def test_the_speed_table_is_made_of_the_committed_benchmarks():
+    table = benchmarking.read()
+    assert benchmarking.rendered(table) in README.read_text()
+    table.value *= 1.5
+    assert benchmarking.rendered(table) not in README.read_text(), "it shows what was measured"
+
+
+def test_every_target_was_measured_and_every_miss_has_its_reason():
+    wanted, table = benchmarking.targets(), benchmarking.read().fillna({"beside": ""})
+    rows = {(row.benchmark, row.size, row.what, row.beside): row for row in table.itertuples()}
+    assert set(wanted) <= set(rows)
+    assert {rows[key].target for key in wanted} == {row.target for row in rows.values() if isinstance(row.target, str)}
+    missed = [key for key in wanted if not benchmarking.met(rows[key])]
+    assert [key for key in missed if not wanted[key].get("reason")] == []
+    assert [key for key in wanted if "reason" in wanted[key] and key not in missed] == [], "reasons of what is met"
 
 
 def test_the_readme_says_what_the_tables_of_the_confirmatory_study_say():

@@ -118,7 +118,7 @@ class PSGD(StackedOptimizer):
 
         period = self.period(group, step - 1)
         if self.due(stack, period):
-            probe = torch.randn(momentum.shape, generator=self.generator, dtype=momentum.dtype, device=momentum.device)
+            probe = self.probe(momentum, stack.runs)
             momentum.addcmul_(probe, DAMPING * momentum.abs().mean((1, 2), keepdim=True))
             if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
@@ -133,7 +133,7 @@ class PSGD(StackedOptimizer):
 
         rms = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True) / direction[0].numel() ** 0.5
         direction *= (1.1 / (rms + 1e-8)).clamp(max=1.0)
-        stack.decay(1 - group["lr"] * group["weight_decay"])
+        stack.decay(group["lr"], group["weight_decay"])
         stack.descend(direction.view(shape), group["lr"])
 
     def skip(self, group: dict, stack: Stack) -> None:
@@ -150,10 +150,15 @@ class PSGD(StackedOptimizer):
         """Whether the preconditioner is updated in this call; counts it."""
         waited = stack.count("since_update") + 1
         due = waited >= period
-        for entry in stack.per_parameter:
-            entry["since_update"] = 0 if due else waited
-            entry["updates"] += due
+        stack.put("since_update", 0 if due else waited)
+        stack.put("updates", stack.count("updates") + due)
         return due
+
+    def probe(self, like: Tensor, runs: int) -> Tensor:
+        """Standard normal numbers (N, m, n), the same ones for each of `runs` runs, as each draws them by itself."""
+        shape = like.shape[0] // runs, *like.shape[1:]
+        drawn = torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
+        return drawn if runs == 1 else drawn.repeat_interleave(runs, 0)
 
 
 def left_product(q: Tensor, x: Tensor, transposed: bool = False) -> Tensor:

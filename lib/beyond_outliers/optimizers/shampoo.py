@@ -79,10 +79,10 @@ class Shampoo(StackedOptimizer):
         momentum = state["exp_avg"] / correction1
         adam = momentum / (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
 
-        as_matrix = (len(stack.params), *matrix_shape(stack.params[0].shape))
+        as_matrix = (len(stack), *matrix_shape(stack.shape))
         gradient, momentum, adam = gradient.view(as_matrix), momentum.view(as_matrix), adam.view(as_matrix)
-        order = stack.params[0].ndim or 1
-        for b, (rows, cols) in enumerate(blocks(stack.params[0].shape, group["max_block_size"])):
+        order = len(stack.shape) or 1
+        for b, (rows, cols) in enumerate(blocks(stack.shape, group["max_block_size"])):
             g, target = gradient[:, rows, cols], adam[:, rows, cols]
             direction = momentum[:, rows, cols]
             for side in ("left", "right")[:order]:
@@ -98,13 +98,14 @@ class Shampoo(StackedOptimizer):
                 direction_length = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
                 # `adam` becomes the update: its block is replaced by the grafted direction.
                 target.copy_(direction * (length / (direction_length + 1e-16)))
-        stack.decay(1 - group["lr"] * group["weight_decay"])
-        stack.descend(adam.view(-1, *stack.params[0].shape), group["lr"])
+        stack.decay(group["lr"], group["weight_decay"])
+        stack.descend(adam.view(-1, *stack.shape), group["lr"])
 
 
 def inverse_root(factor: Tensor, correction: float, root: int, eps: float, out: Tensor) -> None:
     """out <- (factor / correction + eps I)^(-1/root) for symmetric positive semi-definite matrices (N, n, n)."""
-    for one, result in zip(factor.split(1), out.split(1), strict=True):  # one by one: LAPACK gains nothing by batching
+    count = len(factor) if factor.is_cuda else 1  # LAPACK gains nothing by batching
+    for one, result in zip(factor.split(count), out.split(count), strict=True):
         values, vectors = eigh(one / correction)
         values = values - values.amin(-1, keepdim=True).clamp(max=0) + eps
         add_gram_(result, vectors * values.pow(-0.5 / root).unsqueeze(-2), beta=0, alpha=1)

@@ -81,7 +81,7 @@ class SOAP(StackedOptimizer):
             state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
             update = rotate_back(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state)
             stack.descend(update, group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
-            stack.decay(1 - group["lr"] * group["weight_decay"])
+            stack.decay(group["lr"], group["weight_decay"])
 
         beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         for side in ("left", "right"):

@@ -20,6 +20,8 @@ class Stack:
     what can be recomputed from the state. `owner` is the worker that updates it, None for every one.
     """
 
+    runs = 1  # whose parameters are stacked; `RunsStack` has several
+
     def __init__(self, params: list[Tensor], per_parameter: list[dict], owner: int | None = None):
         self.owner = owner
         self.params = params
@@ -32,14 +34,26 @@ class Stack:
                 for entry, view in zip(per_parameter, self.state[key].unbind(), strict=True):
                     entry[key] = view
 
+    def __len__(self) -> int:
+        return len(self.per_parameter)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one parameter."""
+        return self.params[0].shape
+
     def advance(self) -> int:
         """Count a step and return its number, from 1."""
-        for entry in self.per_parameter:
-            entry["step"] += 1
+        self.put("step", self.count("step") + 1)
         return self.count("step")
 
     def count(self, key: str) -> int:
         return self.per_parameter[0][key]
+
+    def put(self, key: str, value: int) -> None:
+        """Sets a count."""
+        for entry in self.per_parameter:
+            entry[key] = value
 
     def gradient(self) -> Tensor:
         """(N, *shape). May alias `p.grad`: never write to it."""
@@ -50,10 +64,10 @@ class Stack:
         """p <- p - lr * update, with `update` (N, *shape)."""
         torch._foreach_add_(self.params, update.unbind(), alpha=-lr)
 
-    def decay(self, factor: float) -> None:
-        """p <- factor * p; nothing to do at 1."""
-        if factor != 1.0:
-            torch._foreach_mul_(self.params, factor)
+    def decay(self, lr: float, rate: float) -> None:
+        """p <- (1 - lr rate) p."""
+        if 1 - lr * rate != 1.0:
+            torch._foreach_mul_(self.params, 1 - lr * rate)
 
 
 class StackedOptimizer(RoleGroups):

@@ -16,6 +16,8 @@ from beyond_outliers.passes import main_output, tensors
 from beyond_outliers.propagation.norms import dot, pieces, quotient
 from beyond_outliers.quantizers.watching import Runs
 
+FEWEST = 10  # sequences before an interval may decide that they are enough
+
 
 @dataclass(frozen=True)
 class RelativeError:
@@ -40,6 +42,7 @@ def relative_error(
     sample: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
+    tolerance: float | None = None,
 ) -> RelativeError:
     """R_L = ||dh_L||^2 / ||h_L||^2 of the models' outputs, in one pass of each: `decompose`'s last R, reduction global.
 
@@ -52,8 +55,11 @@ def relative_error(
     correction, because the text itself is a sample). NaN for a single sequence. `tokens_for_5_percent` solves the same
     formula, with the normal quantile, for the m that gives a half-width of 0.05 R.
 
-    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1), and as `decompose` for quantized
-    layers that did not run.
+    `tolerance`: no more batches are read, in random order (`batches` is listed first), once the interval's half-width
+    is at most this share of R, from 10 sequences on; an interval that decides when to stop is a little optimistic.
+
+    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance that is not positive,
+    and as `decompose` for quantized layers that did not run.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
@@ -62,6 +68,11 @@ def relative_error(
         if sample < 2:
             raise ValueError(f"sample must be at least 2 sequences, not {sample}")
         batches = _draw(list(batches), sample, seed)
+    if tolerance is not None:
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be a positive share of R, not {tolerance}")
+        listed = list(batches)
+        batches = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed))]
     errors, signals, n_tokens = [], [], 0
     runs = Runs(quantized)
     with evaluating(model, quantized), runs.counted():
@@ -81,18 +92,29 @@ def relative_error(
                         error, signal = error + dot(dh, dh), signal + dot(h, h)
                 errors.append(float(error))
                 signals.append(float(signal))
+            if tolerance is not None and len(errors) >= FEWEST:
+                value, half, _ = _estimate(errors, signals, confidence)
+                if half <= tolerance * value:
+                    break
     if not errors:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
-    d, n, m = np.array(errors), np.array(signals), len(errors)
-    value = quotient(d.sum(), n.sum())
-    spread = np.std(d - value * n, ddof=1) / n.mean() if m > 1 else np.nan
+    m = len(errors)
+    value, half, needed = _estimate(errors, signals, confidence)
+    return RelativeError(value, value - half, value + half, confidence, m, n_tokens, needed * n_tokens / m)
+
+
+def _estimate(errors: list[float], signals: list[float], confidence: float) -> tuple[float, float, float]:
+    """R, its interval's half-width, and how many sequences would bring that to 5 % of R."""
     from scipy import stats  # half a second that a process which only trains does not need
 
-    half = stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m) if m > 1 else np.nan
+    d, n, m = np.array(errors), np.array(signals), len(errors)
+    value = quotient(d.sum(), n.sum())
+    if m < 2:
+        return float(value), float("nan"), float("nan")
+    spread = np.std(d - value * n, ddof=1) / n.mean()
     needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
-    interval = float(value - half), float(value + half)
-    return RelativeError(float(value), *interval, confidence, m, n_tokens, float(needed * n_tokens / m))
+    return float(value), float(stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m)), float(needed)
 
 
 def rounding_floor(

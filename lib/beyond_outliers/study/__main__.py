@@ -172,11 +172,14 @@ def _do(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print_plan(study, given.cores)
     elif given.step == "continue":
         from beyond_outliers.study.runner import StudyFailed, continue_study
+        from beyond_outliers.train.holding import TRY_AGAIN
 
         study.check()
         study.prepare_corpus()
         try:
             n = continue_study(study, given.jobs, given.hours, given.shard)
+        except KeyboardInterrupt:  # or SIGTERM: runs in training are saved
+            parser.exit(TRY_AGAIN, f"interrupted. To go on: make continue SCALE={study.scale}\n")
         except StudyFailed as failed:
             parser.exit(1, f"{failed}\nnext: make continue SCALE={study.scale} tries them again\n")
         print(f"{n} runs finished; their tables are in {study.results}")

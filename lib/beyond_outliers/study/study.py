@@ -6,6 +6,7 @@ The workflow (Snakefile) does the same steps (see `steps`) side by side, each a 
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss, given_beside
+from beyond_outliers.study.mend import mend
 from beyond_outliers.study.steps import Step, choices, needs
 from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table
 
@@ -260,6 +262,8 @@ class Study:
         if self.complete():
             return self
         self.check()
+        for said in mend(self):
+            print(said, file=sys.stderr)
         done: set[Step] = set()
 
         def after_its_needs(step: Step) -> None:

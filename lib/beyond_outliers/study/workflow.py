@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from beyond_outliers import paths
+from beyond_outliers.study.mend import mend
 from beyond_outliers.study.plan import all_runs
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
@@ -99,6 +100,8 @@ def reproduce(
     line = line or Line()
     try:
         with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
+            for said in mend(study):
+                line.note(said)
             where = [*EXECUTORS[executor], str(jobs), *(how_to_ask() if executor == "slurm" else [])]
             return _run(study, executor, where, list(options), line, lock)
     except RunHeld as other:

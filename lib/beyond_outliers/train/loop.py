@@ -82,7 +82,7 @@ def train(
     world, rank = place()
     with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
         if (done := load_result(folder)) is None:  # of the process that held the run
-            run = _Run(config, folder, device, compile, recompute, shard, progress)
+            run = _Run(config, folder, device, compile, recompute, progress, shard)
             try:
                 run.loop()
             finally:
@@ -97,6 +97,8 @@ def train(
 class _Run:
     """A run in progress."""
 
+    together = 1  # runs trained in the same batched model (`train.together`)
+
     def __init__(
         self,
         config: RunConfig,
@@ -104,8 +106,8 @@ class _Run:
         device: str,
         compile: bool | str,
         recompute: bool,
-        shard: bool,
         progress: bool,
+        shard: bool = False,
     ):
         self.config, self.folder = config, folder
         self.device = device_named(device)
@@ -167,14 +169,15 @@ class _Run:
         if self.first:
             self._finish(status, reason)
 
-    def _log_training(self, bar: tqdm) -> None:
+    def _log_training(self, bar: tqdm | None) -> None:
         """The mean training loss since it was last logged, and the evaluation of steps that have one."""
         train_loss = (self.mean / self.count).item()
         taken = time.perf_counter() - self.clock
         speed = self.count * self.config.tokens_per_step / taken
         self.seconds += taken
         self._log(train_loss=train_loss, tokens_per_second=speed)
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+        if bar is not None:
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
         if not np.isfinite(train_loss):
             raise Diverged(f"training loss {train_loss} at step {self.step}")
         self.mean, self.count = torch.zeros_like(self.mean), 0
@@ -296,7 +299,7 @@ class _Run:
     def _finish(self, status: str, reason: str) -> None:
         epochs = self.step * self.config.batch_size / self.batches.windows
         row = result_row(self.config, status, reason, self.rows, self.step, self.seconds, epochs)
-        text = json.dumps(row | provenance(self.device, self.compiled), indent=1)
+        text = json.dumps(row | provenance(self.device, self.compiled, self.together), indent=1)
         written = {"metrics.csv": self._write_metrics, "result.json": lambda path: path.write_text(text)}
         checksums.write_files(self.folder, written, remove=[file.name for file in states(self.folder)])
 

@@ -1,6 +1,7 @@
 """What a run goes on from: the last two states in its folder, each complete in itself, checked before it is used."""
 
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,16 @@ def write_state(folder: Path, state: Mapping[str, Any], beside: Mapping[str, Cal
     """Writes a state and files that belong to it, all or none of them; of earlier states the last one stays."""
     name = f"state-{state['step']:06d}.pt"
     older = [file.name for file in states(folder) if file.name != name][1:]
-    checksums.write_files(folder, {**beside, name: lambda path: torch.save(dict(state), path)}, remove=older)
+    checksums.write_files(folder, {**beside, name: lambda path: _write(dict(state), path)}, remove=older)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """OSError that tells of the room there, where torch says nothing but that a file ended early."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(f"{path} could not be written, with {free:.1f} MB free on its disk ({error})") from None
 
 
 def read_state(folder: Path, config: RunConfig, device: torch.device) -> dict[str, Any] | None:

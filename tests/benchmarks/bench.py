@@ -1,0 +1,41 @@
+"""`make bench`: all benchmarks, or those named, into data/results/benchmarks.csv and the README's table.
+
+python tests/benchmarks/bench.py --only optimizers     on a machine that does nothing else; about 15 minutes for all
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together", "probe")
+
+
+def busy_elsewhere() -> float:
+    """Seconds of CPU time that other processes have had since the start of the machine; 0 where /proc does not tell."""
+    if not (stat := Path("/proc/stat")).exists():
+        return 0.0
+    user, nice, system = map(int, stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import benchmarking
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=ROOMS, default=list(ROOMS), help="which benchmarks")
+    for name in parser.parse_args(arguments).only:
+        start, before = time.perf_counter(), busy_elsewhere()
+        table = importlib.import_module(f"test_{name}").measure()
+        seconds = time.perf_counter() - start
+        others = f"; others kept {(busy_elsewhere() - before) / seconds:.2f} cores busy" if before else ""
+        print(f"{name}, {seconds:.0f} s{others}")
+        print(benchmarking.with_targets(table).to_string(index=False))
+        benchmarking.write(table)
+
+
+if __name__ == "__main__":
+    main()
