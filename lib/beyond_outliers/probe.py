@@ -132,7 +132,7 @@ def probe(
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     if more and len(ids) <= sequences:
         raise ValueError(f"the text fills {len(ids)} windows, {sequences} to measure: none is left to calibrate on")
-    batch_size = min(batch_size, _fitting(model, ids[:1], memory))
+    batch_size = _fitting(model, ids[:1], memory, batch_size)
     batches = ids[:sequences].split(batch_size)
     inputs = ids[sequences:].split(batch_size) if more else None
     quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
@@ -154,16 +154,18 @@ def probe(
     )
 
 
-def _fitting(model: nn.Module, window: Tensor, memory: float) -> int:
-    """How many such windows (1, T) may be decomposed at once; ValueError where not even one may."""
+def _fitting(model: nn.Module, window: Tensor, memory: float, wanted: int) -> int:
+    """`wanted` windows such as this one (1, T), or as many as `memory` bytes hold; ValueError where not even one."""
     each = activation_bytes(model, window)
     if each > memory:
         raise ValueError(
             f"a window of {window.shape[1]} tokens takes {each / 1e9:.2g} GB of activations, more than memory="
             f"{memory:.2g} bytes; valid: a smaller context, or more memory"
         )
-    print(f"activations: {each / 1e6:.3g} MB a window of {window.shape[1]} tokens")
-    return int(memory // each)
+    fits = int(memory // each)
+    if fits < wanted:
+        print(f"activations take {each / 1e6:.3g} MB a window of {window.shape[1]} tokens: batches of {fits}")
+    return min(fits, wanted)
 
 
 def activation_bytes(model: nn.Module, batch) -> int:

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 from beyond_outliers.config import RunConfig
 from beyond_outliers.train import loop, train, workers
 configs, root, wide = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "float64"
-fails_at = int(sys.argv[4])
+fails_at, options = int(sys.argv[4]), json.loads(sys.argv[5])
 if wide:
     torch.set_default_dtype(torch.float64)
 first, dist = workers.dist.init_process_group, workers.dist  # torchrun's store takes one group a process
@@ -30,20 +30,23 @@ def failing(run):
     return step(run)
 loop._Run._step = failing
 for config in configs:
-    train(RunConfig.from_json(config), root=root, compile=False, progress=False)
+    train(RunConfig.from_json(config), root=root, compile=False, progress=False, **options)
 """
 
 
-def trained(configs, root, workers, dtype="float32", fails_at=-1):
-    """Trains runs one after the other with so many processes; the finished process and the seconds that it took."""
+def trained(configs, root, workers, dtype="float32", fails_at=-1, options=None):
+    """Trains runs one after the other with so many processes; the finished process and the seconds that it took.
+
+    options: of `train`.
+    """
     root.mkdir(parents=True, exist_ok=True)
     (root / "worker.py").write_text(WORKER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={workers}", f"--master-port={port}"]
-    given = [str(root / "worker.py"), json.dumps([c.to_json() for c in configs]), str(root), dtype, str(fails_at)]
-    command = [sys.executable, *(launcher if workers > 1 else []), *given]
+    given = [json.dumps([c.to_json() for c in configs]), str(root), dtype, str(fails_at), json.dumps(options or {})]
+    command = [sys.executable, *(launcher if workers > 1 else []), str(root / "worker.py"), *given]
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

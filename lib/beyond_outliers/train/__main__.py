@@ -4,7 +4,6 @@ The same under torchrun trains with data parallelism.
 """
 
 import argparse
-import os
 import sys
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.train.holding import RunHeld
 from beyond_outliers.train.loop import train
+from beyond_outliers.train.workers import place
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--recompute", action="store_true", help="activation checkpointing: less memory, a third more operations"
     )
+    parser.add_argument(
+        "--shard", action="store_true", help="under torchrun: every worker keeps a share of the weights (adamw, sgd)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and time, and run nothing")
     given = parser.parse_args(arguments)
     try:
@@ -38,13 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
+    if given.dry_run and given.shard:
+        parser.error("--dry-run tells what a worker needs that has the whole model; valid: without --shard")
     if given.dry_run:
         from beyond_outliers.train.forecast import forecast
 
-        if int(os.environ.get("RANK", 0)) == 0:
+        workers, rank = place()
+        if rank == 0:
             if given.threads:
                 torch.set_num_threads(given.threads)
-            workers = int(os.environ.get("WORLD_SIZE", 1))
             print(forecast(config, given.device, workers, given.recompute))
         return 0
     compile: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
@@ -55,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             compile=compile[given.compile],
             threads=given.threads,
             recompute=given.recompute,
+            shard=given.shard,
         )
     except (DamagedFile, RunHeld, PermissionError, ValueError) as error:
         parser.exit(1, f"{error}\n")

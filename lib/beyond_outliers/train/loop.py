@@ -1,10 +1,7 @@
 """One training run: schedule, loop, checkpoints, resume.
 
 `train(config)` returns at once when the run is finished, continues where it stopped when it was interrupted, and
-starts otherwise. Everything it knows is in the run's folder (`runs`).
-
-From a shell: `python -m beyond_outliers.train --scale pocket --size 0.08M --optimizer adamw --lr 0.01`, or the same
-under torchrun for data parallelism.
+starts otherwise. Everything it knows is in the run's folder (`folder`).
 """
 
 import contextlib
@@ -33,6 +30,7 @@ from beyond_outliers.train.folder import (
     RunResult,
     build_model,
     load_result,
+    model_of,
     result_row,
     run_folder,
     weights_name,
@@ -59,6 +57,7 @@ def train(
     compile: bool | str = "auto",
     threads: int | None = None,
     recompute: bool = False,
+    shard: bool = False,
     root: Path | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -70,7 +69,8 @@ def train(
 
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
     threads: CPU threads, None for torch's default. recompute: less memory for more operations and the same numbers
-    (see `Decoder`). root: folder of all runs, by default data/runs.
+    (see `Decoder`). shard: every worker of torchrun keeps a share of the weights alone (see `sharding`).
+    root: folder of all runs, by default data/runs.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
     on CUDA it is bfloat16 autocast. Under torchrun the global batch is shared among the workers.
     """
@@ -82,7 +82,7 @@ def train(
     world, rank = place()
     with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
         if (done := load_result(folder)) is None:  # of the process that held the run
-            run = _Run(config, folder, device, compile, recompute, progress)
+            run = _Run(config, folder, device, compile, recompute, progress, shard)
             try:
                 run.loop()
             finally:
@@ -100,21 +100,29 @@ class _Run:
     together = 1  # runs trained in the same batched model (`train.together`)
 
     def __init__(
-        self, config: RunConfig, folder: Path, device: str, compile: bool | str, recompute: bool, progress: bool
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: str,
+        compile: bool | str,
+        recompute: bool,
+        progress: bool,
+        shard: bool = False,
     ):
         self.config, self.folder = config, folder
         self.device = device_named(device)
-        check_shares(config, place()[0])
-        self.workers = Workers(self.device)
+        check_shares(config, place()[0], shard)
+        self.workers = Workers(self.device, shard)
         self.first = self.workers.rank == 0  # the worker that writes
         self.corpus: Corpus = open_corpus(config.corpus, config.context)
         self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
-        self.model = build_model(config).to(self.device)
+        self.model = build_model(config)
+        self.workers.take(self.model)
         self.model.recompute = recompute
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
-        self.compiled = should_compile(compile, config, self.device)
+        self.compiled = should_compile(compile, config, self.device) and not shard
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
         self.loss = self.workers.join(LossModule(self.model, self.compiled), self.optimizer)
@@ -203,7 +211,7 @@ class _Run:
         with held:  # QAT rounds the weights once a step, not once a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
-                with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.loss):
+                with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.model, self.loss):
                     loss = self.loss(x.to(self.device), y.to(self.device)) / parts
                     loss.backward()
                 total += loss.detach()
@@ -256,12 +264,12 @@ class _Run:
 
     def _save(self, evaluated: bool = False) -> None:
         """Writes all that the run needs to go on, and the weights of an evaluation. All workers take part."""
-        optimizer = self.optimizer.state_dict()  # gathered from the workers
+        model, optimizer = self.workers.whole((self.model.state_dict(), self.optimizer.state_dict()))
         if self.first:
-            self._write_state(optimizer, evaluated)
+            self._write_state(model, optimizer, evaluated)
         self.saved, self.late = time.perf_counter(), False
 
-    def _write_state(self, optimizer: dict, evaluated: bool) -> None:
+    def _write_state(self, model: dict, optimizer: dict, evaluated: bool) -> None:
         state = {
             "run_id": self.config.run_id,
             "step": self.step,
@@ -270,20 +278,20 @@ class _Run:
             "mean": self.mean,
             "count": self.count,
             "taken": time.perf_counter() - self.clock,
-            "model": self.model.state_dict(),
+            "model": model,
             "optimizer": optimizer,
         }
-        weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
+        kept = model_of(self.config, model, self.folder) if self.workers.shard and evaluated else self.model
+        weights = {weights_name(self.step): lambda path: save_model(kept, str(path))} if evaluated else {}
         write_state(self.folder, state, {**weights, "metrics.csv": self._write_metrics})
 
     def _restore(self) -> None:
         if (state := read_state(self.folder, self.config, self.device)) is None:
             return
-        if "model" in state:
-            self.model.load_state_dict(state["model"])
-        else:  # of a run that an older version began
+        if "model" not in state:  # of a run that an older version began
             load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
-        self.optimizer.load_state_dict(state["optimizer"])
+            state["model"] = self.model.state_dict()
+        self.workers.load(self.model, self.optimizer, state)
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.mean, self.count = state.get("mean", self.mean), state.get("count", self.count)
         self.clock = time.perf_counter() - state.get("taken", 0.0)
@@ -297,6 +305,3 @@ class _Run:
 
     def close(self) -> None:
         self.workers.leave()
-
-
-# ------------------------------------------------------------------------------------------------------------ helpers

@@ -20,6 +20,7 @@ from beyond_outliers.decoder import Decoder
 # nats by which the losses of one run differ between processors: in the median of the eight runs that were made again
 # with other vector instructions (data/results/confirm/machines.csv; at most 0.040), and what is still taken for it
 MACHINE_EFFECT = 0.012, 0.1
+ELEMENTWISE = ("adamw", "sgd")  # optimizers that can work on shares of the weights
 COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
@@ -64,17 +65,34 @@ class LossModule(nn.Module):
         return self.model.head_loss(self.hidden(ids), targets)
 
 
-def check_shares(config: RunConfig, world: int) -> None:
+def check_shares(config: RunConfig, world: int, shard: bool = False) -> None:
     """ValueError unless every worker's share of a batch is whole micro-batches, or smaller than one.
 
     Other shares would be cut into parts of unequal weight, or of another number than the gradients are summed after.
+    With `shard`, also unless the weights can be divided among workers.
     """
+    if shard:
+        _check_sharding(config, world)
     share, rest = divmod(config.batch_size, world)
     if rest or (share > config.micro_batch and share % config.micro_batch):
         raise ValueError(
             f"batch_size {config.batch_size} over {world} workers is {config.batch_size / world:g} sequences each, no "
             f"multiple of micro_batch {config.micro_batch}; valid: a batch_size that is a multiple of "
             f"{world * config.micro_batch}, or a micro_batch that divides every worker's share"
+        )
+
+
+def _check_sharding(config: RunConfig, workers: int) -> None:
+    if workers == 1:
+        raise ValueError("a run of one worker has nothing to shard; valid: under torchrun, or without shard")
+    if config.optimizer not in ELEMENTWISE:
+        raise ValueError(
+            f"{config.optimizer} updates whole matrices, which a sharded run has nowhere; valid: "
+            f"{', '.join(ELEMENTWISE)}, or no shard (the workers then divide the matrices among them)"
+        )
+    if config.quantization:
+        raise ValueError(
+            f"scheme {config.quantization['scheme']!r} rounds whole weights; valid with shard: full precision"
         )
 
 
