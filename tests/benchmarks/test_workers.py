@@ -120,17 +120,17 @@ def _worker(kind: str, names: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_deviations_of_two_workers(benchmark, tmp_path):
-    table = benchmark.pedantic(compare_workers, args=(tmp_path, ("adamw",), ("float64",)), rounds=1)
-    print(table.to_string())
-    assert table.deviation.max() < 1e-9
+@pytest.mark.slow
+def test_deviations_of_two_workers(tmp_path):
+    table = compare_workers(tmp_path, ("adamw",), ("float64",))
+    assert list(table.scheme) == ["none", "quest"] and table.deviation.max() < 1e-9 and table.between.max() == 0
 
 
-@pytest.mark.parametrize("name", ["soap"])
-def test_sharing_saves_time(benchmark, name):
-    table = benchmark.pedantic(compare_sharing, args=((name,),), rounds=1)
-    print(table.to_string())
-    assert table.speedup.iloc[0] > 1
+@pytest.mark.slow
+def test_every_way_to_share_is_timed():
+    (row,) = compare_sharing(("muon",)).to_dict("records")
+    assert min(row[f"{way}_ms"] for way in ("one", "both", "shared")) > 0
+    assert row["speedup"] == row["both_ms"] / row["shared_ms"]
 
 
 if __name__ == "__main__":
