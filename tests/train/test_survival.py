@@ -16,9 +16,20 @@ from pathlib import Path
 import pytest
 
 import faults
+from beyond_outliers import paths
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.train import load_result, machine, run_folder, train
 from beyond_outliers.train import loop as training
+
+COMPILED = """
+import pathlib, sys
+from beyond_outliers import paths
+from beyond_outliers.config import RunConfig
+from beyond_outliers.train import train
+config, root, cache = sys.argv[1:]
+paths.CACHE = pathlib.Path(cache)
+train(RunConfig.from_json(config), root=pathlib.Path(root), compile=True, progress=False)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -127,25 +138,27 @@ def newest_step(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("tries", [3])
 def test_a_compiled_run_survives_being_killed_as_often_as_it_gets_on(run_config, tmp_path, monkeypatch, tries):
-    """Every SIGKILL comes after a state that the process itself has saved."""
+    """Every SIGKILL comes after a state that the process itself has saved; none is forked, the compiler has threads."""
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     config = run_config.replace(evaluations=40, tokens_per_parameter=max(0.5, tries / 10))
     rng, folder = random.Random(tries), run_folder(config, tmp_path / "parts")
 
     def compiled(root):
-        return lambda: train(config, root=root, compile=True, progress=False)
+        command = [sys.executable, "-c", COMPILED, config.to_json(), str(root), str(paths.CACHE)]
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    assert faults.in_child(compiled(tmp_path / "whole")) == 0
+    assert compiled(tmp_path / "whole").wait() == 0
     killed = 0
     while newest_step(folder) < 10**6:
-        before, child = newest_step(folder), faults.start(compiled(tmp_path / "parts"))
-        while killed < tries and newest_step(folder) == before:
+        before, child = newest_step(folder), compiled(tmp_path / "parts")
+        while killed < tries and newest_step(folder) == before and child.poll() is None:
             time.sleep(0.001)
         if killed < tries:
             time.sleep(rng.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-        killed += faults.ended(child) == -signal.SIGKILL
+            child.kill()
+        assert child.wait() in (0, -signal.SIGKILL)
+        killed += child.returncode == -signal.SIGKILL
     assert killed == tries, "it was faster than the signals"
     faults.TALLY["training, compiled: SIGKILL", "same weights and losses"] += killed
     found, whole = (load_result(run_folder(config, tmp_path / name)) for name in ("parts", "whole"))
