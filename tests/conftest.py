@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+import tiny
 from beyond_outliers import paths
-from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
 
 torch.set_num_threads(1)
 
@@ -58,23 +58,9 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus_config(text_file):
-    return CorpusConfig(source=str(text_file), vocab_size=320, validation_share=0.1)
+    return tiny.corpus_config(text_file)
 
 
 @pytest.fixture
 def run_config(corpus_config):
-    """A run of about thirty steps."""
-    return RunConfig(
-        scale="test",
-        size="tiny",
-        optimizer="adamw",
-        lr=5e-3,
-        model=Olmo2Config(vocab_size=320, width=32, depth=1, n_heads=2),
-        corpus=corpus_config,
-        context=32,
-        batch_size=8,
-        micro_batch=8,
-        tokens_per_parameter=0.35,
-        evaluations=3,
-        validation_tokens=1024,
-    )
+    return tiny.run_config(corpus_config)

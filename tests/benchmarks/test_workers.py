@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from beyond_outliers import paths
-from beyond_outliers.config import CorpusConfig, Olmo2Config, RunConfig
+from beyond_outliers.config import Olmo2Config
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import OPTIMIZERS, build_optimizer
 
@@ -34,25 +34,14 @@ def compare_workers(folder: Path, optimizers=tuple(OPTIMIZERS), dtypes=("float64
     `deviation`: two workers from one process, which adds up the gradients of eight sequences at once. `control`: from
     it one process in two micro-batches of four, which adds up the same sums as the two workers. `between`: those two.
     """
+    import tiny
     from prose import sentences
     from torchrun import furthest, trained, weights
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prose.txt").write_text("\n\n".join(sentences(3000)))
-    base = RunConfig(
-        scale="test",
-        size="tiny",
-        optimizer="adamw",
-        lr=1e-3,
-        model=Olmo2Config(vocab_size=320, width=32, depth=1, n_heads=2),
-        corpus=CorpusConfig(source=str(folder / "prose.txt"), vocab_size=320, validation_share=0.1),
-        context=32,
-        batch_size=8,
-        micro_batch=8,
-        tokens_per_parameter=0.57,
-        evaluations=1,
-        validation_tokens=1024,
-    )
+    base = tiny.run_config(tiny.corpus_config(folder / "prose.txt"))
+    base = base.replace(lr=1e-3, tokens_per_parameter=0.57, evaluations=1)
     assert base.steps == STEPS
     runs = {
         (name, scheme): base.replace(optimizer=name, quantization=qat)

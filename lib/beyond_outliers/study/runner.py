@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
+import torch
+
 from beyond_outliers import paths
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
@@ -25,6 +27,7 @@ from beyond_outliers.study.mend import mend_aloud
 from beyond_outliers.study.own import take_up
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
+from beyond_outliers.train.together import alike, can_be_stacked, fitting_runs, train_together
 
 COLLECT_EVERY = 600  # seconds
 MOST_AT_ONCE = 64  # runs in one batched model
@@ -67,8 +70,6 @@ def trained_together(queue: list[Planned], most: Callable[[RunConfig], int] | No
     """
     if most is None:
         return [[planned] for planned in queue]
-    from beyond_outliers.train.together import alike, can_be_stacked
-
     open_groups: dict[tuple, list[Planned]] = {}
     found: list[list[Planned]] = []
     for planned in queue:
@@ -87,12 +88,8 @@ def runs_at_once(jobs: int) -> Callable[[RunConfig], int] | None:
 
     There it saves 5 to 10 per cent (tests/benchmarks/test_together.py), and runs would end in other last digits.
     """
-    import torch
-
     if not torch.cuda.is_available():
         return None
-    from beyond_outliers.train.together import fitting_runs
-
     memory = torch.cuda.get_device_properties(0).total_memory / jobs
     return lambda config: min(MOST_AT_ONCE, fitting_runs(config, memory / 2))
 
@@ -102,15 +99,11 @@ def train_and_measure(scale: str, purpose: str, config: str, *beside: str) -> st
 
     beside: JSON of runs of the same purpose that are trained together with it, and measured after it.
     """
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.compiler.reset()  # a worker trains many models: guards of the last would count against this one
     study = Study(scale)
     configs = [RunConfig.from_json(text) for text in (config, *beside)]
     if beside:
-        from beyond_outliers.train.together import train_together
-
         train_together(configs, threads=study.protocol.threads, progress=False)
     for planned in (Planned(purpose, one) for one in configs):
         study.train(planned, progress=False)
