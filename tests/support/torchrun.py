@@ -34,23 +34,28 @@ for config in configs:
 """
 
 
+def launched(script, root, workers, *arguments):
+    """A script run with so many processes; the finished process and the seconds that it took."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "worker.py").write_text(script)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={workers}", f"--master-port={port}"]
+    command = [sys.executable, *(launcher if workers > 1 else []), str(root / "worker.py"), *arguments]
+    started = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    return done, time.monotonic() - started
+
+
 def trained(configs, root, workers, dtype="float32", fails_at=-1, options=None):
     """Trains runs one after the other with so many processes; the finished process and the seconds that it took.
 
     options: of `train`.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={workers}", f"--master-port={port}"]
     given = [json.dumps([c.to_json() for c in configs]), str(root), dtype, str(fails_at), json.dumps(options or {})]
-    command = [sys.executable, *(launcher if workers > 1 else []), str(root / "worker.py"), *given]
-    started = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    return done, time.monotonic() - started
+    return launched(WORKER, root, workers, *given)
 
 
 def weights(config, root):

@@ -2,6 +2,7 @@
 
 Every worker has the same gradients, and would compute the same updates. Shared is what takes matrix products; what is
 elementwise costs less than sending it, and every worker does all of it. A worker keeps the state of its own stacks.
+Where the weights are divided, too, no worker has a whole one: `train/sharding.py` has the `Sharing` for that.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ class Sharing:
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
         """The worker that updates a part, None for all of them. Every worker comes to the same."""
         self.loads[id(group)] = load = [0] * self.workers
-        costs = [cost(group["role"], part, states[part[0]]) for part in parts]
+        costs = [self.cost(group["role"], part, states[part[0]]) for part in parts]
         owners: list[int | None] = [None] * len(parts)
         for i in sorted(range(len(parts)), key=lambda i: -costs[i]):
             if costs[i]:
@@ -43,8 +44,18 @@ class Sharing:
                 load[owner] += costs[i]
         return owners
 
+    def cost(self, role: str, params: list[Tensor], state: dict[str, Any]) -> int:
+        return cost(role, params, state)
+
     def mine(self, owner: int | None) -> bool:
         return owner in (None, self.rank)
+
+    def updated(self, params: list[Tensor], mine: bool) -> list[Tensor]:
+        """The tensors in which a stack's parameters are updated: they themselves."""
+        return params
+
+    def bring(self, stack: "Stack") -> None:
+        """Gives the owner of a stack its gradients: here every worker has them."""
 
     def exchange(self, stacks: list["Stack"]) -> None:
         """Sends every shared parameter from its owner to the others."""
@@ -67,7 +78,7 @@ class Sharing:
         for stack in stacks:
             if not stack.owner:  # everybody's, or the first worker's own
                 continue
-            for p in stack.params:
+            for p in stack.members:
                 for key, value in states[p].items():
                     if not isinstance(value, Tensor):
                         continue

@@ -17,14 +17,23 @@ class Stack:
 
     `state[key]` is (N, ...); each parameter's own entry in the optimizer's state is a view of its slice, so that
     writing in place here keeps `state_dict` right. Counts are plain integers, equal for all N. `derived` is free for
-    what can be recomputed from the state. `owner` is the worker that updates it, None for every one.
+    what can be recomputed from the state. `owner` is the worker that updates it, None for every one. `members` are the
+    optimizer's own parameters, `params` the tensors that are updated in their place: the same, but for a model whose
+    weights are divided among workers.
     """
 
     runs = 1  # whose parameters are stacked; `RunsStack` has several
 
-    def __init__(self, params: list[Tensor], per_parameter: list[dict], owner: int | None = None):
+    def __init__(
+        self,
+        params: list[Tensor],
+        per_parameter: list[dict],
+        owner: int | None = None,
+        members: list[Tensor] | None = None,
+    ):
         self.owner = owner
         self.params = params
+        self.members = members or params
         self.per_parameter = per_parameter
         self.state: dict[str, Tensor] = {}
         self.derived: dict[str, Any] = {}
@@ -88,21 +97,21 @@ class StackedOptimizer(RoleGroups):
         self._stacks = {}  # their views are stale: loading (and copying) gives every parameter new tensors
         self.__dict__.setdefault("_sharing", None)  # a copy works alone
 
-    def share(self) -> None:
+    def share(self, sharing: Sharing | None = None) -> None:
         """From now on the workers of torch.distributed divide the stacks among them, and each keeps its own's state.
 
         The numbers stay what they are (on CUDA PSGD draws other probes). All workers must call `step` and `state_dict`
         together, with the same gradients; the first one's state_dict is the whole state, the same for any number of
-        workers, and what each of them loads.
+        workers, and what each of them loads. sharing: of a model whose weights are divided (`train/sharding.py`).
         """
-        self._sharing = Sharing()
+        self._sharing = sharing or Sharing()
         self._stacks = {}
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def state_shapes(self, group: dict, parameter: Tensor) -> dict[str, torch.Size]:
-        state = self.init_state(group, parameter.detach().to("meta"))
+        state = self.init_state(group, shape_alone(parameter))
         return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
     def update(self, group: dict, stack: Stack) -> None:
@@ -130,7 +139,7 @@ class StackedOptimizer(RoleGroups):
             buckets: dict[tuple, list[Tensor]] = {}
             for p in live:
                 if not self.state[p]:  # shared, it has a shape alone until it is known whose it is
-                    like = p if self._sharing is None else p.detach().to("meta")
+                    like = p if self._sharing is None else shape_alone(p)
                     self.state[p] = {"step": 0, **self.init_state(group, like)}
                 counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
                 key = (p.shape, p.dtype, p.device, *counts)
@@ -144,12 +153,14 @@ class StackedOptimizer(RoleGroups):
 
     def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
         """The stack of some parameters; of another worker's the states become shapes, on the meta device."""
-        if self._sharing is not None:
-            for p in params:
-                self._keep_or_drop(group, p, self._sharing.mine(owner))
-        return Stack(params, [self.state[p] for p in params], owner)
+        if self._sharing is None:
+            return Stack(params, [self.state[p] for p in params])
+        updated = self._sharing.updated(params, self._sharing.mine(owner))
+        for p, like in zip(params, updated, strict=True):
+            self._keep_or_drop(group, p, self._sharing.mine(owner), like)
+        return Stack(updated, [self.state[p] for p in params], owner, params)
 
-    def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool) -> None:
+    def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool, like: Tensor) -> None:
         state = self.state[parameter]
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         if not mine:
@@ -160,7 +171,7 @@ class StackedOptimizer(RoleGroups):
                     "which parameters have a gradient has changed, and with it which worker keeps a state; valid with "
                     "several workers: a loss that always uses the same parameters"
                 )
-            state.update(self.init_state(group, parameter))
+            state.update(self.init_state(group, like))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -168,6 +179,8 @@ class StackedOptimizer(RoleGroups):
         loss = self.evaluated(closure)
         for group in self.param_groups:
             for stack in self.stacks(group):
+                if self._sharing is not None:
+                    self._sharing.bring(stack)
                 if self._sharing is None or self._sharing.mine(stack.owner):
                     self.update(group, stack)
                 else:
@@ -175,6 +188,11 @@ class StackedOptimizer(RoleGroups):
         if self._sharing is not None:
             self._sharing.exchange([stack for group in self.param_groups for stack in self.stacks(group)])
         return loss
+
+
+def shape_alone(parameter: Tensor) -> Tensor:
+    """A tensor like it without numbers, on the meta device; of a divided parameter as if it were whole."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
 
 
 def cut_to_cache(params: list[Tensor], state: dict, workers: int = 1) -> list[list[Tensor]]:

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--recompute", action="store_true", help="activation checkpointing: less memory, a third more operations"
     )
     parser.add_argument(
-        "--shard", action="store_true", help="under torchrun: every worker keeps a share of the weights (adamw, sgd)"
+        "--shard", action="store_true", help="under torchrun: every worker keeps a share of the weights"
     )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and time, and run nothing")
     given = parser.parse_args(arguments)

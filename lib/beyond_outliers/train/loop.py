@@ -207,8 +207,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         total = torch.zeros((), device=self.device)
-        held = weights_held(self.model) if parts > 1 and config.quantization else contextlib.nullcontext()
-        with held:  # QAT rounds the weights once a step, not once a micro-batch
+        hold = parts > 1 and config.quantization and not self.workers.shard  # a share of a weight cannot be rounded
+        with weights_held(self.model) if hold else contextlib.nullcontext():  # QAT: once a step, not a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
                 with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.model, self.loss):

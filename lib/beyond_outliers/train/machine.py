@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from beyond_outliers import paths
+from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.decoder import Decoder
 
 # nats by which the losses of one run differ between processors: in the median of the eight runs that were made again
 # with other vector instructions (data/results/confirm/machines.csv; at most 0.040), and what is still taken for it
 MACHINE_EFFECT = 0.012, 0.1
-ELEMENTWISE = ("adamw", "sgd")  # optimizers that can work on shares of the weights
 COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 
 
@@ -87,14 +87,15 @@ def check_shares(config: RunConfig, world: int, shard: bool = False) -> None:
 def _check_sharding(config: RunConfig, workers: int) -> None:
     if workers == 1:
         raise ValueError("a run of one worker has nothing to shard; valid: under torchrun, or without shard")
-    if config.optimizer not in ELEMENTWISE:
+    if config.optimizer not in REGISTRY:
         raise ValueError(
-            f"{config.optimizer} updates whole matrices, which a sharded run has nowhere; valid: "
-            f"{', '.join(ELEMENTWISE)}, or no shard (the workers then divide the matrices among them)"
+            f"{config.optimizer} comes from outside, and may need whole weights, which a sharded run has nowhere; "
+            f"valid: {', '.join(REGISTRY)}, or no shard"
         )
-    if config.quantization:
+    if config.quantization and config.quantization["scheme"] == "lsq":
         raise ValueError(
-            f"scheme {config.quantization['scheme']!r} rounds whole weights; valid with shard: full precision"
+            "scheme 'lsq' sets its steps in the first forward pass, which sees gathered copies of divided weights; "
+            "valid with shard: 'quest', 'ste' or full precision"
         )
 
 

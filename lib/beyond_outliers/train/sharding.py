@@ -1,13 +1,14 @@
 """Weights divided among the workers, for a model that does not fit one of them (FSDP2).
 
-Every worker keeps a share of each weight, of its gradient and of the optimizer's state, and gathers a block's weights
-while it computes with them. Only optimizers that update every entry by itself can work on shares. What is saved is
-whole, so that a run goes on with any number of workers, sharded or not. Imported where it is used: what it needs of
-torch takes most of a second.
+Every worker keeps a share of each weight and of its gradient, and gathers a block's weights while it computes with
+them. AdamW and SGD update every entry by itself, so that they work on the shares, with a share of their state. The
+matrix optimizers need whole matrices: every parameter has a worker that keeps a whole copy and its state, gathers its
+gradient, and hands out the new shares (`WholeMatrices`). What is saved is whole, so that a run goes on with any number
+of workers, sharded or not. Imported where it is used: what it needs of torch takes most of a second.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from beyond_outliers.decoder import Decoder
+from beyond_outliers.optimizers.sharing import Sharing
+from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 
 def shard(model: Decoder, device: torch.device) -> None:
@@ -27,6 +30,41 @@ def shard(model: Decoder, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "loss")
+
+
+class WholeMatrices(Sharing):
+    """Who updates which divided parameters, on whole copies that the others never hold.
+
+    A worker keeps the copies and the state of its own parameters, about a share of both. A step gathers one stack's
+    gradients at a time: on every worker, since that is what DTensor offers, but only the owner keeps them.
+    """
+
+    def cost(self, role: str, params: list[Tensor], state: dict[str, Any]) -> int:
+        """As where weights are whole, but elementwise updates are owned, too: they take memory."""
+        return super().cost(role, params, state) or sum(p.numel() for p in params)
+
+    def updated(self, params: list[Tensor], mine: bool) -> list[Tensor]:
+        gathered = (p.detach().full_tensor() for p in divided_ones(params))
+        return [copy.clone() if mine else copy.to("meta") for copy in gathered]
+
+    def bring(self, stack: Stack) -> None:
+        for p, copy in zip(divided_ones(stack.members), stack.params, strict=True):
+            assert p.grad is not None, "a stack's parameters have gradients"
+            gradient = p.grad.full_tensor()
+            if self.mine(stack.owner):
+                copy.grad = gradient
+
+    def exchange(self, stacks: list[Stack]) -> None:
+        for stack in stacks:
+            assert stack.owner is not None, "every divided parameter has an owner"
+            for p, copy in zip(divided_ones(stack.members), stack.params, strict=True):
+                source = copy if self.mine(stack.owner) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=stack.owner))
+                copy.grad = None
+
+
+def divided_ones(params: list[Tensor]) -> list[DTensor]:
+    return cast(list[DTensor], params)
 
 
 def whole(state: Any) -> Any:
@@ -45,6 +83,8 @@ def load_whole(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mappin
     """Loads a whole state of model and optimizer into divided ones."""
     parameters = model.state_dict()
     model.load_state_dict({name: divided(value, parameters[name]) for name, value in state["model"].items()})
+    if isinstance(optimizer, StackedOptimizer):  # keeps of the whole states those of its own parameters
+        return optimizer.load_state_dict(state["optimizer"])
     ours = [p for group in optimizer.param_groups for p in group["params"]]
     states = {
         index: {key: divided(value, ours[index]) for key, value in kept.items()}

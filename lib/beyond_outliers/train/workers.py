@@ -49,6 +49,10 @@ class Workers:
         if self.count == 1:
             return loss
         if self.shard:
+            from beyond_outliers.train import sharding
+
+            if isinstance(optimizer, StackedOptimizer):
+                optimizer.share(sharding.WholeMatrices())
             return loss.model.loss
         if isinstance(optimizer, StackedOptimizer):
             optimizer.share()
