@@ -7,7 +7,7 @@
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
-#   make verify                 every committed table against its checksum; with SCALE=pocket also its runs, a few trained anew
+#   make verify                 every committed table and page against its checksum; with SCALE=pocket also its runs, a few trained anew
 #   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make lock                   environment.lock, the same versions with hashes, again from environment.yml (needs uv)

@@ -34,6 +34,17 @@ def test_spans_of_index_and_columns_come_out_in_their_own_columns():
     assert rows[4] == ["0.2M", "muon", "2", "12", "22", "32"]
 
 
+def test_a_pivoted_table_is_headed_by_its_index_and_labels():
+    long = pd.DataFrame({"optimizer": ["muon"] * 2, "size": ["0.1M"] * 2, "seed": [200, 201], "loss": [3.0, 3.5]})
+    table = long.pivot_table(index="optimizer", columns=["size", "seed"], values="loss")
+    assert markdown_table(html(table)).splitlines()[0] == "| optimizer | 0.1M seed 200 | 0.1M seed 201 |"
+    table = long.pivot_table(index=["seed", "size"], columns="optimizer", values="loss")
+    assert markdown_table(html(table)).splitlines()[0] == "| seed | size | muon |"
+    table = long.pivot_table(index="optimizer", columns=["size", "seed"], values="loss")
+    hidden = markdown_table(table.style.hide(axis="index").to_html())
+    assert hidden.splitlines()[0].count("0.1M") == 2 and "201" in hidden
+
+
 def test_html_without_a_table_is_refused():
     with pytest.raises(ValueError, match="no table"):
         markdown_table("<p>none</p>")

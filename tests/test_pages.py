@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import pages, paths
+from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.study.verify import committed
 
 
 def html_of(table: pd.DataFrame) -> str:
@@ -83,6 +85,33 @@ def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):
         ValueError, match=r"01_full_precision\.md shows the figure 01_loss\.png.*make figures SCALE=smoke"
     ):
         pages.check_pages("smoke", ["01_full_precision"])
+
+
+def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "none")
+    (folder / "01_loss.png").write_bytes(b"png")
+    (folder / "01_full_precision.html").write_text("git ignores it")
+    page = pages.write_page(executed(tmp_path, shown(text_plain="figure 01_loss")), "smoke", "01_full_precision")
+    pages.seal("smoke")
+    (folder / "01_full_precision.html").unlink()
+    assert committed("smoke") == []
+    for file in (page, folder / "01_loss.png"):
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        with pytest.raises(DamagedFile, match=rf"{file.name} is damaged.*make figures SCALE=smoke"):
+            pages.check_pages("smoke", ["01_full_precision"])
+        (line,) = committed("smoke")
+        assert f"{file.name} is damaged" in line and "make figures SCALE=smoke" in line
+        file.write_bytes(whole)
+    (folder / "02_mmr.png").write_bytes(b"png")
+    (line,) = committed("smoke")
+    assert "02_mmr.png is in no SHA256SUMS" in line
+
+
+@pytest.mark.parametrize("scale", sorted(path.name for path in (paths.ROOT / "data" / "results").glob("*/")))
+def test_every_committed_table_page_and_figure_is_what_was_written(scale):
+    assert committed(scale) == []
+    assert list((paths.ROOT / "figures" / scale).glob("SHA256SUMS"))
 
 
 def test_a_page_is_measured_in_bytes(tmp_path, folder, monkeypatch):

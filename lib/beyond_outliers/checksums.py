@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+PAGES = "*.[mp]*"  # Markdown, PNG and PDF: what is committed of a study's figures (HTML is not)
 
 
 class DamagedFile(RuntimeError):

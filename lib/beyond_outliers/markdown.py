@@ -78,10 +78,30 @@ def markdown_table(source: str) -> str:
     width = max(map(len, rows))
     rows = [[cell.replace("|", "\\|") for cell in row] + [""] * (width - len(row)) for row in rows]
     heads, body = rows[: max(1, table.heads)], rows[max(1, table.heads) :]
-    # pandas writes the names of columns and index in rows of their own: one heading a column is what Markdown has
-    heading = [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
+    heading = _one_row(heads)
     lines = [heading, ["---"] * width, *body]
     if not any(any(row) for row in body):
         return f"*No rows yet ({', '.join(heading)}): nothing of this has been measured.*\n"
     caption = f"*{table.caption.strip()}*\n\n" if table.caption.strip() else ""
     return caption + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _one_row(heads: list[list[str]]) -> list[str]:
+    """One heading a column, which is what Markdown has, of the rows that pandas writes.
+
+    A row a level of the columns, with the level's name before its labels, then one with the names of the index. The
+    names of the index stay. A level's name stays only before a number, which would say nothing alone ("seed 0").
+    """
+    *levels, names = heads
+    n_index = sum(map(bool, names))
+    if not levels or n_index == len(names) or not all(names[:n_index]):  # no row of the index's names
+        return [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
+    columns = [
+        [_named(label, level[n_index - 1]) for label, level in zip(column, levels, strict=True)]
+        for column in list(zip(*levels, strict=True))[n_index:]
+    ]
+    return names[:n_index] + [" ".join(dict.fromkeys(filter(None, column))) for column in columns]
+
+
+def _named(label: str, level: str) -> str:
+    return f"{level} {label}".strip() if label.replace(".", "", 1).isdigit() else label

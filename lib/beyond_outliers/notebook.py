@@ -209,7 +209,7 @@ def render(scale: str, jobs: int) -> None:
 
     MissingResults when the scale has no tables yet; SystemExit with the end of their messages when notebooks fail.
     """
-    from beyond_outliers.pages import write_index
+    from beyond_outliers.pages import seal, write_index
 
     study = Study(scale)
     study.table("runs")  # fail early, with the remedy
@@ -236,3 +236,4 @@ def render(scale: str, jobs: int) -> None:
         )
     if names != [YOURS]:
         write_index(scale)
+    seal(scale)

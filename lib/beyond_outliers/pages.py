@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.tables import MissingResults
@@ -177,9 +177,15 @@ def write_index(scale: str) -> Path:
     return target
 
 
+def seal(scale: str) -> None:
+    """Writes the checksums of a scale's pages and figures as they are now."""
+    checksums.seal(paths.figures(scale), checksums.PAGES)
+
+
 def check_pages(scale: str, names: list[str]) -> None:
-    """StalePage, FileNotFoundError or ValueError, with the command that makes it, for pages that are old or missing, or
-    lack a figure."""
+    """StalePage, FileNotFoundError, DamagedFile or ValueError, with the command that makes it, for pages that are old
+    or missing, lack a figure, or are not what was written."""
+    checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
     for name in names:
         page = page_of(scale, name)
         text = page.read_text()
@@ -227,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(write_index(given.scale))
         else:
             write_headlines(paths.ROOT / "README.md", given.scale)
-    except (StalePage, FileNotFoundError, ValueError, MissingResults) as error:
+    except (StalePage, checksums.DamagedFile, FileNotFoundError, ValueError, MissingResults) as error:
         parser.exit(1, f"{error}\n")
     return 0
 

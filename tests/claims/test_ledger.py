@@ -15,6 +15,15 @@ from beyond_outliers.study import TABLES, Study
 OPTIMIZERS = ["adamw", "muon", "psgd", "scion", "shampoo", "soap"]
 
 
+def test_an_interval_does_not_depend_on_what_else_is_asked_for():
+    """A page shows one correlation in its finding and again in the table of all candidates: the same interval."""
+    rng = np.random.default_rng(3)
+    table = pd.DataFrame(rng.normal(size=(12, 3)), columns=["x", "z", "y"])
+    alone = correlations(table, candidates=("z",), targets=("y",)).iloc[0]
+    among = correlations(table, candidates=("x", "z"), targets=("x", "y")).set_index(["target", "candidate"])
+    assert among.loc[("y", "z")].tolist() == alone.drop(["target", "candidate"]).tolist()
+
+
 def test_correlations_agree_with_scipy():
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"x": rng.normal(size=30), "size": "s"})

@@ -115,12 +115,10 @@ def evidence(study) -> pd.DataFrame:
         ]
         rows.append(
             {
-                "claim": f"{row.id} {html.escape(row.claim)}",
-                "paper": html.escape(str(row.paper)),
+                "claim (what the paper has)": html.escape(f"{row.id} {row.claim} ({row.paper})"),
                 "verdict": row.verdict,
                 "estimate": f"{estimate}n {row.n} ({row.unit})",
-                "why": html.escape(short(row.comment)),
-                "what would change it": html.escape(row.changes),
+                "why; what would change it": html.escape(f"{short(row.comment)} Would change it: {row.changes}"),
                 "evidence": "; ".join(links),
                 "its rows": f"<code>{command}</code>",
             }

@@ -99,7 +99,7 @@ def left_over_optimizers(table: pd.DataFrame) -> pd.DataFrame:
 
 def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     """Does a method order the optimizers as RTN does? Rank correlations of their mean damages, a row a format, method
-    and size: kendall and spearman, each with _low and _high, optimizers, n (fewest runs), and the order as text.
+    and size: kendall and spearman, each with _low and _high, optimizers, and n (fewest runs).
 
     Interval: percentile bootstrap (95 %) over seeds within an optimizer; a run brings both damages, so that what it
     shares stays shared. NaN where an optimizer has fewer than three runs. It says how well these optimizers' means are
@@ -121,11 +121,9 @@ def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataF
                 enough = optimizers.min() >= LEAST_SEEDS
                 low, high = np.quantile(correlate(*sampled), [0.025, 0.975]) if enough else (np.nan, np.nan)
                 ends += [at, low, high]
-            names = list(optimizers.index)
-            order = " < ".join(names[i] for i in np.argsort(point[:, 1], kind="stable"))
-            found.append((format, method, size, *ends, len(names), optimizers.min(), order))
+            found.append((format, method, size, *ends, len(optimizers), optimizers.min()))
     correlations = [name + end for name in ("kendall", "spearman") for end in ("", "_low", "_high")]
-    return pd.DataFrame(found, columns=["format", "method", "size", *correlations, "optimizers", "n", "order"])
+    return pd.DataFrame(found, columns=["format", "method", "size", *correlations, "optimizers", "n"])
 
 
 def _resampled(values: Iterable[np.ndarray], draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -76,14 +76,15 @@ def correlations(
     One row a (target, candidate): n points, pearson, pearson_low, pearson_high, spearman, ... `within` names a column
     whose group means are taken out first (of ranks, for Spearman), so that pooled sizes do not correlate by their size
     alone. Rows where the candidate or the target is missing are left out. Fewer than four points give NaN intervals.
+    Every pair is resampled from `seed` anew: its interval does not depend on what else is asked for.
     """
-    rng, rows, tail = np.random.default_rng(seed), [], 100 * (1 - confidence) / 2
+    rows, tail = [], 100 * (1 - confidence) / 2
     for target in targets:
         for candidate in candidates:
             kept = table.dropna(subset=[candidate, target])
             groups = kept[within].to_numpy() if within else np.zeros(len(kept))
             x, y = kept[candidate].to_numpy(float), kept[target].to_numpy(float)
-            row = {"target": target, "candidate": candidate, "n": len(kept)}
+            row, rng = {"target": target, "candidate": candidate, "n": len(kept)}, np.random.default_rng(seed)
             for name, transform in (("pearson", lambda v: v), ("spearman", rankdata)):
                 u, v = (_without_group_means(transform(values), groups) for values in (x, y))
                 low = high = np.nan

@@ -27,11 +27,20 @@ def damages(folder: Path) -> list[str]:
     return found
 
 
-def unlisted(scale: str) -> list[str]:
-    """Tables of a scale that no sum protects."""
-    folder = paths.RESULTS / scale
+def unlisted(folder: Path, pattern: str) -> list[str]:
+    """Files of a folder that no sum protects."""
     listed = checksums.read_sums(folder) or {}
-    return [f"{file} is in no {checksums.SUMS}" for file in sorted(folder.glob("*.csv")) if file.name not in listed]
+    return [f"{file} is in no {checksums.SUMS}" for file in sorted(folder.glob(pattern)) if file.name not in listed]
+
+
+def committed(scale: str) -> list[str]:
+    """What is wrong with a scale's tables, pages and figures that are committed."""
+    tables, figures = paths.RESULTS / scale, paths.FIGURES / scale
+    pages = [
+        f"{line} (again: `make figures SCALE={scale}`)"
+        for line in damages(figures) + unlisted(figures, checksums.PAGES)
+    ]
+    return damages(tables) + unlisted(tables, "*.csv") + pages
 
 
 def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataFrame:
@@ -57,17 +66,19 @@ def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataF
 
 
 def verify(scale: str | None, count: int) -> int:
-    """Prints what is damaged: of all studies' tables, or of all that one has; trains runs of that one again.
+    """Prints what is damaged: of all studies' tables and pages, or of all that one has; trains runs of that one again.
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
-    choose("scale", scale, [None, *scales()])
-    chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("*/"))
-    wrong = [line for name in chosen for line in [*damages(paths.RESULTS / name), *unlisted(name)]]
+    studies = sorted(folder.name for folder in paths.RESULTS.glob("*/"))
+    choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
+    chosen = [scale] if scale else studies
+    wrong = [line for name in chosen for line in committed(name)]
     if scale:
         wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")
     print(*wrong, sep="\n", end="\n" * bool(wrong))
-    print(f"tables of {', '.join(chosen)}: {f'{len(wrong)} damages' if wrong else 'every byte is what was written'}")
+    outcome = f"{len(wrong)} damages" if wrong else "every byte is what was written"
+    print(f"tables and pages of {', '.join(chosen)}: {outcome}")
     if not scale or not count:
         return int(bool(wrong))
     again = trained_again(Study(scale), count)
