@@ -91,7 +91,7 @@ def verdict_lines(study, notebook: str) -> str:
         estimate = f": {written((row.value, row.low, row.high), 2)}" if pd.notna(row.value) else ""
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
-            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(short(row.comment), LONGEST, placeholder=' ...')} "
+            f"{estimate} (n {row.n}, {row.unit}). {textwrap.shorten(_ended(row.comment), LONGEST, placeholder=' ...')} "
             f"*Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
@@ -99,6 +99,11 @@ def verdict_lines(study, notebook: str) -> str:
 
 def _sentence(statistic: str) -> str:
     return statistic.partition(". ")[0].rstrip(".")
+
+
+def _ended(comment: str) -> str:
+    """A comment, shortened, that ends like a sentence, since another one follows."""
+    return f"{short(comment).rstrip('.')}." if comment else ""
 
 
 def evidence(study) -> pd.DataFrame:
@@ -118,7 +123,7 @@ def evidence(study) -> pd.DataFrame:
                 "claim (what the paper has)": html.escape(f"{row.id} {row.claim} ({row.paper})"),
                 "verdict": row.verdict,
                 "estimate": f"{estimate}n {row.n} ({row.unit})",
-                "why; what would change it": html.escape(f"{short(row.comment)} Would change it: {row.changes}"),
+                "why; what would change it": html.escape(f"{_ended(row.comment)} Would change it: {row.changes}"),
                 "evidence": "; ".join(links),
                 "its rows": f"<code>{command}</code>",
             }

@@ -75,8 +75,13 @@ def outlier_metrics(study) -> str:
         f"MMR is lowest for {label(lowest)}, {written(compared.mean(lowest), 2)}, and highest for {label(highest)}, "
         f"{written(compared.mean(highest), 2)} ({compared.over}, {compared.n(lowest, highest)}).{compared.caveat} "
         f"The loss increase under {study.protocol.measure.primary} correlates with {listed(numbers)} (Pearson within "
-        f"sizes, n {n} runs)."
+        f"sizes, {_checkpoint(study)[1]}, n {n} runs)."
     )
+
+
+def _checkpoint(study) -> tuple[str, str]:
+    """Where the scale's rules read correlations, for tables and for sentences."""
+    return ("common", "at the Common Loss") if study.scale == SCALE else ("final", "at the end of training")
 
 
 def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[str], int]:
@@ -85,8 +90,7 @@ def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[
     candidates: column of `predictor_table` -> name. Without an interval where an optimizer has few seeds; none at all
     of fewer than three runs.
     """
-    checkpoint = "common" if study.scale == SCALE else "final"  # as the rules of the scale have it
-    table = predictor_table(study, checkpoint=checkpoint, spec=study.protocol.measure.primary)
+    table = predictor_table(study, checkpoint=_checkpoint(study)[0], spec=study.protocol.measure.primary)
     table = eligible(study, table).dropna(subset=target)
     certain = compare(study, table, target).certain
     found = correlations(table, within="size", candidates=tuple(candidates), targets=(target,)).set_index("candidate")
@@ -125,9 +129,9 @@ def error_propagation(study) -> str:
     accuracy, _ = _correlations(study, {"R_L": "cloze accuracy at"}, "accuracy")
     return (
         f"Under {study.protocol.measure.primary} the error at the network's end, R_L, correlates with "
-        f"{listed(increase + accuracy)} (Pearson within sizes, n {n} runs). Inherited error (A) "
-        f"exceeds both new error (B) and their interaction (C) in {written(mean, 0, 100)} % of the modules (mean over "
-        f"{len(shares)} runs, modules that add no error included)."
+        f"{listed(increase + accuracy)} (Pearson within sizes, {_checkpoint(study)[1]}, n {n} runs). Inherited error "
+        f"(A) exceeds both new error (B) and their interaction (C) in {written(mean, 0, 100)} % of the modules (mean "
+        f"over {len(shares)} runs, modules that add no error included)."
     )
 
 

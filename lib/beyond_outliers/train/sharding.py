@@ -44,27 +44,27 @@ class WholeMatrices(Sharing):
         return super().cost(role, params, state) or sum(p.numel() for p in params)
 
     def updated(self, params: list[Tensor], mine: bool) -> list[Tensor]:
-        gathered = (p.detach().full_tensor() for p in divided_ones(params))
-        return [copy.clone() if mine else copy.to("meta") for copy in gathered]
+        copies = (gathered(p.detach()) for p in params)
+        return [copy.clone() if mine else copy.to("meta") for copy in copies]
 
     def bring(self, stack: Stack) -> None:
-        for p, copy in zip(divided_ones(stack.members), stack.params, strict=True):
+        for p, copy in zip(stack.members, stack.params, strict=True):
             assert p.grad is not None, "a stack's parameters have gradients"
-            gradient = p.grad.full_tensor()
+            gradient = gathered(p.grad)
             if self.mine(stack.owner):
                 copy.grad = gradient
 
     def exchange(self, stacks: list[Stack]) -> None:
         for stack in stacks:
             assert stack.owner is not None, "every divided parameter has an owner"
-            for p, copy in zip(divided_ones(stack.members), stack.params, strict=True):
+            for p, copy in zip(cast(list[DTensor], stack.members), stack.params, strict=True):
                 source = copy if self.mine(stack.owner) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=stack.owner))
                 copy.grad = None
 
 
-def divided_ones(params: list[Tensor]) -> list[DTensor]:
-    return cast(list[DTensor], params)
+def gathered(tensor: Tensor) -> Tensor:
+    return cast(DTensor, tensor).full_tensor()
 
 
 def whole(state: Any) -> Any:
