@@ -1,8 +1,8 @@
 """Memory before a run, against torch's own counters and against the process that trains."""
 
 import dataclasses
-import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +14,7 @@ from beyond_outliers.config import LlamaConfig, Olmo2Config
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.train import build_model
 from beyond_outliers.train.memory import OFTEN, SELDOM, _traced, memory, set_groups
+from torchrun import launched
 
 QAT = {scheme: {"scheme": scheme, "weights": "int4", "activations": "int4"} for scheme in ("quest", "ste", "lsq")}
 # Trains a run of a few steps after a tiny one, which loads what is loaded once: most bytes above what there was then
@@ -29,7 +30,7 @@ given = {"root": pathlib.Path(sys.argv[3]), "recompute": sys.argv[4] == "True", 
 train(small, **given)
 before = status("VmRSS")
 train(large, **given)
-print(json.dumps(status("VmHWM") - before))
+print(f"peak {status('VmHWM') - before}")
 """
 
 
@@ -123,7 +124,29 @@ def test_within_fifteen_percent_of_the_process(run_config, tmp_path, width, dept
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", TRAINS, *given], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    measured, found = json.loads(done.stdout.splitlines()[-1]), memory(config, recompute=recompute)
+    measured, found = int(re.findall(r"peak (\d+)", done.stdout)[0]), memory(config, recompute=recompute)
     print(width, depth, optimizer, scheme, recompute, measured, found.peak)
     assert measured > 5e7  # far above what the interpreter allocates by the way
     assert found.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peaks are read from /proc")
+@pytest.mark.parametrize(("width", "optimizer"), [(160, "soap"), (192, "muon")])
+def test_of_two_workers_it_is_the_one_that_keeps_most(run_config, tmp_path, monkeypatch, width, optimizer):
+    """Within 15 %; the state, of which each keeps a part, is well below that of one worker."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    model = Olmo2Config(vocab_size=320, width=width, depth=4, n_heads=4)
+    config = run_of(run_config, optimizer, None, model, micro_batch=8, evaluations=1, validation_tokens=512)
+    config = config.replace(context=128, tokens_per_parameter=3 * 16 * 128 / model.n_parameters)
+    small = run_config.replace(optimizer=optimizer, micro_batch=4)
+    script = "import torch.distributed as dist\ndist.destroy_process_group = dist.barrier\n"
+    script += "first = dist.init_process_group\n"
+    script += "dist.init_process_group = lambda backend: None if dist.is_initialized() else first(backend)\n" + TRAINS
+    done, _ = launched(script, tmp_path, 2, small.to_json(), config.to_json(), str(tmp_path), "False")
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = max(int(peak) for peak in re.findall(r"peak (\d+)", done.stdout))
+    one, two = memory(config), memory(config, workers=2)
+    print(width, optimizer, measured, two.peak, one.optimizer, two.optimizer)
+    assert two.optimizer < 0.8 * one.optimizer
+    assert two.peak == pytest.approx(measured, rel=0.15)

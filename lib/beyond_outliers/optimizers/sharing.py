@@ -28,8 +28,9 @@ def cost(role: str, params: list[Tensor], state: dict[str, Any]) -> int:
 class Sharing:
     """Who updates which parameters: the heaviest first, each part to the worker that has least to do so far."""
 
-    def __init__(self) -> None:
-        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+    def __init__(self, rank: int | None = None, workers: int | None = None) -> None:
+        self.rank = dist.get_rank() if rank is None else rank
+        self.workers = workers or dist.get_world_size()
         self.loads: dict[int, list[int]] = {}  # by group: what it gives every worker to do
 
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:

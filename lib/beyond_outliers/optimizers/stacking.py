@@ -136,20 +136,24 @@ class StackedOptimizer(RoleGroups):
         cached = self._stacks.get(id(group))
         # the states, too: whoever clears them, or puts others in their place, must find that it has an effect
         if cached is None or cached[0] != [(id(p), id(self.state.get(p))) for p in live]:
-            buckets: dict[tuple, list[Tensor]] = {}
-            for p in live:
-                if not self.state[p]:  # shared, it has a shape alone until it is known whose it is
-                    like = p if self._sharing is None else shape_alone(p)
-                    self.state[p] = {"step": 0, **self.init_state(group, like)}
-                counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
-                key = (p.shape, p.dtype, p.device, *counts)
-                buckets.setdefault(key, []).append(p)
-            workers = self._sharing.workers if self._sharing else 1
-            parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], workers)]
-            owners = self._sharing.owners(group, parts, self.state) if self._sharing else [None] * len(parts)
+            parts, owners = self.parts(group, live)
             found = [self._stack(group, part, owner) for part, owner in zip(parts, owners, strict=True)]
             self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], found)
         return cached[1]
+
+    def parts(self, group: dict, live: list[Tensor]) -> tuple[list[list[Tensor]], list[int | None]]:
+        """Parameters of a group in the parts that are stacked, and the owner of each; new ones get their state."""
+        buckets: dict[tuple, list[Tensor]] = {}
+        for p in live:
+            if not self.state[p]:  # shared, it has a shape alone until it is known whose it is
+                like = p if self._sharing is None else shape_alone(p)
+                self.state[p] = {"step": 0, **self.init_state(group, like)}
+            counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
+            key = (p.shape, p.dtype, p.device, *counts)
+            buckets.setdefault(key, []).append(p)
+        workers = self._sharing.workers if self._sharing else 1
+        parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], workers)]
+        return parts, self._sharing.owners(group, parts, self.state) if self._sharing else [None] * len(parts)
 
     def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
         """The stack of some parameters; of another worker's the states become shapes, on the meta device."""

@@ -143,7 +143,7 @@ def _said_of_run(config: RunConfig, workers: int) -> list[str]:
 
 
 def _said_of_memory(found: Memory, workers: int) -> list[str]:
-    each = " a worker" if workers > 1 else ""
+    each = " for the worker that keeps most" if workers > 1 else ""
     lines = [f"memory      {_bytes(found.peak)}{each} beside Python and torch, in {found.moment}"]
     for name in ("weights", "gradients", "optimizer", "activations", "logits", "copies"):
         if size := getattr(found, name):

@@ -21,6 +21,8 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.cross_entropy import cross_entropy
 from beyond_outliers.decoder import Decoder
 from beyond_outliers.optimizers.registry import build_optimizer
+from beyond_outliers.optimizers.sharing import Sharing
+from beyond_outliers.optimizers.stacking import StackedOptimizer
 from beyond_outliers.quantizers.trainable import LSQQuantizer
 from beyond_outliers.train.folder import build_model
 
@@ -43,7 +45,7 @@ class Memory:
     copies: int  # gradients on their way to the other workers
     passes: int  # at most, forward and backward
     update: int  # at most, in the optimizer's step
-    evaluation: int  # at most
+    evaluation: int  # at most, until its weights and state are saved
 
     @property
     def peak(self) -> int:
@@ -106,17 +108,49 @@ def memory(config: RunConfig, device: str = "cpu", workers: int = 1, recompute: 
     """Bytes that a worker of this run needs, uncompiled; compiled it needs less.
 
     device: "cpu", or "cuda" for bfloat16 autocast, traced through the CPU's kernels. recompute: see `Decoder`.
-    Every block adds the same, so two blocks are traced at most. The optimizer's state is counted whole, although
-    several workers divide it.
+    Every block adds the same, so two blocks are traced at most. Of several workers, which divide the state of a matrix
+    optimizer, it is the one that keeps most.
     """
     depth = config.model.depth
     if depth <= 2:
-        return _traced(config, device, workers, recompute)
+        return _of_several(_traced(config, device, workers, recompute), config, device, workers)
     one, two = (
         vars(_traced(config.replace(model=dataclasses.replace(config.model, depth=n)), device, workers, recompute))
         for n in (1, 2)
     )
-    return Memory(**{name: one[name] + (depth - 1) * (two[name] - one[name]) for name in one})
+    whole = Memory(**{name: one[name] + (depth - 1) * (two[name] - one[name]) for name in one})
+    return _of_several(whole, config, device, workers)
+
+
+def _of_several(whole: Memory, config: RunConfig, device: str, workers: int) -> Memory:
+    """Less the state that other workers keep, and with what they send each other: parameters at the end of a step, and
+    to the first worker, after an evaluation, the states that it saves (it has them on the CPU)."""
+    with torch.device("meta"):
+        optimizer = build_optimizer(build_model(config), config.optimizer, config.lr, **config.hyper)
+    if workers == 1 or not isinstance(optimizer, StackedOptimizer):
+        return whole
+    optimizer.share(Sharing(0, workers))
+    kept, sent = [0] * workers, 0
+    for group in optimizer.param_groups:
+        for part, owner in zip(*optimizer.parts(group, group["params"]), strict=True):
+            state = sum(v.nbytes for p in part for v in optimizer.state[p].values() if isinstance(v, Tensor))
+            sent += 0 if owner is None else sum(p.nbytes for p in part)
+            for worker in range(workers) if owner is None else [owner]:
+                kept[worker] += state
+    elsewhere = round(whole.optimizer * (1 - max(kept) / _all_state(optimizer)))
+    sending = whole.weights + whole.gradients + whole.copies + whole.optimizer + sent
+    saving = whole.weights + whole.copies + whole.optimizer if device == "cpu" else 0
+    return dataclasses.replace(
+        whole,
+        optimizer=whole.optimizer - elsewhere,
+        passes=whole.passes - elsewhere,
+        update=max(whole.update, sending) - elsewhere,
+        evaluation=max(whole.evaluation - elsewhere, saving),
+    )
+
+
+def _all_state(optimizer: torch.optim.Optimizer) -> int:
+    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
 def _traced(config: RunConfig, device: str, workers: int, recompute: bool) -> Memory:
