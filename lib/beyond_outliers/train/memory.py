@@ -125,9 +125,11 @@ def memory(config: RunConfig, device: str = "cpu", workers: int = 1, recompute: 
 def _of_several(whole: Memory, config: RunConfig, device: str, workers: int) -> Memory:
     """Less the state that other workers keep, and with what they send each other: parameters at the end of a step, and
     to the first worker, after an evaluation, the states that it saves (it has them on the CPU)."""
+    if workers == 1:
+        return whole
     with torch.device("meta"):
         optimizer = build_optimizer(build_model(config), config.optimizer, config.lr, **config.hyper)
-    if workers == 1 or not isinstance(optimizer, StackedOptimizer):
+    if not isinstance(optimizer, StackedOptimizer):
         return whole
     optimizer.share(Sharing(0, workers))
     kept, sent = [0] * workers, 0
