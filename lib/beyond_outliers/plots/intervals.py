@@ -56,6 +56,9 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
     return figure
 
 
+LONGEST = 44  # characters of a label below a panel of three abreast; longer ones take two lines
+
+
 def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> plt.Figure:
     """`effects.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
     lies from the reference and its interval. A quantity without rows is named and drawn as not measured yet."""
@@ -76,9 +79,8 @@ def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], refer
             continue
         ax.axvline(1 if factors else 0, color="grey", lw=1)
         ax.set_xscale("log" if factors else "linear")
-        ax.set_xlabel(
-            f"{f'times {LABELS[reference]}' if factors else f'nats above {LABELS[reference]}'}; {_pairs(own)}"
-        )
+        label = f"{f'times {LABELS[reference]}' if factors else f'nats above {LABELS[reference]}'}; {_pairs(own)}"
+        ax.set_xlabel(label if len(label) <= LONGEST else label.replace("; ", "\n"))
         if factors:
             tidy_log(ax.xaxis)
         else:
