@@ -56,7 +56,7 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
     return figure
 
 
-LONGEST = 44  # characters of a label below a panel of three abreast; longer ones take two lines
+LONGEST = 40  # characters of a label below a panel of three abreast; longer ones take two lines
 
 
 def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> plt.Figure:
