@@ -184,8 +184,9 @@ def seal(scale: str) -> None:
 
 def check_pages(scale: str, names: list[str]) -> None:
     """StalePage, FileNotFoundError, DamagedFile or ValueError, with the command that makes it, for pages that are old
-    or missing, lack a figure, or are not what was written."""
-    checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
+    or missing, lack a figure, or (those of committed tables) are not what was written."""
+    if paths.figures(scale) == paths.FIGURES / scale:  # a reader's own are drawn again one by one
+        checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
     for name in names:
         page = page_of(scale, name)
         text = page.read_text()
