@@ -92,15 +92,12 @@ def _one_row(heads: list[list[str]]) -> list[str]:
     A row a level of the columns, with the level's name before its labels, then one with the names of the index. The
     names of the index stay. A level's name stays only before a number, which would say nothing alone ("seed 0").
     """
-    *levels, names = heads
-    n_index = sum(map(bool, names))
-    if not levels or n_index == len(names) or not all(names[:n_index]):  # no row of the index's names
-        return [" ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
-    columns = [
-        [_named(label, level[n_index - 1]) for label, level in zip(column, levels, strict=True)]
-        for column in list(zip(*levels, strict=True))[n_index:]
-    ]
-    return names[:n_index] + [" ".join(dict.fromkeys(filter(None, column))) for column in columns]
+    names = heads[-1]
+    n_index = names.index("") if "" in names else 0  # beyond the index, the row of its names is blank
+    levels = [row[n_index - 1] if n_index else "" for row in heads]
+    columns = list(zip(*heads, strict=True))[n_index:]
+    named = [[_named(label, level) for label, level in zip(column, levels, strict=True)] for column in columns]
+    return names[:n_index] + [" ".join(dict.fromkeys(filter(None, labels))) for labels in named]
 
 
 def _named(label: str, level: str) -> str:

@@ -178,15 +178,16 @@ def write_index(scale: str) -> Path:
 
 
 def seal(scale: str) -> None:
-    """Writes the checksums of a scale's pages and figures as they are now."""
-    checksums.seal(paths.figures(scale), checksums.PAGES)
+    """Writes the checksums of committed tables' pages and figures as they are now; a reader's own have none, since
+    they are drawn again one by one."""
+    if paths.figures(scale) == paths.FIGURES / scale:
+        checksums.seal(paths.figures(scale), checksums.PAGES)
 
 
 def check_pages(scale: str, names: list[str]) -> None:
     """StalePage, FileNotFoundError, DamagedFile or ValueError, with the command that makes it, for pages that are old
-    or missing, lack a figure, or (those of committed tables) are not what was written."""
-    if paths.figures(scale) == paths.FIGURES / scale:  # a reader's own are drawn again one by one
-        checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
+    or missing, lack a figure, or (where they have checksums) are not what was written."""
+    checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
     for name in names:
         page = page_of(scale, name)
         text = page.read_text()

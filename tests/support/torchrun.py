@@ -11,18 +11,24 @@ from safetensors.torch import load_file
 
 from beyond_outliers.train import load_result, run_folder, weights_path
 
-WORKER = """
+# torchrun's store takes one process group a process: the next run's is the first one's
+ONE_GROUP = """
+import torch.distributed as dist
+first = dist.init_process_group
+dist.init_process_group = lambda backend: None if dist.is_initialized() else first(backend)
+dist.destroy_process_group = lambda: dist.barrier()
+"""
+WORKER = (
+    ONE_GROUP
+    + """
 import json, os, pathlib, sys, torch
 torch.set_num_threads(1)
 from beyond_outliers.config import RunConfig
-from beyond_outliers.train import loop, train, workers
+from beyond_outliers.train import loop, train
 configs, root, wide = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "float64"
 fails_at, options = int(sys.argv[4]), json.loads(sys.argv[5])
 if wide:
     torch.set_default_dtype(torch.float64)
-first, dist = workers.dist.init_process_group, workers.dist  # torchrun's store takes one group a process
-dist.init_process_group = lambda backend: None if dist.is_initialized() else first(backend)
-dist.destroy_process_group = lambda: dist.barrier()
 step = loop._Run._step
 def failing(run):
     if run.step == fails_at and run.workers.rank == run.workers.count - 1:
@@ -32,6 +38,7 @@ loop._Run._step = failing
 for config in configs:
     train(RunConfig.from_json(config), root=root, compile=False, progress=False, **options)
 """
+)
 
 
 def launched(script, root, workers, *arguments):

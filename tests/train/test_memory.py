@@ -14,7 +14,7 @@ from beyond_outliers.config import LlamaConfig, Olmo2Config
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.train import build_model
 from beyond_outliers.train.memory import OFTEN, SELDOM, _traced, memory, set_groups
-from torchrun import launched
+from torchrun import ONE_GROUP, launched
 
 QAT = {scheme: {"scheme": scheme, "weights": "int4", "activations": "int4"} for scheme in ("quest", "ste", "lsq")}
 # Trains a run of a few steps after a tiny one, which loads what is loaded once: most bytes above what there was then
@@ -140,10 +140,7 @@ def test_of_two_workers_it_is_the_one_that_keeps_most(run_config, tmp_path, monk
     config = run_of(run_config, optimizer, None, model, micro_batch=8, evaluations=1, validation_tokens=512)
     config = config.replace(context=128, tokens_per_parameter=3 * 16 * 128 / model.n_parameters)
     small = run_config.replace(optimizer=optimizer, micro_batch=4)
-    script = "import torch.distributed as dist\ndist.destroy_process_group = dist.barrier\n"
-    script += "first = dist.init_process_group\n"
-    script += "dist.init_process_group = lambda backend: None if dist.is_initialized() else first(backend)\n" + TRAINS
-    done, _ = launched(script, tmp_path, 2, small.to_json(), config.to_json(), str(tmp_path), "False")
+    done, _ = launched(ONE_GROUP + TRAINS, tmp_path, 2, small.to_json(), config.to_json(), str(tmp_path), "False")
     assert done.returncode == 0, done.stderr[-3000:]
     measured = max(int(peak) for peak in re.findall(r"peak (\d+)", done.stdout))
     one, two = memory(config), memory(config, workers=2)

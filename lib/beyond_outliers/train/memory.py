@@ -113,33 +113,33 @@ def memory(config: RunConfig, device: str = "cpu", workers: int = 1, recompute: 
     """
     depth = config.model.depth
     if depth <= 2:
-        return _of_several(_traced(config, device, workers, recompute), config, device, workers)
-    one, two = (
-        vars(_traced(config.replace(model=dataclasses.replace(config.model, depth=n)), device, workers, recompute))
-        for n in (1, 2)
-    )
-    whole = Memory(**{name: one[name] + (depth - 1) * (two[name] - one[name]) for name in one})
-    return _of_several(whole, config, device, workers)
+        found = _traced(config, device, workers, recompute)
+    else:
+        one, two = (
+            vars(_traced(config.replace(model=dataclasses.replace(config.model, depth=n)), device, workers, recompute))
+            for n in (1, 2)
+        )
+        found = Memory(**{name: one[name] + (depth - 1) * (two[name] - one[name]) for name in one})
+    return found if workers == 1 else _of_several(found, config, device, workers)
 
 
 def _of_several(whole: Memory, config: RunConfig, device: str, workers: int) -> Memory:
     """Less the state that other workers keep, and with what they send each other: parameters at the end of a step, and
     to the first worker, after an evaluation, the states that it saves (it has them on the CPU)."""
-    if workers == 1:
-        return whole
     with torch.device("meta"):
         optimizer = build_optimizer(build_model(config), config.optimizer, config.lr, **config.hyper)
     if not isinstance(optimizer, StackedOptimizer):
         return whole
     optimizer.share(Sharing(0, workers))
-    kept, sent = [0] * workers, 0
+    kept, every, sent = [0] * workers, 0, 0
     for group in optimizer.param_groups:
         for part, owner in zip(*optimizer.parts(group, group["params"]), strict=True):
             state = sum(v.nbytes for p in part for v in optimizer.state[p].values() if isinstance(v, Tensor))
+            every += state
             sent += 0 if owner is None else sum(p.nbytes for p in part)
             for worker in range(workers) if owner is None else [owner]:
                 kept[worker] += state
-    elsewhere = round(whole.optimizer * (1 - max(kept) / _all_state(optimizer)))
+    elsewhere = round(whole.optimizer * (1 - max(kept) / every))
     sending = whole.weights + whole.gradients + whole.copies + whole.optimizer + sent
     saving = whole.weights + whole.copies + whole.optimizer if device == "cpu" else 0
     return dataclasses.replace(
@@ -149,10 +149,6 @@ def _of_several(whole: Memory, config: RunConfig, device: str, workers: int) -> 
         update=max(whole.update, sending) - elsewhere,
         evaluation=max(whole.evaluation - elsewhere, saving),
     )
-
-
-def _all_state(optimizer: torch.optim.Optimizer) -> int:
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
 def _traced(config: RunConfig, device: str, workers: int, recompute: bool) -> Memory:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from beyond_outliers.decoder import Decoder
+from beyond_outliers.optimizers.groups import gathered
 from beyond_outliers.optimizers.sharing import Sharing
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -61,10 +62,6 @@ class WholeMatrices(Sharing):
                 source = copy if self.mine(stack.owner) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=stack.owner))
                 copy.grad = None
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    return cast(DTensor, tensor).full_tensor()
 
 
 def whole(state: Any) -> Any:

@@ -49,9 +49,9 @@ class Workers:
         if self.count == 1:
             return loss
         if self.shard:
-            from beyond_outliers.train import sharding
-
             if isinstance(optimizer, StackedOptimizer):
+                from beyond_outliers.train import sharding
+
                 optimizer.share(sharding.WholeMatrices())
             return loss.model.loss
         if isinstance(optimizer, StackedOptimizer):
