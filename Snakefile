@@ -12,6 +12,7 @@ from beyond_outliers.config import PURPOSES
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
+from beyond_outliers.train.memory import roughly
 
 SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
 STUDY = Study(SCALE)
@@ -77,11 +78,10 @@ LIGHT = {"mem_mb": 4000, "runtime": 120}  # of jobs that read and write tables a
 
 
 def memory(model):
-    """Megabytes: weights, gradients and the largest optimizer state, activations of a micro-batch, Python and torch."""
+    """Megabytes: Python with torch, and the run."""
     training = PROTOCOL.settings.training
-    tokens = training.micro_batch * training.context
-    numbers = 13 * model.n_parameters + tokens * (40 * model.depth * model.width + 2 * model.vocab_size)
-    return 1500 + round(1.2 * 4 * numbers / 1e6)
+    quantized = "qat" in PROTOCOL.purposes()
+    return 1500 + round(1.2 * roughly(model, training.micro_batch, training.context, quantized) / 1e6)
 
 
 def minutes(model):

@@ -13,6 +13,7 @@ from beyond_outliers import paths
 from beyond_outliers.claims.comparison import label
 from beyond_outliers.claims.evidence import judged
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.outside import parted
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
@@ -34,7 +35,7 @@ def made_here(study: Study) -> pd.DataFrame:
 
 def _runs(study: Study) -> pd.DataFrame:
     file = study.results / "runs.csv"
-    return pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")  # every digit counts here
+    return pd.read_csv(file, dtype={"size": str})  # every digit counts here
 
 
 def compare_runs(own: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_outliers.beside", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", required=True, help="which study of data/scales")
     given = parser.parse_args(arguments)
-    if "+" in given.scale:
+    if parted(given.scale)[1]:
         return 0  # an optimizer from outside: its page is the comparison
     try:
         print(write(given.scale))

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
+from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol, scales
 from beyond_outliers.study.study import Study
@@ -167,7 +168,7 @@ def notebooks(protocol: Protocol | None = None) -> list[str]:
 
     An optimizer from outside ("pocket+lion") has the one that no study has.
     """
-    if protocol and "+" in protocol.scale:
+    if protocol and parted(protocol.scale)[1]:
         return [YOURS]
     names = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
     planned = protocol.purposes() if protocol else ASKS_FOR.values()
@@ -185,7 +186,7 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     from beyond_outliers.pages import relinked, write_page
 
     choose("notebook", name, sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
-    choose("scale", scale.partition("+")[0], scales())  # pocket+lion: an optimizer from outside beside pocket
+    choose("scale", parted(scale)[0], scales())  # pocket+lion: an optimizer from outside beside pocket
     source = paths.NOTEBOOKS / f"{name}.ipynb"
     parameters = {"scale": scale, **parameters}
     known = papermill.inspect_notebook(source)

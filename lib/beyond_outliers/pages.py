@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.config.outside import parted
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.tables import MissingResults
@@ -72,7 +73,7 @@ def fingerprint(scale: str, name: str) -> str:
     digest = hashlib.sha256()
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     digest.update(json.dumps([[cell["cell_type"], "".join(cell["source"])] for cell in cells]).encode())
-    for folder in dict.fromkeys([scale, scale.partition("+")[0]]):  # of an optimizer from outside: the scale's, too
+    for folder in dict.fromkeys([scale, parted(scale)[0]]):  # of an optimizer from outside: the scale's, too
         for file in sorted(paths.results(folder).glob("*.csv")):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
@@ -108,7 +109,7 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
     folder = paths.figures(scale)
     _need_figures(folder / f"{name}.md", body, scale)
     source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
-    index = Path(os.path.relpath(paths.figures(scale.partition("+")[0]), folder), "README.md").as_posix()
+    index = Path(os.path.relpath(paths.figures(parted(scale)[0]), folder), "README.md").as_posix()
     head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages]({index})\n\n"
     if (size := len((head + body).encode())) > LARGEST:
         raise ValueError(f"the page {name} of {scale} has {size} bytes, more than {LARGEST}")
@@ -149,7 +150,7 @@ def write_index(scale: str) -> Path:
 
     ValueError for an unknown scale, FileNotFoundError for a page that is not there.
     """
-    if "+" in scale:
+    if parted(scale)[1]:
         raise ValueError(f"{scale} is an optimizer beside a study: it has one page and no index")
     rows = []
     for name in names_of(scale):

@@ -213,6 +213,9 @@ def test_evaluations_after_the_first_step():
     curves = pd.DataFrame({"run": ["r0", "r0", "r0", "r9"], "tokens": [0, 10, 20, 10], "val_loss": [5, np.nan, 3, 3]})
     found = readings.validation_curves(Tables(curves=curves), runs([3.0, 3.0]))
     assert found[["run", "tokens", "optimizer"]].to_numpy().tolist() == [["r0", 20, "adamw"]]
+    both = runs([3.0, 3.0])
+    curves = pd.DataFrame({"run": both.run[::-1], "tokens": 10, "val_loss": 3.0})
+    assert readings.validation_curves(Tables(curves=curves), both).run.tolist() == both.run.tolist()  # of the runs
 
 
 def test_how_far_a_checkpoint_lies_below_the_common_loss():

@@ -30,7 +30,7 @@ def committed(repository):
 
 def change(folder, add=0.5, rows=3):
     """As if the first runs had come out otherwise; returns their names."""
-    table = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    table = pd.read_csv(folder / "runs.csv")
     table.loc[: rows - 1, "val_loss"] += add
     table.to_csv(folder / "runs.csv", index=False)
     return list(table.run[:rows])
@@ -74,11 +74,11 @@ def test_rows_that_others_committed_since_are_taken_up_when_a_study_goes_on(comm
     study = Study("pocket")
     folder = own.take_up(study)
     mine = change(folder)
-    runs = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    runs = pd.read_csv(folder / "runs.csv")
     runs[runs.run != runs.run.iloc[-1]].to_csv(folder / "runs.csv", index=False)  # committed after this study began
     collect.merge(study, committed)
     after = study.table("runs").set_index("run").val_loss
-    theirs = pd.read_csv(committed / "runs.csv", float_precision="round_trip").set_index("run").val_loss
+    theirs = pd.read_csv(committed / "runs.csv").set_index("run").val_loss
     assert set(after.index) == set(theirs.index)
     assert {run for run in theirs.index if after[run] != pytest.approx(theirs[run])} == set(mine)
 
@@ -102,7 +102,7 @@ def test_publishing_moves_the_tables_and_says_what_it_replaces(committed, monkey
 
 def test_incomplete_tables_are_published_only_when_told(committed, capsys):
     before, folder = bytes_of(committed), own.take_up(Study("pocket"))
-    table = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    table = pd.read_csv(folder / "runs.csv")
     gone = table[table.purpose == "qat"].run.iloc[0]
     table[table.run != gone].to_csv(folder / "runs.csv", index=False)
     judged(folder)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from beyond_outliers.config import LlamaConfig, Olmo2Config
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.train import build_model
-from beyond_outliers.train.memory import OFTEN, SELDOM, _traced, memory, set_groups
+from beyond_outliers.train.memory import OFTEN, SELDOM, _traced, memory, roughly, set_groups
 from torchrun import ONE_GROUP, launched
 
 QAT = {scheme: {"scheme": scheme, "weights": "int4", "activations": "int4"} for scheme in ("quest", "ste", "lsq")}
@@ -100,6 +100,20 @@ def test_blocks_add_up_and_recomputation_leaves_them_out(run_config):
     less = memory(run_of(run_config, model=llama), recompute=True)
     assert less.activations < 0.3 * two.activations and less.passes < two.passes
     assert (less.weights, less.optimizer) == (two.weights, two.optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "depth", "micro_batch", "optimizer", "scheme"),
+    [(32, 1, 8, "psgd", "quest"), (32, 2, 16, "soap", "lsq"), (512, 2, 1, "shampoo", None), (512, 2, 1, "soap", "lsq")],
+)
+def test_the_formula_is_an_upper_bound(run_config, width, depth, micro_batch, optimizer, scheme):
+    """Where evaluations need most, activations, or the optimizer; of the largest states, and the most of a scheme."""
+    model = Olmo2Config(vocab_size=320, width=width, depth=depth, n_heads=4)
+    config = run_of(run_config, optimizer, scheme, model, micro_batch=micro_batch)
+    bound, found = roughly(model, micro_batch, config.context, scheme is not None), memory(config).peak
+    print(width, depth, micro_batch, optimizer, scheme, bound / found)
+    assert bound / 4 < found < bound
 
 
 @pytest.mark.slow

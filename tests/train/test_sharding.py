@@ -1,6 +1,6 @@
 """Weights divided among two workers (FSDP2 over gloo): the numbers of one process, and runs that go on either way."""
 
-import re
+import json
 
 import pytest
 
@@ -14,7 +14,7 @@ QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
 
 
 KEEPING = """
-import torch
+import json, pathlib, sys, torch
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import build_optimizer
@@ -31,12 +31,11 @@ optimizer.step()
 tensors = {name: [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
            for name, p in optimizer.named_parameters()}
 mine = [name for name, kept in tensors.items() if not any(v.is_meta for v in kept)]
-print(f"kept {workers.rank}:", *mine, flush=True)
-print(f"held {workers.rank}: {sum(v.numel() for name in mine for v in tensors[name])}", flush=True)
 state = optimizer.state_dict()["state"]
-if workers.rank == 0:
-    print("all:", *tensors)
-    print("whole:", not any(v.is_meta for e in state.values() for v in e.values() if isinstance(v, torch.Tensor)))
+whole = not any(v.is_meta for e in state.values() for v in e.values() if isinstance(v, torch.Tensor))
+held = sum(v.numel() for name in mine for v in tensors[name])
+found = {"kept": mine, "held": held, "all": list(tensors), "whole": whole}
+pathlib.Path(sys.argv[1], f"{workers.rank}.json").write_text(json.dumps(found))
 workers.leave()
 """
 
@@ -82,13 +81,13 @@ def test_a_run_goes_on_sharded_or_not(run_config, tmp_path, optimizer, first, th
 @pytest.mark.slow
 def test_a_worker_keeps_whole_copies_and_states_of_its_own_parameters_alone(tmp_path):
     """Every parameter has one owner, the two hold about as much, and the first worker's state_dict has all of it."""
-    done, _ = launched(KEEPING, tmp_path, 2)
+    done, _ = launched(KEEPING, tmp_path, 2, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    kept = {int(rank): set(names.split()) for rank, names in re.findall(r"^kept (\d): (.*)$", done.stdout, re.M)}
-    held = {int(rank): int(n) for rank, n in re.findall(r"^held (\d): (\d+)$", done.stdout, re.M)}
-    assert not kept[0] & kept[1] and kept[0] | kept[1] == set(re.search(r"^all: (.*)$", done.stdout, re.M)[1].split())
-    assert 0.4 < held[0] / sum(held.values()) < 0.6
-    assert "whole: True" in done.stdout
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert not set(first["kept"]) & set(second["kept"])
+    assert {*first["kept"], *second["kept"]} == set(first["all"])
+    assert 0.4 < first["held"] / (first["held"] + second["held"]) < 0.6
+    assert first["whole"] and not second["whole"]
 
 
 @pytest.mark.slow

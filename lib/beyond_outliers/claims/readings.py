@@ -83,8 +83,9 @@ def machine_effect(study) -> pd.DataFrame:
 
 
 def validation_curves(study, runs: pd.DataFrame, columns: Sequence[str] = ("size", "optimizer")) -> pd.DataFrame:
-    """The evaluations of `runs` after the first step (tokens, val_loss, ...), with these `columns` of the runs."""
-    curves = study.table("curves").dropna(subset="val_loss").merge(runs[["run", *columns]], on="run")
+    """The evaluations of `runs` after the first step (tokens, val_loss, ...), with these `columns` of the runs, in the
+    order of `runs`."""
+    curves = runs[["run", *columns]].merge(study.table("curves").dropna(subset="val_loss"), on="run")
     return curves[curves.tokens > 0]
 
 

@@ -46,6 +46,12 @@ class Outside:
         paths.write_whole(file, "\n".join(lines) + "\n")
 
 
+def parted(scale: str) -> tuple[str, str]:
+    """The scale and the name of the optimizer from outside beside it: of "pocket" alone, that is ""."""
+    base, _, own = scale.partition("+")
+    return base, own
+
+
 def optimizer_file(scale: str) -> Path:
     """Where the definition of "pocket+lion" lies: beside its committed tables if there are some, else its runs."""
     committed = paths.RESULTS / scale / "optimizer.toml"
@@ -56,7 +62,7 @@ def read_outside(scale: str) -> Outside:
     """The optimizer of "pocket+lion". ValueError where it is not defined, or does not fit."""
     file = optimizer_file(scale)
     if not file.exists():
-        base = scale.partition("+")[0]
+        base, _ = parted(scale)
         raise ValueError(f"no optimizer at {file}: run `make compare OPTIMIZER=module:Class SCALE={base}` first")
     found: Outside = parse(tomllib.loads(file.read_text(encoding="utf-8")), Outside, "")
     return found

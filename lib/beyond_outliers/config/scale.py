@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES, ordered
-from beyond_outliers.config.outside import beside, optimizer_file
+from beyond_outliers.config.outside import beside, optimizer_file, parted
 from beyond_outliers.config.parsing import Different, Name, Range, check_keys, choose, parse
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
 
@@ -284,7 +284,7 @@ def read_scale(name: str) -> Scale:
     ValueError for an unknown scale, and, naming file and key, for what does not fit.
     """
     parse(name, ScaleName, "the name of a scale")
-    base, _, own = name.partition("+")
+    base, own = parted(name)
     file = paths.SCALES / f"{base}.toml"
     if not file.exists():
         raise ValueError(f"unknown scale {base!r}; valid: {', '.join(scales())}")

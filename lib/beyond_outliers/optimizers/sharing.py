@@ -73,7 +73,7 @@ class Sharing:
                 pieces = flat.split([p.numel() for p in part])
                 torch._foreach_copy_(part, [piece.view_as(p) for p, piece in zip(part, pieces, strict=True)])
 
-    def gather(self, stacks: list["Stack"], states: Mapping[Tensor, dict]) -> dict[Tensor, dict]:
+    def gather(self, stacks: list["Stack"], states: Mapping[Tensor, dict]) -> Mapping[Tensor, dict]:
         """The whole state on the first worker, on the CPU what others keep; elsewhere as it is. All workers call it."""
         whole = dict(states)
         for stack in stacks:
@@ -90,3 +90,19 @@ class Sharing:
                         dist.recv(received, stack.owner)
                         whole[p] = {**whole[p], key: received.cpu()}
         return whole
+
+
+class Alone(Sharing):
+    """One worker, to whom everything belongs."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, workers=1)
+
+    def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
+        return [None] * len(parts)
+
+    def exchange(self, stacks: list["Stack"]) -> None:
+        """Nobody is there."""
+
+    def gather(self, stacks: list["Stack"], states: Mapping[Tensor, dict]) -> Mapping[Tensor, dict]:
+        return states

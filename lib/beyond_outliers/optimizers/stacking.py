@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import RoleGroups
-from beyond_outliers.optimizers.sharing import Sharing
+from beyond_outliers.optimizers.sharing import Alone, Sharing
 
 CPU_STACK_ELEMENTS = 2**18  # of the largest stacked tensor: 1 MiB in float32
 
@@ -89,13 +89,13 @@ class StackedOptimizer(RoleGroups):
     def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
         self.role_defaults = role_defaults or {}
         self._stacks: dict[int, tuple[list[tuple[int, int]], list[Stack]]] = {}
-        self._sharing: Sharing | None = None
+        self._sharing: Sharing = Alone()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._stacks = {}  # their views are stale: loading (and copying) gives every parameter new tensors
-        self.__dict__.setdefault("_sharing", None)  # a copy works alone
+        self.__dict__.setdefault("_sharing", Alone())  # of a copy
 
     def share(self, sharing: Sharing | None = None) -> None:
         """From now on the workers of torch.distributed divide the stacks among them, and each keeps its own's state.
@@ -123,11 +123,9 @@ class StackedOptimizer(RoleGroups):
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        if self._sharing is not None:
-            index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            stacks = [stack for _, stacks in self._stacks.values() for stack in stacks]
-            whole = self._sharing.gather(stacks, self.state)
-            state["state"] = {index[p]: entry for p, entry in whole.items()}
+        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        stacks = [stack for _, stacks in self._stacks.values() for stack in stacks]
+        state["state"] = {index[p]: entry for p, entry in self._sharing.gather(stacks, self.state).items()}
         return state
 
     def stacks(self, group: dict) -> list[Stack]:
@@ -145,23 +143,22 @@ class StackedOptimizer(RoleGroups):
         """Parameters of a group in the parts that are stacked, and the owner of each; new ones get their state."""
         buckets: dict[tuple, list[Tensor]] = {}
         for p in live:
-            if not self.state[p]:  # shared, it has a shape alone until it is known whose it is
-                like = p if self._sharing is None else shape_alone(p)
+            if not self.state[p]:  # among several workers it has a shape alone until it is known whose it is
+                like = p if self._sharing.workers == 1 else shape_alone(p)
                 self.state[p] = {"step": 0, **self.init_state(group, like)}
             counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
             key = (p.shape, p.dtype, p.device, *counts)
             buckets.setdefault(key, []).append(p)
-        workers = self._sharing.workers if self._sharing else 1
+        workers = self._sharing.workers
         parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], workers)]
-        return parts, self._sharing.owners(group, parts, self.state) if self._sharing else [None] * len(parts)
+        return parts, self._sharing.owners(group, parts, self.state)
 
     def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
         """The stack of some parameters; of another worker's the states become shapes, on the meta device."""
-        if self._sharing is None:
-            return Stack(params, [self.state[p] for p in params])
-        updated = self._sharing.updated(params, self._sharing.mine(owner))
+        mine = self._sharing.mine(owner)
+        updated = self._sharing.updated(params, mine)
         for p, like in zip(params, updated, strict=True):
-            self._keep_or_drop(group, p, self._sharing.mine(owner), like)
+            self._keep_or_drop(group, p, mine, like)
         return Stack(updated, [self.state[p] for p in params], owner, params)
 
     def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool, like: Tensor) -> None:
@@ -181,16 +178,16 @@ class StackedOptimizer(RoleGroups):
     def step(self, closure: Callable | None = None):
         """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
         loss = self.evaluated(closure)
+        updated = []
         for group in self.param_groups:
             for stack in self.stacks(group):
-                if self._sharing is not None:
-                    self._sharing.bring(stack)
-                if self._sharing is None or self._sharing.mine(stack.owner):
+                self._sharing.bring(stack)
+                if self._sharing.mine(stack.owner):
                     self.update(group, stack)
                 else:
                     self.skip(group, stack)
-        if self._sharing is not None:
-            self._sharing.exchange([stack for group in self.param_groups for stack in self.stacks(group)])
+                updated.append(stack)
+        self._sharing.exchange(updated)
         return loss
 
 

@@ -80,7 +80,7 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
     file = study.results / f"{name}.csv"
     if file.exists():
         check_table(study.results, name)
-        old = pd.read_csv(file, dtype={"size": str}, float_precision="round_trip")
+        old = pd.read_csv(file, dtype={"size": str})
         old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
         table = pd.concat([table, old], ignore_index=True) if len(old) else table
     checksums.write_text(file, table.to_csv(index=False))
@@ -160,9 +160,9 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     """
     if not (folder / "runs.csv").exists():
         raise ValueError(f"{folder} has no runs.csv; valid: a folder like {study.results}")
-    theirs = pd.read_csv(folder / "runs.csv", dtype={"size": str}, float_precision="round_trip")
+    theirs = pd.read_csv(folder / "runs.csv", dtype={"size": str})
     here = study.results / "runs.csv"
-    ours = pd.read_csv(here, dtype={"size": str}, float_precision="round_trip") if here.exists() else theirs.iloc[:0]
+    ours = pd.read_csv(here, dtype={"size": str}) if here.exists() else theirs.iloc[:0]
     if (strangers := set(theirs.scale) - {study.scale}) and len(theirs):
         raise ValueError(f"{folder} holds runs of scale {', '.join(sorted(strangers))}, not of {study.scale}")
     new = set(theirs.run) - set(ours.run)
@@ -173,23 +173,21 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
             continue
         check_table(folder, name)
         check_table(study.results, name)
-        table = pd.read_csv(source, dtype={"size": str}, float_precision="round_trip")
+        table = pd.read_csv(source, dtype={"size": str})
         if name == "learning_rates":
             keys = ["size", "optimizer"]
-            old = (
-                pd.read_csv(target, dtype={"size": str}, float_precision="round_trip") if target.exists() else table[:0]
-            )
+            old = pd.read_csv(target, dtype={"size": str}) if target.exists() else table[:0]
             known = set(map(tuple, old[keys].values))
             table = table[[tuple(key) not in known for key in table[keys].values]]
         else:
             table = table[table.run.isin(new)]
-            old = pd.read_csv(target, float_precision="round_trip") if target.exists() else table[:0]
+            old = pd.read_csv(target) if target.exists() else table[:0]
         checksums.write_text(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
     both = ours.merge(theirs, on="run", suffixes=("_here", "_there"))
     columns = ["run", "val_loss_here", "val_loss_there", "device_name_here", "device_name_there"]
     both = both[columns].assign(difference=(both.val_loss_here - both.val_loss_there).abs())
     file = study.results / "machines.csv"
-    old = [pd.read_csv(file, float_precision="round_trip")] if file.exists() else []
+    old = [pd.read_csv(file)] if file.exists() else []
     elsewhere = both[both.device_name_here != both.device_name_there]
     known = pd.concat([*old, elsewhere], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
     if len(known):

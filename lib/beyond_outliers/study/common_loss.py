@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from beyond_outliers.config.outside import parted
+
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
 
@@ -42,5 +44,5 @@ def common_loss(
 
 def given_beside(study: "Study") -> pd.DataFrame | None:
     """The table of the scale that an optimizer from outside stands beside: its losses hold for it. None for a scale."""
-    base, beside, _ = study.scale.partition("+")
+    base, beside = parted(study.scale)
     return type(study)(base).table("common_loss") if beside else None

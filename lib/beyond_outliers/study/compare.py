@@ -16,7 +16,7 @@ import pandas as pd
 from beyond_outliers.config.learning_rates import EdgeWarning
 from beyond_outliers.config.loading import is_own, load_own
 from beyond_outliers.config.optimizers import REGISTRY
-from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
+from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.tuning import line_search
 from beyond_outliers.study.study import Study
@@ -32,7 +32,7 @@ class Beside(Study):
 
     def __init__(self, scale: str):
         """scale: as in "pocket+lion". ValueError for a scale alone."""
-        base, beside, _ = scale.partition("+")
+        base, beside = parted(scale)
         if not beside:
             raise ValueError(f"scale {scale!r} names no optimizer from outside; valid: {scale}+name, made by compare")
         super().__init__(base)

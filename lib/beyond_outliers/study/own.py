@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.config.outside import parted
 from beyond_outliers.study.tables import TABLES, MissingResults
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def publish(study: "Study", partial: bool = False) -> str:
             f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
         )
     judged = [file.name for file in committed.glob("*.csv") if file.stem not in TABLES] or (
-        [] if "+" in study.scale else ["claims.csv"]
+        [] if parted(study.scale)[1] else ["claims.csv"]
     )
     if unjudged := [name for name in judged if not (own / name).exists()]:
         raise ValueError(
@@ -79,7 +80,7 @@ def publish(study: "Study", partial: bool = False) -> str:
 def _replaced(own: Path, committed: Path) -> str:
     """ "42 runs, of which 40 were there with the same loss, 1 with another, 1 is new; 3 are gone"."""
     losses = [
-        pd.read_csv(file, usecols=["run", "val_loss"], float_precision="round_trip").set_index("run").val_loss
+        pd.read_csv(file, usecols=["run", "val_loss"]).set_index("run").val_loss
         if file.exists()
         else pd.Series(dtype=float)
         for file in (own, committed)

@@ -18,8 +18,8 @@ from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.decoder import Decoder
 
-# nats by which the losses of one run differ between processors: in the median of the eight runs that were made again
-# with other vector instructions (data/results/confirm/machines.csv; at most 0.040), and what is still taken for it
+# nats by which losses of one run differ between processors: in the median of the runs that were made again on others
+# (data/results/*/machines.csv: eight of confirm, at most 0.040; 46 of pocket, 0.072), and what is still taken for it
 MACHINE_EFFECT = 0.012, 0.1
 COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below, compiling costs more than it saves
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.run import ModelConfig, RunConfig
 from beyond_outliers.cross_entropy import cross_entropy
 from beyond_outliers.decoder import Decoder
 from beyond_outliers.optimizers.registry import build_optimizer
@@ -121,6 +121,19 @@ def memory(config: RunConfig, device: str = "cpu", workers: int = 1, recompute: 
         )
         found = Memory(**{name: one[name] + (depth - 1) * (two[name] - one[name]) for name in one})
     return found if workers == 1 else _of_several(found, config, device, workers)
+
+
+def roughly(model: ModelConfig, micro_batch: int, context: int, quantized: bool) -> int:
+    """Bytes that training takes at most, by a formula: a trace takes seconds, and the workflow asks for every size.
+
+    Weights, gradients and the largest optimizer state (13 numbers a parameter), activations of a micro-batch, logits of
+    a micro-batch or of an evaluation. quantized: with what LSQ, the scheme that keeps most, adds. Up to four times what
+    `memory` finds, never less.
+    """
+    weights, activations = (16, 70) if quantized else (13, 40)
+    activations *= micro_batch * model.depth * model.width
+    logits = 3 * max(micro_batch, EVALUATED) * model.vocab_size
+    return 4 * (weights * model.n_parameters + context * (activations + logits))
 
 
 def _of_several(whole: Memory, config: RunConfig, device: str, workers: int) -> Memory:

@@ -27,6 +27,7 @@ from beyond_outliers.optimizers.stacking import StackedOptimizer
 from beyond_outliers.train.folder import RunResult, load_result, run_folder
 from beyond_outliers.train.holding import TRY_AGAIN, RunHeld, Termination, held
 from beyond_outliers.train.loop import LOGGED_STEPS, SAVE_EVERY, Diverged, _Run, train
+from beyond_outliers.train.memory import roughly
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 from beyond_outliers.train.workers import place
 
@@ -264,8 +265,6 @@ class _Together:
 
 
 def fitting_runs(config: RunConfig, memory: float) -> int:
-    """How many such runs fit `memory` bytes: weights, gradients, the largest optimizer state, and activations."""
-    tokens = config.micro_batch * config.context
-    numbers = 13 * config.model.n_parameters
-    numbers += tokens * (40 * config.model.depth * config.model.width + 3 * config.model.vocab_size)
-    return max(1, int(memory // (4 * numbers)))
+    """How many such runs fit `memory` bytes, at least one."""
+    needed = roughly(config.model, config.micro_batch, config.context, quantized=config.quantization is not None)
+    return max(1, int(memory // needed))
