@@ -25,6 +25,11 @@ def cost(role: str, params: list[Tensor], state: dict[str, Any]) -> int:
     return len(params) * sum(params[0].numel() * side + side**3 for side in sides)
 
 
+def shape_alone(parameter: Tensor) -> Tensor:
+    """A tensor like it without numbers, on the meta device; of a divided parameter as if it were whole."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
 class Sharing:
     """Who updates which parameters: the heaviest first, each part to the worker that has least to do so far."""
 
@@ -47,6 +52,10 @@ class Sharing:
 
     def cost(self, role: str, params: list[Tensor], state: dict[str, Any]) -> int:
         return cost(role, params, state)
+
+    def unowned(self, parameter: Tensor) -> Tensor:
+        """What a new state is made for until it is known whose it is: a shape alone."""
+        return shape_alone(parameter)
 
     def mine(self, owner: int | None) -> bool:
         return owner in (None, self.rank)
@@ -100,6 +109,9 @@ class Alone(Sharing):
 
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
         return [None] * len(parts)
+
+    def unowned(self, parameter: Tensor) -> Tensor:
+        return parameter
 
     def exchange(self, stacks: list["Stack"]) -> None:
         """Nobody is there."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import RoleGroups
-from beyond_outliers.optimizers.sharing import Alone, Sharing
+from beyond_outliers.optimizers.sharing import Alone, Sharing, shape_alone
 
 CPU_STACK_ELEMENTS = 2**18  # of the largest stacked tensor: 1 MiB in float32
 
@@ -143,9 +143,8 @@ class StackedOptimizer(RoleGroups):
         """Parameters of a group in the parts that are stacked, and the owner of each; new ones get their state."""
         buckets: dict[tuple, list[Tensor]] = {}
         for p in live:
-            if not self.state[p]:  # among several workers it has a shape alone until it is known whose it is
-                like = p if self._sharing.workers == 1 else shape_alone(p)
-                self.state[p] = {"step": 0, **self.init_state(group, like)}
+            if not self.state[p]:
+                self.state[p] = {"step": 0, **self.init_state(group, self._sharing.unowned(p))}
             counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
             key = (p.shape, p.dtype, p.device, *counts)
             buckets.setdefault(key, []).append(p)
@@ -189,11 +188,6 @@ class StackedOptimizer(RoleGroups):
                 updated.append(stack)
         self._sharing.exchange(updated)
         return loss
-
-
-def shape_alone(parameter: Tensor) -> Tensor:
-    """A tensor like it without numbers, on the meta device; of a divided parameter as if it were whole."""
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
 
 
 def cut_to_cache(params: list[Tensor], state: dict, workers: int = 1) -> list[list[Tensor]]:

@@ -127,8 +127,8 @@ def roughly(model: ModelConfig, micro_batch: int, context: int, quantized: bool)
     """Bytes that training takes at most, by a formula: a trace takes seconds, and the workflow asks for every size.
 
     Weights, gradients and the largest optimizer state (13 numbers a parameter), activations of a micro-batch, logits of
-    a micro-batch or of an evaluation. quantized: with what LSQ, the scheme that keeps most, adds. Up to four times what
-    `memory` finds, never less.
+    a micro-batch or of an evaluation. quantized: with what LSQ, the scheme that keeps most, adds. One to four times
+    what `memory` finds, at the shapes that are tested.
     """
     weights, activations = (16, 70) if quantized else (13, 40)
     activations *= micro_batch * model.depth * model.width
