@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 from beyond_outliers import paths
 from beyond_outliers.claims import PAPER_OPTIMIZERS, confirm_rules, predictor_table, readings
@@ -57,18 +58,30 @@ def test_notebooks_call_readings_and_define_none(file):
 def test_the_spread_over_seeds_and_what_another_machine_changes():
     runs = [("a", 1, 3.0, 0.1), ("b", 2, 3.2, 0.3), ("c", 3, 3.4, 0.2)]
     runs = pd.DataFrame(runs, columns=["run", "seed", "val_loss", "val_standard_error"])
-    runs = runs.assign(size="s", optimizer=["soap", "soap", "muon"])
-    where = {"device_name_here": "x", "device_name_there": ["y", "y", "y"]}
-    machines = pd.DataFrame({"run": ["a", "b", "c"], **where, "difference": [0.02, 0.06, 0.5]})
-    study = Tables(full_precision=runs, runs=runs, machines=machines)
+    runs = runs.assign(size="s", optimizer=["soap", "soap", "muon"], scheme="none")
+    qat = runs[:2].assign(run=["d", "e"], scheme="quest", val_loss=[3.5, 3.9])
+    there = [3.02, 3.14, 3.9, 3.4, 3.51]
+    machines = pd.DataFrame({"run": [*"abcda"], "val_loss_here": [3.0, 3.2, 3.4, 3.5, 3.0], "val_loss_there": there})
+    machines = machines.assign(device_name_here="x", device_name_there=[*"yyyyz"])
+    machines["difference"] = (machines.val_loss_there - machines.val_loss_here).abs()
+    study = Tables(full_precision=runs, qat=qat, runs=pd.concat([runs, qat]), machines=machines)
     spread = readings.spread(study).set_index("optimizer")
     assert spread.loc["soap", ["n_seeds", "mean", "lowest", "highest"]].tolist() == pytest.approx([2, 3.1, 3.0, 3.2])
     assert spread.loc["soap", ["between_seeds", "of_the_text", "rank"]].tolist() == pytest.approx([0.02**0.5, 0.2, 1])
-    effect = readings.machine_effect(study).set_index("optimizer")
-    found = effect.loc["soap", ["n", "median", "largest", "between_seeds"]].tolist()
-    assert found == pytest.approx([2, 0.04, 0.06, 0.02**0.5])
-    assert effect.loc["muon", ["n", "median", "largest"]].tolist() == [1, 0.5, 0.5]
-    assert math.isnan(effect.between_seeds["muon"])  # one seed has no spread
+    effect = readings.machine_effect(study).set_index(["pair", "scheme", "optimizer"])
+    columns = ["n", "median", "largest", "between_seeds"]
+    assert effect.loc[(1, "none", "soap"), columns].tolist() == pytest.approx([2, 0.04, 0.06, 0.02**0.5])
+    assert effect.loc[(1, "quest", "soap"), columns].tolist() == pytest.approx([1, 0.1, 0.1, 0.08**0.5])
+    assert effect.loc[(1, "none", "muon"), columns[:3]].tolist() == pytest.approx([1, 0.5, 0.5])
+    assert math.isnan(effect.between_seeds[1, "none", "muon"])  # one seed has no spread
+    assert effect.loc[(2, "none", "soap"), "median"] == pytest.approx(0.51)
+    shift = readings.machine_shift(study).set_index(["device_name_there", "scheme"])
+    assert shift.n.to_dict() == {("y", "none"): 3, ("y", "quest"): 1, ("z", "none"): 1}
+    expected = ttest_1samp([0.02, -0.06, 0.5], 0)
+    interval = expected.confidence_interval(0.95)
+    found = shift.loc[("y", "none"), ["mean", "low", "high"]].tolist()
+    assert found == pytest.approx([0.46 / 3, interval.low, interval.high])
+    assert shift.loc[("y", "quest"), "mean"] == pytest.approx(-0.1) and math.isnan(shift.low["y", "quest"])
 
 
 def test_mmr_leaves_out_down():

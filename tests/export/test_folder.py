@@ -82,7 +82,7 @@ def test_the_logits_come_back_bit_by_bit(exported, ids, name):
     read = []
     with model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0])):
         assert torch.equal(loaded(ids).logits, model(ids))
-    # A product with fewer rows may add up in another order: the last position is asked of the head alone, on both sides.
+    # A product with fewer rows may add up in another order, so the head alone is asked for the last position.
     assert torch.equal(loaded(ids, logits_to_keep=1).logits, model.head(read[0][:, -1:]))
     spec = json.loads((place / "config.json").read_text())["quantization"]
     assert spec is None if name in ("none", "llama") else QuantSpec(**spec) == QuantSpec.named(name)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from beyond_outliers.claims.contrasts import t_interval
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import fit_scaling_law
 from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
@@ -20,6 +21,7 @@ PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # whom
 CHECKPOINTS = ("final", "common")
 RUN = ["run", "size", "optimizer", "lr", "seed"]
 CELL = ["size", "optimizer", "seed"]
+MACHINES = ["pair", "device_name_here", "device_name_there", "scheme"]
 
 
 def measured(study, table: str, purpose: str = "full_precision", checkpoint: str | None = "final") -> pd.DataFrame:
@@ -69,17 +71,35 @@ def spread(study) -> pd.DataFrame:
     return table.assign(rank=table.groupby("size")["mean"].rank(method="min").astype("Int64")).reset_index()
 
 
+def _made_twice(study) -> pd.DataFrame:
+    """Rows of `machines` with what the runs are; `pair` counts pairs of machines; `signed`: there minus here."""
+    runs = study.table("machines").merge(study.table("runs")[["run", "size", "optimizer", "scheme"]], on="run")
+    pair = runs.groupby(["device_name_here", "device_name_there"], sort=False).ngroup() + 1
+    return runs.assign(pair=pair, signed=runs.val_loss_there - runs.val_loss_here)
+
+
+def machine_shift(study) -> pd.DataFrame:
+    """Whether the same runs end lower or higher elsewhere, a row a pair of machines and scheme of training.
+
+    Over its n runs the mean of the loss there minus that here (nats), and its 95 % t interval (NaN of one run).
+    """
+    rows = []
+    for key, runs in _made_twice(study).groupby(MACHINES, sort=False):
+        rows.append((*key, len(runs), *t_interval(runs.signed.to_numpy())))
+    return pd.DataFrame(rows, columns=[*MACHINES, "n", "mean", "low", "high"])
+
+
 def machine_effect(study) -> pd.DataFrame:
-    """How far the same run ends elsewhere: |difference| of final losses, a row a size, optimizer and second machine.
+    """How far the same run ends elsewhere: |difference| of final losses, a row a pair of machines, scheme, size and
+    optimizer; `pair` as in `machine_shift`.
 
     n runs, their median and largest difference, and the standard deviation `between_seeds` of the main runs beside it.
     """
-    runs = study.table("machines").merge(study.table("runs")[["run", "size", "optimizer"]], on="run")
-    keys = ["size", "optimizer"]
-    table = runs.groupby([*keys, "device_name_here", "device_name_there"], sort=False).difference.agg(
-        n="size", median="median", largest="max"
-    )
-    return table.reset_index().merge(spread(study)[[*keys, "between_seeds"]], on=keys, how="left")
+    keys, runs = ["scheme", "size", "optimizer"], _made_twice(study)
+    effect = runs.groupby(["pair", *keys], sort=False).difference.agg(n="size", median="median", largest="max")
+    main = pd.concat([full_precision(study), study.runs("qat")])
+    between = main.groupby(keys).val_loss.std().rename("between_seeds")
+    return effect.reset_index().merge(between.reset_index(), on=keys, how="left")
 
 
 def validation_curves(study, runs: pd.DataFrame, columns: Sequence[str] = ("size", "optimizer")) -> pd.DataFrame:
