@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import alexandergovern, spearmanr
+from scipy.stats import spearmanr
 
 from beyond_outliers.claims.contrasts import t_interval
 from beyond_outliers.metrics import without_down
@@ -268,26 +268,6 @@ def qat_losses(study) -> pd.DataFrame:
 def finished_qat(study) -> pd.DataFrame:
     """Those of `qat_losses` whose run under QAT did not diverge."""
     return qat_losses(study).query("status_qat == 'finished'")
-
-
-def qat_difference(study) -> pd.DataFrame:
-    """Do optimizers pay differently under QAT, beyond what seeds alone would make of it? One row a size.
-
-    range: largest minus smallest mean increase of an optimizer, nats a token; n_optimizers and n_runs behind it, those
-    of `finished_qat`; statistic and p of the test of equal means by Alexander and Govern (1994), whose variances may
-    differ. Both NaN with fewer than two optimizers, or where one has a single seed or does not vary.
-    """
-    rows = []
-    for size, of_size in finished_qat(study).groupby("size", sort=False):
-        samples = [increase.to_numpy() for _, increase in of_size.groupby("optimizer", sort=False).increase]
-        means = [sample.mean() for sample in samples]
-        row = {"size": size, "n_optimizers": len(samples), "n_runs": len(of_size), "range": max(means) - min(means)}
-        if len(samples) > 1 and all(len(set(sample)) > 1 for sample in samples):
-            test = alexandergovern(*samples)
-            rows.append(row | {"statistic": test.statistic, "p": test.pvalue})
-        else:
-            rows.append(row | {"statistic": np.nan, "p": np.nan})
-    return pd.DataFrame(rows, columns=["size", "n_optimizers", "n_runs", "range", "statistic", "p"])
 
 
 def qat_accuracies(study) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap, rankdata
+from scipy.stats import alexandergovern, binomtest, bootstrap, rankdata
 
 from beyond_outliers.claims.predictors import CANDIDATES, TARGETS
 
@@ -48,6 +48,25 @@ def mean(values, draws: int = DRAWS, seed: int = 0) -> Estimate:
     options = {"n_resamples": draws, "confidence_level": CONFIDENCE, "method": "percentile"}
     low, high = bootstrap((values,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
     return Estimate(float(values.mean()), float(low), float(high), n)
+
+
+def means_differ(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Test of equal means of `column` over optimizers, whose variances may differ (Alexander and Govern, 1994).
+
+    One row a size. range: largest minus smallest mean of an optimizer; n_optimizers and n_runs behind it; statistic
+    and p, NaN with fewer than two optimizers, or where one has a single run or does not vary.
+    """
+    found = []
+    for size, of_size in rows.groupby("size", sort=False):
+        samples = [values.to_numpy() for _, values in of_size.groupby("optimizer", sort=False)[column]]
+        means = [sample.mean() for sample in samples]
+        row = (size, len(samples), len(of_size), max(means) - min(means))
+        if len(samples) > 1 and all(len(set(sample)) > 1 for sample in samples):
+            test = alexandergovern(*samples)
+            found.append((*row, test.statistic, test.pvalue))
+        else:
+            found.append((*row, np.nan, np.nan))
+    return pd.DataFrame(found, columns=["size", "n_optimizers", "n_runs", "range", "statistic", "p"])
 
 
 def verdict(estimate: Estimate, side: str, threshold: float, cells: int = LEAST_UNITS) -> str:
