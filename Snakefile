@@ -80,7 +80,7 @@ LIGHT = {"mem_mb": 4000, "runtime": 120}  # of jobs that read and write tables a
 def memory(model):
     """Megabytes: Python with torch, and the run."""
     training = PROTOCOL.settings.training
-    quantized = "qat" in PROTOCOL.purposes()
+    quantized = not {"qat", "schemes"}.isdisjoint(PROTOCOL.purposes())
     return 1500 + round(1.2 * roughly(model, training.micro_batch, training.context, quantized) / 1e6)
 
 

@@ -1,6 +1,7 @@
 """`make bench`: all benchmarks, or those named, into data/results/benchmarks.csv and the README's table.
 
 python tests/benchmarks/bench.py --only optimizers     on a machine that does nothing else; about 15 minutes for all
+python tests/benchmarks/bench.py --only reproduce      `make reproduce` as a whole, 15 minutes more; by name alone
 """
 
 import argparse
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
-ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together", "probe")
+ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together", "probe", "figures")
+COMMANDS = {"figures": "laptop", "reproduce": "pocket"}  # timed as a whole -> at which scale
 
 
 def busy_elsewhere() -> float:
@@ -26,10 +28,13 @@ def main(arguments: list[str] | None = None) -> None:
     import benchmarking
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=[*ROOMS, "cuda"], default=list(ROOMS), help="which benchmarks")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*ROOMS, "reproduce", "cuda"], default=list(ROOMS), help="which benchmarks"
+    )
     for name in parser.parse_args(arguments).only:
         start, before = time.perf_counter(), busy_elsewhere()
-        table = importlib.import_module(f"test_{name}").measure()
+        room = importlib.import_module("test_commands" if name in COMMANDS else f"test_{name}")
+        table = room.measure(name, COMMANDS[name]) if name in COMMANDS else room.measure()
         seconds = time.perf_counter() - start
         others = f"; others kept {(busy_elsewhere() - before) / seconds:.2f} cores busy" if before else ""
         print(f"{name}, {seconds:.0f} s{others}")

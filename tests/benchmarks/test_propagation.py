@@ -21,9 +21,7 @@ SHAPES = {"0.33M": {"width": 64, "depth": 4, "n_heads": 4}, "1M": {"width": 128,
 GPTQ = QuantSpec(method="gptq")
 
 
-def measure(
-    sizes=tuple(SHAPES), threads: int = 1, rounds: int = 7, batch: int = 16, context: int = 128
-) -> pd.DataFrame:
+def measure(sizes=tuple(SHAPES), rounds: int = 7) -> pd.DataFrame:
     """A row for each size and measurement: its time beside a forward pass over the same tokens.
 
     Several batches are streamed, so that what happens once a call (tracing, spectral norms) has its usual share.

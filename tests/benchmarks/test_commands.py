@@ -1,0 +1,53 @@
+"""How long the two commands take that a reader waits for, in a clone of the last commit, on all cores.
+
+Each is the command behind `make`, so that the environment that is there serves: `figures` draws the pages of the
+committed tables of a scale, `reproduce` trains, measures and draws a whole study (a quarter of an hour).
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from beyond_outliers import paths
+from checkouts import lend_wheels
+
+
+def seconds(command: Sequence[str], root: Path) -> float:
+    """Wall-clock seconds of `python -m beyond_outliers.study ...` in a clone below `root`, which is made for it."""
+    clone = root / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(clone)], check=True)
+    (clone / "data" / "cache").mkdir(parents=True, exist_ok=True)
+    lend_wheels(clone / "data" / "cache")
+    given = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_OUTLIERS")}
+    given |= {"PYTHONPATH": str(clone / "lib"), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "beyond_outliers.study", *command], cwd=clone, env=given, capture_output=True, text=True
+    )
+    taken = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    return taken
+
+
+def measure(command: str, scale: str) -> pd.DataFrame:
+    """One row: `make COMMAND SCALE=scale`."""
+    cores = len(os.sched_getaffinity(0))
+    called = {"figures": "render", "reproduce": "reproduce"}[command]
+    with tempfile.TemporaryDirectory() as folder:
+        taken = seconds([called, "--scale", scale, "--jobs", str(cores)], Path(folder))
+    row = {"benchmark": f"make {command}", "size": scale, "what": "the whole command", "beside": ""}
+    return pd.DataFrame([row | {"threads": cores, "unit": "s", "value": taken, "seconds": taken, "rounds": 1}])
+
+
+def test_a_command_is_timed_and_a_failure_is_told(tmp_path):
+    assert 0 < seconds(["plan", "--scale", "smoke"], tmp_path) < 60
+    with pytest.raises(RuntimeError, match="unknown scale 'nowhere'"):
+        seconds(["plan", "--scale", "nowhere"], tmp_path / "other")
