@@ -59,11 +59,20 @@ def test_differences_of_both_with_their_intervals():
 
 
 @pytest.mark.parametrize(
-    ("muon", "said"), [(2.9, "yes"), (3.1, "no, the other way round"), (3.001, "not told apart on both")]
+    ("here", "there", "said"),
+    [
+        (2.9, 2.8, "yes"),
+        (2.9, 3.1, "no, the other way round"),
+        (2.9, 3.001, "seen in one alone"),
+        (3.001, 3.1, "seen in other alone"),
+        (3.001, 3.001, "seen in neither"),
+    ],
 )
-def test_what_carries_over(muon, said):
-    table = found(Trained("s", adamw=3.0, muon=2.9), Trained("t", adamw=3.0, muon=muon))
+def test_what_carries_over(here, there, said):
+    table = found(Trained("s", adamw=3.0, muon=here), Trained("t", adamw=3.0, muon=there))
     assert set(table["carries over"]) == {said}
+    words = {"yes": "carry over", "no, the other way round": "turn round"}.get(said, said)
+    assert f"2 {words}" in architectures.summary(table)
 
 
 def test_other_sizes_do_not_count():

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, written
+from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, listed, written
 from beyond_outliers.claims.effects import NATS, QUANTITIES, TIMES, titles
 from beyond_outliers.claims.eligibility import eligible
 from beyond_outliers.study.study import Study
@@ -22,8 +22,9 @@ SECTION = """## The same three on another architecture
 
 AdamW, Muon and Shampoo again at the smallest size, on a pre-norm, gated, Llama-style decoder (scale `llama`, four
 seeds, rates tuned by the same rule): the first of each pair less the second, or how many times the second, with its
-95 % interval over seeds. A difference *carries over* where both intervals lie on the same side of none. The Common Loss
+95 % interval over seeds. A difference *carries over* where both intervals say so, with the same sign. The Common Loss
 is that of a scale's own optimizers, so it is another one here than there. No claim is judged by this."""
+YES, REVERSED, NEITHER = "yes", "no, the other way round", "seen in neither"
 
 
 def _compared(study, size: str, quantity: str, optimizers: Sequence[str]) -> Comparison | None:
@@ -37,10 +38,21 @@ def _compared(study, size: str, quantity: str, optimizers: Sequence[str]) -> Com
         return None
 
 
-def _carries(found: Sequence[tuple[float, float, float]]) -> str:
-    if not all(excludes_zero(one) for one in found):
-        return "not told apart on both"
-    return "yes" if len({one[0] > 0 for one in found}) == 1 else "no, the other way round"
+def _carries(found: dict[str, tuple[float, float, float]]) -> str:
+    """`found`: architecture -> a pair's difference there."""
+    told = [name for name, difference in found.items() if excludes_zero(difference)]
+    if len(told) == len(found):
+        return YES if len({difference[0] > 0 for difference in found.values()}) == 1 else REVERSED
+    return f"seen in {listed(told)} alone" if told else NEITHER
+
+
+def summary(table: pd.DataFrame) -> str:
+    """What `differences` found, in a sentence; each difference by itself, at 95 %."""
+    of = table["carries over"]
+    counts = {YES: "carry over", REVERSED: "turn round", NEITHER: NEITHER}
+    said = [f"{(of == found).sum()} {words}" for found, words in counts.items()]
+    alone = [f"{n} {where}" for where, n in of[~of.isin(counts)].value_counts(sort=False).sort_index().items()]
+    return f"Of {len(of)} differences {listed([*said, *alone])}."
 
 
 def differences(studies: dict[str, tuple[Study, str]] | None = None) -> pd.DataFrame:
@@ -64,5 +76,5 @@ def differences(studies: dict[str, tuple[Study, str]] | None = None) -> pd.DataF
             shown = found if unit == NATS else [tuple(np.exp(each)) for each in found]
             texts = [written(each, 3 if unit == NATS else 2) for each in shown]
             pair = f" {'-' if unit == NATS else '/'} ".join([label(one), label(other)])
-            rows.append((title, pair, *texts, _carries(found)))
+            rows.append((title, pair, *texts, _carries(dict(zip(studies, found, strict=True)))))
     return pd.DataFrame(rows, columns=["quantity", "pair", *studies, "carries over"])

@@ -94,8 +94,9 @@ def effects(study) -> pd.DataFrame:
 
 
 def effect_table(study) -> pd.DataFrame:
-    """`effects` as a reader takes them in: a row an optimizer, a column a quantity, "not measured yet" where it is."""
+    """`effects` as a reader takes them in: a row an optimizer of its scale, a column a quantity, or NOT_YET."""
     table, named = effects(study), titles(study)
+    others = [one for one in PAPER_OPTIMIZERS if one != REFERENCE and one in study.protocol.optimizers]
     columns = {}
     for name, (title, unit) in named.items():
         of = table[table.quantity == name].set_index("optimizer")
@@ -104,9 +105,8 @@ def effect_table(study) -> pd.DataFrame:
             for one, row in of.iterrows()
         }
         head = f"{title} ({unit if unit == NATS else 'times AdamW'})"
-        columns[head] = [texts.get(one, NOT_YET) for one in PAPER_OPTIMIZERS if one != REFERENCE]
-    names = [label(one) for one in PAPER_OPTIMIZERS if one != REFERENCE]
-    return pd.DataFrame({"optimizer": names} | columns)
+        columns[head] = [texts.get(one, NOT_YET) for one in others]
+    return pd.DataFrame({"optimizer": [label(one) for one in others]} | columns)
 
 
 CHOICES = ["if you want to", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
