@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 
 from beyond_outliers import paths
+from beyond_outliers.train.machine import processor
 
 FILE, TARGETS = paths.RESULTS / "benchmarks.csv", paths.DATA / "benchmarks.toml"
 KEYS = ["benchmark", "size", "what"]
 COLUMNS = [
     *["benchmark", "size", "what", "beside", "threads", "unit", "value", "low", "high", "target", "before"],
-    *["seconds", "beside_seconds", "rounds"],
+    *["seconds", "beside_seconds", "rounds", "processor"],
 ]
 BEGIN, END = "<!-- made of data/results/benchmarks.csv by `make bench` -->", "<!-- end of the benchmarks -->"
 
@@ -113,11 +114,13 @@ def met(row) -> bool | None:
 
 
 def write(rows: pd.DataFrame) -> None:
-    """Replaces the rows of the same benchmarks in data/results/benchmarks.csv, and the README's table."""
+    """Replaces this processor's rows of the same benchmarks in data/results/benchmarks.csv, and the README's table."""
+    rows = rows.assign(processor=processor())
     if FILE.exists():
         old = read()
-        rows = pd.concat([old[~old.benchmark.isin(set(rows.benchmark))], rows], ignore_index=True)
-    rows = with_targets(rows).sort_values("benchmark", kind="stable")
+        again = old.benchmark.isin(set(rows.benchmark)) & (old.processor == processor())
+        rows = pd.concat([old[~again], rows], ignore_index=True)
+    rows = with_targets(rows).sort_values(["benchmark", "processor"], kind="stable")
     paths.write_whole(FILE, rows.to_csv(index=False, float_format="%.4g"))
     readme = paths.ROOT / "README.md"
     text = readme.read_text()
@@ -129,24 +132,31 @@ def read() -> pd.DataFrame:
     return pd.read_csv(FILE, dtype={"size": str})
 
 
+def told(row) -> str:
+    """ "1.29 (1.21 to 1.33), missed"."""
+    quartiles = "" if pd.isna(row.low) else f" ({row.low:.2f} to {row.high:.2f})"
+    value = f"{row.value:.3g}" if row.value < 1000 else f"{row.value:.0f}"
+    return f"{value}{quartiles}, {'met' if met(row) else 'missed'}"
+
+
 def rendered(table: pd.DataFrame) -> str:
-    """The README's table, between its marks: every row with a target, and under it the reasons of the misses."""
+    """The README's table, between its marks: a row a target, a column a processor, and the reasons of the misses."""
     wanted, lines, reasons = targets(), [], []
-    lines.append("| what | size | measured in | target | before | now | |")
-    lines.append("| --- | --- | --- | --- | ---: | ---: | --- |")
-    for row in table.dropna(subset="target").fillna({"beside": ""}).itertuples():
-        unit = {"s": "seconds", "MB": "MB"}.get(row.unit, f"x {row.beside}")
-        quartiles = "" if pd.isna(row.low) else f" ({row.low:.2f} to {row.high:.2f})"
-        before = "" if pd.isna(row.before) else f"{row.before:g}"
-        lines.append(
-            f"| {row.benchmark}: {row.what} | {row.size} | {unit} | {row.target} | {before} | "
-            f"{row.value:.3g}{quartiles} | {'met' if met(row) else 'missed'} |"
-        )
-        if not met(row):
-            entry = wanted[row.benchmark, row.size, row.what, row.beside]
-            said = entry.get("reason", "no reason is known yet.")
+    named = dict(zip(sorted(set(table.processor)), "ABCDEFGH", strict=False))
+    lines.append(f"| what | size | measured in | target | before | {' | '.join(named.values())} |")
+    lines.append(f"| --- | --- | --- | --- | ---: |{' --- |' * len(named)}")
+    rows = table.dropna(subset="target").fillna({"beside": ""})
+    for (benchmark, size, what, beside), own in rows.groupby([*KEYS, "beside"], sort=False):
+        first, of = next(own.itertuples()), {row.processor: row for row in own.itertuples()}
+        unit = {"s": "seconds", "MB": "MB"}.get(first.unit, f"x {beside}")
+        before = "" if pd.isna(first.before) else f"{first.before:g}"
+        cells = " | ".join(told(of[one]) if one in of else "" for one in named)
+        lines.append(f"| {benchmark}: {what} | {size} | {unit} | {first.target} | {before} | {cells} |")
+        if not all(map(met, of.values())):
+            said = wanted[benchmark, size, what, beside].get("reason", "no reason is known yet.")
             if said not in reasons:
                 reasons.append(said)
+    lines += ["", f"{'; '.join(f'{letter}: {one}' for one, letter in named.items())}."]
     if reasons:
         lines += ["", "Why targets are missed:", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join([BEGIN, "", *lines, "", END])
