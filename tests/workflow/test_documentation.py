@@ -91,6 +91,7 @@ def test_every_path_that_contributing_names_is_there():
 
 def test_the_speed_table_is_made_of_the_committed_benchmarks():
     table = benchmarking.read()
+    assert table.processor.notna().all() and set(table.columns) == set(benchmarking.COLUMNS)
     assert benchmarking.rendered(table) in README.read_text()
     table.value *= 1.5
     assert benchmarking.rendered(table) not in README.read_text(), "it shows what was measured"

@@ -1,0 +1,77 @@
+"""AdamW at the rate that its search did not find, on the main seeds: what the local optimum costs the contrasts.
+
+The search of scale confirm at 0.08M walked downhill from .02 and chose .04. Of all rates tried since on the tuning seed
+(confirm_adamw_rates.csv) the study's rule, the smallest within 0.015 nats of the best, names .00125. This trains it on
+the ten main seeds, in full precision and under QAT, measures each as the study does, and writes
+data/results/confirm_adamw_low.csv. Asked on 2026-11-29, after the data: no rate or verdict changes by it.
+
+python tests/benchmarks/adamw_low_rate.py        about 10 minutes on two cores; takes up what is done
+"""
+
+import multiprocessing
+
+import pandas as pd
+import torch
+
+from beyond_outliers import paths
+from beyond_outliers.config import RunConfig
+from beyond_outliers.config.protocol import Protocol
+from beyond_outliers.config.scale import qat
+from beyond_outliers.metrics import without_down
+from beyond_outliers.propagation import summarise
+from beyond_outliers.study import Study
+from beyond_outliers.study.measure import measure_run
+from beyond_outliers.train import RunResult, train
+
+SIZE, RATE, AUXILIARY = "0.08M", 1.25e-3, 4e-2
+FILE = paths.RESULTS / "confirm_adamw_low.csv"
+
+
+def configs() -> list[RunConfig]:
+    """Of every main seed in full precision, then under QAT; all but the rate as in the study."""
+    protocol = Protocol.load("confirm")
+    seeds = protocol.settings.runs("full_precision").seeds_at(SIZE)
+    full = [protocol.config(SIZE, "adamw", lr=RATE, auxiliary=AUXILIARY, seed=seed) for seed in seeds]
+    return full + [config.replace(quantization=qat("quest", True)) for config in full]
+
+
+def measured(result: RunResult, step: int) -> dict[str, float]:
+    """The loss that W4A4+head adds, R_L under it, and MMR, at a checkpoint."""
+    study = Study("confirm")
+    folder = measure_run(result, step, "light", study.protocol.measure)
+    ptq, outliers, errors = (pd.read_csv(folder / f"{name}.csv") for name in ("ptq", "outliers", "propagation"))
+    spec = study.protocol.measure.primary
+    inputs = without_down(outliers)
+    return {
+        "increase": ptq[ptq.spec == spec].increase.item(),
+        "R_L": summarise(errors[errors.attention == "unit"])["R_L"],
+        "mmr": inputs.mmr.mean(),
+    }
+
+
+def one(config: RunConfig) -> dict[str, object]:
+    torch.set_num_threads(1)
+    result = train(config, threads=1, progress=False)
+    row = {"run": config.name, **result.row}
+    if config.quantization is None:
+        losses = result.evaluations
+        common = Study("confirm").table("common_loss").query("size == @SIZE").common_loss.iloc[0]
+        reached = losses[losses.val_loss <= common].step
+        row |= {f"{name}_end": value for name, value in measured(result, result.row["steps"]).items()}
+        row["step_common"] = int(reached.iloc[0]) if len(reached) else None
+        if len(reached):
+            row |= {f"{name}_common": value for name, value in measured(result, int(reached.iloc[0])).items()}
+    return row
+
+
+def main() -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        rows = []
+        for row in pool.imap(one, configs(), chunksize=1):
+            rows.append(row)
+            print(row["run"], round(row["val_loss"], 4), flush=True)
+    paths.write_whole(FILE, pd.DataFrame(rows).to_csv(index=False))
+
+
+if __name__ == "__main__":
+    main()

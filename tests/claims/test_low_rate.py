@@ -1,0 +1,50 @@
+"""AdamW at two rates, seed by seed, and its place among the others."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel
+
+from beyond_outliers.claims import low_rate
+from beyond_outliers.study import Study
+
+LOSSES = {"adamw": [3.6, 3.7, 3.5, 3.6], "muon": [3.4, 3.5, 3.4, 3.4], "soap": [3.3, 3.3, 3.2, 3.3]}
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """One value, compared as a difference and as a ratio; seeds 200 to 203 of three optimizers at two sizes."""
+    rows = [("a", "0.08M", name, 200 + i, loss) for name, of in LOSSES.items() for i, loss in enumerate(of)]
+    rows += [("b", "0.16M", name, seed, 1.0) for _, _, name, seed, _ in rows]
+    table = pd.DataFrame(rows, columns=["kind", "size", "optimizer", "seed", "value"])
+    columns = {"loss": ("val_loss", lambda _: table, "value"), "R_L": ("R_L_end", lambda _: table, "value")}
+    monkeypatch.setattr(low_rate, "COLUMNS", columns)
+    return SimpleNamespace(scale="another", protocol=SimpleNamespace(measure=SimpleNamespace(primary="W4A4+head")))
+
+
+def test_differences_are_paired_and_places_counted(study):
+    lower = np.array([3.35, 3.47, 3.3, 3.4])
+    low = pd.DataFrame({"seed": [203, 202, 201, 200], "val_loss": lower[::-1], "R_L_end": 2 * lower[::-1]})
+    loss, error = low_rate.compared(study, low).itertuples()
+    test = ttest_rel(lower, LOSSES["adamw"])
+    low_end, high_end = test.confidence_interval()
+    assert loss.difference == f"{(lower - LOSSES['adamw']).mean():.3f} [{low_end:.3f}, {high_end:.3f}]"
+    assert (loss.n, loss[-2], loss[-1]) == (4, 3, 2)  # between soap and muon
+    ratio = np.exp(np.log(2 * lower / LOSSES["adamw"]).mean())
+    assert error.difference.startswith(f"{ratio:.2f} [") and error[-1] == 3
+
+
+def test_seeds_without_a_partner_are_left_out(study):
+    low = pd.DataFrame({"seed": [200, 201, 299], "val_loss": [3.5, 3.6, 9.0], "R_L_end": 1.0})
+    assert low_rate.compared(study, low).n.tolist() == [2, 2]
+
+
+@pytest.mark.skipif(not low_rate.FILE.exists(), reason="the table is not there yet")
+def test_the_committed_runs_differ_from_the_study_in_their_rate_alone():
+    low, study = low_rate.runs(), Study(low_rate.SCALE)
+    full = study.runs("full_precision").query("size == @low_rate.SIZE and optimizer == @low_rate.OPTIMIZER")
+    assert sorted(low.seed) == sorted(full.seed) and low.lr.nunique() == 1 and low.lr[0] < full.lr.iloc[0]
+    same = ["hyper", "steps", "tokens", "weight_decay", "n_parameters", "corpus", "batch_size", "context"]
+    assert len(pd.concat([low, full])[same].drop_duplicates()) == 1
