@@ -11,7 +11,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.comparison import written
+from beyond_outliers.claims.comparison import label, written
 from beyond_outliers.claims.contrasts import t_interval
 from beyond_outliers.claims.effects import NATS, TIMES, titles
 from beyond_outliers.claims.eligibility import eligible
@@ -21,9 +21,9 @@ FILE = paths.RESULTS / "confirm_adamw_low.csv"
 SECTION = """## AdamW at the rate that its search did not find
 
 At 0.08M the search for AdamW's rate ended in a local optimum. Of all rates tried since on the tuning seed the study's
-rule names {rate:g} in place of {tuned:g}. The main seeds again at that rate (2026-11-29, after the data; no rate or
-verdict changes by it): differences are paired by seed, with their 95 % t interval; places count from the lowest of the
-six."""
+rule names {rate:g} in place of {tuned:g}. The main seeds again at that rate (2026-11-29, after the data, on another
+processor; no rate or verdict changes by it): differences are paired by seed, with their 95 % t interval; places count
+from the lowest of the six."""
 QAT = "loss after training in 4 bits (QAT)"
 # what is compared -> column of the table, rows of the study, their column
 COLUMNS: dict[str, tuple[str, Callable, str]] = {
@@ -49,7 +49,8 @@ def compared(study, low: pd.DataFrame) -> pd.DataFrame:
     """AdamW as tuned beside AdamW of `low` (see `runs`), one row a quantity.
 
     quantity, as tuned and lower rate (means over the seeds of both), difference (lower rate less as tuned in nats, or
-    their ratio, with its interval), n (seeds), place as tuned and with the lower rate among the study's optimizers.
+    their ratio, with its interval), n (seeds), place as tuned and with the lower rate among the study's optimizers, and
+    the others' means.
     """
     named, found = titles(study), []
     for name, (own, read, value) in COLUMNS.items():
@@ -64,8 +65,10 @@ def compared(study, low: pd.DataFrame) -> pd.DataFrame:
         means = rows.groupby("optimizer")[value].mean()
         others = means.drop(OPTIMIZER)
         places = [1 + int((others < mean).sum()) for mean in (means[OPTIMIZER], low[own].mean())]
-        found.append((title, pairs.tuned.mean(), pairs[own].mean(), told, unit, len(pairs), *places))
+        beside = ", ".join(f"{label(one)} {mean:.3f}" for one, mean in others.sort_values().items())
+        found.append((title, pairs.tuned.mean(), pairs[own].mean(), told, unit, len(pairs), *places, beside))
     columns = ["quantity", "as tuned", "lower rate", "difference", "unit", "n", "place as tuned", "place lower"]
+    columns.append("the others")
     return pd.DataFrame(found, columns=columns)
 
 
