@@ -160,6 +160,17 @@ def gone(process: int, seconds: float = 20) -> bool:
     return False
 
 
+@pytest.fixture
+def at_a_terminal():
+    """Signals as at a terminal: under nohup, or in the background, the tests have begun with some ignored."""
+    ends = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in ends.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_what_ends_it_ends_its_jobs(monkeypatch, tmp_path, number, status):
     """In Snakemake's place a shell with a job that would go on for a minute."""
@@ -175,6 +186,15 @@ def test_what_ends_it_ends_its_jobs(monkeypatch, tmp_path, number, status):
     leader, below = job.read_text().split()
     assert f"process {leader} on " in (tmp_path / "runs" / "smoke" / ".workflow.lock").read_text()
     assert gone(int(below)), "the job's own process is still there"
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_under_nohup_a_closed_terminal_ends_nothing(snakemake, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    snakemake(STARTED + ENDED, 0)
+    feed = workflow.Log.feed
+    monkeypatch.setattr(workflow.Log, "feed", lambda *these: (os.kill(os.getpid(), signal.SIGHUP), feed(*these)))
+    assert workflow.reproduce(Study("smoke"), 1, line=Kept()) == 0
 
 
 def test_every_executor_is_a_choice_of_the_command(capsys):
