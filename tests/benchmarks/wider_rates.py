@@ -1,8 +1,8 @@
 """Two rates beyond both ends of every line that scale confirm searched at 0.08M, on its tuning seed.
 
 AdamW's search ended in a local optimum (confirm_adamw_rates.csv); this asks whether the others' did, by the same means:
-at the chosen auxiliary rate, a factor of two apart. Asked on 2026-11-29, after the data: no rate or verdict changes by
-it. Writes data/results/confirm_wider_rates.csv.
+at the chosen auxiliary rate, a factor of two apart, and further down while the study's rule names the lowest. Asked on
+2026-11-29, after the data: no rate or verdict changes by it. Writes data/results/confirm_wider_rates.csv.
 
 python tests/benchmarks/wider_rates.py        about 10 minutes on two cores; takes up what is done
 """
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from beyond_outliers import paths
+from beyond_outliers.claims import low_rate
 from beyond_outliers.config import RunConfig
 from beyond_outliers.study import Study
 from beyond_outliers.train import train
@@ -42,13 +43,29 @@ def one(config: RunConfig) -> dict[str, object]:
     return {"run": config.name, "purpose": "sweep", **train(config, threads=1, progress=False).row}
 
 
+def further_down() -> list[RunConfig]:
+    """The next lower rate of every optimizer of whose rates, those of the table included, the lowest is named."""
+    study = Study("confirm")
+    rule, auxiliary = study.protocol.tuning, study.table("learning_rates").query("size == @SIZE")
+    auxiliary = auxiliary.set_index("optimizer").auxiliary
+    tried = low_rate.tried(study).groupby("optimizer").lr.min()
+    named = low_rate.named(study)
+    return [
+        study.protocol.config(SIZE, name, lr=lr / rule.factor, auxiliary=auxiliary[name], seed=rule.seed)
+        for name, lr in named.items()
+        if lr == tried[name]
+    ]
+
+
 def main() -> None:
-    rows = []
+    rows, asked = [], configs()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        for row in pool.imap(one, configs(), chunksize=1):
-            rows.append(row)
-            print(row["run"], row["status"], row["val_loss"], flush=True)
-    paths.write_whole(FILE, pd.DataFrame(rows).to_csv(index=False))
+        while asked:
+            for row in pool.imap(one, asked, chunksize=1):
+                rows.append(row)
+                print(row["run"], row["status"], row["val_loss"], flush=True)
+            paths.write_whole(FILE, pd.DataFrame(rows).to_csv(index=False))
+            asked = further_down()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,24 @@ def test_seeds_without_a_partner_are_left_out(study):
     assert low_rate.compared(study, low).n.tolist() == [2, 2]
 
 
+def test_the_rule_over_all_rates(monkeypatch, tmp_path):
+    """.5 ends 0.01 above the lowest and is smaller: named; .25 is too far above, and what diverged does not count."""
+
+    def runs(losses, **columns):
+        return pd.DataFrame(
+            {"size": "0.08M", "optimizer": "adamw", "lr": list(losses), "val_loss": list(losses.values())} | columns
+        )
+
+    runs({0.5: 3.01, 0.25: 3.02, 0.125: 2.0}).assign(status=["finished", "finished", "diverged"]).to_csv(tmp_path / "a")
+    runs({8.0: 3.3}, status="finished").to_csv(tmp_path / "b")
+    monkeypatch.setattr(low_rate, "TRIED_SINCE", [tmp_path / "a", tmp_path / "b"])
+    monkeypatch.setattr(low_rate.rates, "line", lambda _: runs({1.0: 3.0, 2.0: 3.1, 4.0: 3.05}, status="finished"))
+    tuning = SimpleNamespace(tolerance=0.015)
+    chosen = {("0.08M", "adamw"): SimpleNamespace(lr=4.0)}
+    found = low_rate.wider(SimpleNamespace(protocol=SimpleNamespace(tuning=tuning), rates=chosen)).iloc[0]
+    assert found.tolist() == ["AdamW", 6, 4.0, 3.05, 1.0, 3.0, pytest.approx(0.05), 0.5]
+
+
 def test_the_committed_runs_differ_from_the_study_in_their_rate_alone():
     low, study = low_rate.runs(), Study(low_rate.SCALE)
     full = study.runs("full_precision").query("size == @low_rate.SIZE and optimizer == @low_rate.OPTIMIZER")

@@ -1,7 +1,7 @@
-"""AdamW at the rate that its search did not find: what the local optimum costs the contrasts of scale confirm at 0.08M.
+"""Rates that the searches of scale confirm at 0.08M did not try, and AdamW at the one that its search did not find.
 
-Asked on 2026-11-29, after the data; it stands beside the rules. `python tests/benchmarks/adamw_low_rate.py` makes the
-table.
+Asked on 2026-11-25 and 2026-11-29, after the data; they stand beside the rules. `tests/benchmarks/wider_rates.py` and
+`adamw_low_rate.py` make the tables.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.claims import readings
+from beyond_outliers.claims import rates, readings
 from beyond_outliers.claims.comparison import label, written
 from beyond_outliers.claims.contrasts import t_interval
 from beyond_outliers.claims.effects import NATS, TIMES, titles
@@ -18,6 +18,13 @@ from beyond_outliers.claims.eligibility import eligible
 
 SCALE, SIZE, OPTIMIZER = "confirm", "0.08M", "adamw"
 FILE = paths.RESULTS / "confirm_adamw_low.csv"
+TRIED_SINCE = [paths.RESULTS / "confirm_adamw_rates.csv", paths.RESULTS / "confirm_wider_rates.csv"]
+WIDER = """## Did the searches end in local optima?
+
+Rates of the hidden matrices beyond both ends of every line that was searched at 0.08M (two and two, or more
+where the lowest is named), on the tuning seed, a factor of two apart, tried after the data (2026-11-25 and 2026-11-29).
+Which of all is lowest, and which rate the study's rule, the smallest within {tolerance:g} nats of the best, names now.
+Seeds alone move a loss by {spread:.3f} (standard deviation, mean over optimizers)."""
 SECTION = """## AdamW at the rate that its search did not find
 
 At 0.08M the search for AdamW's rate ended in a local optimum. Of all rates tried since on the tuning seed the study's
@@ -75,3 +82,39 @@ def compared(study, low: pd.DataFrame) -> pd.DataFrame:
 def introduction(study, low: pd.DataFrame) -> str:
     """The section's heading and what was done."""
     return SECTION.format(rate=low.lr.iloc[0], tuned=study.rates[SIZE, OPTIMIZER].lr)
+
+
+def tried(study) -> pd.DataFrame:
+    """Finished runs on the tuning seed at the chosen auxiliary rate, of the search and since: a row an optimizer and lr."""
+    line = rates.line(study).query("size == @SIZE")
+    every = pd.concat([line, *(pd.read_csv(file, dtype={"size": str}) for file in TRIED_SINCE)])
+    return every[every.status == "finished"].reset_index(drop=True)
+
+
+def named(study) -> pd.Series:
+    """Optimizer -> the rate that the study's rule names among all that were `tried`."""
+    within = tried(study)
+    best = within.groupby("optimizer").val_loss.transform("min")
+    within = within[within.val_loss <= best + study.protocol.tuning.tolerance]
+    return within.groupby("optimizer", sort=False).lr.min()
+
+
+def wider(study) -> pd.DataFrame:
+    """One row an optimizer: the rate that its search chose, and the lowest of all that were `tried`.
+
+    rates, how many; chosen and its loss; lowest at, and that loss; lower by (nats); the rule names (see `named`).
+    """
+    found, rule = [], named(study)
+    for name, own in tried(study).groupby("optimizer", sort=False):
+        losses = own.groupby("lr").val_loss.mean()
+        chosen, best = study.rates[SIZE, name].lr, losses.idxmin()
+        lower = losses[chosen] - losses[best]
+        found.append((label(str(name)), len(losses), chosen, losses[chosen], best, losses[best], lower, rule[name]))
+    columns = ["optimizer", "rates", "chosen", "its loss", "lowest at", "that loss", "lower by", "the rule names"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def wider_introduction(study) -> str:
+    """The section's heading, what was tried, and the spread over seeds beside which its losses stand."""
+    spread = readings.spread(study).query("size == @SIZE").between_seeds.mean()
+    return WIDER.format(tolerance=study.protocol.tuning.tolerance, spread=spread)
