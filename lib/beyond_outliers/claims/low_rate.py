@@ -85,7 +85,7 @@ def introduction(study, low: pd.DataFrame) -> str:
 
 
 def tried(study) -> pd.DataFrame:
-    """Finished runs on the tuning seed at the chosen auxiliary rate, of the search and since: a row an optimizer and lr."""
+    """Finished runs on the tuning seed at the chosen auxiliary rate, of the search and since: a row a run."""
     line = rates.line(study).query("size == @SIZE")
     every = pd.concat([line, *(pd.read_csv(file, dtype={"size": str}) for file in TRIED_SINCE)])
     return every[every.status == "finished"].reset_index(drop=True)
