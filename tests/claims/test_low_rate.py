@@ -1,4 +1,4 @@
-"""AdamW at two rates, seed by seed, and its place among the others."""
+"""An optimizer at two rates, seed by seed, and its place among the others."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,9 @@ def study(monkeypatch):
 
 def test_differences_are_paired_and_places_counted(study):
     lower = np.array([3.35, 3.47, 3.3, 3.4])
-    low = pd.DataFrame({"seed": [203, 202, 201, 200], "val_loss": lower[::-1], "R_L_end": 2 * lower[::-1]})
+    low = pd.DataFrame(
+        {"optimizer": "adamw", "seed": [203, 202, 201, 200], "val_loss": lower[::-1], "R_L_end": 2 * lower[::-1]}
+    )
     loss, error = low_rate.compared(study, low).itertuples()
     test = ttest_rel(lower, LOSSES["adamw"])
     low_end, high_end = test.confidence_interval()
@@ -37,7 +39,7 @@ def test_differences_are_paired_and_places_counted(study):
 
 
 def test_seeds_without_a_partner_are_left_out(study):
-    low = pd.DataFrame({"seed": [200, 201, 299], "val_loss": [3.5, 3.6, 9.0], "R_L_end": 1.0})
+    low = pd.DataFrame({"optimizer": "adamw", "seed": [200, 201, 299], "val_loss": [3.5, 3.6, 9.0], "R_L_end": 1.0})
     assert low_rate.compared(study, low).n.tolist() == [2, 2]
 
 
@@ -60,8 +62,15 @@ def test_the_rule_over_all_rates(monkeypatch, tmp_path):
 
 
 def test_the_committed_runs_differ_from_the_study_in_their_rate_alone():
-    low, study = low_rate.runs(), Study(low_rate.SCALE)
-    full = study.runs("full_precision").query("size == @low_rate.SIZE and optimizer == @low_rate.OPTIMIZER")
-    assert sorted(low.seed) == sorted(full.seed) and low.lr.nunique() == 1 and low.lr[0] < full.lr.iloc[0]
-    same = ["hyper", "steps", "tokens", "weight_decay", "n_parameters", "corpus", "batch_size", "context"]
-    assert len(pd.concat([low, full])[same].drop_duplicates()) == 1
+    every, study = low_rate.runs(), Study(low_rate.SCALE)
+    changed = {name: lr for name, lr in low_rate.named(study).items() if lr != study.rates[low_rate.SIZE, name].lr}
+    assert (
+        changed == every.groupby("optimizer").lr.first().to_dict()
+        and every.groupby("optimizer").lr.nunique().eq(1).all()
+    )
+    for name, low in every.groupby("optimizer"):
+        full = study.runs("full_precision")
+        full = full[(full["size"] == low_rate.SIZE) & (full.optimizer == name)]
+        assert sorted(low.seed) == sorted(full.seed)
+        same = ["hyper", "steps", "tokens", "weight_decay", "n_parameters", "corpus", "batch_size", "context"]
+        assert len(pd.concat([low, full])[same].drop_duplicates()) == 1

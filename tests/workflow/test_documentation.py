@@ -27,7 +27,7 @@ def explained() -> dict[str, list[str]]:
 
 
 # "have the columns of runs.csv"
-LIKE_RUNS = {"auxiliary_learning_rates.csv", "sgd_baseline.csv", "confirm_adamw_rates.csv", "confirm_adamw_low.csv"}
+LIKE_RUNS = {"auxiliary_learning_rates.csv", "sgd_baseline.csv", "confirm_adamw_rates.csv", "confirm_low_rates.csv"}
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.name}")

@@ -1,7 +1,7 @@
-"""Rates that the searches of scale confirm at 0.08M did not try, and AdamW at the one that its search did not find.
+"""Rates that the searches of scale confirm at 0.08M did not try, and AdamW and PSGD at those that the rule then names.
 
 Asked on 2026-11-25 and 2026-11-29, after the data; they stand beside the rules. `tests/benchmarks/wider_rates.py` and
-`adamw_low_rate.py` make the tables.
+`low_rates.py` make the tables.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import rates, readings
-from beyond_outliers.claims.comparison import label, written
+from beyond_outliers.claims.comparison import label, listed, written
 from beyond_outliers.claims.contrasts import t_interval
 from beyond_outliers.claims.effects import NATS, TIMES, titles
 from beyond_outliers.claims.eligibility import eligible
 
-SCALE, SIZE, OPTIMIZER = "confirm", "0.08M", "adamw"
-FILE = paths.RESULTS / "confirm_adamw_low.csv"
+SCALE, SIZE = "confirm", "0.08M"
+FILE = paths.RESULTS / "confirm_low_rates.csv"
 TRIED_SINCE = [paths.RESULTS / "confirm_adamw_rates.csv", paths.RESULTS / "confirm_wider_rates.csv"]
 WIDER = """## Did the searches end in local optima?
 
@@ -25,12 +25,12 @@ Rates of the hidden matrices beyond both ends of every line that was searched at
 where the lowest is named), on the tuning seed, a factor of two apart, tried after the data (2026-11-25 and 2026-11-29).
 Which of all is lowest, and which rate the study's rule, the smallest within {tolerance:g} nats of the best, names now.
 Seeds alone move a loss by {spread:.3f} (standard deviation, mean over optimizers)."""
-SECTION = """## AdamW at the rate that its search did not find
+SECTION = """## The main seeds at the rates that the searches did not find
 
-At 0.08M the search for AdamW's rate ended in a local optimum. Of all rates tried since on the tuning seed the study's
-rule names {rate:g} in place of {tuned:g}. The main seeds again at that rate (2026-11-29, after the data, on another
-processor; no rate or verdict changes by it): differences are paired by seed, with their 95 % t interval; places count
-from the lowest of the six."""
+Where the rule names another rate now, the main seeds again at that rate (2026-11-29, after the data, on another
+processor; no rate or verdict changes by it): {rates}. Differences are paired by seed, with their 95 % t interval;
+places count from the lowest of the six, the five others as tuned."""
+
 QAT = "loss after training in 4 bits (QAT)"
 # what is compared -> column of the table, rows of the study, their column
 COLUMNS: dict[str, tuple[str, Callable, str]] = {
@@ -45,43 +45,49 @@ COLUMNS: dict[str, tuple[str, Callable, str]] = {
 
 
 def runs() -> pd.DataFrame:
-    """One row a seed: what the runs at the lower rate ended with, in full precision and (val_loss_qat) under QAT."""
+    """One row an optimizer and seed: what the runs at the lower rate ended with; val_loss_qat: those under QAT."""
     table = pd.read_csv(FILE, dtype={"size": str})
     full, qat = table[table.scheme == "none"], table[table.scheme != "none"]
-    both = full.merge(qat[["seed", "val_loss"]].rename(columns={"val_loss": "val_loss_qat"}), on="seed")
+    ends = qat[["optimizer", "seed", "val_loss"]].rename(columns={"val_loss": "val_loss_qat"})
+    both = full.merge(ends, on=["optimizer", "seed"])
     return both.assign(increase_qat=both.val_loss_qat - both.val_loss)
 
 
 def compared(study, low: pd.DataFrame) -> pd.DataFrame:
-    """AdamW as tuned beside AdamW of `low` (see `runs`), one row a quantity.
+    """Optimizers of `low` (see `runs`) as tuned and at the lower rate, one row an optimizer and quantity.
 
-    quantity, as tuned and lower rate (means over the seeds of both), difference (lower rate less as tuned in nats, or
-    their ratio, with its interval), n (seeds), place as tuned and with the lower rate among the study's optimizers, and
-    the others' means.
+    optimizer, quantity, as tuned and lower rate (means over the seeds of both), difference (lower rate less as tuned in
+    nats, or their ratio, with its interval), n (seeds), place as tuned and with the lower rate among the study's
+    optimizers, and the others' means.
     """
-    named, found = titles(study), []
-    for name, (own, read, value) in COLUMNS.items():
-        title, unit = named.get(name, (name, NATS))
-        rows = eligible(study, read(study))
-        rows = rows[rows["size"] == SIZE]
-        tuned = rows[rows.optimizer == OPTIMIZER].set_index("seed")[value].rename("tuned")
-        pairs = low.set_index("seed")[[own]].join(tuned, how="inner").dropna()
-        change = np.log(pairs[own] / pairs.tuned) if unit == TIMES else pairs[own] - pairs.tuned
-        difference = t_interval(change.to_numpy())
-        told = written(tuple(np.exp(difference)), 2) if unit == TIMES else written(difference)
-        means = rows.groupby("optimizer")[value].mean()
-        others = means.drop(OPTIMIZER)
-        places = [1 + int((others < mean).sum()) for mean in (means[OPTIMIZER], low[own].mean())]
-        beside = ", ".join(f"{label(one)} {mean:.3f}" for one, mean in others.sort_values().items())
-        found.append((title, pairs.tuned.mean(), pairs[own].mean(), told, unit, len(pairs), *places, beside))
-    columns = ["quantity", "as tuned", "lower rate", "difference", "unit", "n", "place as tuned", "place lower"]
-    columns.append("the others")
-    return pd.DataFrame(found, columns=columns)
+    titled, found = titles(study), []
+    for optimizer, mine in low.groupby("optimizer", sort=False):
+        for name, (own, read, value) in COLUMNS.items():
+            title, unit = titled.get(name, (name, NATS))
+            rows = eligible(study, read(study))
+            rows = rows[rows["size"] == SIZE]
+            tuned = rows[rows.optimizer == optimizer].set_index("seed")[value].rename("tuned")
+            pairs = mine.set_index("seed")[[own]].join(tuned, how="inner").dropna()
+            change = np.log(pairs[own] / pairs.tuned) if unit == TIMES else pairs[own] - pairs.tuned
+            difference = t_interval(change.to_numpy())
+            told = written(tuple(np.exp(difference)), 2) if unit == TIMES else written(difference)
+            means = rows.groupby("optimizer")[value].mean()
+            others = means.drop(optimizer)
+            places = [1 + int((others < mean).sum()) for mean in (means[optimizer], mine[own].mean())]
+            beside = ", ".join(f"{label(one)} {mean:.3f}" for one, mean in others.sort_values().items())
+            both = pairs.tuned.mean(), pairs[own].mean()
+            found.append((label(str(optimizer)), title, *both, told, unit, len(pairs), *places, beside))
+    columns = ["optimizer", "quantity", "as tuned", "lower rate", "difference", "unit", "n"]
+    return pd.DataFrame(found, columns=[*columns, "place as tuned", "place lower", "the others"])
 
 
 def introduction(study, low: pd.DataFrame) -> str:
     """The section's heading and what was done."""
-    return SECTION.format(rate=low.lr.iloc[0], tuned=study.rates[SIZE, OPTIMIZER].lr)
+    changed = [
+        f"{label(str(name))} at {own.lr.iloc[0]:g} in place of {study.rates[SIZE, name].lr:g}"
+        for name, own in low.groupby("optimizer", sort=False)
+    ]
+    return SECTION.format(rates=listed(changed))
 
 
 def tried(study) -> pd.DataFrame:
