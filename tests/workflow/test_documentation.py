@@ -27,7 +27,8 @@ def explained() -> dict[str, list[str]]:
 
 
 # "have the columns of runs.csv"
-LIKE_RUNS = {"auxiliary_learning_rates.csv", "sgd_baseline.csv", "confirm_adamw_rates.csv", "confirm_low_rates.csv"}
+LIKE_RUNS = {"auxiliary_learning_rates.csv", "sgd_baseline.csv"}
+LIKE_RUNS |= {f"confirm_{name}.csv" for name in ("adamw_rates", "wider_rates", "low_rates")}
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parent.name}/{file.name}")
