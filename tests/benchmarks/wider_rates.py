@@ -15,6 +15,7 @@ import torch
 from beyond_outliers import paths
 from beyond_outliers.claims import low_rate
 from beyond_outliers.config import RunConfig
+from beyond_outliers.config.tuning import tuned_config
 from beyond_outliers.study import Study
 from beyond_outliers.train import train
 
@@ -31,10 +32,7 @@ def configs() -> list[RunConfig]:
         grid = sorted(map(float, row.grid.split()))
         below = [] if row.optimizer == "adamw" else [grid[0] / rule.factor**i for i in range(BEYOND, 0, -1)]
         above = [grid[-1] * rule.factor**i for i in range(1, BEYOND + 1)]
-        found += [
-            study.protocol.config(SIZE, row.optimizer, lr=lr, auxiliary=row.auxiliary, seed=rule.seed)
-            for lr in below + above
-        ]
+        found += [tuned_config(study.protocol, SIZE, row.optimizer, lr, row.auxiliary) for lr in below + above]
     return found
 
 
@@ -46,14 +44,11 @@ def one(config: RunConfig) -> dict[str, object]:
 def further_down() -> list[RunConfig]:
     """The next lower rate of every optimizer of whose rates, those of the table included, the lowest is named."""
     study = Study("confirm")
-    rule, auxiliary = study.protocol.tuning, study.table("learning_rates").query("size == @SIZE")
-    auxiliary = auxiliary.set_index("optimizer").auxiliary
-    tried = low_rate.tried(study).groupby("optimizer").lr.min()
-    named = low_rate.named(study)
+    lowest = low_rate.tried(study).groupby("optimizer").lr.min()
     return [
-        study.protocol.config(SIZE, name, lr=lr / rule.factor, auxiliary=auxiliary[name], seed=rule.seed)
-        for name, lr in named.items()
-        if lr == tried[name]
+        tuned_config(study.protocol, SIZE, name, lr / study.protocol.tuning.factor, study.rates[SIZE, name].auxiliary)
+        for name, lr in low_rate.named(study).items()
+        if lr == lowest[name]
     ]
 
 

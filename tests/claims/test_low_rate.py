@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from beyond_outliers.claims import low_rate
+from beyond_outliers.claims import effects, low_rate
 from beyond_outliers.study import Study
 
 LOSSES = {"adamw": [3.6, 3.7, 3.5, 3.6], "muon": [3.4, 3.5, 3.4, 3.4], "soap": [3.3, 3.3, 3.2, 3.3]}
@@ -19,8 +19,10 @@ def study(monkeypatch):
     rows = [("a", "0.08M", name, 200 + i, loss) for name, of in LOSSES.items() for i, loss in enumerate(of)]
     rows += [("b", "0.16M", name, seed, 1.0) for _, _, name, seed, _ in rows]
     table = pd.DataFrame(rows, columns=["kind", "size", "optimizer", "seed", "value"])
-    columns = {"loss": ("val_loss", lambda _: table, "value"), "R_L": ("R_L_end", lambda _: table, "value")}
-    monkeypatch.setattr(low_rate, "COLUMNS", columns)
+    monkeypatch.setattr(low_rate, "OWN", {"loss": "val_loss", "R_L": "R_L_end"})
+    units = {"loss": effects.NATS, "R_L": effects.TIMES}
+    compared = {name: effects.Quantity(name, unit, lambda _: table, "value") for name, unit in units.items()}
+    monkeypatch.setattr(low_rate, "COMPARED", compared)
     return SimpleNamespace(scale="another", protocol=SimpleNamespace(measure=SimpleNamespace(primary="W4A4+head")))
 
 

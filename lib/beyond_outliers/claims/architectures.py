@@ -7,12 +7,10 @@ same rule, for the three optimizers that the paper trains at every size. No rule
 from collections.abc import Sequence
 from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, listed, written
-from beyond_outliers.claims.effects import NATS, QUANTITIES, TIMES, titles
-from beyond_outliers.claims.eligibility import eligible
+from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, listed
+from beyond_outliers.claims.effects import NATS, QUANTITIES, at_size, scaled, titles
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -30,10 +28,8 @@ YES, REVERSED, NEITHER = "yes", "no, the other way round", "seen in neither"
 def _compared(study, size: str, quantity: str, optimizers: Sequence[str]) -> Comparison | None:
     of = QUANTITIES[quantity]
     try:
-        rows = eligible(study, of.rows(study))
-        rows = rows[rows["size"] == size]
-        values = np.log(rows[of.value]) if of.unit == TIMES else rows[of.value]
-        return Comparison(rows.assign(compared=values), "compared", optimizers)
+        rows = at_size(study, of, size)
+        return Comparison(rows.assign(compared=scaled(rows[of.value], of.unit)), "compared", optimizers)
     except (MissingResults, NothingToCompare):
         return None
 
@@ -73,8 +69,7 @@ def differences(studies: dict[str, tuple[Study, str]] | None = None) -> pd.DataF
             continue
         for one, other in combinations(optimizers[::-1], 2):
             found = [of.difference(one, other) for of in compared if of]
-            shown = found if unit == NATS else [tuple(np.exp(each)) for each in found]
-            texts = [written(each, 3 if unit == NATS else 2) for each in shown]
+            texts = [QUANTITIES[quantity].told(each) for each in found]
             pair = f" {'-' if unit == NATS else '/'} ".join([label(one), label(other)])
             rows.append((title, pair, *texts, _carries(dict(zip(studies, found, strict=True)))))
     return pd.DataFrame(rows, columns=["quantity", "pair", *studies, "carries over"])

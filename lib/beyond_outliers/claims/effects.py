@@ -13,6 +13,7 @@ import pandas as pd
 from beyond_outliers.claims import readings
 from beyond_outliers.claims.comparison import (
     Comparison,
+    Interval,
     NothingToCompare,
     excludes_zero,
     label,
@@ -36,6 +37,21 @@ class Quantity:
     unit: str
     rows: Callable
     value: str
+
+    def told(self, difference: Interval) -> str:
+        """A difference of scaled values in words: "-0.076 [-0.094, -0.057]" in nats, or "0.81 [0.76, 0.87]" times."""
+        return written(difference) if self.unit == NATS else written(tuple(np.exp(difference)), 2)
+
+
+def scaled(values: pd.Series, unit: str) -> pd.Series:
+    """The values as differences are taken of them: their logarithms where ratios are told (TIMES)."""
+    return np.log(values) if unit == TIMES else values
+
+
+def at_size(study, quantity: Quantity, size: str) -> pd.DataFrame:
+    """The eligible rows of a quantity at one size."""
+    rows = eligible(study, quantity.rows(study))
+    return rows[rows["size"] == size]
 
 
 QUANTITIES = {
@@ -61,7 +77,7 @@ def against(rows: pd.DataFrame, value: str, unit: str = NATS, reference: str = R
     effect: the value less that of the reference at the same size and seed (TIMES: the logarithm of their ratio). Runs
     without a partner or a value are left out.
     """
-    values = rows.assign(effect=np.log(rows[value]) if unit == TIMES else rows[value])[[*CELL, "effect"]]
+    values = rows.assign(effect=scaled(rows[value], unit))[[*CELL, "effect"]]
     own = values[values.optimizer == reference].drop(columns="optimizer").rename(columns={"effect": "partner"})
     pairs = values[values.optimizer != reference].merge(own, on=["size", "seed"])
     return pairs.assign(effect=pairs.effect - pairs.partner).drop(columns="partner").dropna(subset="effect")

@@ -4,17 +4,13 @@ Asked on 2026-11-25 and 2026-11-29, after the data; they stand beside the rules.
 `low_rates.py` make the tables.
 """
 
-from collections.abc import Callable
-
-import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import rates, readings
-from beyond_outliers.claims.comparison import label, listed, written
+from beyond_outliers.claims.comparison import label, listed
 from beyond_outliers.claims.contrasts import t_interval
-from beyond_outliers.claims.effects import NATS, TIMES, titles
-from beyond_outliers.claims.eligibility import eligible
+from beyond_outliers.claims.effects import NATS, QUANTITIES, Quantity, at_size, scaled
 
 SCALE, SIZE = "confirm", "0.08M"
 FILE = paths.RESULTS / "confirm_low_rates.csv"
@@ -31,16 +27,11 @@ Where the rule names another rate now, the main seeds again at that rate (2026-1
 processor; no rate or verdict changes by it): {rates}. Differences are paired by seed, with their 95 % t interval;
 places count from the lowest of the six, the five others as tuned."""
 
-QAT = "loss after training in 4 bits (QAT)"
-# what is compared -> column of the table, rows of the study, their column
-COLUMNS: dict[str, tuple[str, Callable, str]] = {
-    "loss": ("val_loss", readings.finished, "val_loss"),
-    "common": ("increase_common", readings.damage, "increase"),
-    "final": ("increase_end", lambda study: readings.damage(study, checkpoint="final"), "increase"),
-    "qat": ("increase_qat", readings.finished_qat, "increase"),
-    QAT: ("val_loss_qat", readings.finished_qat, "val_loss_qat"),
-    "R_L": ("R_L_end", readings.output_error, "R_L"),
-    "mmr": ("mmr_end", readings.mmr, "mmr"),
+# what is compared, as in `effects` -> the column of `runs`
+OWN = {"loss": "val_loss", "common": "increase_common", "final": "increase_end", "qat": "increase_qat"}
+OWN |= {"loss_qat": "val_loss_qat", "R_L": "R_L_end", "mmr": "mmr_end"}
+COMPARED = QUANTITIES | {
+    "loss_qat": Quantity("loss after training in 4 bits (QAT)", NATS, readings.finished_qat, "val_loss_qat")
 }
 
 
@@ -60,23 +51,21 @@ def compared(study, low: pd.DataFrame) -> pd.DataFrame:
     nats, or their ratio, with its interval), n (seeds), place as tuned and with the lower rate among the study's
     optimizers, and the others' means.
     """
-    titled, found = titles(study), []
+    spec, found = readings.primary(study), []
+    rows = {name: at_size(study, COMPARED[name], SIZE) for name in OWN}
     for optimizer, mine in low.groupby("optimizer", sort=False):
-        for name, (own, read, value) in COLUMNS.items():
-            title, unit = titled.get(name, (name, NATS))
-            rows = eligible(study, read(study))
-            rows = rows[rows["size"] == SIZE]
-            tuned = rows[rows.optimizer == optimizer].set_index("seed")[value].rename("tuned")
+        for name, own in OWN.items():
+            of, every = COMPARED[name], rows[name]
+            tuned = every[every.optimizer == optimizer].set_index("seed")[of.value].rename("tuned")
             pairs = mine.set_index("seed")[[own]].join(tuned, how="inner").dropna()
-            change = np.log(pairs[own] / pairs.tuned) if unit == TIMES else pairs[own] - pairs.tuned
-            difference = t_interval(change.to_numpy())
-            told = written(tuple(np.exp(difference)), 2) if unit == TIMES else written(difference)
-            means = rows.groupby("optimizer")[value].mean()
+            difference = t_interval((scaled(pairs[own], of.unit) - scaled(pairs.tuned, of.unit)).to_numpy())
+            means = every.groupby("optimizer")[of.value].mean()
             others = means.drop(optimizer)
             places = [1 + int((others < mean).sum()) for mean in (means[optimizer], mine[own].mean())]
             beside = ", ".join(f"{label(one)} {mean:.3f}" for one, mean in others.sort_values().items())
             both = pairs.tuned.mean(), pairs[own].mean()
-            found.append((label(str(optimizer)), title, *both, told, unit, len(pairs), *places, beside))
+            row = (label(str(optimizer)), of.title.format(spec=spec), *both, of.told(difference), of.unit)
+            found.append((*row, len(pairs), *places, beside))
     columns = ["optimizer", "quantity", "as tuned", "lower rate", "difference", "unit", "n"]
     return pd.DataFrame(found, columns=[*columns, "place as tuned", "place lower", "the others"])
 
