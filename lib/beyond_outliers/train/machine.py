@@ -99,12 +99,11 @@ def _check_sharding(config: RunConfig, workers: int) -> None:
         )
 
 
-def provenance(device: torch.device, compiled: bool, together: int = 1) -> dict:
-    """Where, when and with what a number was made. together: runs that were trained as one batched model."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+def provenance(device: torch.device, compiled: bool) -> dict:
+    """Where, when and with what a number was made."""
     return {
         "device": device.type,
-        "device_name": name if together == 1 else f"{name}, {together} runs as one",
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "compiled": compiled,
         "python": platform.python_version(),
