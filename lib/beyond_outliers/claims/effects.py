@@ -11,18 +11,18 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.comparison import (
+from beyond_outliers.claims.compare import (
+    PAPER_OPTIMIZERS,
+    REFERENCE,
     Comparison,
-    Interval,
+    Estimate,
     NothingToCompare,
-    excludes_zero,
+    compare,
     label,
     listed,
-    written,
+    of_the_paper,
 )
-from beyond_outliers.claims.eligibility import compare, eligible
-from beyond_outliers.claims.readings import CELL, PAPER_OPTIMIZERS
-from beyond_outliers.claims.relative import REFERENCE
+from beyond_outliers.claims.readings import CELL
 from beyond_outliers.study.tables import MissingResults
 
 NATS, TIMES = "nats", "times"  # how an effect is measured: a difference, or a ratio
@@ -38,9 +38,9 @@ class Quantity:
     rows: Callable
     value: str
 
-    def told(self, difference: Interval) -> str:
+    def told(self, difference: Estimate) -> str:
         """A difference of scaled values in words: "-0.076 [-0.094, -0.057]" in nats, or "0.81 [0.76, 0.87]" times."""
-        return written(difference) if self.unit == NATS else written(tuple(np.exp(difference)), 2)
+        return difference.text() if self.unit == NATS else difference.map(np.exp).text(2)
 
 
 def scaled(values: pd.Series, unit: str) -> pd.Series:
@@ -50,7 +50,7 @@ def scaled(values: pd.Series, unit: str) -> pd.Series:
 
 def at_size(study, quantity: Quantity, size: str) -> pd.DataFrame:
     """The eligible rows of a quantity at one size."""
-    rows = eligible(study, quantity.rows(study))
+    rows = of_the_paper(quantity.rows(study))
     return rows[rows["size"] == size]
 
 
@@ -92,7 +92,7 @@ def effects(study) -> pd.DataFrame:
     found = []
     for name, quantity in QUANTITIES.items():
         try:
-            rows = eligible(study, quantity.rows(study))
+            rows = of_the_paper(quantity.rows(study))
         except MissingResults:
             continue
         pairs = against(rows, quantity.value, quantity.unit)
@@ -102,10 +102,9 @@ def effects(study) -> pd.DataFrame:
         except NothingToCompare:
             continue
         for one in optimizers:
-            ends = np.exp(compared.mean(one)) if quantity.unit == TIMES else compared.mean(one)
-            found.append(
-                (name, one, *ends, int(compared.cells.n[compared.cells.of([one])].sum()), listed(compared.sizes))
-            )
+            mean = compared.mean(one)
+            ends = mean.map(np.exp) if quantity.unit == TIMES else mean
+            found.append((name, one, *ends.interval, mean.n, listed(compared.sizes)))
     return pd.DataFrame(found, columns=["quantity", "optimizer", "effect", "low", "high", "n", "over"])
 
 
@@ -117,7 +116,7 @@ def effect_table(study) -> pd.DataFrame:
     for name, (title, unit) in named.items():
         of = table[table.quantity == name].set_index("optimizer")
         texts = {
-            one: f"{written((row.effect, row.low, row.high), 3 if unit == NATS else 2)}, n {row.n}"
+            one: f"{Estimate(row.effect, row.low, row.high).text(3 if unit == NATS else 2)}, n {row.n}"
             for one, row in of.iterrows()
         }
         head = f"{title} ({unit if unit == NATS else 'times AdamW'})"
@@ -134,48 +133,82 @@ SITUATIONS: dict[str, tuple[Callable, str]] = {
 }
 
 
-def choices(study) -> pd.DataFrame:
-    """Which optimizer to train with, a row a situation: the lowest loss that a reader ends with, and whose it is.
+@dataclass(frozen=True)
+class Choice:
+    """What to train with in a situation: the best, its loss, how far each other lies above it, and what it is told by.
 
-    Columns: if you want to, train with, loss (nats a token), the others lie above it by, confidence, on (sizes, runs).
-    Distances from the best are unpaired, as in the findings; those whose interval reaches 0 are named beside the best.
+    `compared` is None where nothing has been measured yet.
     """
-    rows = []
+
+    situation: str
+    compared: Comparison | None = None
+
+    @property
+    def best(self) -> str:
+        return self.compared.order[0]
+
+    @property
+    def above(self) -> dict[str, Estimate]:
+        """The others, nearest first. Unpaired, as in the findings."""
+        return {rival: self.compared.difference(rival, self.best) for rival in self.compared.order[1:]}
+
+    @property
+    def train_with(self) -> str:
+        """The best; in brackets those whose interval reaches 0."""
+        near = [label(rival) for rival, far in self.above.items() if not far.excludes_zero]
+        return f"{label(self.best)}{f' (or {listed(near)})' if near and self.compared.certain else ''}"
+
+    @property
+    def confidence(self) -> str:
+        told = sum(far.excludes_zero for far in self.above.values())
+        rivals = len(self.above)
+        return (
+            f"lower than {told} of {rivals} others at 95 %" if self.compared.certain else "too few seeds for an interval"
+        )
+
+    @property
+    def on(self) -> str:
+        return f"{self.compared.over}, {self.compared.n()}"
+
+
+def choices(study) -> list[Choice]:
+    """Which optimizer to train with, one a situation that a reader may be in, by the loss that they end with."""
+    found = []
     for situation, (read, value) in SITUATIONS.items():
         name = situation.format(spec=readings.primary(study))
         try:
-            compared = compare(study, read(study), value)
+            found.append(Choice(name, compare(study, read(study), value)))
         except (NothingToCompare, MissingResults):
-            rows.append((name, NOT_YET, "", "", "", ""))
-            continue
-        best, *rivals = compared.order
-        above = {rival: compared.difference(rival, best) for rival in rivals}
-        near = [label(rival) for rival in rivals if not excludes_zero(above[rival])] if compared.certain else []
-        told = f"lower than {len(rivals) - len(near)} of {len(rivals)} others at 95 %"
-        rows.append(
-            (
-                name,
-                f"{label(best)}{f' (or {listed(near)})' if near else ''}",
-                written(compared.mean(best)),
-                ", ".join(f"{label(rival)} {written(above[rival])}" for rival in rivals),
-                told if compared.certain else "too few seeds for an interval",
-                f"{compared.over}, {compared.n()}",
-            )
-        )
+            found.append(Choice(name))
+    return found
+
+
+def choice_table(study) -> pd.DataFrame:
+    """`choices` as a reader takes them in, a row a situation."""
+    rows = [
+        (one.situation, NOT_YET, "", "", "", "")
+        if one.compared is None
+        else (one.situation, one.train_with, one.compared.mean(one.best).text(),
+              ", ".join(f"{label(rival)} {far.text()}" for rival, far in one.above.items()), one.confidence, one.on)
+        for one in choices(study)
+    ]  # fmt: skip
     return pd.DataFrame(rows, columns=CHOICES)
 
 
 def answer(study) -> str:
     """Which optimizer to train with if the model will be quantized, in a sentence a situation, with its confidence."""
-    rows = choices(study)
-    stands_on = [f"{row.confidence} ({row.on})" for row in rows.itertuples() if row.on]
+    found = choices(study)
+    stands_on = [f"{one.confidence} ({one.on})" for one in found if one.compared]
     shared = len(set(stands_on)) == 1  # then it is said once
     said = []
-    for will, best, loss, above, confidence, on in rows.itertuples(index=False):
-        if best == NOT_YET:
-            said.append(f"To {will}: {NOT_YET}.")
+    for one in found:
+        if one.compared is None:
+            said.append(f"To {one.situation}: {NOT_YET}.")
             continue
-        nearest = above.partition("],")[0].rstrip("]") + "]" if "]" in above else above.partition(",")[0]
-        behind = "" if shared else f" ({confidence}; {on})"
-        said.append(f"To {will}: **{best}**, which ends at {loss} nats a token, with {nearest} above it{behind}.")
+        rival, far = next(iter(one.above.items()))
+        behind = "" if shared else f" ({one.confidence}; {one.on})"
+        said.append(
+            f"To {one.situation}: **{one.train_with}**, which ends at {one.compared.mean(one.best).text()} nats a token, "
+            f"with {label(rival)} {far.text()} above it{behind}."
+        )
     return " ".join([*said, *([f"Confidence: {stands_on[0]}."] if shared else [])])

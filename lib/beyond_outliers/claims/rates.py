@@ -7,7 +7,8 @@ import json
 
 import pandas as pd
 
-from beyond_outliers.claims import readings, relative
+from beyond_outliers.claims import readings
+from beyond_outliers.claims.compare import label
 
 
 def how_chosen(study) -> str:
@@ -104,7 +105,7 @@ def finding(study) -> str:
         moved = own[own.lr_after != own.lr_before]
         smaller = int((moved.lr_after < moved.lr_before).sum())
         at = table[table["size"] == size].groupby("optimizer")
-        full, quantized = (relative.label(at[column].min().idxmin()) for column in ("before", "after"))
+        full, quantized = (label(at[column].min().idxmin()) for column in ("before", "after"))
         lines.append(
             f"- {size}: lowest loss in full precision {full}, after quantization {quantized}; for {len(moved)} of "
             f"{len(own)} optimizers another learning rate is best after quantization ({smaller} smaller), by at most "
