@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.passes import made_once
+from beyond_outliers.passes import made_once, text_rows, text_tokens
 from beyond_outliers.quantizers import QuantSpec, hadamard_transform, prepare_qat, quantize_model
 
 
@@ -69,3 +69,34 @@ def test_lsq_does_not_start_from_a_batch_that_is_none():
     assert not layer[0].activation_quantizer.started and layer[0].activation_quantizer.log_step.isnan()
     layer(torch.randn(3, 16))
     assert layer[0].activation_quantizer.started
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 2, 3]])  # whole numbers name the texts that are packed into a row
+TEXT = torch.tensor([[True, True, False], [True, True, True]])
+
+
+@pytest.mark.parametrize(
+    "batch, expected",
+    [
+        ({"attention_mask": MASK}, TEXT),
+        ({"attention_mask": MASK.bool()}, TEXT),
+        ({"src": None, "src_key_padding_mask": ~TEXT}, TEXT),
+        ({"src_key_padding_mask": torch.zeros(2, 3).masked_fill(~TEXT, float("-inf"))}, TEXT),
+        ({"attention_mask": torch.ones(2, 3)}, None),
+        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, None),
+        ({"input_ids": MASK}, None),
+        (MASK, None),
+    ],
+)
+def test_text_is_what_a_mask_says(batch, expected):
+    tokens = text_tokens(batch)
+    assert tokens is expected or torch.equal(tokens, expected)
+
+
+def test_rows_of_text():
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    kept = torch.tensor([[0.0, 1], [2, 3], [6, 7], [8, 9], [10, 11]])
+    assert torch.equal(text_rows(x, TEXT), kept) and torch.equal(text_rows(x.flatten(0, 1), TEXT), kept)
+    assert text_rows(x, None) is x and text_rows(x[:, 0], TEXT).shape == (2, 2)  # pooled: a row a text
+    with pytest.raises(ValueError, match="padding alone"):
+        text_tokens({"attention_mask": MASK * 0})

@@ -53,6 +53,39 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()).flatten(-2 if x.ndim else 0) if x.is_complex() else x
 
 
+# ---------------------------------------------------------------------------------------------------------- padding
+
+
+def text_tokens(batch) -> Tensor | None:
+    """Which tokens of a batch are text and not padding: bool (B, T); None where all are, or the batch does not say.
+
+    A mapping says so by `attention_mask` (B, T), 0 for padding, as in `transformers`, or by `src_key_padding_mask`
+    (B, T), True for padding, as in torch. Masks of other shapes say which token sees which, not what is text.
+    ValueError for a batch of padding alone.
+    """
+    masks = batch if isinstance(batch, Mapping) else {}
+    text, padding = masks.get("attention_mask"), masks.get("src_key_padding_mask")
+    if padding is not None and text is None:
+        text = ~padding if padding.dtype == torch.bool else padding == 0  # a float one is added to the scores
+    if not isinstance(text, Tensor) or text.ndim != 2 or bool((text != 0).all()):
+        return None
+    if not bool((text != 0).any()):
+        raise ValueError("the batch is padding alone by its mask; valid: a batch with text in it")
+    return text != 0
+
+
+def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """The rows of x (B, T, ...) or (B T, ...) at the text's tokens, (rows, ...): `tokens` is what `text_tokens` gave.
+
+    x itself where `tokens` is None, and where x has other rows than one a token (a pooled state, an expert's share).
+    """
+    if tokens is not None:
+        for rows in (tokens, tokens.flatten()):
+            if x.shape[: rows.ndim] == rows.shape:
+                return x[rows.to(x.device)]
+    return x
+
+
 # -------------------------------------------------------------------------------------------- tensors made only once
 
 

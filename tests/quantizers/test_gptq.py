@@ -416,6 +416,34 @@ def test_a_mapping_and_tuples_are_inputs(tree):
     assert torch.equal(quantized[0](x), quantized[1](x)) and torch.equal(quantized[0](x), quantized[2](x))
 
 
+class Padded(nn.Module):
+    """Layers over (B, T, width), (B T, width) and (B, width), and one over as many rows as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.flat, self.pooler, self.expert = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, attention_mask, some=5):
+        y = self.flat(self.up(x).flatten(0, 1))
+        return self.pooler(y.view_as(x)[:, 0]), self.expert(y[:some])
+
+
+def test_padding_is_not_calibrated_on():
+    torch.manual_seed(0)
+    model, spec = Padded().double(), QuantSpec("int2", "none", method="gptq")
+    x, lengths = torch.randn(3, 6, 8, dtype=torch.float64), (2, 4, 6)
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
+    with pytest.warns(UserWarning, match=r"padding is in the calibration of expert:"):
+        padded = quantize_model(model, spec, {"x": x, "attention_mask": mask})
+    alone = [{"x": x[i : i + 1, :n], "attention_mask": mask[i : i + 1, :n]} for i, n in enumerate(lengths)]
+    texts, everything = (
+        quantize_model(model, spec, batches) for batches in (alone, {"x": x, "attention_mask": mask**0})
+    )
+    for name in ("up", "flat", "pooler"):
+        found, wanted, other = (m.get_submodule(name).rounded for m in (padded, texts, everything))
+        assert torch.equal(found, wanted) and (name == "pooler" or not torch.equal(found, other))
+
+
 def test_a_lone_layer_and_half_precision():
     torch.manual_seed(0)
     layer = nn.Linear(64, 16).bfloat16()

@@ -17,9 +17,10 @@ What the paper leaves open, or what differs here:
     fallback   rows for which rounding to nearest has the smaller objective are rounded to nearest, so that no row is
                ever worse (rows are independent: they share nothing but scales that are set beforehand).
     inputs     of a layer are what its rounded weights will multiply: activations rounded and rotated as the spec says,
-               all layers before it rounded already.
+               all layers before it rounded already. Padding is none (see `text_tokens`).
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, evaluating, forward
+from beyond_outliers.passes import text_rows, text_tokens
 from beyond_outliers.quantizers.formats import (
     FORMATS,
     check_block,
@@ -195,7 +197,7 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
 
     Costs one pass to see the order; then one more in all if there is one batch and every layer runs once, else one up
     to that layer for every layer. Keeps one Hessian. Raises ValueError without a batch, for a layer that never runs,
-    and, with the layer's name, where `round_layer` does.
+    and, with the layer's name, where `round_layer` does. Warns of layers in whose inputs padding cannot be told apart.
     """
     batches = list(as_batches(batches))
     if not batches:
@@ -205,7 +207,9 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
         order = _merge(runs)
         if missing := [name for layer, name in layers.items() if layer not in order]:
             raise ValueError(f"layers that never ran in calibration: {', '.join(missing)}")
-        _Walk(order, layers, runs, round_layer).go(model, batches)
+        padded = _Walk(order, layers, runs, round_layer).go(model, batches)
+    if padded:
+        warnings.warn(f"padding is in the calibration of {', '.join(padded)}: no row a token there", stacklevel=3)
 
 
 def _count_runs(model: nn.Module, layers: dict[nn.Module, str], batch) -> Counter:
@@ -236,20 +240,24 @@ def _merge(runs: list[Counter]) -> list[nn.Module]:
 class _Walk:
     """Goes through the layers in `waiting`: the first of them is the one whose Hessian is being summed up.
 
-    runs: of each layer for each batch. left: runs of the first layer still to come in this pass.
+    runs: of each layer for each batch. left: runs of the first layer still to come in this pass. tokens: which of this
+    pass are text. padded: names of the layers whose rows are not these tokens, such as an expert's.
     """
 
     def __init__(self, order: list[nn.Module], names: dict, runs: list[Counter], round_layer: Callable):
         self.waiting, self.names, self.runs, self.round_layer = order, names, runs, round_layer
         self.hessian, self.left = Hessian(), 0
+        self.tokens: Tensor | None = None
+        self.padded: dict[str, None] = {}
 
-    def go(self, model: nn.Module, batches: list):
+    def go(self, model: nn.Module, batches: list) -> list[str]:
         handles = [layer.register_forward_pre_hook(self.watch, with_kwargs=True) for layer in self.waiting]
         try:
             while self.waiting:
                 for batch, counts in zip(batches, self.runs, strict=True):
                     self.left = counts[self.waiting[0]]
                     if self.left:
+                        self.tokens = text_tokens(batch)
                         with suppress(_Stop):
                             forward(model, batch)
                 if self.waiting:
@@ -257,12 +265,17 @@ class _Walk:
         finally:
             for handle in handles:
                 handle.remove()
+        return list(self.padded)
 
     def watch(self, layer: Any, args: tuple, kwargs: dict):
         """Before each run of each layer, a module with `operand`."""
         if layer is not self.waiting[0]:
             return
-        self.hessian.add(layer.operand((*args, *kwargs.values())[0]))  # type: ignore[operator]  # narrowed to Module by the line before
+        x: Tensor = layer.operand((*args, *kwargs.values())[0])  # type: ignore[operator]  # narrowed to Module by the line before
+        rows = text_rows(x, self.tokens)
+        if self.tokens is not None and rows is x and x.shape[:-1].numel() > len(self.tokens):  # fewer: pooled states
+            self.padded[self.names[layer]] = None
+        self.hessian.add(rows)
         self.left -= 1
         if self.left:
             return
