@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
-ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "together", "probe", "figures")
+ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "probe", "figures")
 COMMANDS = {"figures": "laptop", "reproduce": "pocket"}  # timed as a whole -> at which scale
 
 

@@ -119,17 +119,3 @@ def test_sigterm_ends_with_the_code_for_try_again(study, at_once, monkeypatch, c
     with pytest.raises(SystemExit) as stopped:
         main(["continue", "--scale", "confirm", "--jobs", "2"])
     assert stopped.value.code == 75 and "To go on: make continue SCALE=confirm" in capsys.readouterr().err
-
-
-def test_runs_of_one_kind_train_together_where_several_fit(study):
-    queue = runner.waiting(study, done=set())
-    assert [len(group) for group in runner.trained_together(queue, None)] == [1] * len(queue)
-    groups = runner.trained_together(queue, lambda config: 4 if config.size == "0.08M" else 99)
-    assert sorted(p.config.name for group in groups for p in group) == sorted(p.config.name for p in queue)
-    full = [group for group in groups if group[0].purpose == "full_precision"]
-    for group in full:
-        assert len({(p.config.size, p.config.optimizer) for p in group}) == 1
-        assert len({p.config.seed for p in group}) == len(group)
-    assert [len(g) for g in full if g[0].config.size == "0.08M"] == [4] * 12 + [2] * 6
-    assert [len(g) for g in full if g[0].config.size == "0.16M"] == [10] * 6
-    assert {len(g) for g in groups if g[0].purpose == "qat"} == {1}, "quantized runs train by themselves"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 from beyond_outliers.optimizers.groups import RoleGroups, laid_out_like, require, require_betas
-from beyond_outliers.optimizers.stacking import Stack
 
 
 class _Checked(RoleGroups):
@@ -54,24 +53,6 @@ class AdamW(_Checked, torch.optim.AdamW):
 
     def state_shapes(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Size]:
         return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-
-    def init_state(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What torch's own step begins with, but for its count; for `RunsAsOne`."""
-        return {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-
-    def update(self, group: dict, stack: Stack) -> None:
-        adam_of_runs(group, stack, stack.advance())
-
-
-def adam_of_runs(group: dict, stack: Stack, step: int) -> None:
-    """AdamW on a stack of several runs, equal to the fused kernel up to rounding."""
-    beta1, beta2 = group["betas"]
-    gradient, mean, square = stack.gradient(), stack.state["exp_avg"], stack.state["exp_avg_sq"]
-    stack.decay(group["lr"], group["weight_decay"])
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    length = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    stack.descend(mean / length, group["lr"] / (1 - beta1**step))
 
 
 class SGD(_Checked, torch.optim.SGD):

@@ -18,7 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.adamw import adam_of_runs
 from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -130,12 +129,7 @@ class Muon(StackedOptimizer):
 
 
 def adamw_step(group: dict, stack: Stack, step: int) -> None:
-    """torch's fused AdamW on a stack: an inner optimizer whose state are the stack's own exp_avg and exp_avg_sq.
-
-    Stacks of several runs, whose learning rates are a tensor, take the same steps by plain operations.
-    """
-    if isinstance(group["lr"], Tensor):
-        return adam_of_runs(group, stack, step)
+    """torch's fused AdamW on a stack: an inner optimizer whose state are the stack's own exp_avg and exp_avg_sq."""
     inner = stack.derived.get("adamw")
     if inner is None:
         inner = stack.derived["adamw"] = torch.optim.AdamW(stack.params, fused=True)

@@ -118,7 +118,7 @@ class PSGD(StackedOptimizer):
 
         period = self.period(group, step - 1)
         if self.due(stack, period):
-            probe = self.probe(momentum, stack.runs)
+            probe = torch.randn(momentum.shape, generator=self.generator, dtype=momentum.dtype, device=momentum.device)
             momentum.addcmul_(probe, DAMPING * momentum.abs().mean((1, 2), keepdim=True))
             if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
@@ -153,12 +153,6 @@ class PSGD(StackedOptimizer):
         stack.put("since_update", 0 if due else waited)
         stack.put("updates", stack.count("updates") + due)
         return due
-
-    def probe(self, like: Tensor, runs: int) -> Tensor:
-        """Standard normal numbers (N, m, n), the same ones for each of `runs` runs, as each draws them by itself."""
-        shape = like.shape[0] // runs, *like.shape[1:]
-        drawn = torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
-        return drawn if runs == 1 else drawn.repeat_interleave(runs, 0)
 
 
 def left_product(q: Tensor, x: Tensor, transposed: bool = False) -> Tensor:

@@ -22,8 +22,6 @@ class Stack:
     weights are divided among workers.
     """
 
-    runs = 1  # whose parameters are stacked; `RunsStack` has several
-
     def __init__(
         self,
         params: list[Tensor],

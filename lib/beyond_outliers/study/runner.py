@@ -3,8 +3,7 @@
 `continue_study` keeps a few worker processes busy with the first runs that are not done. What is done is read from the
 runs' folders and from the committed tables (adopted by run id), never remembered: it can be stopped at any moment and
 goes on on any machine. Every run is measured in full right after its training, by the worker that has its weights, so
-that no change of machine can lose a measurement. Tables are collected while it goes. On CUDA, runs that differ in
-seed and learning rate alone train as one batched model.
+that no change of machine can lose a measurement. Tables are collected while it goes.
 """
 
 import multiprocessing
@@ -13,7 +12,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 import torch
@@ -27,10 +25,8 @@ from beyond_outliers.study.mend import mend_aloud
 from beyond_outliers.study.own import take_up
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.together import alike, can_be_stacked, fitting_runs, train_together
 
 COLLECT_EVERY = 600  # seconds
-MOST_AT_ONCE = 64  # runs in one batched model
 
 
 class StudyFailed(RuntimeError):
@@ -62,55 +58,17 @@ def waiting(study: Study, done: set[str], shard: tuple[int, int] = (1, 1)) -> li
     return [planned for _, planned in sorted(found.values(), key=lambda pair: pair[0])]
 
 
-def trained_together(queue: list[Planned], most: Callable[[RunConfig], int] | None) -> list[list[Planned]]:
-    """The queue in groups that train as one batched model, in the order of their first runs.
-
-    A group is of one purpose, shape and optimizer; `most(config)`: the most runs of this kind that one may have, None:
-    every run by itself.
-    """
-    if most is None:
-        return [[planned] for planned in queue]
-    open_groups: dict[tuple, list[Planned]] = {}
-    found: list[list[Planned]] = []
-    for planned in queue:
-        config = planned.config
-        key = planned.purpose, alike(config).to_json() if can_be_stacked(config) else config.name
-        group = open_groups.get(key)
-        if group is None or len(group) >= most(planned.config):
-            found.append(group := [])
-            open_groups[key] = group
-        group.append(planned)
-    return found
-
-
-def runs_at_once(jobs: int) -> Callable[[RunConfig], int] | None:
-    """How many runs of a kind train as one: on CUDA what fits half of the memory that a job has, on CPUs None.
-
-    There it saves 5 to 10 per cent (tests/benchmarks/test_together.py), and runs would end in other last digits.
-    """
-    if not torch.cuda.is_available():
-        return None
-    memory = torch.cuda.get_device_properties(0).total_memory / jobs
-    return lambda config: min(MOST_AT_ONCE, fitting_runs(config, memory / 2))
-
-
-def train_and_measure(scale: str, purpose: str, config: str, *beside: str) -> str:
-    """What a worker does with one run; `config` is its JSON. Returns the run's name.
-
-    beside: JSON of runs of the same purpose that are trained together with it, and measured after it.
-    """
+def train_and_measure(scale: str, purpose: str, config: str) -> str:
+    """What a worker does with one run; `config` is its JSON. Returns the run's name."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.compiler.reset()  # a worker trains many models: guards of the last would count against this one
     study = Study(scale)
-    configs = [RunConfig.from_json(text) for text in (config, *beside)]
-    if beside:
-        train_together(configs, threads=study.protocol.threads, progress=False)
-    for planned in (Planned(purpose, one) for one in configs):
-        study.train(planned, progress=False)
-        study.measure_one(planned)
-        if purpose == "full_precision" and study.protocol.measure.trajectory:
-            study.measure_block(planned.config.size, planned.config.seed)  # by whoever ends a size and seed
-    return configs[0].name
+    planned = Planned(purpose, RunConfig.from_json(config))
+    study.train(planned, progress=False)
+    study.measure_one(planned)
+    if purpose == "full_precision" and study.protocol.measure.trajectory:
+        study.measure_block(planned.config.size, planned.config.seed)  # by whoever ends a size and seed
+    return planned.config.name
 
 
 def end_with_parent() -> None:
@@ -139,7 +97,7 @@ def continue_study(
     """
     deadline = time.monotonic() + 3600 * hours if hours else float("inf")
     failed: dict[str, str] = {}
-    running: dict[Future, list[Planned]] = {}  # usually of one run each
+    running: dict[Future, Planned] = {}
     take_up(study)
     mend_aloud(study)
     if (paths.RESULTS / study.scale / "runs.csv").exists():
@@ -152,21 +110,18 @@ def continue_study(
     already, start = len(done), time.monotonic()
     collected, worked = start, 0.0
     line = line or Line()
-    most = runs_at_once(jobs)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent, max_tasks_per_child=25)
     signal.signal(signal.SIGTERM, _stop)  # of a batch system: workers end, tables are collected
     try:
         while True:
             study.choose_what_is_found()
-            active = [planned for group in running.values() for planned in group]
-            busy = {p.config.name for p in active}
+            busy = {p.config.name for p in running.values()}
             queue = [p for p in waiting(study, done, shard) if p.config.name not in {*busy, *failed}]
-            groups = trained_together(queue, most)
-            for group in groups[: jobs - len(running)] if time.monotonic() < deadline else []:
-                texts = [planned.config.to_json() for planned in group]
-                running[pool.submit(train_and_measure, study.scale, group[0].purpose, *texts)] = group
-            active = [planned for group in running.values() for planned in group]
+            for planned in queue[: jobs - len(running)] if time.monotonic() < deadline else []:
+                text = planned.config.to_json()
+                running[pool.submit(train_and_measure, study.scale, planned.purpose, text)] = planned
+            active = list(running.values())
             ahead = {p.config.name: work(p.config) for p in (*queue, *active)}
             line.show(
                 sentence(
@@ -180,13 +135,13 @@ def continue_study(
             ended = wait(running, timeout=max(1.0, min(60.0, deadline - time.monotonic())), return_when=FIRST_COMPLETED)
             for task in ended.done:
                 error = task.exception()
-                for config in [planned.config for planned in running.pop(task)]:
-                    if error:
-                        failed[config.name] = f"{type(error).__name__}: {error}"
-                        line.note(f"failed: {config.name}: {failed[config.name]}")
-                    else:
-                        done.add(config.name)
-                        worked += work(config)
+                config = running.pop(task).config
+                if error:
+                    failed[config.name] = f"{type(error).__name__}: {error}"
+                    line.note(f"failed: {config.name}: {failed[config.name]}")
+                else:
+                    done.add(config.name)
+                    worked += work(config)
             if time.monotonic() - collected > COLLECT_EVERY:
                 study.collect()
                 collected = time.monotonic()

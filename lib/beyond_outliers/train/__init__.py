@@ -4,14 +4,12 @@ from beyond_outliers.train.folder import RunResult, build_model, flat_config, lo
 from beyond_outliers.train.loop import Diverged, LossModule, train
 from beyond_outliers.train.machine import git_commit, provenance
 from beyond_outliers.train.timetable import evaluation_steps, schedule
-from beyond_outliers.train.together import can_be_stacked, train_together
 
 __all__ = [
     "Diverged",
     "LossModule",
     "RunResult",
     "build_model",
-    "can_be_stacked",
     "evaluation_steps",
     "flat_config",
     "git_commit",
@@ -20,6 +18,5 @@ __all__ = [
     "run_folder",
     "schedule",
     "train",
-    "train_together",
     "weights_path",
 ]

@@ -97,8 +97,6 @@ def train(
 class _Run:
     """A run in progress."""
 
-    together = 1  # runs trained in the same batched model (`train.together`)
-
     def __init__(
         self,
         config: RunConfig,
@@ -299,7 +297,7 @@ class _Run:
     def _finish(self, status: str, reason: str) -> None:
         epochs = self.step * self.config.batch_size / self.batches.windows
         row = result_row(self.config, status, reason, self.rows, self.step, self.seconds, epochs)
-        text = json.dumps(row | provenance(self.device, self.compiled, self.together), indent=1)
+        text = json.dumps(row | provenance(self.device, self.compiled), indent=1)
         written = {"metrics.csv": self._write_metrics, "result.json": lambda path: path.write_text(text)}
         checksums.write_files(self.folder, written, remove=[file.name for file in states(self.folder)])
 

@@ -99,12 +99,11 @@ def _check_sharding(config: RunConfig, workers: int) -> None:
         )
 
 
-def provenance(device: torch.device, compiled: bool, together: int = 1) -> dict:
-    """Where, when and with what a number was made. together: runs that were trained as one batched model."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+def provenance(device: torch.device, compiled: bool) -> dict:
+    """Where, when and with what a number was made."""
     return {
         "device": device.type,
-        "device_name": name if together == 1 else f"{name}, {together} runs as one",
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "compiled": compiled,
         "python": platform.python_version(),
@@ -134,10 +133,17 @@ def processor() -> str:
 
 
 def git_commit() -> str:
-    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(paths.ROOT)]
+    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout.
+
+    Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
+    """
+    git = ["git", "-C", str(paths.ROOT), "--git-dir", str(paths.ROOT / ".git"), "--work-tree", str(paths.ROOT)]
+    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
+    environment = {name: value for name, value in os.environ.items() if name not in ambient}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], capture_output=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], env=environment)
         return commit.stdout.strip() + ("+" if changed.returncode else "")
     return "unknown"
