@@ -27,7 +27,7 @@ LAYERS = [
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 # the shell hands over to what stands below it; nothing imports a __main__
-SHELLS = {("study.__main__", "notebook")}
+SHELLS = {("study.__main__", "notebook"), ("probe", "export")}
 
 
 def modules():
