@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.claims.comparison import label
-from beyond_outliers.claims.evidence import judged
+from beyond_outliers.claims.compare import label
+from beyond_outliers.claims.verdicts import headlines, read_verdicts
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.outside import parted
 from beyond_outliers.markdown import markdown_table
@@ -94,7 +94,9 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 def compare_verdicts(own: Study, committed: Study) -> pd.DataFrame:
     """One row a claim: id, claim, yours, ours (verdicts), agree, and both estimates."""
     columns = ["id", "claim", "verdict", "value"]
-    both = judged(own)[columns].merge(judged(committed)[columns], on=["id", "claim"], suffixes=("_own", "_committed"))
+    both = headlines(read_verdicts(own))[columns].merge(
+        headlines(read_verdicts(committed))[columns], on=["id", "claim"], suffixes=("_own", "_committed")
+    )
     names = {
         "verdict_own": "yours",
         "verdict_committed": "ours",

@@ -186,10 +186,18 @@ def reversal_rows(noise: dict, cost, added, draws: int, rng, differences=(0.02, 
     comparisons = (count - 1) * len(SEEDS)
 
     def row(configuration: str, means, difference: float) -> dict:
-        studies = [draw(m, noise[of], draws, rng, cost, added) for m, of in zip(means, ("loss", "qat_loss"), strict=True)]
+        studies = [
+            draw(m, noise[of], draws, rng, cost, added) for m, of in zip(means, ("loss", "qat_loss"), strict=True)
+        ]
         parts = np.stack([judge_reversal(*(s.at(size) for s in studies), comparisons)[0] for size in SEEDS])
         verdicts = decide((parts == REPRODUCED).any(0), (parts == NOT_REPRODUCED).all(0))
-        said = {"claim": "C12", "part": "whole", "unit": "nats", "configuration": configuration, "difference": difference}
+        said = {
+            "claim": "C12",
+            "part": "whole",
+            "unit": "nats",
+            "configuration": configuration,
+            "difference": difference,
+        }
         return said | rates(verdicts)
 
     one = np.eye(count)[0]

@@ -163,7 +163,9 @@ class Choice:
         told = sum(far.excludes_zero for far in self.above.values())
         rivals = len(self.above)
         return (
-            f"lower than {told} of {rivals} others at 95 %" if self.compared.certain else "too few seeds for an interval"
+            f"lower than {told} of {rivals} others at 95 %"
+            if self.compared.certain
+            else "too few seeds for an interval"
         )
 
     @property

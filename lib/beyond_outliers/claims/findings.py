@@ -25,7 +25,7 @@ from beyond_outliers.claims.compare import (
     t_interval,
 )
 from beyond_outliers.claims.rules import VERDICTS
-from beyond_outliers.claims.verdicts import judged, rule_file, rule_place
+from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, rule_file, rule_place
 
 FINDINGS: dict[str, Callable] = {}
 
@@ -202,6 +202,34 @@ def probed(found) -> str:
     )
 
 
+HOW_JUDGED = """## The verdicts
+
+Every claim has one rule, the same at every scale: `data/claims.toml`. Sizes are strata, seeds replicates. An estimate is a
+difference, slope, share or correlation, with a 95 % interval that knows seeds and tuning.
+
+- *Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several.
+- *Not reproduced*: one lies on the other side (of differences at 99 %).
+- *Tie*: the nearest rival lies within a margin stated beforehand.
+- *Undecided*: the rest, where there are data.
+- *Not measured*: a number that the rule reads is not there.
+
+Where sizes differ, no mean stands for them: each size speaks for itself. `trend` is the slope per doubling of the size.
+Damage is the loss increase under W4A4 at the Common Loss, with the output head quantized and without it."""
+THEN = """
+
+**The figure shows what was said at the time**, by rules of that time ([{rules}](../data/{rules})): the table {table}.csv of
+commit {commit}, {day}, which is never made again. The table has the verdicts by the rules of today. They are exploratory
+here, for these data were seen before."""
+
+
+def how_judged(study) -> str:
+    """How claims are judged, and, where verdicts are frozen, that the figure shows those; in Markdown."""
+    if frozen(study) is None:
+        return HOW_JUDGED
+    table, rules, commit, day = FROZEN[study.scale]
+    return HOW_JUDGED + THEN.format(table=table, rules=rules, commit=commit, day=day)
+
+
 LONGEST = 160  # characters of a comment in a list of verdicts; the table of verdicts has it in full
 
 
@@ -209,7 +237,9 @@ def verdict_lines(study, notebook: str) -> str:
     """Markdown: a line a claim of this notebook with verdict, estimate, n and reason; links are those of a notebook."""
     lines = []
     for row in judged(study).query("notebook == @notebook").itertuples():
-        changes = f" *Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}" * bool(row.changes)
+        changes = f" *Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}" * bool(
+            row.changes
+        )
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
             f"{_estimate(row, ': ')} (n {row.n}, {row.unit}). "

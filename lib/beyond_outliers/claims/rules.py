@@ -138,7 +138,9 @@ def tuning_variance(data: Evidence, column: str, log: bool, main: Cells) -> np.n
     names, keys = list(main.optimizers), ["optimizer", "size"]
     rates = sweep.assign(value=np.log(sweep[column]) if log else sweep[column], auxiliary=sweep.auxiliary.fillna(0))
     rates = rates[rates.optimizer.isin(names)].groupby([*keys, "lr", "auxiliary"])
-    rates = rates.agg(loss=("loss", "mean"), value=("value", "mean"), each=("loss", lambda of: 1 / len(of))).reset_index()
+    rates = rates.agg(
+        loss=("loss", "mean"), value=("value", "mean"), each=("loss", lambda of: 1 / len(of))
+    ).reset_index()
     best = rates.loc[rates.groupby(keys).loss.transform("idxmin"), ["loss", "each"]].reset_index(drop=True)
     error = np.sqrt(rates.optimizer.map(_pooled(losses)) * (rates.each + best.each))
     good = rates[rates.loss <= best.loss + data.tolerance + error].groupby(keys)
@@ -311,7 +313,9 @@ def _slope(rows: pd.DataFrame, name: str, rule: dict) -> Finding:
     slope, strict = common_slope(lines, unit=rule["unit"]), common_slope(lines, STRICT)
     counts = "/".join(str(n) for n in rows.groupby("size", sort=False).size())
     if not slope.certain:
-        return Finding(UNDECIDED, f"Undecided: {len(rows)} tuning runs leave nothing for a spread.", name, slope, counts)
+        return Finding(
+            UNDECIDED, f"Undecided: {len(rows)} tuning runs leave nothing for a spread.", name, slope, counts
+        )
     tie = -rule["margin"] < slope.low and slope.high < rule["margin"]
     verdict = str(decide(slope.low > 0, strict.high < 0, tie))
     said = {REPRODUCED: "Rises.", NOT_REPRODUCED: "Falls, at 99 %.", TIE: "Flat.", UNDECIDED: "The interval has 0."}
@@ -372,7 +376,9 @@ def C6(data: Evidence, rule: dict) -> list[Finding]:
 
 def C7(data: Evidence, rule: dict) -> list[Finding]:
     """R at the network's end predicts the damage: the paper's literal one, and the one that softmax can see."""
-    points_of = {"six optimizers": "common", "twelve recipes": "recipes"} if len(data.optimizers) > 3 else {"": "common"}
+    points_of = (
+        {"six optimizers": "common", "twelve recipes": "recipes"} if len(data.optimizers) > 3 else {"": "common"}
+    )
     parts = [(f"{name}{', ' * bool(over)}{over}", table, m) for name, m in rule["metrics"].items()
              for over, table in points_of.items()]  # fmt: skip
     return whole([or_open(part, _prediction, data, table, metric, part, rule) for part, table, metric in parts])
@@ -409,7 +415,9 @@ def C10(data: Evidence, rule: dict) -> list[Finding]:
     """The spectral ratio of the linear layers is close to 1."""
     rows = data.rows("linear", "spectral_ratio")
     rows = rows.assign(distance=(rows.spectral_ratio - 1).abs())
-    found = data.cells(rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance").with_zero()
+    found = data.cells(
+        rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance"
+    ).with_zero()
     over = contrast(found, [(name, "zero") for name in data.optimizers])
     parts, strict = [], over.interval(STRICT)[0]
     for place, name in enumerate(data.optimizers):
@@ -453,10 +461,14 @@ def C12(data: Evidence, rule: dict) -> list[Finding]:
         losses[best] = np.inf
         name, rival = data.optimizers[best], data.optimizers[int(losses.argmin())]
         low, high = (end.item() for end in contrast(there, [(name, rival)]).interval(1 - (1 - USUAL) / comparisons))
-        comment = f"Under QAT {label(name)}, best in full precision, minus {label(rival)}; corrected {low:.4f} to {high:.4f}."
+        comment = (
+            f"Under QAT {label(name)}, best in full precision, minus {label(rival)}; corrected {low:.4f} to {high:.4f}."
+        )
         estimate = contrast(there, [(name, rival)]).one(n=int(there.n.min()), unit=rule["unit"])
         parts.append(Finding(verdict, comment, size, estimate, str(there.n.min()), rival))
-    verdicts = {part.verdict for part in parts}  # it holds if it holds somewhere, and fails only where it fails everywhere
+    verdicts = {
+        part.verdict for part in parts
+    }  # it holds if it holds somewhere, and fails only where it fails everywhere
     verdict = REPRODUCED if REPRODUCED in verdicts else NOT_REPRODUCED if verdicts == {NOT_REPRODUCED} else UNDECIDED
     return [Finding(verdict, "; ".join(f"{p.part}: {p.verdict}" for p in parts), runs=runs_of(qat)), *parts]
 

@@ -6,6 +6,7 @@ Scales `laptop` and `confirm` had rules of their own. Their committed verdicts a
 
 import json
 import tomllib
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -48,6 +49,7 @@ def texts() -> pd.Series:
 
 def tables(study) -> dict[str, pd.DataFrame]:
     """What `rules.evaluate` takes, of the planned main runs that count; a table that is not there yet is left out."""
+    study.table("runs")  # MissingResults where there is nothing to judge
     found: dict[str, pd.DataFrame] = {}
     for name, read in READ.items():
         try:
@@ -161,14 +163,14 @@ READ = {
 }
 
 
-def judge(study) -> pd.DataFrame:
-    """Every verdict by data/claims.toml, on the six and on the paper's three: `optimizers`, then `rules.evaluate`'s."""
+def judge(study, claims: Collection[str] = tuple(CLAIMS)) -> pd.DataFrame:
+    """The verdicts on claims by data/claims.toml, on the six and on the paper's three: `optimizers`, then `rules.evaluate`'s."""
     plan = study.protocol.settings.runs("full_precision")
     sizes = {size: study.protocol.model(size).n_parameters for size in plan.sizes} if plan else {}
     planned = "/".join(str(len(plan.seeds_at(size))) for size in sizes) if plan else ""
     read, tolerance = tables(study), rule_file()["study"]["tolerance"]
     parts = [
-        evaluate(read, read_rules(), sizes, names, planned, tolerance).assign(optimizers=which)
+        evaluate(read, rules, sizes, names, planned, tolerance).assign(optimizers=which)
         for which, names in SETS.items()
     ]
     table = pd.concat(parts, ignore_index=True)
@@ -191,9 +193,12 @@ def headlines(table: pd.DataFrame) -> pd.DataFrame:
     """One row a claim of `judge`: on the six, as a whole, under the first of its conditions; COLUMNS."""
     rows = table[(table.optimizers == "six") & (table.part == WHOLE)].drop_duplicates("id")
     rule = pd.DataFrame.from_dict(read_rules(), orient="index")[["statistic", "paper", "changes", "notebook"]]
-    return rows.drop(columns="n").rename(columns={"runs": "n"}).join(rule, on="id").assign(claim=rows.id.map(texts()))[
-        COLUMNS
-    ]
+    return (
+        rows.drop(columns="n")
+        .rename(columns={"runs": "n"})
+        .join(rule, on="id")
+        .assign(claim=rows.id.map(texts()))[COLUMNS]
+    )
 
 
 def frozen(study) -> pd.DataFrame | None:
@@ -244,6 +249,20 @@ def line(rule: dict, part: str) -> tuple[float, int]:
     if "claim" in rule:
         return (rule["predicts"], 1) if rule["claim"] == "predicts" else (rule["silent"], -1)
     return rule.get("threshold", 0.0), -1 if "spectral" in rule["unit"] else 1
+
+
+def then_and_now(study) -> pd.DataFrame:
+    """What the two frozen studies said beside this scale by the rules of today: id, claim, laptop, confirm, now, why.
+
+    why: how the judging of a claim differs between the two, in words (data/claims-changes.toml).
+    """
+    now = headlines(read_verdicts(study)).set_index("id")
+    table = now[["claim"]]
+    for scale in FROZEN:
+        said = frozen(type(study)(scale, paths.RESULTS / scale))
+        table[scale] = "" if said is None else said.set_index("id").verdict
+    why = {claim: of["judged"] for claim, of in rule_file("claims-changes.toml").items()}
+    return table.assign(now=now.verdict, why=table.index.map(why)).reset_index()
 
 
 def frozen_parts(study) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from beyond_outliers.plots.by_optimizer import (
 from beyond_outliers.plots.findings import (
     candidate_scatter,
     checkpoint_curves,
-    claims_ledger,
     correlation_forest,
     probe_profile,
     staircases,
@@ -27,7 +26,7 @@ from beyond_outliers.plots.intervals import (
     ratio_forest,
 )
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, save, set_theme
-from beyond_outliers.plots.verdicts import confirm_ledger
+from beyond_outliers.plots.verdicts import verdict_ledger
 
 __all__ = [
     "COLOURS",
@@ -37,8 +36,6 @@ __all__ = [
     "candidate_scatter",
     "centred_points",
     "checkpoint_curves",
-    "claims_ledger",
-    "confirm_ledger",
     "correlation_forest",
     "depth_profile",
     "effect_forest",
@@ -56,4 +53,5 @@ __all__ = [
     "set_theme",
     "stacked_abc",
     "staircases",
+    "verdict_ledger",
 ]
