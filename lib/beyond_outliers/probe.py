@@ -192,7 +192,6 @@ def activation_bytes(model: nn.Module, batch) -> int:
     return max(1, sum(x.untyped_storage().nbytes() for x in held.values()))
 
 
-<<<<<<< HEAD
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what torchao, which transformers imports with its models, says of kernels and types that nobody uses."""
@@ -207,10 +206,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, object]:
-=======
 def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
->>>>>>> main
     """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; None for a tokenizer not asked for.
 
     Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
@@ -237,11 +233,8 @@ def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: boo
             kind = tf.AutoModelForTextEncoding
         elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
             raise ValueError(f"{str(source)!r} is {names}, {_PAIR}")
-<<<<<<< HEAD
         with quiet():
-            model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)  # type: ignore[attr-defined]
-=======
-        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **trust)  # type: ignore[attr-defined]
+            model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **trust)  # type: ignore[attr-defined]
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -249,7 +242,6 @@ def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: boo
             f"{str(source)!r} is a model or a tokenizer of code that comes with it, which is not run unasked; valid: a "
             "module that you have loaded, and its tokenizer"
         ) from None
->>>>>>> main
     except (OSError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(

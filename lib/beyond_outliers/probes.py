@@ -20,11 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from beyond_outliers.modules import find_head, is_linear, linear_weight
-<<<<<<< HEAD
-from beyond_outliers.probe import Probe, probe, quiet
-=======
-from beyond_outliers.probe import Probe, configuration, probe
->>>>>>> main
+from beyond_outliers.probe import Probe, configuration, probe, quiet
 from beyond_outliers.quantizers.formats import QuantSpec
 
 MATRICES_IN_MEMORY = 3  # the model, its quantized copy, and as much again while a layer is rounded or compared
