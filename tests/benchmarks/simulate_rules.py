@@ -3,13 +3,15 @@
     python tests/benchmarks/simulate_rules.py     writes data/results/rules_power.csv (about ten minutes on one core)
 
 Seeds are normal with the standard deviations that scale `confirm` had within size and optimizer, pooled over sizes. A
-cell of n seeds is drawn by its mean and its variance, which are independent: N(mu, s^2 / n) and s^2 chi^2(n - 1) / (n - 1).
+cell of n seeds is drawn by its mean and its variance, which are independent: N(mu, s^2 / n) and s^2 chi^2(n - 1) / (n
+- 1).
 
-Tuning is simulated, too. Loss is a bowl in the two log2 rates, of a curvature as `confirm`'s searches had; damage, gain and
-MMR change by a slope per doubling. At 0.08M a grid of 8 x 4 rates is tried with one seed, the best four with three more;
-at the larger sizes a cross of five about a choice that may lie one step off, with two seeds. The smallest matrix rate within
-the tolerance of the best mean is chosen, and the main runs have its true loss and damage: an error that an interval must
-know. A contrast is covered when its interval holds the difference of the optimizers at their true best rates.
+Tuning is simulated, too. Loss is a bowl in the two log2 rates, of a curvature as `confirm`'s searches had; damage,
+gain and MMR change by a slope per doubling. At 0.08M a grid of 8 x 4 rates is tried with one seed, the best four with
+three more; at the larger sizes a cross of five about a choice that may lie one step off, with two seeds. The smallest
+matrix rate within the tolerance of the best mean is chosen, and the main runs have its true loss and damage: an error
+that an interval must know. A contrast is covered when its interval holds the difference of the optimizers at their
+true best rates.
 """
 
 import argparse
@@ -90,8 +92,8 @@ def tuned_study(noise: dict[str, np.ndarray], tolerance: float, rng) -> tuple[pd
                 true = {"loss": curvature * (away**2).sum()} | {n: slope @ away for n, slope in slopes.items()}
                 seen = {n: value + noise[n][o] * rng.standard_normal() for n, value in true.items()}
                 seen |= {n: np.exp(seen[n]) for n in SLOPES}
-                return {"size": size, "optimizer": optimizer, "seed": seed, "lr": 2.0 ** at[0], "auxiliary": 2.0 ** at[1],
-                        **seen}, true  # fmt: skip
+                names = {"size": size, "optimizer": optimizer, "seed": seed}
+                return {**names, "lr": 2.0 ** at[0], "auxiliary": 2.0 ** at[1], **seen}, true
 
             found = {at: [run(at, seed) for seed in (300,) if s == 0] for at in tried}
             if s == 0:
@@ -181,7 +183,7 @@ def extreme_rows(claim: str, unit: str, half: dict, spread, draws: int, rng, cos
 
 
 def reversal_rows(noise: dict, cost, added, draws: int, rng, differences=(0.02, 0.04, 0.06, 0.1)) -> list[dict]:
-    """C12: the best in full precision leads by d there, and under QAT all are equal, or the order stays, or it turns."""
+    """C12: the best in full precision leads by d there; under QAT all are equal, the order stays, or it turns."""
     count = len(PAPER_OPTIMIZERS)
     comparisons = (count - 1) * len(SEEDS)
 
@@ -250,6 +252,10 @@ def efficiency_rows(noise: dict, book: dict, studies: int, rng, draws: int = 200
     alpha = -np.polyfit(np.log(mean.index), np.log(mean - FLOOR), 1)[0]
     scale = float(np.exp((np.log(mean - FLOOR) + alpha * np.log(mean.index)).mean()))
     rho = float(np.exp((np.log(scale / (after - FLOOR)) / alpha - np.log(after.index)).mean()))
+
+    def loss(n: float) -> float:
+        return scale / n**alpha + FLOOR
+
     margin, rule, rows = book["C14"]["half"][0]["margin"], {**book["C14"], "draws": draws}, []
     others = [name for name in PAPER_OPTIMIZERS if name != "shampoo"]
     configurations = [  # effects on log rho
@@ -259,15 +265,16 @@ def efficiency_rows(noise: dict, book: dict, studies: int, rng, draws: int = 200
     ]
     for configuration, difference, effects in configurations:
         verdicts = []
+        worth = {bits: {name: 1.0 if bits == 16 else rho * np.exp(effects.get(name, 0.0)) for name in PAPER_OPTIMIZERS}
+                 for bits in (16, 4)}  # fmt: skip
         for _ in range(studies):
             table = [
-                (size, name, seed, n, bits, scale / (n * (1.0 if bits == 16 else rho * np.exp(effects.get(name, 0.0)))) ** alpha
-                 + FLOOR + noise["loss" if bits == 16 else "qat_loss"][i] * rng.standard_normal())
+                (size, name, seed, n, bits, loss(n * worth[bits][name]) + sd[i] * rng.standard_normal())
+                for bits, sd in ((16, noise["loss"]), (4, noise["qat_loss"]))
                 for i, name in enumerate(PAPER_OPTIMIZERS)
                 for size, n in SIZES.items()
                 for seed in range(SEEDS[size])
-                for bits in (16, 4)
-            ]  # fmt: skip
+            ]
             table = pd.DataFrame(table, columns=["size", "optimizer", "seed", "N", "bits", "loss"])
             try:
                 found = CLAIMS["C14"](Evidence({"scaling": table}, PAPER_OPTIMIZERS, SIZES), rule)

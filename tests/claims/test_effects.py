@@ -106,7 +106,7 @@ def test_the_table_names_what_is_not_measured_yet():
 
 def test_the_choice_is_by_the_loss_that_one_ends_with():
     """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
-    table = effects.choices(Made(qat=True)).set_index("if you want to")
+    table = effects.choice_table(Made(qat=True)).set_index("if you want to")
     assert list(table["train with"]) == ["Muon", "Shampoo", "Muon"]
     after = table.loc["round to W4A4 after training"]
     assert after["loss (nats a token)"].startswith("8.0")  # 2.9 + 0.1, and half of ten
@@ -115,7 +115,11 @@ def test_the_choice_is_by_the_loss_that_one_ends_with():
 
 
 def test_who_cannot_be_told_from_the_best_is_named_beside_it():
-    row = effects.choices(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you want to").loc["leave it as it is"]
+    row = (
+        effects.choice_table(Made(levels=LEVELS | {"scion": 2.801}))
+        .set_index("if you want to")
+        .loc["leave it as it is"]
+    )
     assert row["train with"] == "Muon (or Scion)" and row.confidence == "lower than 4 of 5 others at 95 %"
 
 

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from beyond_outliers.claims import rates
-from beyond_outliers.claims.confirm_readings import tables
 from beyond_outliers.study import Study
 
 
@@ -109,11 +108,3 @@ def test_a_tuned_scale_has_the_line_at_the_chosen_auxiliary_rate():
 
 def test_a_scale_without_tuning_runs_says_so():
     assert rates.finding(Sweep([])) == "No tuning run of scale made up has been measured yet."
-
-
-def test_the_line_is_the_one_whose_slopes_are_judged():
-    study = Study("confirm")
-    judged, line = tables(study)["sweep"], rates.line(study)
-    assert sorted(zip(judged["size"], judged.optimizer, judged.lr, strict=True)) == sorted(
-        zip(line["size"], line.optimizer, line.lr, strict=True)
-    )

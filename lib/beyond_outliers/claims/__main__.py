@@ -63,7 +63,7 @@ def show(study: Study, name: str, limit: int | None) -> str:
 
 
 def _estimate(row) -> str:
-    return Estimate(row.value, row.low, row.high).text(4)
+    return Estimate(row.value, row.low, row.high).text(4) if row.value == row.value else "none over all sizes"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ squared standard error is sum(v) and its degrees of freedom are sum(v)^2 / sum(v
 1946); for one size this is the usual Welch interval. Seeds are not paired, although one seed gives all optimizers the
 same batches: where that makes runs of one seed alike, intervals are too wide, never too narrow.
 
-Leading axes of `Cells` are free, so that thousands of simulated studies are judged by the code that judges the real one.
+Leading axes of `Cells` are free: simulated studies are judged by the thousand, by the code that judges the real one.
 """
 
 from collections.abc import Callable, Sequence

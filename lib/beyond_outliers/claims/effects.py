@@ -210,7 +210,7 @@ def answer(study) -> str:
         rival, far = next(iter(one.above.items()))
         behind = "" if shared else f" ({one.confidence}; {one.on})"
         said.append(
-            f"To {one.situation}: **{one.train_with}**, which ends at {one.compared.mean(one.best).text()} nats a token, "
-            f"with {label(rival)} {far.text()} above it{behind}."
+            f"To {one.situation}: **{one.train_with}**, which ends at {one.compared.mean(one.best).text()} nats a "
+            f"token, with {label(rival)} {far.text()} above it{behind}."
         )
     return " ".join([*said, *([f"Confidence: {stands_on[0]}."] if shared else [])])

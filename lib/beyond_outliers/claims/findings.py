@@ -4,10 +4,9 @@ FINDINGS: name of a notebook -> function of a study that returns Markdown. Each 
 Which optimizer is named lowest or highest is read off the same runs, and the intervals do not know it.
 """
 
-from collections.abc import Callable
-
 import html
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -25,7 +24,7 @@ from beyond_outliers.claims.compare import (
     t_interval,
 )
 from beyond_outliers.claims.rules import VERDICTS
-from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, rule_file, rule_place
+from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, read_rules, rule_file, rule_place
 
 FINDINGS: dict[str, Callable] = {}
 
@@ -204,8 +203,8 @@ def probed(found) -> str:
 
 HOW_JUDGED = """## The verdicts
 
-Every claim has one rule, the same at every scale: `data/claims.toml`. Sizes are strata, seeds replicates. An estimate is a
-difference, slope, share or correlation, with a 95 % interval that knows seeds and tuning.
+Every claim has one rule, the same at every scale: `data/claims.toml`. Sizes are strata, seeds replicates. An estimate
+is a difference, slope, share or correlation, with a 95 % interval that knows seeds and tuning.
 
 - *Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several.
 - *Not reproduced*: one lies on the other side (of differences at 99 %).
@@ -217,9 +216,9 @@ Where sizes differ, no mean stands for them: each size speaks for itself. `trend
 Damage is the loss increase under W4A4 at the Common Loss, with the output head quantized and without it."""
 THEN = """
 
-**The figure shows what was said at the time**, by rules of that time ([{rules}](../data/{rules})): the table {table}.csv of
-commit {commit}, {day}, which is never made again. The table has the verdicts by the rules of today. They are exploratory
-here, for these data were seen before."""
+**The figure shows what was said at the time**, by rules of that time ([{rules}](../data/{rules})): the table
+{table}.csv of commit {commit}, {day}, which is never made again. The table has the verdicts by the rules of today.
+They are exploratory here, for these data were seen before."""
 
 
 def how_judged(study) -> str:

@@ -199,7 +199,7 @@ def new_error(study, purpose: str = "full_precision", checkpoint: str = "final")
 def block_linears(
     study, purpose: str = "full_precision", checkpoint: str = "final", head: bool = False
 ) -> pd.DataFrame:
-    """Linear layers of the blocks that have a gain, attention opened up: none whose input is exact; `head`: that, too."""
+    """Linear layers of the blocks that have a gain, attention opened up; none whose input is exact. head: that, too."""
     rows = modules(study, purpose, checkpoint, attention="open")
     return rows[(rows.kind == "linear") & (head | (rows.name != "head"))].dropna(subset="gain")
 

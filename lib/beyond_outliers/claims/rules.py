@@ -102,15 +102,16 @@ class Evidence:
                        f"{self.condition}).")  # fmt: skip
         kept = table[table["size"].isin(list(self.sizes))].dropna(subset=list(columns))
         lacking = [label(one) for one in self.optimizers if one not in set(kept.optimizer)]
-        if lacking and name != "recipes":
+        lacking = lacking if name != "recipes" else ["any recipe"] * kept.empty
+        if lacking:
             raise Open(NOT_MEASURED, f"Not measured of {listed(lacking)}: {', '.join(columns)} ({name}).")
         return kept
 
     def cells(self, rows: pd.DataFrame, value: str, log: bool = False, tuning: str = "") -> Cells:
         """`value` (log: its logarithm) by optimizer and size, over the sizes that have enough runs of all of them.
 
-        tuning: the column of `sweep` whose spread over rates as good as the chosen ones is added. Open where no size has
-        enough runs, or a value has no logarithm.
+        tuning: the column of `sweep` whose spread over rates as good as the chosen ones is added. Open where no size
+        has enough runs, or a value has no logarithm.
         """
         if log and (bad := int((rows[value] <= 0).sum())):
             raise Open(UNDECIDED, f"Undecided: {bad} values of {value} are not positive and have no logarithm.")
@@ -126,10 +127,10 @@ class Evidence:
 def tuning_variance(data: Evidence, column: str, log: bool, main: Cells) -> np.ndarray:
     """(O, S): what the choice of learning rates adds to the variance of a mean over main runs, `main`.
 
-    The variance of `column` over the tuned rates (matrix and auxiliary) that the tuning cannot tell from the best: whose
-    loss lies within the tolerance and one standard error of the difference above the best. A rate's seeds are averaged.
-    What seeds alone make of that variance is taken out, but for the loss itself, which the window bounds already. With
-    a single such rate: the mean of the other optimizers at that size; without any, 0.
+    The variance of `column` over the tuned rates (matrix and auxiliary) that the tuning cannot tell from the best:
+    whose loss lies within the tolerance and one standard error of the difference above the best. A rate's seeds are
+    averaged. What seeds alone make of that variance is taken out, but for the loss itself, which the window bounds
+    already. With a single such rate: the mean of the other optimizers at that size; without any, 0.
     """
     sweep = data.tables.get("sweep", pd.DataFrame())
     if not {column, "loss"} <= set(sweep):
@@ -187,8 +188,8 @@ def judge_half(found: Cells, half: dict) -> tuple[np.ndarray, np.ndarray, np.nda
     """Verdicts (...) on "X lowest" (or highest), places of the nearest pair, p of its heterogeneity over sizes, and the
     verdicts at every size.
 
-    Where the nearest pair differs between sizes (p <= ALIKE), no mean stands for them: the verdict is that of every size
-    where they agree, else undecided.
+    Where the nearest pair differs between sizes (p <= ALIKE), no mean stands for them: the verdict is that of every
+    size where they agree, else undecided.
     """
     pairs = pairs_of(found, half)
     verdict, place = judge_extreme(contrast(found, pairs), half["side"], half["margin"])
@@ -230,7 +231,7 @@ def or_open(part: str, judge: Callable[..., Finding], *arguments) -> Finding:
         return Finding(reason.verdict, str(reason), part)
 
 
-# ---------------------------------------------------------------------------- who is lowest, who is highest: C1 3 4 5 11 13
+# ------------------------------------------------------------------- who is lowest, who is highest: C1 3 4 5 11 13
 
 
 def extreme(found: Cells, data: Evidence, rule: dict) -> list[Finding]:
@@ -536,6 +537,7 @@ def evaluate(
             for of in findings:
                 value, trend = of.estimate, of.trend
                 rows.append((claim, condition, of.part, of.verdict, *value.interval, rule["unit"], value.n, of.runs,
-                             of.rival, *trend.interval, of.heterogeneity, of.runs == planned, of.comment))  # fmt: skip
+                             of.rival, *trend.interval, of.heterogeneity, bool(planned) and of.runs == planned,
+                             of.comment))  # fmt: skip
     columns = "id condition part verdict value low high unit n runs rival trend trend_low trend_high heterogeneity"
     return pd.DataFrame(rows, columns=[*columns.split(), "complete", "comment"])

@@ -1,7 +1,7 @@
 """The verdicts on a study's claims: judged from its tables by data/claims.toml, or as they were said at the time.
 
-Scales `laptop` and `confirm` had rules of their own. Their committed verdicts are frozen: read as tables, never made again.
-`python -m beyond_outliers.claims` writes the verdicts of the rules of today to judged.csv.
+Scales `laptop` and `confirm` had rules of their own. Their committed verdicts are frozen: read as tables, not made
+anew. `python -m beyond_outliers.claims` writes the verdicts by the rules of today to judged.csv.
 """
 
 import json
@@ -164,10 +164,14 @@ READ = {
 
 
 def judge(study, claims: Collection[str] = tuple(CLAIMS)) -> pd.DataFrame:
-    """The verdicts on claims by data/claims.toml, on the six and on the paper's three: `optimizers`, then `rules.evaluate`'s."""
+    """The verdicts on claims by data/claims.toml, on the six and on the paper's three (column `optimizers`).
+
+    The other columns are those of `rules.evaluate`.
+    """
     plan = study.protocol.settings.runs("full_precision")
     sizes = {size: study.protocol.model(size).n_parameters for size in plan.sizes} if plan else {}
     planned = "/".join(str(len(plan.seeds_at(size))) for size in sizes) if plan else ""
+    rules = {name: rule for name, rule in read_rules().items() if name in claims}
     read, tolerance = tables(study), rule_file()["study"]["tolerance"]
     parts = [
         evaluate(read, rules, sizes, names, planned, tolerance).assign(optimizers=which)
@@ -225,7 +229,8 @@ LEDGER = "id part verdict value low high unit n threshold side"  # of a figure o
 
 
 def ledger(study) -> pd.DataFrame:
-    """Rows of the figure of verdicts, in the order of the claims: LEDGER, `side` 1 where the claim holds above threshold.
+    """Rows of the figure of verdicts, in the order of the claims: LEDGER, `side` 1 where the claim holds above
+    threshold.
 
     Of what was said at the time where that is frozen, else of `read_verdicts`; the whole of a claim stands first.
     """
