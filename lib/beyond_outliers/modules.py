@@ -185,6 +185,11 @@ def declared(model: nn.Module, method: str) -> nn.Module | None:
         return None
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
+    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))
+
+
 # --------------------------------------------------------------------------------------------- layers in containers
 
 _INTERNAL = frozenset(vars(nn.Module()))
