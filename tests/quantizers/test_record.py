@@ -274,11 +274,11 @@ def test_the_first_pass_names_layers_that_did_not_run(make):
         with pytest.warns(CoverageWarning, match=r"first pass: read, idle\. Where another module reads their weights"):
             y = one(x)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", CoverageWarning)
             assert torch.equal(one(x), y)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CoverageWarning)
         torch.compile(make(model, SPEC), backend="eager")(x)
         make(nn.Sequential(nn.Linear(16, 16)), SPEC)(x)
     assert not make(model, SPEC, strict=False, example=x)._forward_pre_hooks
