@@ -16,7 +16,7 @@ from torch import Tensor
 from beyond_outliers.config.loading import load_own
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.optimizers.adamw import AdamW
-from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like, require
+from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like
 
 KEYS = ("roles", "rest_lr")  # hyperparameters of `Outside` itself
 
@@ -111,7 +111,8 @@ class Outside(RoleGroups):
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad = laid_out_like(p)
-            made.step()
+            with self.precisely():
+                made.step()
         return loss
 
     def state_dict(self) -> dict:
@@ -122,7 +123,8 @@ class Outside(RoleGroups):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """ValueError, before anything is changed, for the state of another class or of parameters of other shapes."""
-        require(state_dict.get("source") == self.source, "the state's source", state_dict.get("source"), self.source)
+        if (source := state_dict.get("source")) != self.source:
+            raise ValueError(f"the state's source must be {self.source}, not {source!r}")
         theirs = [tuple(shape) for shape in state_dict["shapes"]]
         if theirs != (shapes := self.state_dict()["shapes"]):
             raise ValueError(f"the state is of parameters of the shapes {theirs}, these are of {shapes}")
@@ -133,7 +135,8 @@ class Outside(RoleGroups):
 
 def _decays(source: str, factory: Callable, weight_decay: float) -> bool:
     takes = "weight_decay" in inspect.signature(factory).parameters
-    require(takes or not weight_decay, f"weight_decay of {source}, which has none,", weight_decay, "0")
+    if weight_decay and not takes:
+        raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
     return takes
 
 

@@ -120,6 +120,7 @@ class _Run:
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before the schedule, and any state
         self.compiled = should_compile(compile, config, self.device) and not shard
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
@@ -202,8 +203,8 @@ class _Run:
         )
         parts = max(1, len(ids) // config.micro_batch)
         factor = schedule(self.step, config.steps, config.warmup, config.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
         hold = parts > 1 and config.quantization and not self.workers.shard  # a share of a weight cannot be rounded
         with weights_held(self.model) if hold else contextlib.nullcontext():  # QAT: once a step, not a micro-batch
@@ -224,7 +225,7 @@ class _Run:
         return mean
 
     def _autocast(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     # --------------------------------------------------------------------------------------- evaluation and the folder
 
