@@ -16,7 +16,7 @@ from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.outside import parted
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
-from beyond_outliers.study.tables import MissingResults
+from beyond_outliers.study.tables import MissingResults, read_table
 
 CELL = ["size", "optimizer", "seed", "scheme"]  # what a main run is beside its learning rate
 SAME_RATE, OTHER_RATE, NOT_COMMITTED = "the same run", "at another learning rate", "not committed"
@@ -35,7 +35,7 @@ def made_here(study: Study) -> pd.DataFrame:
 
 def _runs(study: Study) -> pd.DataFrame:
     file = study.results / "runs.csv"
-    return pd.read_csv(file, dtype={"size": str})  # every digit counts here
+    return read_table(file)  # every digit counts here
 
 
 def compare_runs(own: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:

@@ -49,8 +49,8 @@ def main_output(output) -> list[Tensor]:
 
 
 def as_real(x: Tensor) -> Tensor:
-    """Complex numbers (...) as pairs of real ones (..., 2); real ones as they are."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    """Complex numbers (..., n) as real ones (..., 2 n), so that rows stay rows; real ones as they are."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2 if x.ndim else 0) if x.is_complex() else x
 
 
 # ---------------------------------------------------------------------------------------------------------- padding

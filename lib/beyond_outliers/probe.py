@@ -10,6 +10,7 @@ import os
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,17 @@ def probe(
     quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
     record = record_of(quantized)
     print(record)
-    error = relative_error(model, quantized, batches)
+    error = relative_error(model, quantized, batches, reduction="global")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # said above
-        floor = rounding_floor(model, batches, lambda moved: quantize_model(moved, spec, inputs, example=batches[0]))
-    print(f"R_L {error.value:.3g} [{error.low:.3g}, {error.high:.3g}] over sequences; +- {floor:.2g} from ties alone")
+        again = partial(quantize_model, spec=spec, calibration=inputs, example=batches[0])
+        floor = rounding_floor(model, batches, again, reduction="global")
+    print(f"{error}; +- {floor:.2g} from ties alone")
     return Probe(
         name,
         spec,
         activation_metrics(model, batches, spec),
-        decompose(model, quantized, batches, granularity=granularity, attention=attention),
+        decompose(model, quantized, batches, granularity=granularity, attention=attention, reduction="global"),
         error,
         record,
         floor,

@@ -75,3 +75,47 @@ def test_what_is_downloaded_lies_beside_what_is_written_where_the_checkout_canno
     code = f"import os; os.access = lambda *_: {written}; from beyond_outliers import paths; print(paths.CACHE)"
     done = run("-c", code, BEYOND_OUTLIERS_OUTPUT=str(tmp_path / "elsewhere"))
     assert done.stdout.strip() == str(tmp_path / folder / "cache"), done.stderr
+
+
+def git(folder, *words):
+    settings = ["-c", "user.name=nobody", "-c", "user.email=nobody@nowhere"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(["git", *settings, *words], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_commit_is_that_of_this_checkout_alone(tmp_path, monkeypatch):
+    """Not that of a repository around it, nor of one that the environment of a git hook names."""
+    other, ours = tmp_path / "other", tmp_path / "other" / "vendor"
+    for folder in (ours / "lib", ours / "data" / "scales"):
+        folder.mkdir(parents=True)
+    git(other, "init", "-q")
+    git(other, "commit", "-q", "--allow-empty", "-m", "theirs")
+    monkeypatch.setattr(paths, "ROOT", ours)
+    assert machine.git_commit() == "unknown"
+    (ours / "lib" / "x.py").write_text("1\n")
+    git(ours, "init", "-q")
+    git(ours, "add", ".")
+    git(ours, "commit", "-q", "-m", "ours")
+    commit = git(ours, "rev-parse", "--short=10", "HEAD")
+    for name, value in {"GIT_DIR": other / ".git", "GIT_INDEX_FILE": tmp_path / "index"}.items():
+        monkeypatch.setenv(name, str(value))
+        assert machine.git_commit() == commit
+    (ours / "lib" / "x.py").write_text("2\n")
+    assert machine.git_commit() == commit + "+"
+
+
+def test_a_checkout_has_the_committed_bytes_whatever_git_is_set_to(tmp_path):
+    """With core.autocrlf a table would get other line ends, and its checksum would call it damaged."""
+    for file in (paths.ROOT / ".gitattributes", next(paths.RESULTS.glob("*/*.csv"))):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "config", "core.autocrlf", "true")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "all")
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.csv")}
+    for file in tmp_path.glob("*.csv"):
+        file.unlink()
+    git(tmp_path, "checkout", "--", ".")
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.csv")} == before

@@ -50,7 +50,7 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     checksums.check(file.parent, file.name, remedy=f"`git restore {file}`, or choose them again")
     # every bit counts: run ids are hashed from them; sizes of one table may have an auxiliary rate or none
     exact = {"lr": float, "auxiliary": lambda text: float(text) if text else None}
-    rows = pd.read_csv(file, dtype={"size": str}, converters=exact).to_dict("records")
+    rows = pd.read_csv(file, dtype={"size": str, "optimizer": str}, converters=exact).to_dict("records")
     rates = ((row, row.get("auxiliary")) for row in rows)
     return {(row["size"], row["optimizer"]): Rates(row["lr"], None if pd.isna(rate) else rate) for row, rate in rates}
 

@@ -12,7 +12,7 @@ from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss, given_beside
 from beyond_outliers.study.measure import measure_folder
 from beyond_outliers.study.own import take_up
-from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table
+from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table, read_table
 from beyond_outliers.study.trajectory import trajectory_file
 from beyond_outliers.train.folder import RunResult, check
 
@@ -49,10 +49,10 @@ def collect(study: "Study") -> None:
     parts: dict[str, list[pd.DataFrame]] = {}
     for name in MEASURED:
         files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
-        parts[name] = [pd.read_csv(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
+        parts[name] = [read_table(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
     if by_seed:
         along = [trajectory_file(result) for result in results.values()]
-        parts["trajectory"] = [pd.read_csv(file) for file in along if file.exists()]
+        parts["trajectory"] = [read_table(file) for file in along if file.exists()]
     for name, tables in parts.items():
         _write(study, name, tables, kept)
     if by_seed and common:  # of all rows, wherever they were made
@@ -80,7 +80,7 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
     file = study.results / f"{name}.csv"
     if file.exists():
         check_table(study.results, name)
-        old = pd.read_csv(file, dtype={"size": str})
+        old = read_table(file)
         old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
         table = pd.concat([table, old], ignore_index=True) if len(old) else table
     checksums.write_text(file, table.to_csv(index=False))
@@ -99,7 +99,7 @@ def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False)
         file = study.results / f"{name}.csv"
         check_table(study.results, name)
         rows = (
-            pd.read_csv(file, usecols=lambda c: c in ("run", "checkpoint"))
+            read_table(file, usecols=lambda c: c in ("run", "checkpoint"))
             if file.exists()
             else pd.DataFrame(columns=["run", "checkpoint"])
         )
@@ -160,9 +160,9 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     """
     if not (folder / "runs.csv").exists():
         raise ValueError(f"{folder} has no runs.csv; valid: a folder like {study.results}")
-    theirs = pd.read_csv(folder / "runs.csv", dtype={"size": str})
+    theirs = read_table(folder / "runs.csv")
     here = study.results / "runs.csv"
-    ours = pd.read_csv(here, dtype={"size": str}) if here.exists() else theirs.iloc[:0]
+    ours = read_table(here) if here.exists() else theirs.iloc[:0]
     if (strangers := set(theirs.scale) - {study.scale}) and len(theirs):
         raise ValueError(f"{folder} holds runs of scale {', '.join(sorted(strangers))}, not of {study.scale}")
     new = set(theirs.run) - set(ours.run)
@@ -173,15 +173,15 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
             continue
         check_table(folder, name)
         check_table(study.results, name)
-        table = pd.read_csv(source, dtype={"size": str})
+        table = read_table(source)
         if name == "learning_rates":
             keys = ["size", "optimizer"]
-            old = pd.read_csv(target, dtype={"size": str}) if target.exists() else table[:0]
+            old = read_table(target) if target.exists() else table[:0]
             known = set(map(tuple, old[keys].values))
             table = table[[tuple(key) not in known for key in table[keys].values]]
         else:
             table = table[table.run.isin(new)]
-            old = pd.read_csv(target) if target.exists() else table[:0]
+            old = read_table(target) if target.exists() else table[:0]
         if table.empty and target.exists():
             continue  # as it is, byte by byte
         checksums.write_text(target, pd.concat([old, table], ignore_index=True).to_csv(index=False))
@@ -189,7 +189,7 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
     columns = ["run", "val_loss_here", "val_loss_there", "device_name_here", "device_name_there"]
     both = both[columns].assign(difference=(both.val_loss_here - both.val_loss_there).abs())
     file = study.results / "machines.csv"
-    old = [pd.read_csv(file)] if file.exists() else []
+    old = [read_table(file)] if file.exists() else []
     elsewhere = both[both.device_name_here != both.device_name_there]
     known = pd.concat([*old, elsewhere], ignore_index=True).drop_duplicates(["run", "device_name_there"], keep="last")
     if len(known):

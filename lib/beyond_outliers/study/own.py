@@ -14,7 +14,7 @@ import pandas as pd
 
 from beyond_outliers import checksums, paths
 from beyond_outliers.config.outside import parted
-from beyond_outliers.study.tables import TABLES, MissingResults
+from beyond_outliers.study.tables import TABLES, MissingResults, read_table
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -80,7 +80,7 @@ def publish(study: "Study", partial: bool = False) -> str:
 def _replaced(own: Path, committed: Path) -> str:
     """ "42 runs, of which 40 were there with the same loss, 1 with another, 1 is new; 3 are gone"."""
     losses = [
-        pd.read_csv(file, usecols=["run", "val_loss"]).set_index("run").val_loss
+        read_table(file, usecols=["run", "val_loss"]).set_index("run").val_loss
         if file.exists()
         else pd.Series(dtype=float)
         for file in (own, committed)

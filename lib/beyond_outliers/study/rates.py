@@ -11,7 +11,7 @@ from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import own
-from beyond_outliers.study.tables import check_table
+from beyond_outliers.study.tables import check_table, read_table
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -26,7 +26,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     table, file = pd.DataFrame(rows), own.take_up(study) / "learning_rates.csv"
     if file.exists():
         check_table(file.parent, file.stem)
-        old = pd.read_csv(file, dtype={"size": str})
+        old = read_table(file)
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
     if lent := study.protocol.lent:
         source = study.protocol.settings.rates_from

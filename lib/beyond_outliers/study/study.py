@@ -23,7 +23,7 @@ from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss, given_beside
 from beyond_outliers.study.mend import mend_aloud
 from beyond_outliers.study.steps import Step, choices, needs
-from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table
+from beyond_outliers.study.tables import OPTIONAL, TABLES, MissingResults, check_table, read_table
 
 if TYPE_CHECKING:
     from beyond_outliers.train.folder import RunResult
@@ -53,7 +53,7 @@ class Study:
         if not file.exists():
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
         check_table(self.results, name)
-        return pd.read_csv(file, dtype={"size": str})
+        return read_table(file)
 
     def has(self, name: str) -> bool:
         return (self.results / f"{name}.csv").exists()

@@ -1,6 +1,13 @@
-"""The result tables of a scale: their names, and the errors for one that is not there, or not what was written."""
+"""The result tables of a scale: their names, the types of their columns, and the errors for one that is not as written.
+
+Every table of the project is read by `read_table`, so that no text is taken for a number: a commit 12e4567890 is not
+infinite, and a run id 0012345678 keeps its zeros.
+"""
 
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from beyond_outliers import checksums, paths
 
@@ -18,6 +25,53 @@ TABLES = (
 )
 OPTIONAL = ("trajectory", "machines")  # of scales that ask for it; of runs that were made on a second machine
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
+
+# The columns that are text, whatever they look like; pandas finds the types of all others: numbers and truth values.
+TEXT = [
+    "run",
+    "run_id",
+    "purpose",
+    "status",
+    "reason",
+    "scale",
+    "size",
+    "optimizer",
+    "hyper",
+    "scheme",
+    "qat_weights",
+    "qat_activations",
+    "corpus",
+    "device",
+    "device_name",
+    "device_name_here",
+    "device_name_there",
+    "python",
+    "torch",
+    "numpy",
+    "version",
+    "commit",
+    "finished_at",
+    "grid",
+    "auxiliary_grid",
+    "chosen_by",
+    "task",
+    "spec",
+    "name",
+    "kind",
+    "weights",
+    "activations",
+    "granularity",
+    "method",
+    "attention",
+    "checkpoint",
+    "id",
+    "rival",
+]
+
+
+def read_table(file: Path, **options: Any) -> pd.DataFrame:
+    """A CSV file of the project, with the columns of TEXT as text; `options` of `pandas.read_csv`."""
+    return pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), **options)
 
 
 def check_table(folder: Path, name: str) -> None:

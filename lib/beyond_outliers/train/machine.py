@@ -133,10 +133,17 @@ def processor() -> str:
 
 
 def git_commit() -> str:
-    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(paths.ROOT)]
+    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout.
+
+    Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
+    """
+    git = ["git", "-C", str(paths.ROOT), "--git-dir", str(paths.ROOT / ".git"), "--work-tree", str(paths.ROOT)]
+    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
+    environment = {name: value for name, value in os.environ.items() if name not in ambient}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], capture_output=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], env=environment)
         return commit.stdout.strip() + ("+" if changed.returncode else "")
     return "unknown"
