@@ -1,10 +1,11 @@
-"""What surrounds an optimizer changes nothing in its steps: defaults of torch, autocast, schedulers; empty parameters."""
+"""What surrounds an optimizer changes nothing in its steps: torch's defaults, autocast, schedulers, no entries."""
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
 from beyond_outliers.optimizers import REGISTRY
+from beyond_outliers.optimizers.outside import Outside
 
 SHAPES = [(6, 4), (6, 4), (9, 5), (7,)]
 # refreshes fall inside a few steps
@@ -37,8 +38,6 @@ def test_the_default_dtype_changes_no_bit(name, default):
 
 @pytest.mark.parametrize("name", [*REGISTRY, "torch.optim:Muon"])
 def test_a_step_under_autocast_is_the_step_without(name):
-    from beyond_outliers.optimizers.outside import Outside
-
     def steps():
         if name in REGISTRY:
             return trained(name)

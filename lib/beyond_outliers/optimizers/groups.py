@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Limit(NamedTuple):
 def whole(least: int, most: int = 2**31) -> Limit:
     return Limit(
         f"a whole number from {least} to {most}",
-        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most,
+        lambda value: type(value) is not bool and isinstance(value, Integral) and least <= int(value) <= most,
     )
 
 
@@ -67,7 +67,7 @@ LIMITS: dict[str, Limit] = {
     "max_size_triangular": whole(0),
     "shampoo_beta": Limit("None or in [0, 1)", lambda value: value is None or SHARE.allows(value)),
     "preconditioner_lr": real("in (0, 1]", lambda value: 0 < value <= 1),
-    "update_probability": Limit("None or in (0, 1]", lambda v: v is None or (isinstance(v, Real) and 0 < v <= 1)),
+    "update_probability": Limit("None or in (0, 1]", lambda value: value is None or 0 < value <= 1),
 }
 
 
@@ -83,7 +83,7 @@ class RoleGroups(torch.optim.Optimizer):
     """
 
     role_defaults: Mapping[str, dict] = MappingProxyType({})
-    limits: Mapping[str, Limit] = MappingProxyType({})
+    limits: ClassVar[Mapping[str, Limit]] = MappingProxyType({})
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
@@ -115,8 +115,9 @@ class RoleGroups(torch.optim.Optimizer):
         for name, limit in {**LIMITS, **self.limits}.items():
             if name in group:
                 require(limit, name, group[name])
-        for tiny in {torch.finfo(tensor_of(p).dtype).tiny for p in group["params"] if group.get("eps")}:
-            require(real(f"0 or at least {tiny:.2g}", lambda eps, tiny=tiny: eps >= tiny), "eps", group["eps"])
+        least = max((torch.finfo(p.dtype).tiny for p in group["params"]), default=0.0)
+        if 0 < group.get("eps", 0) < least:
+            raise ValueError(f"eps must be 0 or at least {least:.2g}, the dtype's smallest, not {group['eps']!r}")
 
     def squares(self, group: dict) -> bool:
         """Whether the group's state keeps squares of gradients, which an overflow would spoil for good."""

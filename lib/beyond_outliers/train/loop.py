@@ -37,7 +37,14 @@ from beyond_outliers.train.folder import (
     weights_path,
 )
 from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
-from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
+from beyond_outliers.train.machine import (
+    LossModule,
+    check_shares,
+    device_named,
+    plain_torch,
+    provenance,
+    should_compile,
+)
 from beyond_outliers.train.resume import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 from beyond_outliers.train.workers import Workers, place
@@ -80,7 +87,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world, rank = place()
-    with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+    with plain_torch(), held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
         if (done := load_result(folder)) is None:  # of the process that held the run
             run = _Run(config, folder, device, compile, recompute, progress, shard)
             try:
