@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from beyond_outliers.modules import find_head, is_linear, linear_weight
-from beyond_outliers.probe import Probe, probe
+from beyond_outliers.probe import Probe, configuration, probe
 from beyond_outliers.quantizers.formats import QuantSpec
 
 MATRICES_IN_MEMORY = 3  # the model, its quantized copy, and as much again while a layer is rounded or compared
@@ -159,7 +159,7 @@ def _shell(source: str | Path) -> nn.Module:
     """The model of a configuration, without weights."""
     import transformers as tf
 
-    config = tf.AutoConfig.from_pretrained(source)
+    config = configuration(source)
     names = " ".join(getattr(config, "architectures", None) or ())
     kind = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
     with torch.device("meta"):
