@@ -103,7 +103,7 @@ hooks: $(READY)
 	$(BIN)/pre-commit install
 
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --config=notebooks/jupyter_lab_config.py $(OPTIONS)
 
 clean:
 	rm -rf data/runs data/cache/corpus data/cache/compiled .snakemake .pytest_cache .ruff_cache .mypy_cache

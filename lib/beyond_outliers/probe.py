@@ -4,11 +4,14 @@
 that maps token ids (B, T) to logits or hidden states, such as this project's `Olmo2`.
 """
 
+import contextlib
 import copy
 import inspect
+import logging
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,6 +192,20 @@ def activation_bytes(model: nn.Module, batch) -> int:
     return max(1, sum(x.untyped_storage().nbytes() for x in held.values()))
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torchao, which transformers imports with its models, says of kernels and types that nobody uses."""
+    loggers = {name: logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+
+
 def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
     """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; None for a tokenizer not asked for.
 
@@ -216,7 +233,8 @@ def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: boo
             kind = tf.AutoModelForTextEncoding
         elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
             raise ValueError(f"{str(source)!r} is {names}, {_PAIR}")
-        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **trust)  # type: ignore[attr-defined]
+        with quiet():
+            model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **trust)  # type: ignore[attr-defined]
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

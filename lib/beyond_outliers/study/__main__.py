@@ -28,7 +28,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _where(study: Study) -> None:
-    figures = paths.figures(study.scale)
+    figures = paths.pages(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
     print(f"  notebooks   {figures}/*.html")
     print(f"  figures     {figures}/*.png, *.pdf")
