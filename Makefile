@@ -12,7 +12,7 @@
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make lock                   environment.lock, the same versions with hashes, again from environment.yml (needs uv)
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
-#   make lab                    JupyterLab (LAB_OPTIONS=--no-browser)
+#   make lab                    JupyterLab (OPTIONS=--no-browser)
 #   make clean | make distclean remove what can be made again | the environment and downloads, too
 
 SCALE  ?= pocket
@@ -20,7 +20,7 @@ PYTHON ?= python3
 VENV   := .venv
 JOBS    = $(if $(CORES),--jobs $(CORES))
 # What may be said on the command line; another word there is misspelt, and would mean nothing.
-VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR OPTIONS OPTIMIZER HYPER RATES NAME ONLY LAB_OPTIONS PYTHON \
+VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR OPTIONS OPTIMIZER HYPER RATES NAME ONLY PYTHON \
 	OMP_NUM_THREADS TOKENIZERS_PARALLELISM SHELL
 GIVEN  := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq ($(filter-out $(VALID),$(GIVEN)),)
@@ -106,7 +106,7 @@ hooks: $(READY)
 	$(BIN)/pre-commit install
 
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS) notebooks
+	$(BIN)/jupyter lab --config=notebooks/jupyter_lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(OPTIONS)
 
 clean:
 	rm -rf data/runs data/cache/corpus data/cache/compiled .snakemake .pytest_cache .ruff_cache .mypy_cache

@@ -169,7 +169,7 @@ def test_a_misspelt_variable_of_make_is_refused_with_the_valid_ones(word):
         (["continue", "HOURS=0"], "continue --scale pocket --hours 0"),  # which the command refuses
         (["reproduce", "CORES=0"], "reproduce --scale pocket --jobs 0"),
         (["reproduce"], "reproduce --scale pocket"),
-        (["lab", "LAB_OPTIONS=--x"], "lab --allow-root --x" if os.getuid() == 0 else "lab --x"),
+        (["lab", "OPTIONS=--x"], "--allow-root --x" if os.getuid() == 0 else "config.py --x"),
         (["reproduce", "OPTIONS=--config gpus=1"], 'reproduce --scale pocket --options="--config gpus=1"'),
     ],
 )

@@ -14,7 +14,7 @@ from beyond_outliers.llama import Llama
 from beyond_outliers.metrics import activation_metrics, mmr
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import OPTIMIZERS, build_optimizer, parameter_groups
-from beyond_outliers.propagation import decompose, output_errors, summarise
+from beyond_outliers.propagation import decompose, output_readings, summarise
 from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model, quantize_tensor
 from beyond_outliers.train import build_model, train
 
@@ -280,7 +280,7 @@ def test_decomposition_sees_every_step():
     model = shaken(BLOCKED)
     quantized = quantize_model(model, QuantSpec(activations="none", head=True))
     ids = token_ids(3, 12, vocab_size=96)
-    tables = {view: decompose(model, quantized, ids, attention=view) for view in ("unit", "open")}
+    tables = {view: decompose(model, quantized, ids, attention=view, reduction="global") for view in ("unit", "open")}
     for table in tables.values():
         np.testing.assert_allclose(table["R"], table["A"] + table["B"] + table["C"], rtol=0, atol=1e-14)
         assert not table["kind"].str.contains("functional").any()
@@ -298,7 +298,9 @@ def test_decomposition_sees_every_step():
     assert unit["R"]["blocks.1.attention"] == pytest.approx(opened["R"]["blocks.1.attention.out"], rel=1e-9)
     assert opened["gain"]["blocks.1.attention.rotary"] == pytest.approx(1.0, rel=1e-12)
     assert opened["kind"]["blocks.0.mlp.activation"] == "activation"
-    assert output_errors(model, quantized, ids)["R_L"] == pytest.approx(summarise(tables["unit"])["R_L"], rel=1e-9)
+    assert output_readings(model, quantized, ids).value["R_L"] == pytest.approx(
+        summarise(tables["unit"])["R_L"], rel=1e-9
+    )
 
 
 def test_activation_metrics_read_every_linear_input():

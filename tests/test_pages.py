@@ -4,7 +4,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from beyond_outliers import pages, paths
+from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.study.verify import committed
 
@@ -20,9 +20,9 @@ def executed(tmp_path, *outputs):
         )
     ]
     cells += [nbformat.v4.new_code_cell("secret = 1", outputs=[nbformat.from_dict(output)]) for output in outputs]
-    path = tmp_path / "executed.ipynb"
+    path = pages.executed_notebook("smoke", "01_full_precision")
+    path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    return path
 
 
 def shown(**data):
@@ -31,35 +31,48 @@ def shown(**data):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """Of the pages of committed tables; what notebooks drew lies in `paths.figures`."""
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    paths.figures("smoke").mkdir(parents=True)
     (tmp_path / "smoke").mkdir()
     return tmp_path / "smoke"
 
 
+def drawn(name):
+    for kind in ("png", "pdf"):
+        (paths.figures("smoke") / f"{name}.{kind}").write_bytes(kind.encode())
+
+
+def written(folder):
+    return pages.write_page("smoke", "01_full_precision", folder)
+
+
 def test_a_page_links_to_saved_figures_and_shows_no_code(tmp_path, folder):
-    (folder / "01_loss.png").write_bytes(b"png")
+    drawn("01_loss")
     noise = {"output_type": "stream", "name": "stderr", "text": "UserWarning"}
-    source = executed(tmp_path, shown(image_png="AAAA", text_plain="figure 01_loss"), noise)
-    page = pages.write_page(source, "smoke", "01_full_precision").read_text()
+    executed(tmp_path, shown(image_png="AAAA", text_plain="figure 01_loss"), noise)
+    page = written(folder).read_text()
+    assert (folder / "01_loss.pdf").read_bytes() == b"pdf" and (folder / "01_full_precision.html").exists()
     assert "![01_loss](01_loss.png)" in page and "AAAA" not in page
     assert "secret" not in page and "UserWarning" not in page
     assert "(04_error_propagation.md)" in page
 
 
 def test_the_same_notebook_gives_the_same_bytes(tmp_path, folder):
-    source = executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))
-    first = pages.write_page(source, "smoke", "01_full_precision").read_bytes()
-    again = executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))  # another Styler id
-    assert pages.write_page(again, "smoke", "01_full_precision").read_bytes() == first
+    executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))
+    first = written(folder).read_bytes()
+    executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))  # another Styler id
+    assert written(folder).read_bytes() == first
 
 
 def test_unsaved_and_missing_figures_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"without plots\.save"):
-        pages.write_page(
-            executed(tmp_path, shown(image_png="AAAA", text_plain="<Figure>")), "smoke", "01_full_precision"
-        )
-    with pytest.raises(ValueError, match=r"01_gone\.png"):
-        pages.write_page(executed(tmp_path, shown(text_plain="figure 01_gone")), "smoke", "01_full_precision")
+        executed(tmp_path, shown(image_png="AAAA", text_plain="<Figure>"))
+        written(folder)
+    with pytest.raises(FileNotFoundError, match=r"01_gone\.png"):
+        executed(tmp_path, shown(text_plain="figure 01_gone"))
+        written(folder)
 
 
 def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch):
@@ -67,7 +80,8 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
     (tmp_path / "results" / "smoke").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="make figures SCALE=smoke"):
         pages.check_pages("smoke", ["01_full_precision"])
-    pages.write_page(executed(tmp_path), "smoke", "01_full_precision")
+    executed(tmp_path)
+    written(folder)
     pages.check_pages("smoke", ["01_full_precision"])
     (tmp_path / "results" / "smoke" / "runs.csv").write_text("run\n")
     with pytest.raises(pages.StalePage, match="01_full_precision"):
@@ -77,8 +91,9 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
 
 
 def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):
-    (folder / "01_loss.png").write_bytes(b"png")
-    pages.write_page(executed(tmp_path, shown(text_plain="figure 01_loss")), "smoke", "01_full_precision")
+    drawn("01_loss")
+    executed(tmp_path, shown(text_plain="figure 01_loss"))
+    written(folder)
     pages.check_pages("smoke", ["01_full_precision"])
     (folder / "01_loss.png").unlink()
     with pytest.raises(
@@ -89,10 +104,10 @@ def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):
 
 def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "none")
-    (folder / "01_loss.png").write_bytes(b"png")
-    (folder / "01_full_precision.html").write_text("git ignores it")
-    page = pages.write_page(executed(tmp_path, shown(text_plain="figure 01_loss")), "smoke", "01_full_precision")
-    pages.seal("smoke")
+    drawn("01_loss")
+    executed(tmp_path, shown(text_plain="figure 01_loss"))
+    page = written(folder)
+    checksums.seal(folder, checksums.PAGES)
     (folder / "01_full_precision.html").unlink()
     assert committed("smoke") == []
     for file in (page, folder / "01_loss.png"):
@@ -115,10 +130,10 @@ def test_every_committed_table_page_and_figure_is_what_was_written(scale):
 
 
 def test_a_page_is_measured_in_bytes(tmp_path, folder, monkeypatch):
-    source = executed(tmp_path, shown(text_markdown="\u03c1" * 400, text_plain=""))  # two bytes each
+    executed(tmp_path, shown(text_markdown="\u03c1" * 400, text_plain=""))  # two bytes each
     monkeypatch.setattr(pages, "LARGEST", 800)
     with pytest.raises(ValueError, match=r"has \d+ bytes, more than 800"):
-        pages.write_page(source, "smoke", "01_full_precision")
+        written(folder)
 
 
 def test_committed_pages_are_small_and_lie_beside_what_they_show():
@@ -132,9 +147,10 @@ def test_committed_pages_are_small_and_lie_beside_what_they_show():
 def test_links_of_a_notebook_lead_somewhere_from_its_page():
     text = '[a](03_ptq.ipynb) [b](../data/README.md#terms) ![c](../figures/smoke/03_x.png) <a href="07_claims.ipynb">'
     expected = '[a](03_ptq.md) [b](../../data/README.md#terms) ![c](03_x.png) <a href="07_claims.md">'
-    assert pages.relinked(text, "smoke", "md") == expected
-    assert pages.relinked(expected, "smoke", "md") == expected  # a link of a page is left alone
-    assert pages.relinked('<a href="07_claims.ipynb">', "smoke", "html") == '<a href="07_claims.html">'
+    folder = paths.FIGURES / "smoke"
+    assert pages.relinked(text, "smoke", folder, "md") == expected
+    assert pages.relinked(expected, "smoke", folder, "md") == expected  # a link of a page is left alone
+    assert pages.relinked('<a href="07_claims.ipynb">', "smoke", folder, "html") == '<a href="07_claims.html">'
 
 
 def test_a_progress_bar_stays_out():
@@ -147,7 +163,8 @@ def test_a_progress_bar_stays_out():
 def one_page(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(pages, "names_of", lambda scale: ["01_full_precision"])
     found = shown(text_markdown="**Finding.** Muon, 1.0 [0.9, 1.1] under W4A4 | n 3.", text_plain="")
-    return pages.write_page(executed(tmp_path, found), "smoke", "01_full_precision")
+    executed(tmp_path, found)
+    return written(folder)
 
 
 def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):

@@ -1,6 +1,7 @@
 """`probe` offline: random Llama, GPT-2 and OLMo2 of `transformers`, this project's model, and a trained MiniLM."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 
 tf = pytest.importorskip("transformers")
+from beyond_outliers.export.hub import BeyondOutliersConfig, BeyondOutliersForCausalLM  # noqa: E402  # needs transformers
 
 TEXT = Path(model_module.__file__)  # any text will do
 VOCABULARY = 300
@@ -303,3 +305,38 @@ def test_trained_encoder():
     linear = table[table["kind"] == "linear"].iloc[6:]
     assert (linear["A"] > linear["B"]).mean() > 0.9
     assert np.abs(linear["spectral_ratio"] - 1).max() < 0.1
+
+
+CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+open({ran!r}, "w").close()
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+"""
+
+
+def test_code_of_a_checkpoint_is_run_only_when_it_is_trusted(tmp_path, tokenizer, monkeypatch):
+    folder, ran = saved("llama", tmp_path / "strange", tokenizer), tmp_path / "ran"
+    settings = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeForCausalLM"}
+    settings |= {"model_type": "strange", "architectures": ["StrangeForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "strange.py").write_text(CODE.format(ran=str(ran)))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr(tf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="code that comes with it"):
+        probe(folder, TEXT, context=16, sequences=2)
+    assert not ran.exists()
+    assert probe(folder, TEXT, context=16, sequences=2, trust_remote_code=True).error.value > 0 and ran.exists()
+
+
+def test_exports_of_this_project_load_without_their_code(tmp_path, tokenizer):
+    shape = dataclasses.asdict(Olmo2Config(VOCABULARY, 32, 1, 2)) | {"architecture": "olmo2"}
+    BeyondOutliersForCausalLM(BeyondOutliersConfig(shape)).save_pretrained(tmp_path)
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "gone.BeyondOutliersConfig", "AutoModelForCausalLM": "gone.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = probe(tmp_path, TEXT, context=32, sequences=2)
+    assert not found.quantization.left_alone and "decoder.blocks.0.mlp.up" in set(found.metrics["name"])

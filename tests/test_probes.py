@@ -181,3 +181,9 @@ def test_curves_stand_at_the_steps_where_all_have_one():
     figure = plots.checkpoint_curves(table)
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["c-100", "c-1000"]
     plt.close("all")
+
+
+def test_models_are_told_apart_by_as_little_of_their_paths_as_it_takes():
+    assert probes.short_names(["/a/gpt2", "org/muon@step1", torch.nn.Linear(1, 1)]) == ["gpt2", "muon@step1", "Linear"]
+    assert probes.short_names(["/runs/adamw/last", "/runs/muon/last/"]) == ["adamw/last", "muon/last"]
+    assert probes.short_names(["/a/b", "/a/b"]) == ["b", "b"]

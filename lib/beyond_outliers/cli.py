@@ -421,7 +421,7 @@ def say_where(study: Any) -> None:
     """Where to look, and your own runs and verdicts beside the committed ones."""
     from beyond_outliers.beside import NothingOfYourOwn, write
 
-    pages = paths.figures(study.scale)
+    pages = paths.pages(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
     print(f"  pages     {pages / 'README.md'} (start here), {pages}/*.html")
     print(f"  tables    {study.results}/*.csv")

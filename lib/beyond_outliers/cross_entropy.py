@@ -66,13 +66,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden (..., D) and weight (V, D) floating, targets (...) int64. The loss is float32, or float64 of float64: half
     precision is widened inside. Targets of -100 do not count (all of them: NaN); others outside of 0 .. V - 1 are a
     ValueError that names the first. On CUDA, under autocast, compiled, or without gradients it is the plain two-step
-    computation: there the slices would cost more than they save. A second derivative of the sliced one is a
-    RuntimeError.
+    computation: there the slices would cost more than they save. So it is inside transforms of torch.func. A second
+    derivative of the sliced one is a RuntimeError.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     check_targets(targets, len(weight))
     sliced = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if sliced and not torch.compiler.is_compiling():
+    if sliced and not _is_traced():
         return _LinearCrossEntropy.apply(hidden, weight, targets)
     return cross_entropy(F.linear(hidden, weight), targets)
 
@@ -84,12 +84,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
+def _is_traced() -> bool:
+    """Whether a compiler or a transform of torch.func (grad, vmap, ...) is running."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_targets(targets: Tensor, entries: int):
     """ValueError naming the first target that is neither in 0 .. entries - 1 nor -100 (ignored).
 
-    On CUDA and while compiling nothing is looked at: it would wait for the device, whose kernel asserts the same.
+    On CUDA, while compiling and inside transforms of torch.func nothing is looked at: a device would have to be waited
+    for, whose kernel asserts the same, and a transform has no values to look at.
     """
-    if torch.compiler.is_compiling() or targets.device.type != "cpu" or not targets.numel():
+    if _is_traced() or targets.device.type != "cpu" or not targets.numel():
         return
     outside = (targets != IGNORED) & ((targets < 0) | (targets >= entries))
     if bool(outside.any()):

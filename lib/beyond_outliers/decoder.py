@@ -42,8 +42,8 @@ def rotary_tables(length: int, head_size: int, base: float, device: torch.device
     """cos and sin of position * base^(-2i / head_size), each (length, head_size / 2), the angles taken in float64."""
 
     def make() -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * base**-exponents
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu") / head_size
+        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * base**-exponents
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
     return made_once(_ROTARY_TABLES, (length, head_size, base, device, dtype), make)

@@ -34,8 +34,12 @@ class QKNorm(nn.Module):
         self.scale = nn.Parameter(torch.full((n_heads,), math.sqrt(head_size)))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, T, head_size), (B, KV, T, head_size)
-        q = F.normalize(q, dim=-1) * self.scale.to(q.dtype)[:, None, None]
-        return q, F.normalize(k, dim=-1)
+        return _unit(q) * self.scale.to(q.dtype)[:, None, None], _unit(k)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x over its L2 norm, taken in float32 at least: the smallest norm, 1e-12, is 0 in half precision."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -129,8 +129,8 @@ def computes_linear(linear: nn.Linear) -> bool:
     if own - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
         return False
     training, weight = linear.training, linear.weight
-    rows = torch.arange(2 * 2 * linear.in_features, device=weight.device).reshape(2, 2, -1).add(1).sin()
-    rows = (rows * torch.tensor([[[1.0], [100.0]]], device=weight.device)).to(weight.dtype)
+    rows = torch.arange(2 * 2 * linear.in_features, dtype=torch.float32, device=weight.device).add(1).sin()
+    rows = (rows.reshape(2, 2, -1) * torch.tensor([[[1], [100]]], device=weight.device)).to(weight.dtype)
     try:
         with torch.random.fork_rng(devices=[]):
             for linear.training in (True, False):

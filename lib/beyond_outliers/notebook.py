@@ -1,9 +1,9 @@
 """What every notebook does first: check its parameters, say what it runs with, set the theme."""
 
-import inspect
 import json
 import numbers
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +23,13 @@ from beyond_outliers.study.tables import MissingResults
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
-# what IPython and papermill put into a fresh namespace themselves
-_NOT_PARAMETERS = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-
 
 def begin(namespace: dict, study: bool = True):
     """Call as `study = begin(globals())` right after the parameters cell.
 
-    The valid parameters are the annotated names of that cell (`scale: str = "pocket"`). Any other public name in the
-    namespace came from outside, misspelt: ValueError with the valid ones, as for a value of the wrong type. Shows a
-    table of the parameters, versions and commit, and returns the `Study` of the parameter `scale` (None: study=False),
-    trained and measured first where the parameter `build` asks for it. MissingResults where it does not and there is
-    nothing to read.
+    Parameters are checked as in `check_parameters`. Shows a table of them, versions and commit, and returns the `Study`
+    of the parameter `scale` (None: study=False), trained and measured first where the parameter `build` asks for it.
+    MissingResults where it does not and there is nothing to read.
     """
     from beyond_outliers.plots.theme import set_theme
 
@@ -110,19 +105,35 @@ def verdicts_here(name: str, study: Study) -> "Markdown":
 
 
 def check_parameters(namespace: dict) -> dict:
-    """The notebook's parameters, name -> value, after checking names and types."""
-    declared = namespace.get("__annotations__", {})
-    public = {n for n in namespace if not n.startswith("_")} - _NOT_PARAMETERS
-    public = {n for n in public if not (inspect.ismodule(namespace[n]) or callable(namespace[n]))}  # earlier imports
-    if unknown := sorted(public - set(declared)):
-        valid = ", ".join(f"{name} ({kind.__name__})" for name, kind in declared.items())
+    """The notebook's parameters, name -> value.
+
+    They are the annotated names of the parameters cell, the last cell that was run with `build: bool`. ValueError for a
+    value of another type, and for a name that papermill put in (its cell follows at once) and that is not among them.
+    Whatever else the namespace has is the user's own: startup files, cells that were run before.
+    """
+    kinds = namespace.get("__annotations__", {})
+    cells = list(namespace.get("In", ()))  # of IPython: the sources of the cells that were run
+    place = max((n for n, cell in enumerate(cells) if _assigned(cell).get("build") is True), default=None)
+    declared, injected = list(kinds), []
+    if place is not None:
+        declared = [name for name, typed in _assigned(cells[place]).items() if typed]
+        after = cells[place + 1]
+        injected = list(_assigned(after)) if after.startswith("# Parameters\n") else []
+    if unknown := sorted(set(injected) - set(declared)):
+        valid = ", ".join(f"{name} ({kinds[name].__name__})" for name in declared)
         raise ValueError(f"unknown notebook parameters: {', '.join(unknown)}; valid: {valid}")
-    for name, kind in declared.items():
-        value = namespace[name]
+    for name in declared:
+        kind, value = kinds[name], namespace[name]
         fits = isinstance(value, numbers.Real) and not isinstance(value, bool) if kind is float else type(value) is kind
         if not fits:
             raise ValueError(f"notebook parameter {name} must be {kind.__name__}, not {value!r}")
     return {name: namespace[name] for name in declared}
+
+
+def _assigned(cell: str) -> dict[str, bool]:
+    """Name -> whether it is annotated, of what a cell assigns line by line."""
+    lines = re.findall(r"^(\w+)(:[^=\n]+)? *= ", cell, re.MULTILINE)
+    return {name: bool(annotation) for name, annotation in lines}
 
 
 def _show(parameters: dict) -> None:
@@ -176,14 +187,13 @@ def notebooks(protocol: Protocol | None = None) -> list[str]:
 
 
 def run_notebook(name: str, scale: str, **parameters) -> Path:
-    """Executes a notebook by papermill and returns its HTML in `paths.figures`; its Markdown page is written beside.
+    """Executes a notebook by papermill, in this Python, and returns its HTML in `paths.figures`.
 
     Parameters that it does not have are refused.
     """
-    import nbconvert
     import papermill
 
-    from beyond_outliers.pages import relinked, write_page
+    from beyond_outliers.pages import ThisPython, executed_notebook, write_page
 
     choose("notebook", name, sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
     choose("scale", parted(scale)[0], scales())  # pocket+lion: an optimizer from outside beside pocket
@@ -192,29 +202,23 @@ def run_notebook(name: str, scale: str, **parameters) -> Path:
     known = papermill.inspect_notebook(source)
     if unknown := set(parameters) - set(known):
         raise ValueError(f"{name} has no parameter {', '.join(sorted(unknown))}; valid: {', '.join(known)}")
-    executed = paths.RUNS / scale / "notebooks" / f"{name}.ipynb"
+    executed = executed_notebook(scale, name)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        source, executed, parameters, cwd=paths.NOTEBOOKS, kernel_name="python3", progress_bar=False
-    )
-    html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(executed))
-    target = paths.figures(scale) / f"{name}.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(target, relinked(html, scale, "html"))
-    write_page(executed, scale, name)
-    return target
+    options = {"cwd": paths.NOTEBOOKS, "kernel_manager_class": ThisPython, "progress_bar": False}
+    papermill.execute_notebook(source, executed, parameters, kernel_name="python3", **options)
+    return write_page(scale, name, paths.figures(scale)).with_suffix(".html")
 
 
 def render(scale: str, jobs: int) -> None:
-    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own, and the index of pages.
+    """Every notebook from the tables alone, `jobs` at a time, each in a process of its own, and pages and their index.
 
     MissingResults when the scale has no tables yet; SystemExit with the end of their messages when notebooks fail.
     """
-    from beyond_outliers.pages import seal, write_index
+    from beyond_outliers.pages import publish
 
     study = Study(scale)
     study.table("runs")  # fail early, with the remedy
-    folder = paths.figures(scale)
+    folder = paths.pages(scale)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written: set BEYOND_OUTLIERS_OUTPUT to a folder that can be")
@@ -235,6 +239,4 @@ def render(scale: str, jobs: int) -> None:
         raise SystemExit(
             f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
         )
-    if names != [YOURS]:
-        write_index(scale)
-    seal(scale)
+    publish(scale, names)

@@ -17,6 +17,9 @@ import os
 import re
 from pathlib import Path
 
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+
 from beyond_outliers import checksums, paths
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.protocol import Protocol
@@ -24,6 +27,7 @@ from beyond_outliers.markdown import markdown_table
 from beyond_outliers.terms import explained
 
 FIGURE = re.compile(r"^figure ([\w.+-]+)$")  # what a saved figure says of itself as plain text
+SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\.png\)")  # how a page shows it
 LARGEST = 150_000  # bytes a page
 BEGIN, END = "<!-- findings of scale {scale}: beyond-outliers pages readme -->", "<!-- end of findings -->"
 HEADLINES = {  # of the README's first screen
@@ -36,6 +40,13 @@ CHOICE = "Which optimizer, if the model will be quantized?"
 
 class StalePage(RuntimeError):
     """A page was made from other tables or another notebook than those that are there now."""
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts kernels of the Python that runs this, whichever `python3` comes first on JUPYTER_PATH."""
+
+    def _kernel_spec_manager_default(self):
+        return KernelSpecManager(kernel_dirs=[])
 
 
 # --------------------------------------------------------------------------------------------------------- one output
@@ -76,44 +87,74 @@ def fingerprint(scale: str, name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def relinked(text: str, scale: str, kind: str) -> str:
-    """Links of a notebook as a page needs them: other notebooks as pages of that `kind` (md, html)."""
+def relinked(text: str, scale: str, folder: Path, kind: str) -> str:
+    """Links of a notebook as a page in `folder` needs them: other notebooks as pages of that `kind` (md, html)."""
     text = re.sub(r"""(\]\(|href=")(\d\d_\w+)\.ipynb""", rf"\1\2.{kind}", text)
     text = re.sub(rf"""(\]\(|href=")\.\./figures/{re.escape(scale)}/""", r"\1", text)
-    return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", rf"\1{paths.way_up(scale)}/", text)
+    return re.sub(r"""(\]\(|href=")\.\./(?!\.\./)""", rf"\1{paths.way_up(folder)}/", text)
 
 
 def _need_figures(page: Path, text: str, scale: str) -> None:
     """ValueError, with the command that makes it, for a figure that a page shows and that does not lie beside it."""
-    for figure in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text):
-        if not (page.parent / figure).exists():
-            raise ValueError(f"{page} shows the figure {figure}, which is not there: run `make figures SCALE={scale}`")
+    for figure in SHOWN.findall(text):
+        if not (page.parent / f"{figure}.png").exists():
+            raise ValueError(
+                f"{page} shows the figure {figure}.png, which is not there: run `make figures SCALE={scale}`"
+            )
 
 
-def write_page(executed: Path, scale: str, name: str) -> Path:
-    """The page NAME.md of an executed notebook. ValueError where it is too large, or a figure is missing."""
+def executed_notebook(scale: str, name: str) -> Path:
+    """Where a notebook lies once it was executed, outputs included."""
+    return paths.RUNS / scale / "notebooks" / f"{name}.ipynb"
+
+
+def write_page(scale: str, name: str, folder: Path) -> Path:
+    """The executed notebook as NAME.md and NAME.html in `folder`; returns the former.
+
+    ValueError where it is too large, or a figure is not in the folder.
+    """
     import nbconvert
     import nbformat
 
-    notebook = nbformat.read(executed, as_version=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.read(executed_notebook(scale, name), as_version=4)
+    html, _ = nbconvert.HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
+    paths.write_whole(folder / f"{name}.html", relinked(html, scale, folder, "html"))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             hidden = "setup" in cell.metadata.get("tags", []) or "notebook.begin" in cell.source
             shown = [] if hidden else [markdown_output(output) for output in cell.outputs]
             cell.outputs = [nbformat.from_dict(output) for output in shown if output]
     body, _ = nbconvert.MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
-    body = relinked(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", scale, "md")
-    folder = paths.figures(scale)
-    _need_figures(folder / f"{name}.md", body, scale)
-    source = f"[source]({paths.way_up(scale)}/notebooks/{name}.ipynb)"
-    index = Path(os.path.relpath(paths.figures(parted(scale)[0]), folder), "README.md").as_posix()
+    body = relinked(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", scale, folder, "md")
+    target = folder / f"{name}.md"
+    if folder != (drawn := paths.figures(scale)):
+        for figure in SHOWN.findall(body):
+            for kind in ("png", "pdf"):
+                paths.write_whole(folder / f"{figure}.{kind}", (drawn / f"{figure}.{kind}").read_bytes())
+    _need_figures(target, body, scale)
+    source = f"[source]({paths.way_up(folder)}/notebooks/{name}.ipynb)"
+    index = Path(os.path.relpath(paths.pages(parted(scale)[0]), folder), "README.md").as_posix()
     head = f"<!-- made from {fingerprint(scale, name)} -->\n\nScale `{scale}` · {source} · [all pages]({index})\n\n"
     if (size := len((head + body).encode())) > LARGEST:
         raise ValueError(f"the page {name} of {scale} has {size} bytes, more than {LARGEST}")
-    target = folder / f"{name}.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
     paths.write_whole(target, head + body)
     return target
+
+
+def publish(scale: str, names: list[str]) -> None:
+    """What notebooks drew of committed tables, into FIGURES: their figures and pages, the index, the checksums.
+
+    A study's own pages stay where they were drawn.
+    """
+    drawn, folder = paths.figures(scale), paths.pages(scale)
+    if folder != drawn:
+        for name in names:
+            write_page(scale, name, folder)
+    if not parted(scale)[1]:
+        write_index(scale)
+    if folder != drawn:
+        checksums.seal(folder, checksums.PAGES)
 
 
 # ---------------------------------------------------------------------------------------------------- all of a scale
@@ -121,7 +162,7 @@ def write_page(executed: Path, scale: str, name: str) -> Path:
 
 def page_of(scale: str, name: str) -> Path:
     """Where a page lies; FileNotFoundError, with the command that makes it, where it is not there."""
-    page = paths.figures(scale) / f"{name}.md"
+    page = paths.pages(scale) / f"{name}.md"
     if not page.exists():
         raise FileNotFoundError(f"{page} is not there: run `make figures SCALE={scale}`")
     return page
@@ -155,8 +196,9 @@ def write_index(scale: str) -> Path:
         title = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
         cells = [f"[{title[1] if title else name}]({name}.md)", said(page, "Question"), said(page, "Finding")]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    up, tables = paths.way_up(scale), f"data/results/{scale}"
-    if paths.results(scale) == paths.own_results(scale):
+    folder = paths.pages(scale)
+    up, tables = paths.way_up(folder), f"data/results/{scale}"
+    if folder == paths.figures(scale):
         tables = f"data/runs/{scale}/results"
     head = ["| page | question | finding |", "| --- | --- | --- |"]
     text = [
@@ -169,23 +211,16 @@ def write_index(scale: str) -> Path:
         *rows,
         "",
     ]
-    explanation = relinked(explained("\n".join(rows)), scale, "md")
-    target = paths.figures(scale) / "README.md"
+    explanation = relinked(explained("\n".join(rows)), scale, folder, "md")
+    target = folder / "README.md"
     paths.write_whole(target, "\n".join([*text, *([explanation, ""] if explanation else [])]))
     return target
-
-
-def seal(scale: str) -> None:
-    """Writes the checksums of committed tables' pages and figures as they are now; a reader's own have none, since
-    they are drawn again one by one."""
-    if paths.figures(scale) == paths.FIGURES / scale:
-        checksums.seal(paths.figures(scale), checksums.PAGES)
 
 
 def check_pages(scale: str, names: list[str]) -> None:
     """StalePage, FileNotFoundError, DamagedFile or ValueError, with the command that makes it, for pages that are old
     or missing, lack a figure, or (where they have checksums) are not what was written."""
-    checksums.check(paths.figures(scale), remedy=f"run `make figures SCALE={scale}`")
+    checksums.check(paths.pages(scale), remedy=f"run `make figures SCALE={scale}`")
     for name in names:
         page = page_of(scale, name)
         text = page.read_text()

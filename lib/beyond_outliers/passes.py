@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ def main_output(output) -> list[Tensor]:
 
 
 def as_real(x: Tensor) -> Tensor:
-    """Complex numbers (...) as pairs of real ones (..., 2); real ones as they are."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    """Complex numbers (..., n) as real ones (..., 2 n), so that rows stay rows; real ones as they are."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2 if x.ndim else 0) if x.is_complex() else x
 
 
 # ---------------------------------------------------------------------------------------------------------- padding
@@ -86,6 +86,25 @@ def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x
 
 
+# ------------------------------------------------------------------------------------- what a thread has switched on
+
+
+@contextmanager
+def plain_settings() -> Iterator[None]:
+    """No autocast, no gradients and no inference tensors inside, whatever the caller has set.
+
+    For what makes tensors that outlive the call, such as rounded weights: they are the same ones anywhere. Also a
+    decorator, `@plain_settings()`. The default dtype is not touched: whatever this project makes names its own.
+    """
+    with ExitStack() as stack:
+        for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
 # -------------------------------------------------------------------------------------------- tensors made only once
 
 
@@ -97,11 +116,14 @@ def keeps_tensors() -> bool:
 def made_once(cache: dict, key, make: Callable):
     """cache[key], made by `make()` at the first call, so that training can use what an inference made.
 
-    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept.
+    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept. So it is in a compiled inference,
+    where the mode cannot be left: what is made is part of the program.
     """
     if not keeps_tensors():
         return make()
     if key not in cache:
+        if torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            return make()
         with torch.inference_mode(False):
             cache[key] = make()
     return cache[key]

@@ -36,13 +36,18 @@ def results(scale: str) -> Path:
 
 
 def figures(scale: str) -> Path:
-    """Where figures and pages of the tables that are read go: those of a study's own lie beside its tables."""
-    return FIGURES / scale if results(scale) == RESULTS / scale else RUNS / scale / "figures"
+    """Where notebooks draw. Only `make figures` writes the figures and pages of committed tables into FIGURES."""
+    return RUNS / scale / "figures"
 
 
-def way_up(scale: str) -> str:
-    """From `figures` to the root of the repository, for the links of a page."""
-    return "../.." if figures(scale) == FIGURES / scale else "../../../.."
+def pages(scale: str) -> Path:
+    """Where pages and figures of the tables that are read lie: beside a study's own tables, else in FIGURES."""
+    return FIGURES / scale if results(scale) == RESULTS / scale else figures(scale)
+
+
+def way_up(folder: Path) -> str:
+    """From a folder of pages to the root of the repository, for the links of a page."""
+    return "../.." if folder.parent == FIGURES else "../../../.."
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

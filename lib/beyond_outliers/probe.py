@@ -4,12 +4,16 @@
 that maps token ids (B, T) to logits or hidden states, such as this project's `Olmo2`.
 """
 
+import contextlib
 import copy
 import inspect
+import logging
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +85,14 @@ def probe(
     strict: bool = True,
     calibration: int = 32,
     memory: float = 2e9,
+    trust_remote_code: bool = False,
 ) -> Probe:
     """Quantizes a model after training as `spec` says (default W4A4) and measures what that does, on a text of yours.
 
     model: a local folder in the `transformers` format, a name on its hub, or a loaded module (deep-copied, never
-        changed), which needs its `tokenizer` (of `transformers` or `tokenizers`). Weights are loaded in float32, code
-        that comes with a checkpoint is not run. Layers that hide linear layers (GPT-2's Conv1D, torch's attention) are
-        put in terms of nn.Linear first, so that they are measured like the others. An encoder's pooler is left out:
-        R_L is that of its hidden states.
+        changed), which needs its `tokenizer` (of `transformers` or `tokenizers`). Weights are loaded in float32.
+        Layers that hide linear layers (GPT-2's Conv1D, torch's attention) are put in terms of nn.Linear first, so that
+        they are measured like the others. An encoder's pooler is left out: R_L is that of its hidden states.
     text: path of a UTF-8 text file; its first `sequences` windows of `context` tokens are used (`context` is cut to
         what the model can read), no padding, a shorter rest dropped.
     granularity, attention: as in `decompose`; "open" gives every linear layer its row.
@@ -96,6 +100,8 @@ def probe(
     memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and said, where it must
         be. Beside them stand four copies of the weights. A single window that takes more is an error up front.
     calibration: windows of the text behind the measured ones that a spec of method "gptq" calibrates on.
+    trust_remote_code: runs code that comes with a checkpoint. Otherwise none is, nobody is asked, and a checkpoint that
+        needs it is an error. This project's exports need none.
     strict: a matrix-multiply weight that cannot be rounded, other than the head, is an error; False goes on with a
         warning. What was rounded is printed either way.
 
@@ -114,7 +120,7 @@ def probe(
         name, model = type(model).__name__, copy.deepcopy(model)
     else:
         name = Path(model).name
-        model, own_tokenizer = load(model, with_tokenizer=tokenizer is None)
+        model, own_tokenizer = load(model, tokenizer is None, trust_remote_code)
         tokenizer = own_tokenizer if tokenizer is None else tokenizer
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} is {_PAIR}")
@@ -138,16 +144,17 @@ def probe(
     quantized = quantize_model(model, spec, inputs, strict=strict, example=batches[0])
     record = record_of(quantized)
     print(record)
-    error = relative_error(model, quantized, batches)
+    error = relative_error(model, quantized, batches, reduction="global")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)  # said above
-        floor = rounding_floor(model, batches, lambda moved: quantize_model(moved, spec, inputs, example=batches[0]))
-    print(f"R_L {error.value:.3g} [{error.low:.3g}, {error.high:.3g}] over sequences; +- {floor:.2g} from ties alone")
+        again = partial(quantize_model, spec=spec, calibration=inputs, example=batches[0])
+        floor = rounding_floor(model, batches, again, reduction="global")
+    print(f"{error}; +- {floor:.2g} from ties alone")
     return Probe(
         name,
         spec,
         activation_metrics(model, batches, spec),
-        decompose(model, quantized, batches, granularity=granularity, attention=attention),
+        decompose(model, quantized, batches, granularity=granularity, attention=attention, reduction="global"),
         error,
         record,
         floor,
@@ -185,11 +192,26 @@ def activation_bytes(model: nn.Module, batch) -> int:
     return max(1, sum(x.untyped_storage().nbytes() for x in held.values()))
 
 
-def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, object]:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torchao, which transformers imports with its models, says of kernels and types that nobody uses."""
+    loggers = {name: logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+
+
+def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
     """Model (float32, evaluation mode) and tokenizer from a folder or a hub name; None for a tokenizer not asked for.
 
-    Raises ValueError where there is none, where weights of the model are not in the checkpoint, have another shape, or
-    belong to layers that the configuration does not have (naming them), and for a pair of encoder and decoder.
+    Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
+    encoder and decoder, and where weights of the model are not in the checkpoint, have another shape, or belong to
+    layers that the configuration does not have (naming them).
     """
     import transformers as tf
 
@@ -202,15 +224,24 @@ def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, ob
     elif local or folder.exists():
         raise ValueError(f"no model folder at {str(source)!r}")
     try:
-        config = tf.AutoConfig.from_pretrained(source)
-        tokenizer = tf.AutoTokenizer.from_pretrained(source) if with_tokenizer else None  # cheap: before the weights
+        config = configuration(source, trust_remote_code)
+        trust = {"trust_remote_code": trust_remote_code}  # unless it is given, transformers asks on a terminal
+        tokenizer = tf.AutoTokenizer.from_pretrained(source, **trust) if with_tokenizer else None  # before the weights
         names = " ".join(getattr(config, "architectures", None) or ())
         kind: type = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
         if "EncoderModel" in names:  # of T5: AutoModel would add a decoder, drawn at random
             kind = tf.AutoModelForTextEncoding
         elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
             raise ValueError(f"{str(source)!r} is {names}, {_PAIR}")
-        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)  # type: ignore[attr-defined]
+        with quiet():
+            model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **trust)  # type: ignore[attr-defined]
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(source)!r} is a model or a tokenizer of code that comes with it, which is not run unasked; valid: a "
+            "module that you have loaded, and its tokenizer"
+        ) from None
     except (OSError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -219,6 +250,21 @@ def load(source: str | Path, with_tokenizer: bool = True) -> tuple[nn.Module, ob
         ) from error
     _check_keys(str(source), info)
     return model.eval(), tokenizer
+
+
+def configuration(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or a hub name, as `transformers` reads it; nobody is asked whether code may run.
+
+    Folders of this project's export are read by this project's classes.
+    """
+    import transformers as tf
+
+    if tf.PretrainedConfig.get_config_dict(source)[0].get("model_type") == "beyond_outliers":
+        from beyond_outliers.export.hub import BeyondOutliersConfig, BeyondOutliersForCausalLM
+
+        tf.AutoConfig.register("beyond_outliers", BeyondOutliersConfig, exist_ok=True)
+        tf.AutoModelForCausalLM.register(BeyondOutliersConfig, BeyondOutliersForCausalLM, exist_ok=True)
+    return tf.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 _PAIR = (

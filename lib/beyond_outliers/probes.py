@@ -10,7 +10,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from beyond_outliers.modules import find_head, is_linear, linear_weight
-from beyond_outliers.probe import Probe, probe
+from beyond_outliers.probe import Probe, configuration, probe, quiet
 from beyond_outliers.quantizers.formats import QuantSpec
 
 MATRICES_IN_MEMORY = 3  # the model, its quantized copy, and as much again while a layer is rounded or compared
@@ -58,6 +58,17 @@ def step_of(name: str) -> int | None:
     return int(next(filter(None, found.groups()))) if found else None
 
 
+def short_names(models: Sequence[nn.Module | str | Path]) -> list[str]:
+    """The last parts of the models' paths, as many as tell them apart; of a loaded module its class."""
+    names = [type(model).__name__ if isinstance(model, nn.Module) else str(model).rstrip("/") for model in models]
+    parts = [name.split("/") for name in names]
+    for depth in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if len(set(short)) == len(set(names)):
+            break
+    return short
+
+
 def probe_all(
     models: Sequence[nn.Module | str | Path],
     text: str | Path,
@@ -81,8 +92,7 @@ def probe_all(
     rows: list[dict[str, Any]] = []
     found: list[Probe] = []
     with tqdm(total=len(models) * len(specs), desc="probe", disable=None if progress else True) as bar:
-        for model in models:
-            name = type(model).__name__ if isinstance(model, nn.Module) else str(model).rstrip("/").split("/")[-1]
+        for model, name in zip(models, short_names(models), strict=True):
             for spec in specs:
                 bar.set_postfix_str(f"{name} {spec.name}")
                 row: dict[str, Any] = {"model": name, "step": step_of(name), "spec": spec.name}
@@ -92,6 +102,7 @@ def probe_all(
                 except ValueError as error:
                     row["reason"] = str(error)
                 else:
+                    one = replace(one, name=name)
                     row |= {"share": one.quantization.share, **one.summary().to_dict(), "reason": ""}
                     found.append(one)
                 rows.append({**row, "seconds": time.perf_counter() - clock})
@@ -159,10 +170,10 @@ def _shell(source: str | Path) -> nn.Module:
     """The model of a configuration, without weights."""
     import transformers as tf
 
-    config = tf.AutoConfig.from_pretrained(source)
+    config = configuration(source)
     names = " ".join(getattr(config, "architectures", None) or ())
     kind = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         shell: nn.Module = kind.from_config(config)
     return shell
 

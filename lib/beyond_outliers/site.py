@@ -32,7 +32,7 @@ def build(folder: Path, names: list[str]) -> Path:
             title = re.search(r"^# (.+)$", page_of(scale, name).read_text(), re.MULTILINE)
             words = html.escape(title[1] if title else name)
             items.append(f'<li><a href="figures/{scale}/{source.name}">{words}</a></li>')
-        for figure in paths.figures(scale).glob("*.png"):
+        for figure in paths.pages(scale).glob("*.png"):
             shutil.copyfile(figure, target / figure.name)
         sections.append(f"<h2>Scale {scale}</h2>\n<ul>\n" + "\n".join(items) + "\n</ul>")
     for source in (file for pattern in LINKED for file in paths.ROOT.glob(pattern)):

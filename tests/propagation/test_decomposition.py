@@ -96,7 +96,7 @@ def test_agrees_with_numpy_on_a_three_layer_residual_network():
     x = torch.randn(4, 7, 6, dtype=torch.float64)
     weights = {name: getattr(model, name).weight.detach().numpy() for name in ("up", "down", "out")}
     reference = numpy_reference(weights, model.up.bias.detach().numpy(), x.numpy())
-    table = decompose(model, quantize(model), x.split([1, 2, 1]))
+    table = decompose(model, quantize(model), x.split([1, 2, 1]), reduction="global")
     assert list(table.columns[:8]) == COLUMNS and list(table.columns[8:12]) == RATIOS
     assert list(table["name"]) == list(reference)
     assert list(table["kind"]) == ["linear", "activation", "linear", "residual add", "linear"]
@@ -124,7 +124,7 @@ def test_r_is_a_plus_b_plus_c(granularity, attention, reduction):
 
 def test_gain_is_spectral_times_alignment_when_only_weights_are_quantized():
     model = olmo()
-    table = decompose(model, quantize(model, activations=False), ids(3, 12), attention="open")
+    table = decompose(model, quantize(model, activations=False), ids(3, 12), attention="open", reduction="global")
     linear = table[(table["kind"] == "linear") & (table["R_in"] > 0)]
     assert len(linear) == 10  # 13 without the first q, k, v, whose input has no error
     np.testing.assert_allclose(linear["gain"], linear["spectral_ratio"] * linear["alignment_ratio"], rtol=1e-10)
@@ -134,7 +134,8 @@ def test_gain_is_spectral_times_alignment_when_only_weights_are_quantized():
 def test_gain_identity_holds_with_a_bias():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
-    row = decompose(model, quantize(model, activations=False), torch.randn(5, 8).double()).iloc[1]
+    x = torch.randn(5, 8).double()
+    row = decompose(model, quantize(model, activations=False), x, reduction="global").iloc[1]
     assert row["gain"] == pytest.approx(row["spectral_ratio"] * row["alignment_ratio"], rel=1e-12)
 
 
@@ -145,7 +146,7 @@ def test_gain_identity_holds_with_a_bias():
 def test_identities_on_this_projects_quantizers(spec):
     torch.manual_seed(0)
     model = Olmo2(Olmo2Config(vocab_size=200, width=32, depth=2, n_heads=2)).double()
-    table = decompose(model, quantize_model(model, spec), ids(3, 12), attention="open")
+    table = decompose(model, quantize_model(model, spec), ids(3, 12), attention="open", reduction="global")
     np.testing.assert_allclose(table["R"], table["A"] + table["B"] + table["C"], rtol=0, atol=1e-14)
     linear = table[(table["kind"] == "linear") & (table["R_in"] > 0)]
     assert len(linear) == 10
@@ -222,7 +223,7 @@ def test_open_attention_shows_its_parts_and_leaves_the_rest_alone():
 def test_future_positions_do_not_count():
     model = olmo()
     quantized, batch = quantize(model), ids(2, 6)
-    table = decompose(model, quantized, batch, attention="open").set_index("name")
+    table = decompose(model, quantized, batch, attention="open", reduction="global").set_index("name")
     found = {}
     for key, network in (("h", model), ("hq", quantized)):
         mixer = network.blocks[0].attention.mixing
@@ -258,9 +259,9 @@ def test_token_reduction_is_the_mean_of_the_tokens_ratios():
     with torch.no_grad():
         y, yq = layer(x), quantized(x)
     ratio = ((yq - y).square().sum(-1) / y.square().sum(-1))[torch.arange(9) != 3]
-    assert decompose(layer, quantized, x, reduction="token")["R"][0] == pytest.approx(float(ratio.mean()), rel=1e-12)
+    assert decompose(layer, quantized, x)["R"][0] == pytest.approx(float(ratio.mean()), rel=1e-12)
     whole = (yq - y).square().sum() / y.square().sum()
-    assert decompose(layer, quantized, x)["R"][0] == pytest.approx(float(whole), rel=1e-12)
+    assert decompose(layer, quantized, x, reduction="global")["R"][0] == pytest.approx(float(whole), rel=1e-12)
 
 
 def test_memory_stays_within_one_pass_of_one_batch():
@@ -317,7 +318,7 @@ def test_what_is_no_module_is_covered_by_the_module_around_it():
     model = Foreign().double()
     quantized, tokens = quantize(model), torch.randint(0, 20, (3, 5))
     model.train()
-    table = decompose(model, quantized, {"tokens": tokens, "scale": 2.0}).set_index("name")
+    table = decompose(model, quantized, {"tokens": tokens, "scale": 2.0}, reduction="global").set_index("name")
     assert list(table.index) == [
         *("embed", "layers.0.norm", "layers.0.linear", "layers.0"),
         *("layers.1.norm", "layers.1.linear", "layers.1", "head"),
@@ -340,7 +341,8 @@ def test_what_is_no_module_is_covered_by_the_module_around_it():
         assert row["B"] == pytest.approx(float(b.square().sum() / size), rel=1e-10)
         # the mask is an input that the models share: it does not count
         assert row["R_in"] == pytest.approx(float((hq - h).square().sum() / h.square().sum()), rel=1e-10)
-    assert decompose(model, quantized, [(tokens, 2.0)], "block")["R"].iloc[-1] == pytest.approx(table["R"]["head"])
+    last = decompose(model, quantized, [(tokens, 2.0)], "block", reduction="global")["R"].iloc[-1]
+    assert last == pytest.approx(table["R"]["head"])
 
 
 def test_functional_parts_of_the_model_itself_end_the_table():

@@ -134,8 +134,8 @@ def test_measures_see_the_layers_of_an_encoder():
         y, yq = stack(x), quantized(x)
     expected = float((yq - y).square().sum() / y.square().sum())
     assert expected > 1e-3
-    assert relative_error(stack, quantized, x).value == pytest.approx(expected, rel=1e-9)
-    table = decompose(stack, quantized, x)
+    assert relative_error(stack, quantized, x, reduction="global").value == pytest.approx(expected, rel=1e-9)
+    table = decompose(stack, quantized, x, reduction="global")
     assert table["R"].iloc[-1] == pytest.approx(expected, rel=1e-9)
     assert {"layers.0.linear1", "layers.0.linear2"} <= set(table["name"])
     opened = open_layers(copy.deepcopy(stack))

@@ -116,3 +116,26 @@ def test_refusals(tmp_path):
     hidden.parts = [nn.Linear(4, 4)]
     with pytest.raises(ValueError, match=r"Python lists.*parts\[0\]"):
         save_quantized(quantize_model(hidden, QuantSpec()), tmp_path / "hidden")
+
+
+class Kept(nn.LayerNorm):
+    """Keeps something beside its parameters, as a calibrated layer does."""
+
+    def __init__(self, kept):
+        super().__init__(4)
+        self.kept = kept
+
+    def get_extra_state(self):
+        return self.kept
+
+    def set_extra_state(self, kept):
+        self.kept = kept
+
+
+def test_states_beside_parameters_are_written_or_refused(tmp_path):
+    made = [quantize_model(nn.Sequential(nn.Linear(4, 4), Kept(x)), QuantSpec()) for x in (torch.ones(1), {"amax": 1})]
+    folder = save_quantized(made[0], tmp_path / "tensor")
+    assert load_quantized(nn.Sequential(nn.Linear(4, 4), Kept(torch.zeros(1))), folder)[1].kept == 1
+    with pytest.raises(ValueError, match=r"no tensors: 1\._extra_state"):
+        save_quantized(made[1], tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -38,7 +38,8 @@ def change(folder, add=0.5, rows=3):
 
 def test_a_clone_reads_the_committed_tables(committed):
     assert paths.results("pocket") == committed == Study("pocket").results
-    assert paths.figures("pocket") == paths.FIGURES / "pocket" and paths.way_up("pocket") == "../.."
+    assert paths.pages("pocket") == paths.FIGURES / "pocket" != paths.figures("pocket")
+    assert paths.way_up(paths.pages("pocket")) == "../.."
 
 
 def test_what_a_study_writes_goes_beside_the_committed_tables(committed):
@@ -46,7 +47,8 @@ def test_what_a_study_writes_goes_beside_the_committed_tables(committed):
     study = Study("pocket")
     folder = own.take_up(study)
     assert folder == study.results == paths.results("pocket") == paths.RUNS / "pocket" / "results"
-    assert paths.figures("pocket") == paths.RUNS / "pocket" / "figures" and paths.way_up("pocket") == "../../../.."
+    assert paths.pages("pocket") == paths.RUNS / "pocket" / "figures" == paths.figures("pocket")
+    assert paths.way_up(paths.pages("pocket")) == "../../../.."
     # it begins with the committed rows, but for verdicts, which would be on other rows soon
     assert bytes_of(folder) == {name: of for name, of in before.items() if name != "claims.csv"}
     change(folder)

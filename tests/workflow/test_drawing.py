@@ -2,7 +2,7 @@
 
 import pytest
 
-from beyond_outliers import paths
+from beyond_outliers import pages, paths
 from beyond_outliers.cli import main
 from beyond_outliers.notebook import run_notebook
 
@@ -11,12 +11,16 @@ from beyond_outliers.notebook import run_notebook
 def drawn(tmp_path, monkeypatch):
     """Draws a notebook of scale pocket into a folder of its own, and returns name -> bytes of what that gave."""
 
+    monkeypatch.setattr(pages, "write_index", lambda scale: None)  # of pages that are not drawn here
+
     def draw(name, folder):
         output = tmp_path / folder
         monkeypatch.setenv("BEYOND_OUTLIERS_OUTPUT", str(output))  # of the notebook's kernel
         monkeypatch.setattr(paths, "FIGURES", output / "figures")
         monkeypatch.setattr(paths, "RUNS", output / "data" / "runs")
         run_notebook(name, "pocket", build=False)
+        assert not paths.FIGURES.exists(), "only `make figures` draws there"
+        pages.publish("pocket", [name])
         found = {file.name: file.read_bytes() for file in (output / "figures" / "pocket").iterdir()}
         return {name: of for name, of in found.items() if not name.endswith(".html")}
 

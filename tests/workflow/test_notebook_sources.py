@@ -3,7 +3,9 @@
 import json
 import re
 
+import nbformat
 import pytest
+from traitlets.config import Config
 
 from beyond_outliers import paths
 from beyond_outliers.claims import rules
@@ -14,10 +16,15 @@ from beyond_outliers.terms import IN_FULL, TERMS, explained, used
 
 
 def test_parameters_are_checked_by_name_and_type():
-    namespace = {"__annotations__": {"scale": str, "n": int, "x": float}, "scale": "smoke", "n": 3, "x": 1}
-    assert check_parameters(namespace) == {"scale": "smoke", "n": 3, "x": 1}
-    with pytest.raises(ValueError, match="unknown notebook parameters: m; valid"):
-        check_parameters({**namespace, "m": 4})
+    cell = 'scale: str = "pocket"\nn: int = 3\nx: float = 1  # a rate\nbuild: bool = False'
+    namespace = {"__annotations__": {"scale": str, "n": int, "x": float, "build": bool, "of_mine": list}}
+    namespace |= {"scale": "smoke", "n": 3, "x": 1, "build": False, "of_mine": None, "mine": 4}
+    namespace["In"] = ["", cell, '# Parameters\nscale = "smoke"\n', "mine = 4\nof_mine: list = None", "begin()"]
+    found = {"scale": "smoke", "n": 3, "x": 1, "build": False}
+    assert check_parameters(namespace) == found
+    assert check_parameters({**namespace, "In": [*namespace["In"], cell, "m = 3"]}) == found  # run again, by hand
+    with pytest.raises(ValueError, match=r"unknown notebook parameters: m; valid: scale \(str\), n \(int\)"):
+        check_parameters({**namespace, "In": ["", cell, "# Parameters\nm = 4\n", "begin()"]})
     with pytest.raises(ValueError, match="n must be int, not True"):
         check_parameters({**namespace, "n": True})
 
@@ -50,7 +57,8 @@ def test_parameters_are_typed_and_commented(name):
 
 def cells_of(name):
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    shown = [cell for cell in cells if "setup" not in cell["metadata"].get("tags", [])]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in shown]
 
 
 @pytest.mark.parametrize("name", notebooks())
@@ -118,3 +126,20 @@ def test_without_tables_a_notebook_says_how_long_they_take_and_how_to_make_them(
 def test_notebooks_and_scales_are_names(name, scale, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         run_notebook(name, scale)
+
+
+def test_lab_saves_no_outputs_and_serves_what_pages_link_to(monkeypatch):
+    """`make lab` reads this file; a browser goes on showing what is not saved."""
+    config = Config()
+    source = (paths.NOTEBOOKS / "jupyter_lab_config.py").read_text()
+    exec(source, names := {"get_config": lambda: config, "__file__": str(paths.NOTEBOOKS / "jupyter_lab_config.py")})
+    assert config.ServerApp.root_dir == str(paths.ROOT) and config.KernelSpecManager.kernel_dirs == []
+    notebook = nbformat.read(paths.NOTEBOOKS / "05_qat.ipynb", 4)
+    clean = nbformat.writes(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="noise")], 3
+    notebook.metadata.language_info.version = "3.11.2"
+    names["without_outputs"](model={"type": "notebook", "content": notebook})
+    assert nbformat.writes(notebook) == clean
+    names["without_outputs"](model={"type": "file", "content": "text"})

@@ -49,7 +49,7 @@ def show(study: Study, name: str, limit: int | None) -> str:
         f"estimate   {row.value:.4g} [{row.low:.4g}, {row.high:.4g}], n {row.n} ({row.unit})",
         f"rule       {rule_place(study.scale, name)}",
         f"paper      {row.paper}",
-        f"figure     {paths.figures(study.scale) / FIGURES[name]}.png",
+        f"figure     {paths.pages(study.scale) / FIGURES[name]}.png",
         f"notebook   {row.notebook}",
         f"ledger     {rule['statistic']}: {rule['side']} {rule['threshold']:g}, over {rule['unit']}",
     ]

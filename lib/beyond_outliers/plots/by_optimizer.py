@@ -5,22 +5,22 @@ A figure function takes a tidy table and returns a matplotlib figure.
 
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import LogNorm, PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from beyond_outliers.claims.readings import with_error
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import ordered
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, subplots, tidy_log
 
 
 def optimizer_lines(
     table: pd.DataFrame, x: str, y: str, panel: str, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False
-) -> plt.Figure:
+) -> Figure:
     """y against x, a line an optimizer (mean over seeds, band from lowest to highest), a panel a value of `panel`.
 
     x is a count (tokens, steps): its ticks read 200k, 1M.
@@ -54,7 +54,7 @@ def optimizer_points(
     joined: bool = False,
     logx: bool = False,
     logy: bool = False,
-) -> plt.Figure:
+) -> Figure:
     """A point a run, coloured by optimizer; `error` a column of standard errors of y; `joined` draws a line a seed."""
     figure, axes = panels(table[panel], sharey=True)
     by = [panel, "optimizer", *(["seed"] if joined else [])]
@@ -75,7 +75,7 @@ def optimizer_points(
 
 def optimizer_bars(
     table: pd.DataFrame, y: str, panel: str, ylabel: str, error: str | None = None, floor: float | None = None
-) -> plt.Figure:
+) -> Figure:
     """A bar an optimizer (mean over rows, each row a dot if there are several), a panel a value of `panel`.
 
     `error` is a column of standard errors, `floor` draws a line, for instance chance. Values far from zero are drawn as
@@ -111,7 +111,7 @@ NORMS = {"linear": None, "log": LogNorm, "root": lambda **limits: PowerNorm(0.5,
 
 def heatmap(
     table: pd.DataFrame, row: str, column: str, value: str, label: str, digits: int = 2, norm: str = "linear"
-) -> plt.Figure:
+) -> Figure:
     """Mean of `value` over every (row, column), written into the cells; optimizers in the paper's order, all else in
     order of appearance. `norm` of the colours: "linear" (its limits leave out extremes), "log", or "root" for values
     that reach from zero over decades. ValueError for another one.
@@ -124,7 +124,7 @@ def heatmap(
         known = any(n in LABELS for n in names) and all(n in LABELS or is_own(n) for n in names)
         order = ordered(names) if known else names
         grid = grid.reindex(order, axis=axis).set_axis([LABELS[n] if known else n for n in order], axis=axis)
-    figure, ax = plt.subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
+    figure, ax = subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
     shown = grid.round(digits) + 0.0  # no -0.00
     make_norm = NORMS[norm]
     limits: dict = {"robust": True}
@@ -138,9 +138,9 @@ def heatmap(
     return figure
 
 
-def depth_profile(table: pd.DataFrame, title: str) -> plt.Figure:
+def depth_profile(table: pd.DataFrame, title: str) -> Figure:
     """R_l along the depth (log scale), a line an optimizer; RMSNorms shaded, module kinds along the axis."""
-    figure, ax = plt.subplots(figsize=(9, 3.6))
+    figure, ax = subplots(figsize=(9, 3.6))
     for optimizer, rows in table.groupby("optimizer", sort=False):
         curve = rows.groupby("index").R.mean()
         curve = curve[curve > 0]
@@ -154,11 +154,11 @@ def depth_profile(table: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
+def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
     """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
     optimizers = ordered(table.optimizer)
     rows = -(-len(optimizers) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
+    figure, axes = subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
     for ax, optimizer in zip(axes.flat, optimizers, strict=False):
         means = with_error(table[table.optimizer == optimizer]).groupby("index")[["R", "A", "B", "C"]].mean()
         bottom = np.zeros(len(means))
@@ -177,9 +177,9 @@ def stacked_abc(table: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
+def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
     """Loss against parameters, a panel an optimizer: full precision (filled) and QAT (open), with the fitted laws."""
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey=True)
+    figure, axes = subplots(2, 3, figsize=(9, 5), sharex=True, sharey=True)
     grid = np.geomspace(runs.N.min() / 1.3, runs.N.max() * 1.3, 60)
     for ax, optimizer in zip(axes.flat, LABELS, strict=True):
         rows = runs[runs.optimizer == optimizer]
@@ -190,7 +190,8 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
             points = rows[rows.bits == bits]
             ax.plot(points.N, points.loss, "o", color=COLOURS[optimizer], mfc=fill, ms=5, label=label)
             if optimizer in laws and bits in laws[optimizer].rho:
-                ax.plot(grid, laws[optimizer].predict(grid, bits=bits), style, color=COLOURS[optimizer], lw=1)
+                fitted = np.round(laws[optimizer].predict(grid, bits=bits), 4)  # processors differ in later digits
+                ax.plot(grid, fitted, style, color=COLOURS[optimizer], lw=1)
         ax.set(title=LABELS[optimizer], xscale="log", yscale="log")
         tidy_log(ax.xaxis, EngFormatter(sep=""))
         tidy_log(ax.yaxis)
@@ -202,9 +203,9 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> plt.Figure:
     return figure
 
 
-def efficiencies(table: pd.DataFrame) -> plt.Figure:
+def efficiencies(table: pd.DataFrame) -> Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
-    figure, ax = plt.subplots(figsize=(5, 3))
+    figure, ax = subplots(figsize=(5, 3))
     table = table.set_index("optimizer").reindex(ordered(table.optimizer)).reset_index()
     for position, row in enumerate(table.itertuples()):
         spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn

@@ -5,13 +5,13 @@ A figure function takes a tidy table and returns a matplotlib figure.
 
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.figure import Figure
 
 from beyond_outliers.claims.readings import with_error
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, tidy_log
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, subplots, tidy_log
 
 CANDIDATES = {  # of `predictors`, as axes name them
     "mmr": "MMR (without down)",
@@ -25,14 +25,14 @@ CANDIDATES = {  # of `predictors`, as axes name them
 }
 
 
-def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> plt.Figure:
+def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> Figure:
     """The target against every candidate, a panel each (log axis), Pearson and interval in the title; large points are
     large models.
     """
     found = correlations[correlations.target == target].set_index("candidate")
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
     sizes = list(dict.fromkeys(table["size"]))
     for ax, (candidate, r) in zip(axes.flat, found.iterrows(), strict=False):
         for optimizer, points in table.groupby("optimizer", sort=False):
@@ -51,10 +51,10 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
     return figure
 
 
-def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> plt.Figure:
+def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> Figure:
     """Pearson (filled) and Spearman (open) correlation of every candidate with its interval."""
     found = correlations[correlations.target == target].reset_index(drop=True)
-    figure, ax = plt.subplots(figsize=(5.4, 0.42 * len(found) + 1))
+    figure, ax = subplots(figsize=(5.4, 0.42 * len(found) + 1))
     for name, offset, fill in (("pearson", -0.13, "black"), ("spearman", 0.13, "white")):
         y, value = np.arange(len(found)) + offset, found[name]
         spread = [value - found[f"{name}_low"], found[f"{name}_high"] - value]
@@ -67,11 +67,9 @@ def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> p
     return figure
 
 
-def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> plt.Figure:
+def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> Figure:
     """Forward staircase (top) and gradient (bottom) of every quantization-aware training scheme, side by side."""
-    figure, axes = plt.subplots(
-        2, len(schemes), figsize=(3 * len(schemes), 4), sharex=True, sharey="row", squeeze=False
-    )
+    figure, axes = subplots(2, len(schemes), figsize=(3 * len(schemes), 4), sharex=True, sharey="row", squeeze=False)
     for column, (scheme, title) in enumerate(schemes.items()):
         rows = table[table.scheme == scheme]
         axes[0, column].plot(rows.x, rows.x, color="grey", lw=0.8)
@@ -84,10 +82,10 @@ def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> plt.Figure:
     return figure
 
 
-def claims_ledger(table: pd.DataFrame) -> plt.Figure:
+def claims_ledger(table: pd.DataFrame) -> Figure:
     """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
     colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
-    figure, ax = plt.subplots(figsize=(10, 0.46 * len(table) + 0.9))
+    figure, ax = subplots(figsize=(10, 0.46 * len(table) + 0.9))
     for position, row in enumerate(table.itertuples()):
         side, threshold = row.holds.split()
         colour = colours[row.verdict]
@@ -108,7 +106,7 @@ def claims_ledger(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def checkpoint_curves(table: pd.DataFrame) -> plt.Figure:
+def checkpoint_curves(table: pd.DataFrame) -> Figure:
     """R_L (with its interval), MMR and kurtosis of `probes.probe_all`'s table along training, a line a format.
 
     Checkpoints stand at the number in their name where all have one, else side by side in their order.
@@ -116,7 +114,7 @@ def checkpoint_curves(table: pd.DataFrame) -> plt.Figure:
     rows = table[table.reason == ""]
     names = list(dict.fromkeys(rows.model))
     numbered = bool(rows.step.notna().all()) and rows.step.nunique() == len(names)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    figure, axes = subplots(1, 3, figsize=(11, 3.2))
     for (spec, own), colour in zip(rows.groupby("spec", sort=False), sns.color_palette("colorblind"), strict=False):
         x = own.step.astype(float) if numbered else own.model.map(names.index)
         arms = np.clip([own.R_L - own.R_L_low, own.R_L_high - own.R_L], 0, None)
@@ -131,9 +129,9 @@ def checkpoint_curves(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def probe_profile(modules: pd.DataFrame, title: str) -> plt.Figure:
+def probe_profile(modules: pd.DataFrame, title: str) -> Figure:
     """R and its parts A and B along the depth of any model, one point a module, coloured by kind."""
-    figure, ax = plt.subplots(figsize=(9, 3.4))
+    figure, ax = subplots(figsize=(9, 3.4))
     shown = with_error(modules)
     ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
     for (kind, rows), colour in zip(

@@ -6,13 +6,14 @@ optimizer without an interval (fewer than three seeds) is a hollow point.
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from beyond_outliers.config.optimizers import ordered
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, tidy_log
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, subplots, tidy_log
 
 
 def _style(optimizer: str, known: bool = True) -> dict:
@@ -25,15 +26,15 @@ def _ends(value, low, high) -> np.ndarray:
     return np.nan_to_num(np.abs(np.stack([np.asarray(value) - low, np.asarray(high) - value]).astype(float)))
 
 
-def _nothing(message: str) -> plt.Figure:
+def _nothing(message: str) -> Figure:
     """A figure that says that there is nothing to be drawn yet."""
-    figure, ax = plt.subplots(figsize=(6, 1.2))
+    figure, ax = subplots(figsize=(6, 1.2))
     ax.text(0.5, 0.5, message, ha="center", va="center")
     ax.set_axis_off()
     return figure
 
 
-def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
+def ratio_forest(table: pd.DataFrame, label: str) -> Figure:
     """`relative.ratios`, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     if table.empty:
         return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
@@ -59,11 +60,11 @@ def ratio_forest(table: pd.DataFrame, label: str) -> plt.Figure:
 LONGEST = 40  # characters of a label below a panel of three abreast; longer ones take two lines
 
 
-def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> plt.Figure:
+def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> Figure:
     """`effects.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
     lies from the reference and its interval. A quantity without rows is named and drawn as not measured yet."""
     names = [name for name in LABELS if name in set(table.optimizer)]
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), sharey=True)
+    figure, axes = subplots(2, 3, figsize=(10.5, 5.2), sharey=True)
     for ax, (quantity, (title, unit)) in zip(axes.flat, titles.items(), strict=True):
         own = table[table.quantity == quantity].set_index("optimizer")
         factors = unit != "nats"
@@ -96,7 +97,7 @@ def _pairs(own: pd.DataFrame) -> str:
     return f"{own.over.iloc[0]}, n {low if low == high else f'{low} to {high}'}"
 
 
-def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt.Figure:
+def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Figure:
     """Ratios to AdamW over the methods that there are, an optimizer a line: panels a size (column) and format (row)."""
     if table.empty:
         return _nothing("no size has a positive damage of AdamW and of another optimizer yet")
@@ -104,7 +105,7 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt
     sizes, formats = (list(dict.fromkeys(table[column])) for column in ("size", "format"))
     shape = (len(formats), len(sizes))
     size = (2.9 * shape[1] + 1.4, 2.4 * shape[0] + 0.5)
-    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, axes = subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
     names = ordered(table.optimizer)
     for (row, format), (column, at) in ((r, c) for r in enumerate(formats) for c in enumerate(sizes)):
         ax, own = axes[row, column], table[(table.format == format) & (table["size"] == at)]
@@ -124,11 +125,11 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> plt
     return figure
 
 
-def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> plt.Figure:
+def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> Figure:
     """`relative.centred`: one point an optimizer, with the intervals of both coordinates, and its name beside it."""
     if table.empty:
         return _nothing("no size has every optimizer yet")
-    figure, ax = plt.subplots(figsize=(5.2, 3.8))
+    figure, ax = subplots(figsize=(5.2, 3.8))
     places = (table[[x, y]] / (table[[x, y]].max() - table[[x, y]].min())).reset_index(drop=True)
     for (_, place), row in zip(places.iterrows(), table.to_dict("records"), strict=True):
         spread = {f"{axis}err": np.nan_to_num(row[f"{name}_half"]) for axis, name in (("x", x), ("y", y))}
@@ -144,7 +145,7 @@ def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str
     return figure
 
 
-def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 0.25) -> plt.Figure:
+def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 0.25) -> Figure:
     """Loss after quantization (`after`) against loss before (`before`), a path an optimizer from its smallest to its
     largest learning rate (larger points), a panel a size; dotted lines of equal damage.
 
@@ -179,7 +180,7 @@ def _frame(best: pd.Series, values: pd.Series, reach: float) -> tuple[float, flo
     return low - reach * spread, high + reach * spread
 
 
-def _equal_damage(ax: plt.Axes, own: pd.DataFrame) -> None:
+def _equal_damage(ax: Axes, own: pd.DataFrame) -> None:
     """Three lines along which `after` - `before` is the same, with the damage written at their lower end."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     damage = own.after - own.before
@@ -190,7 +191,7 @@ def _equal_damage(ax: plt.Axes, own: pd.DataFrame) -> None:
         ax.text(y - level, y, f" +{level:.2f}", fontsize=7, color="grey", ha="left", va="center")
 
 
-def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> plt.Figure:
+def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> Figure:
     """y against the share of the run that is done, an optimizer a line (mean over seeds, 95 % interval where there are
     three), a panel a size; the decay of the learning rate shaded."""
     if table.empty:

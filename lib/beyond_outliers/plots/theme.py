@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
@@ -36,6 +37,8 @@ MARKERS = _Each(lambda one: one.marker)
 
 
 def set_theme() -> None:
+    """Matplotlib's defaults, then ours: a matplotlibrc of the user's changes no figure."""
+    plt.rcdefaults()
     sns.set_theme(context="paper", style="ticks", font_scale=1.1)
     plt.rcParams |= {
         "figure.dpi": 110,
@@ -77,18 +80,24 @@ def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
     return SavedFigure(figure, folder / f"{name}.png")
 
 
+def subplots(*shape: int, figsize: tuple[float, float], **options):
+    """Like `plt.subplots`, but pyplot does not know the figure: a notebook shows a cell's last line once."""
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(*shape, **options)
+
+
 def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):
     """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
     values = list(dict.fromkeys(values))
     if not values:
-        figure, ax = plt.subplots(figsize=(width + 1.1, 1.0))
+        figure, ax = subplots(figsize=(width + 1.1, 1.0))
         ax.set_axis_off()
         ax.text(0.5, 0.5, "nothing has been measured yet", ha="center", va="center")
         return figure, {}
     columns = min(columns, len(values))
     rows = -(-len(values) // columns)
     size = (width * columns + 1.1, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    figure, axes = subplots(rows, columns, figsize=size, squeeze=False, **options)
     for ax in axes.flat[len(values) :]:
         ax.set_visible(False)
     return figure, dict(zip(values, axes.flat, strict=False))

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from beyond_outliers.plots.theme import LABELS
+from beyond_outliers.plots.theme import LABELS, subplots
 
 VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
     "reproduced": "#009E73",
@@ -16,7 +16,7 @@ VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
 }
 
 
-def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> plt.Figure:
+def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
     """`confirm_ledger.figure_rows`: each row on a scale of its own, the claimed side to the right of the line.
 
     The farthest end of an interval lies at the edge; the numbers stand beside it. The verdict is the row's colour, and
@@ -24,7 +24,7 @@ def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> plt.Figure:
     """
     if unknown := sorted(set(table.verdict) - set(VERDICT_COLOURS)):
         raise ValueError(f"unknown verdicts {unknown}; valid: {', '.join(VERDICT_COLOURS)}")
-    figure, ax = plt.subplots(figsize=(12, 0.27 * len(table) + 1))
+    figure, ax = subplots(figsize=(12, 0.27 * len(table) + 1))
     for place, row in enumerate(table.itertuples()):
         colour = VERDICT_COLOURS[row.verdict]
         ax.axhspan(place - 0.46, place + 0.46, color=colour, alpha=0.14, lw=0)

@@ -16,6 +16,11 @@ weights are quantized, in the reduction "global"):
 
 f(h) includes the bias where there is one, which keeps the identity exact.
 
+Over tokens: the paper defines R for one vector h_l. Neither its text nor public code says how its tables reduce the
+tokens of a batch. "token", the default, is the mean over tokens of each token's ratio. "global" is the ratio of the
+sums of squares over all tokens; the committed tables of the scales up to `confirm` hold it. R = A + B + C is exact in
+both. Logits may have an offset common to the whole vocabulary, which softmax does not see: `centred=True` removes it.
+
 Conventions. Modules are compared by name, through hooks; neither model is edited. Input and output of a module are all
 the floating-point tensors that it takes and returns, concatenated; inputs that the two models share (rotary tables,
 masks, the input of the first layer) are no activations and do not count in R_in. Positions where the full-precision
@@ -33,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, linear_weight
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.modules import as_batches, evaluating, find_head, linear_weight
 from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
 from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
-from beyond_outliers.propagation.norms import Ratios, dot, pieces, quotient, spectral_norm, squared_norms
+from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
 from beyond_outliers.propagation.recording import Call, Tape, clones, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
 from beyond_outliers.propagation.selection import other_tokens
@@ -45,15 +51,16 @@ from beyond_outliers.quantizers.watching import Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")
-REDUCTIONS = ("global", "token")
 
 
 class _Row:
     """Sums of one module's calls over the batches, and the table row that they give."""
 
-    def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], same: bool, reduction: str):
+    def __init__(
+        self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], same: bool, reduction: str, centred: bool
+    ):
         self.name, self.kind, (self.module, self.quantized), self.reduction = name, kind, pair, reduction
-        self.same, self.repeats = same, repeats(pair[0])
+        self.same, self.repeats, self.centred = same, repeats(pair[0]), centred
         self.output = Ratios(reduction)
         self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
         self.phi, self.psi = Ratios(reduction), Ratios(reduction)
@@ -102,12 +109,12 @@ class _Row:
     def _add_output(self, x: Tensor, xq: Tensor, moved: Tensor, replaced: Tensor):
         """Adds f(h), fq(hq), f(hq), fq(h): with d = dh and t = f(hq) - fq(h), a = (d + t) / 2 and b = (d - t) / 2."""
         if torch.equal(moved, xq) and torch.equal(replaced, x):  # the function has not changed: b = 0
-            for h, hq in pieces((x, xq), self.reduction):
+            for h, hq in pieces((x, xq), self.reduction, self.centred):
                 d = hq - h
                 r = dot(d, d)
                 self.output.add(dot(h, h), r, r, torch.zeros_like(r), torch.zeros_like(r))
             return
-        for h, hq, f_hq, fq_h in pieces((x, xq, moved, replaced), self.reduction):
+        for h, hq, f_hq, fq_h in pieces((x, xq, moved, replaced), self.reduction, self.centred):
             d, t = hq - h, f_hq - fq_h
             a, b = d + t, d - t
             self.output.add(dot(h, h), dot(d, d), dot(a, a) / 4, dot(b, b) / 4, dot(a, b) / 2)
@@ -130,18 +137,14 @@ class _Row:
         return row | {"R_in": r_in}
 
 
-def _choose(name: str, value: str, valid: tuple[str, ...]):
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; valid: {valid}")
-
-
 def decompose(
     model: nn.Module,
     quantized: nn.Module,
     batches,
     granularity: str = "module",
     attention: str = "unit",
-    reduction: str = "global",
+    reduction: str = "token",
+    centred: bool = False,
 ) -> pd.DataFrame:
     """R, A, B, C, gain and the linear layers' spectral and alignment ratios of every module (module docstring).
 
@@ -154,10 +157,12 @@ def decompose(
         children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
     attention "unit": an attention module with its projections is one row, as in the paper; "open": its projections,
         rotary positions, query/key norm, scores, softmax, mixing and output each have a row. Applies to "module".
-    reduction "global": norms are Frobenius norms over all tokens of all batches, so that every identity is exact;
-        "token": the mean over rows (last dimension) of each row's own ratio, rows of norm zero left out: R = A + B + C
-        stays exact, G = G1 * G2 does not, and cos_phi, cos_psi are root mean squares. With several inputs R_in is
+    reduction "token": the mean over rows (last dimension) of each row's own ratio, rows of norm zero left out:
+        R = A + B + C is exact, G = G1 * G2 is not, and cos_phi, cos_psi are root mean squares; "global": norms are
+        Frobenius norms over all tokens of all batches, so that every identity is exact. With several inputs R_in is
         over all of them, concatenated (global), or over the rows of all of them (token).
+    centred: the logits (rows of the output head and of the model around it) without their mean over the vocabulary, a
+        linear map, so that R = A + B + C stays exact; their gain then relates a centred A to what the head reads.
 
     What a module computes itself between the calls of its children (a residual add written as `+`) has no row of its
     own: the module around it gets a row whose kind ends with " (functional parts)", after its children's rows. A module
@@ -175,13 +180,17 @@ def decompose(
     a time, the two crossed evaluations. Memory: the activations of one full-precision pass over one batch, released
     as the quantized pass proceeds, and float64 copies of at most a few million elements.
 
-    Raises ValueError for unknown options, no batches, modules that the quantized model lacks or runs a different number
-    of times, a model without floating-point activations, or a quantized layer whose weight is read without a call of
-    it. Layers that got no input at all, such as idle experts, are named in a CoverageWarning.
+    Raises ValueError for unknown options, `centred` for a model without output head, no batches, modules that the
+    quantized model lacks or runs a different number of times, a model without floating-point activations, or a
+    quantized layer whose weight is read without a call of it. Layers that got no input at all, such as idle experts,
+    are named in a CoverageWarning.
     """
-    _choose("granularity", granularity, GRANULARITIES)
-    _choose("attention", attention, ATTENTIONS)
-    _choose("reduction", reduction, REDUCTIONS)
+    choose("granularity", granularity, GRANULARITIES)
+    choose("attention", attention, ATTENTIONS)
+    choose("reduction", reduction, REDUCTIONS)
+    logits = {find_head(model), ""} if centred else set()
+    if None in logits:
+        raise ValueError(f"{type(model).__name__} has no output head whose logits could be centred")
     calls: dict[tuple[str, int], Call] = {}
     rows: dict[tuple[str, int], _Row] = {}
     elsewhere: set[str] = set()  # modules that see other tokens in some batch
@@ -199,7 +208,7 @@ def decompose(
         if (name, number) not in rows:
             pair = model.get_submodule(name), quantized.get_submodule(name)
             label = (name or "(model)") + (f"#{number}" if number > 1 else "")
-            rows[name, number] = _Row(label, kinds[name], pair, same[name], reduction)
+            rows[name, number] = _Row(label, kinds[name], pair, same[name], reduction, name in logits)
         rows[name, number].add(original, call, tapes[0].clone, _outputs if name else main_output)
 
     tapes: list[Tape] = []

@@ -6,27 +6,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("token", "global")
 
-def pieces(tensors: tuple[Tensor, ...], reduction: str) -> Iterator[list[Tensor]]:
+
+def pieces(tensors: tuple[Tensor, ...], reduction: str, centred: bool = False) -> Iterator[list[Tensor]]:
     """float64 copies of tensors of one shape, a bounded number of elements at a time.
 
-    (rows, features) for the reduction "token"; (1, elements) for "global", where rows do not matter. Positions where
-    the first tensor is not finite are zero in all.
+    (rows, features) for the reduction "token" and for `centred`, which takes every row's mean away; (1, elements) for
+    "global", where rows do not matter. Positions where the first tensor is not finite are zero in all.
     """
     size = 2**16 if tensors[0].device.type == "cpu" else 2**24  # a cache's worth, or enough to keep a GPU busy
-    features = tensors[0].shape[-1] if reduction == "token" and tensors[0].ndim else tensors[0].numel()
+    by_row = centred or reduction == "token"
+    features = tensors[0].shape[-1] if by_row and tensors[0].ndim else tensors[0].numel()
     if not features:
         return
     rows = [x.reshape(-1, features) for x in tensors]
-    dim = 0 if reduction == "token" else 1
-    step = max(1, size // features) if reduction == "token" else size
+    step = max(1, size // features) if by_row else size
     clean = bool(tensors[0].sum().isfinite())  # a sum that overflows only costs the look below
-    for piece in zip(*(x.split(step, dim) for x in rows), strict=True):
-        if clean:
-            yield [x.double() for x in piece]
-        else:
+    for piece in zip(*(x.split(step, 0 if by_row else 1) for x in rows), strict=True):
+        values = [x.double() for x in piece]
+        if not clean:
             finite = piece[0].isfinite()
-            yield [x.double().masked_fill(~finite, 0.0) for x in piece]
+            values = [x.masked_fill(~finite, 0.0) for x in values]
+        if centred:
+            values = [x - x.mean(-1, keepdim=True) for x in values]
+        yield values
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

@@ -1,27 +1,31 @@
 """R_L alone: the relative error of a quantized model's output, its interval over sequences, its floor from rounding.
 
-`output_errors` gives it in three readings, the paper's and two without what softmax or the head add to it.
+What else can be read at a network's end, most of it closer to the damage than R_L is, stands in `readings`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
 from beyond_outliers.passes import main_output, tensors
-from beyond_outliers.propagation.norms import dot, pieces, quotient
+from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient
 from beyond_outliers.quantizers.watching import Runs
 
 FEWEST = 10  # sequences before an interval may decide that they are enough
+TRUSTED = 8  # sequences from which on the spread among them says something of the text
 
 
 @dataclass(frozen=True)
 class RelativeError:
-    """R_L with its interval over sequences, and the tokens that bring the interval's half-width to 5 % of R_L."""
+    """R_L with its interval over sequences, and the tokens that bring the interval's half-width to 5 % of R_L.
+
+    `str` of it says so in words, and where the sequences are too few for the interval to be trusted.
+    """
 
     value: float
     low: float
@@ -34,6 +38,10 @@ class RelativeError:
     def __float__(self) -> float:
         return self.value
 
+    def __str__(self) -> str:
+        few = f"; fewer than {TRUSTED}: the interval is a guess" if self.n_sequences < TRUSTED else ""
+        return f"R_L {self.value:.3g} [{self.low:.3g}, {self.high:.3g}] over {self.n_sequences} sequences{few}"
+
 
 def relative_error(
     model: nn.Module,
@@ -43,26 +51,36 @@ def relative_error(
     confidence: float = 0.95,
     seed: int = 0,
     tolerance: float | None = None,
+    reduction: str = "token",
+    centred: bool = False,
 ) -> RelativeError:
-    """R_L = ||dh_L||^2 / ||h_L||^2 of the models' outputs, in one pass of each: `decompose`'s last R, reduction global.
+    """R_L = ||dh_L||^2 / ||h_L||^2 of the models' outputs, in one pass of each: `decompose`'s last R.
+
+    reduction: the mean over tokens of each token's ratio ("token"), or the ratio of the sums over all tokens
+    ("global"). centred: without the mean over the last dimension, which softmax does not see. The paper defines R for
+    one vector of raw logits; how its tables reduce tokens is not known (see `decomposition`).
 
     `batches` as in `decompose`, the first dimension counting sequences. `sample`: the number of sequences to draw (at
     random, without replacement; `batches` is then listed first), None for all.
 
-    R_L is a ratio of two sums over sequences, the independent units of text (tokens of one sequence are not). The
-    interval is that of the ratio estimator: with residuals e_i = d_i - R n_i of the m sequences,
-    R +- t_{m-1} * sd(e) / (sqrt(m) * mean(n)) (Cochran, Sampling Techniques, chapter 6; no finite-population
-    correction, because the text itself is a sample). NaN for a single sequence. `tokens_for_5_percent` solves the same
-    formula, with the normal quantile, for the m that gives a half-width of 0.05 R.
+    R_L is a ratio of two sums over sequences, the independent units of text (tokens of one sequence are not): of
+    squares, or of ratios and tokens. The interval is that of the ratio estimator, on the log scale, where a squared
+    error has no negative bound: with residuals e_i = d_i - R n_i of the m sequences and the relative standard error
+    s = sd(e) / (sqrt(m) * mean(n) * R), R * exp(+- t_{m-1} * s) (Cochran, Sampling Techniques, chapter 6; no
+    finite-population correction, because the text itself is a sample). NaN for a single sequence.
+    `tokens_for_5_percent` gives the m at which the normal quantile times s is 0.05.
 
-    `tolerance`: no more batches are read, in random order (`batches` is listed first), once the interval's half-width
-    is at most this share of R, from 10 sequences on; an interval that decides when to stop is a little optimistic.
+    `tolerance`: no more batches are read, in random order (`batches` is listed first), once t * s is at most this, from
+    10 sequences on; an interval that decides when to stop is a little optimistic.
 
-    Raises ValueError for no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance that is not positive,
-    and as `decompose` for quantized layers that did not run.
+    Raises ValueError for an unknown reduction, no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance
+    that is not positive, and as `decompose` for quantized layers that did not run.
     """
+    from scipy import stats
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    choose("reduction", reduction, REDUCTIONS)
     batches = as_batches(batches)
     if sample is not None:
         if sample < 2:
@@ -84,41 +102,54 @@ def relative_error(
             first = pairs[0][0]
             n_tokens += first[..., 0].numel()
             for i in range(len(first)):
-                error: Tensor | float = 0.0
-                signal: Tensor | float = 0.0
+                ratio = Ratios(reduction)
                 for x, xq in pairs:
-                    for h, hq in pieces((x[i], xq[i]), "global"):
+                    for h, hq in pieces((x[i], xq[i]), reduction, centred):
                         dh = hq - h
-                        error, signal = error + dot(dh, dh), signal + dot(h, h)
-                errors.append(float(error))
-                signals.append(float(signal))
+                        ratio.add(dot(h, h), dot(dh, dh))
+                signal, error = ratio.sums.tolist() if ratio.sums.ndim else (0.0, 0.0)
+                errors.append(error)
+                signals.append(signal)
             if tolerance is not None and len(errors) >= FEWEST:
-                value, half, _ = _estimate(errors, signals, confidence)
-                if half <= tolerance * value:
+                *_, half = ratio_of_sums(errors, signals, confidence)
+                if half <= tolerance:
                     break
     if not errors:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
-    m = len(errors)
-    value, half, needed = _estimate(errors, signals, confidence)
-    return RelativeError(value, value - half, value + half, confidence, m, n_tokens, needed * n_tokens / m)
+    value, low, high, half = ratio_of_sums(errors, signals, confidence)
+    quantiles = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, len(errors) - 1)
+    needed = n_tokens * (quantiles * half / 0.05) ** 2
+    return RelativeError(value, low, high, confidence, len(errors), n_tokens, float(needed))
 
 
-def _estimate(errors: list[float], signals: list[float], confidence: float) -> tuple[float, float, float]:
-    """R, its interval's half-width, and how many sequences would bring that to 5 % of R."""
+def ratio_of_sums(
+    numerators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray,
+    confidence: float,
+    log: bool = True,
+) -> tuple[float, float, float, float]:
+    """Ratio of two sums over sequences, the ends of its interval, and half its width: of the logarithm with `log`."""
     from scipy import stats  # half a second that a process which only trains does not need
 
-    d, n, m = np.array(errors), np.array(signals), len(errors)
-    value = quotient(d.sum(), n.sum())
+    d, n, m = np.array(numerators), np.array(denominators), len(numerators)
+    ratio = quotient(d.sum(), n.sum())
     if m < 2:
-        return float(value), float("nan"), float("nan")
-    spread = np.std(d - value * n, ddof=1) / n.mean()
-    needed = (stats.norm.ppf((1 + confidence) / 2) * spread / (0.05 * value)) ** 2 if value else np.nan
-    return float(value), float(stats.t.ppf((1 + confidence) / 2, m - 1) * spread / np.sqrt(m)), float(needed)
+        return ratio, np.nan, np.nan, np.nan
+    half = float(stats.t.ppf((1 + confidence) / 2, m - 1) * np.std(d - ratio * n, ddof=1) / np.sqrt(m) / n.mean())
+    if not log:
+        return ratio, ratio - half, ratio + half, half
+    half = half / ratio if ratio else 0.0
+    return ratio, ratio * np.exp(-half), ratio * np.exp(half), half
 
 
 def rounding_floor(
-    model: nn.Module, batches, quantize: Callable[[nn.Module], nn.Module], times: int = 2, seed: int = 0
+    model: nn.Module,
+    batches,
+    quantize: Callable[[nn.Module], nn.Module],
+    times: int = 2,
+    seed: int = 0,
+    reduction: str = "token",
 ) -> float:
     """Spread of R_L under changes of the weights that mean nothing: relative ones of 1e-6, drawn from `seed`.
 
@@ -127,7 +158,8 @@ def rounding_floor(
     interval of `relative_error`, over sequences, knows nothing of it. Standard deviation, in units of R_L, over
     `times` + 1 evaluations of `batches` (a list; the first with the weights as they are).
 
-    quantize: gives the quantized copy of a model. Weights in half precision change by up to their own rounding.
+    quantize: gives the quantized copy of a model. reduction: as in `relative_error`. Weights in half precision change
+    by up to their own rounding.
     """
     batches, found = list(as_batches(batches)), []
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +170,7 @@ def rounding_floor(
                 size = max(1e-6, torch.finfo(weight.dtype).eps)
                 change = size * torch.randn(weight.shape, generator=generator)
                 weight.data.mul_((1 + change).to(weight.device, weight.dtype))
-        found.append(relative_error(moved, quantize(moved), batches).value)
+        found.append(relative_error(moved, quantize(moved), batches, reduction=reduction).value)
     return float(np.std(found, ddof=1))
 
 
@@ -159,33 +191,3 @@ def _draw(batches: list, sample: int, seed: int) -> Iterator:
             yield {key: take(value, rows) for key, value in batch.items()}
         else:
             yield tuple(take(value, rows) for value in batch) if isinstance(batch, (tuple, list)) else batch[rows]
-
-
-def output_errors(model: nn.Module, quantized: nn.Module, batches) -> dict[str, float]:
-    """R at the network's end in three readings, one pass of each model; norms over all tokens, in float64.
-
-    R_L: of the logits, the paper's (arXiv 2509.23500, section 5). R_L_centred: of the logits minus their mean over the
-    vocabulary, position by position, an offset that softmax does not see. R_final_norm: of what the head reads.
-    `batches`: token ids as in `decompose`. Raises ValueError for no batches, and for a model that does not split into
-    `hidden` and `head`, as `Olmo2` does.
-    """
-    for one in (model, quantized):
-        if not (hasattr(one, "hidden") and hasattr(one, "head")):
-            raise ValueError(f"{type(one).__name__} does not split into `hidden` and `head`: use relative_error")
-    exact: Any = model  # has `hidden` and `head`, as has the other
-    rounded: Any = quantized
-    sums = np.zeros((3, 2))  # readings by (error, signal)
-    with evaluating(model, quantized) as device:
-        for batch in as_batches(batches):
-            hidden, hidden_q = (one.hidden(batch.to(device)) for one in (exact, rounded))
-            logits, logits_q = exact.head(hidden), rounded.head(hidden_q)
-            centred, centred_q = (z - z.mean(-1, keepdim=True) for z in (logits.double(), logits_q.double()))
-            pairs = (logits, logits_q), (centred, centred_q), (hidden, hidden_q)
-            sums += [[_squares(xq.double() - x.double()), _squares(x.double())] for x, xq in pairs]
-    if not sums.any():
-        raise ValueError("there is no batch in batches")
-    return dict(zip(("R_L", "R_L_centred", "R_final_norm"), (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-
-
-def _squares(x: Tensor) -> float:
-    return x.square().sum().item()

@@ -22,6 +22,7 @@ from beyond_outliers.modules import (
     substitute,
     take_hooks,
 )
+from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
@@ -78,6 +79,7 @@ def _converted(
     return with_record(copied, record)
 
 
+@plain_settings()
 def quantize_model(
     model: nn.Module, spec: QuantSpec, calibration=None, strict: bool = False, example=None
 ) -> nn.Module:
@@ -187,6 +189,7 @@ def _attach(module: nn.Module, rounding: Rounding):
     rounding.attach(module)
 
 
+@plain_settings()
 def prepare_qat(
     model: nn.Module, spec: QuantSpec, scheme: str = "quest", strict: bool = False, example=None
 ) -> nn.Module:
@@ -251,7 +254,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("weights changed while their rounded values were held: step the optimizer outside")
 
 
-@torch.no_grad()
+@plain_settings()
 def freeze_qat(model: nn.Module) -> nn.Module:
     """A copy of a `prepare_qat` model for inference and measurement: `QuantizedLinear` layers, weights rounded once."""
     model = copy.deepcopy(model)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, evaluating, forward
-from beyond_outliers.passes import text_rows, text_tokens
+from beyond_outliers.passes import plain_settings, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import (
     FORMATS,
     check_block,
@@ -48,7 +48,7 @@ LAZY = 128  # columns between two updates of all that come later: one large prod
 # --------------------------------------------------------------------------------------------------- of one weight
 
 
-@torch.no_grad()
+@plain_settings()
 def gptq_weight(
     weight: Tensor,
     hessian: Tensor,
@@ -169,7 +169,7 @@ class Hessian:
     """2/n sum x x^T over what `add` was given, (in, in) float64; the products of one call in at least float32."""
 
     def __init__(self):
-        self.total, self.rows = torch.zeros((), dtype=torch.float64), 0
+        self.total, self.rows = torch.zeros((), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor):
         """x: (..., in)."""

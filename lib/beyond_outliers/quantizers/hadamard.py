@@ -24,7 +24,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     """Sylvester's (size, size) matrix over sqrt(size), `size` a power of two: symmetric and its own inverse."""
 
     def make() -> Tensor:
-        matrix = torch.ones(1, 1, dtype=torch.float64)
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         while len(matrix) < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return (matrix / size**0.5).to(device, dtype)
@@ -33,7 +33,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
-    """x (..., width) times the block-diagonal Hadamard matrix; applied twice it gives x back.
+    """x (..., width) times the block-diagonal Hadamard matrix, in x's dtype under autocast too; twice, it gives x back.
 
     `block` is a power of two that divides the width, `hadamard_block(width)` by default; ValueError otherwise.
     """
@@ -42,4 +42,8 @@ def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
         raise ValueError(f"block must be a power of two that divides the width {x.shape[-1]}, not {block}")
     if block == 1:
         return x
-    return (x.reshape(-1, block) @ hadamard_matrix(block, x.dtype, x.device)).reshape(x.shape)
+    rows, matrix = x.reshape(-1, block), hadamard_matrix(block, x.dtype, x.device)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return (rows @ matrix).reshape(x.shape)
+    return (rows @ matrix).reshape(x.shape)

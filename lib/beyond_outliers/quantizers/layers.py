@@ -65,6 +65,8 @@ class QATLinear(nn.Linear):
         rotated = self._rotate(settled_weight(linear))
         self.weight_quantizer = make_quantizer(scheme, spec.weights, spec, rotated)
         self.activation_quantizer = make_quantizer(scheme, spec.activations, spec)
+        if self.activation_quantizer is not None:
+            self.activation_quantizer.to(rotated.device)
         self.held: tuple[Tensor, Tensor | None] | None = None
 
     def _take_over(self, linear: nn.Linear):

@@ -41,7 +41,7 @@ def nearest_of(levels: Sequence[float]) -> Rounding:
     """
     if len(levels) < 2 or any(a >= b for a, b in itertools.pairwise(levels)):
         raise ValueError(f"levels must be two or more in ascending order, not {tuple(levels)}")
-    wide = torch.tensor(levels, dtype=torch.float64)
+    wide = torch.tensor(levels, dtype=torch.float64, device="cpu")
     zero = int(wide.abs().argmin())
 
     def rounding(x: Tensor) -> Tensor:

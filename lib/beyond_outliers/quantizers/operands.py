@@ -227,7 +227,7 @@ def _refuses(module: nn.Module, weight: Tensor) -> bool | None:
     None: not to be seen, because the module does not take such rows.
     """
     training, answer = module.training, None
-    rows = torch.arange(8 * weight.shape[1], device=weight.device).add(1).sin().to(weight.dtype)
+    rows = torch.arange(8 * weight.shape[1], dtype=torch.float32, device=weight.device).add(1).sin().to(weight.dtype)
     try:
         module.eval()
         for shape in ((8, -1), (2, 4, weight.shape[1])):

@@ -85,7 +85,7 @@ class Quantization:
         )
         if strict:
             raise ValueError(f"{text}; valid: strict=False, which goes on with a warning")
-        warnings.warn(text, CoverageWarning, stacklevel=3)
+        warnings.warn(text, CoverageWarning, stacklevel=4)  # past the decorator of its caller
 
 
 def record_of(quantized: nn.Module) -> Quantization:

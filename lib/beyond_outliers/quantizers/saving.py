@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from beyond_outliers.modules import UNCALLED, hidden_modules
+from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.record import Quantization, Weight, record_of, with_record
 
@@ -46,13 +47,16 @@ def refuse_save_pretrained(model: nn.Module) -> nn.Module:
 def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     """Writes what `quantize_model`, `prepare_qat` or `freeze_qat` returned into `folder`; returns it.
 
-    Raises ValueError for other models, and for one with layers in Python lists, which its state_dict does not hold.
+    Raises ValueError for other models, for one with layers in Python lists, which its state_dict does not hold, and for
+    modules whose get_extra_state gives no tensor, which no file of tensors does.
     """
     from safetensors.torch import save_file
 
     record = record_of(model)
     if hidden := [name for module, name in hidden_modules(model).items() if any(True for _ in module.state_dict())]:
         raise ValueError(f"layers in Python lists are in no state_dict: {', '.join(hidden)}; valid: nn.ModuleList")
+    if extra := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"states that are no tensors: {', '.join(extra)}; valid: a get_extra_state that gives tensors")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # a tied tensor is written under each of its names: simple, and it loads into any tying
@@ -63,6 +67,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
+@plain_settings()
 def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     """The model that `save_quantized` wrote, with identical outputs.
 

@@ -45,15 +45,26 @@ def optimal_gaussian_scale(bits: int) -> float:
 class _StraightThrough(torch.autograd.Function):
     """Forward the rounded tensor in place of x; backward the gradient times `mask` (uint8), or all of it."""
 
+    generate_vmap_rule = True  # with `setup_context`, what torch.func asks for
+
     @staticmethod
-    def forward(ctx, x: Tensor, rounded: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(x: Tensor, rounded: Tensor, mask: Tensor | None) -> Tensor:
         return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor):
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (mask,) = ctx.saved_tensors
         return (grad if mask is None else grad * mask), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        (mask,) = ctx.saved_tensors
+        return tangent.clone() if mask is None else tangent * mask
 
 
 class QuestQuantizer(nn.Module):
@@ -125,8 +136,8 @@ class LSQQuantizer(nn.Module):
         super().__init__()
         choose("number of bits", bits, BITS[1:])
         self.bits, self.lowest, self.highest = bits, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
-        self.is_weight = initial is not None
-        self.log_step = nn.Parameter(torch.full((1,), torch.nan))
+        self.is_weight, device = initial is not None, "cpu" if initial is None else initial.device
+        self.log_step = nn.Parameter(torch.full((1,), torch.nan, dtype=torch.float32, device=device))
         self.started = False
         self.register_load_state_dict_post_hook(_notice_step)
         if initial is not None:
@@ -141,10 +152,10 @@ class LSQQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor):
-        if not keeps_tensors():
+        if not keeps_tensors() or not isinstance(self.log_step, nn.Parameter):
             raise RuntimeError(
-                "LSQ's step of the activations starts from the first batch, which a traced program has not got; "
-                "valid: one forward pass before torch.export or fake tensors"
+                "LSQ's step of the activations starts from the first batch, which a traced or functional program has "
+                "not got; valid: one forward pass before torch.export, torch.func or fake tensors"
             )
         mean = x.abs().mean(dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
         # in place: the parameter stays what optimizers and graphs hold, and no inference tensor gets into it
@@ -156,10 +167,11 @@ class LSQQuantizer(nn.Module):
             self._start(x)
         entries = x.numel() if self.is_weight else x.shape[-1]
         share = 1 / math.sqrt(entries * self.highest)
-        step = self.step.to(x.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()  # a small step is 0 in half precision
+        step = self.step.to(wide.dtype)
         step = step.detach() + share * (step - step.detach())  # the value of the step, `share` of its gradient
-        inside = (x / step).clamp(self.lowest, self.highest)
-        return (inside + (inside.round() - inside).detach()) * step
+        inside = (wide / step).clamp(self.lowest, self.highest)
+        return ((inside + (inside.round() - inside).detach()) * step).to(x.dtype)
 
     def round(self, x: Tensor) -> None:
         """Nothing to hold: the step's own gradient needs the unrounded entries."""

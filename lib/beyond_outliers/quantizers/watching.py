@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward
-from beyond_outliers.passes import floats
+from beyond_outliers.passes import floats, plain_settings
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Weight, record_of
 from beyond_outliers.quantizers.weights import NO_HEAD, OUTSIDE, UNSEEN, path, rounding_layers, treated_weights
@@ -147,6 +147,7 @@ def _candidates(module: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point() and p.ndim > 1}
 
 
+@plain_settings()
 def coverage(quantized: nn.Module, batch=None) -> pd.DataFrame:
     """Table of `quantized.quantization`: one row a matrix-multiply weight; `attrs["share"]` is the share rounded.
 

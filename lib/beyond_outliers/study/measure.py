@@ -137,9 +137,14 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
 
 
 def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
-    """Attention as one module, as in the paper, and opened up, so that its linear layers have rows of their own."""
-    parts = [decompose(model, quantized, batches, attention=view).assign(attention=view) for view in ("unit", "open")]
-    return pd.concat(parts, ignore_index=True)
+    """Attention as one module, as in the paper, and opened up, so that its linear layers have rows of their own.
+
+    R is the ratio of sums over all tokens, as in all committed tables.
+    """
+    views = {
+        view: decompose(model, quantized, batches, attention=view, reduction="global") for view in ("unit", "open")
+    }
+    return pd.concat([table.assign(attention=view) for view, table in views.items()], ignore_index=True)
 
 
 def _loss(model: nn.Module, corpus: Corpus, context: int, settings: Measure) -> dict:

@@ -16,7 +16,7 @@ from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.metrics import activation_metrics, average, without_down
-from beyond_outliers.propagation.output_error import output_errors
+from beyond_outliers.propagation.readings import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.study.measure import validation_batches
@@ -39,8 +39,8 @@ def trajectory_table(
 
     Columns: run, step, averaged (checkpoints whose mean the weights are; 1: the checkpoint itself, AVERAGED at the end
     of the constant learning rate and at the end of the run), spec, val_loss, increase (nats over the same weights
-    unquantized), R_L, R_L_centred, R_final_norm (see `output_errors`); for "none": mmr (mean over linear inputs without
-    `down`, whose median is near zero) and kurtosis (mean over all linear inputs).
+    unquantized), R_L, R_L_centred, R_final_norm (see `output_readings`); for "none": mmr (mean over linear inputs
+    without `down`, whose median is near zero) and kurtosis (mean over all linear inputs).
     """
     config = result.config
     corpus = open_corpus(config.corpus)
@@ -63,7 +63,8 @@ def trajectory_table(
         for spec in specs:
             quantized = quantize_model(model, spec)
             found = loss(quantized)
-            errors = output_errors(model, quantized, batches)
+            readings = output_readings(model, quantized, batches).value
+            errors = {name: readings[name] for name in ("R_L", "R_L_centred", "R_final_norm")}
             rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
     return pd.DataFrame(rows)
 

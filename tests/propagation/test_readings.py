@@ -1,0 +1,148 @@
+"""Readings at a network's end against closed forms and NumPy, and what an offset of the logits does to each."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from beyond_outliers.propagation import (
+    decompose,
+    output_readings,
+    relative_error,
+    second_order_kl,
+    softmax_weighted_error,
+)
+from rounded_models import ids, olmo, quantize
+
+
+def test_two_words_have_a_closed_form():
+    z, zq = torch.tensor([[[1.3, -0.4], [0.2, 2.0]], [[1.5, -0.1], [0.9, 1.0]]], dtype=torch.float64)
+    odds = z[:, 0] - z[:, 1]
+    moved = zq[:, 0] - zq[:, 1] - odds
+    p = 1 / (1 + torch.exp(-odds))
+    torch.testing.assert_close(second_order_kl(z, zq), p * (1 - p) * moved**2 / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(softmax_weighted_error(z, zq), (moved / odds) ** 2, rtol=1e-12, atol=0)
+
+
+def test_the_second_order_is_what_the_kl_divergence_tends_to():
+    generator = torch.Generator().manual_seed(0)
+    z, direction = torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+    for size in (1e-2, 1e-3):
+        log_p, log_q = z.log_softmax(-1), (z + size * direction).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        error = (second_order_kl(z, z + size * direction) / kl - 1).abs()
+        assert 0.001 * size < error.max() < 3 * size  # the third order, and no less
+
+
+def numpy_readings(z, zq, hidden, hidden_q, tokens):
+    """The definitions of `readings`, written out for arrays (B, T, V) and (B, T, D)."""
+
+    def both(name, x, xq, weights=1.0):
+        error, signal = (weights * (xq - x) ** 2).sum(-1), (weights * x**2).sum(-1)
+        return {name: error.sum() / signal.sum(), f"{name}_token": (error / signal).mean()}
+
+    def logs(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p = np.exp(logs(z))
+    d = zq - z
+    weighted = [x - (p * x).sum(-1, keepdims=True) for x in (z, zq)]
+    centred = [x - x.mean(-1, keepdims=True) for x in (z, zq)]
+    loss, loss_q = (-np.take_along_axis(logs(x)[:, :-1], tokens[:, 1:, None], -1).mean() for x in (z, zq))
+    return {
+        **both("R_L", z, zq),
+        **both("R_L_centred", *centred),
+        **both("R_softmax", *weighted, weights=p),
+        **both("R_final_norm", hidden, hidden_q),
+        "kl": (p * (logs(z) - logs(zq))).sum(-1).mean(),
+        "kl_second_order": ((p * d**2).sum(-1) - (p * d).sum(-1) ** 2).mean() / 2,
+        "top1_agreement": (z.argmax(-1) == zq.argmax(-1)).mean(),
+        "loss": loss,
+        "loss_quantized": loss_q,
+        "increase": loss_q - loss,
+    }
+
+
+def test_all_readings_in_one_pass():
+    model = olmo()
+    quantized, tokens = quantize(model), ids(6, 12)
+    with torch.no_grad():
+        outputs = [x.numpy() for one in (model, quantized) for x in (one(tokens), one.hidden(tokens))]
+    expected = numpy_readings(outputs[0], outputs[2], outputs[1], outputs[3], tokens.numpy())
+    table = output_readings(model, quantized, tokens.split([1, 3, 2]))
+    assert table.value.to_dict() == pytest.approx(expected, rel=1e-9)
+    assert (table.low < table.value).all() and (table.value < table.high).all() and (table.n == 6).all()
+    assert (table.drop("increase") > 0).all(axis=None)
+    named = output_readings(model, quantized, [{"ids": tokens}])
+    np.testing.assert_allclose(named, table, rtol=1e-12)
+    # beside the functions that give one of them each
+    for reduction, end in (("global", ""), ("token", "_token")):
+        for centred, name in ((False, "R_L"), (True, "R_L_centred")):
+            error = relative_error(model, quantized, tokens, reduction=reduction, centred=centred)
+            assert [error.value, error.low, error.high] == pytest.approx(list(table.loc[name + end])[:3], rel=1e-9)
+            rows = decompose(model, quantized, tokens, reduction=reduction, centred=centred)
+            assert rows["R"].iloc[-1] == pytest.approx(error.value, rel=1e-9)
+            np.testing.assert_allclose(rows["R"], rows["A"] + rows["B"] + rows["C"], rtol=0, atol=1e-14)
+
+
+def test_a_row_added_to_the_head_moves_raw_readings_alone():
+    """The same vector on every row: an offset common to the whole vocabulary, which softmax does not see."""
+    model = olmo()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # the embedding keeps its own
+    quantized, tokens = quantize(model, skip=("head",)), ids(4, 12)
+
+    def read():
+        terms = decompose(model, quantized, tokens, centred=True).iloc[-1][["R", "A", "B", "C"]]
+        return output_readings(model, quantized, tokens).value, terms.astype(float)
+
+    before, terms = read()
+    row = 3 * torch.randn(model.head.weight.shape[1], generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        for one in (model, quantized):
+            one.head.weight += row
+    after, terms_after = read()
+    raw = ["R_L", "R_L_token"]
+    assert (np.abs(after[raw] / before[raw] - 1) > 0.05).all()
+    np.testing.assert_allclose(after.drop(raw), before.drop(raw), rtol=1e-9)
+    np.testing.assert_allclose(terms_after, terms, rtol=1e-9, atol=1e-14)
+
+
+def test_models_without_a_head_or_tokens_have_what_they_can():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double(), torch.randn(3, 4, 8).double()
+    table = output_readings(model, quantize(model), x)
+    known = table.index[table.value.notna()]
+    assert list(known) == ["R_L", "R_L_token"]
+    with pytest.raises(ValueError, match="Sequential has no output head whose logits could be centred"):
+        decompose(model, quantize(model), x, centred=True)
+    with pytest.raises(ValueError, match="there is no batch in batches"):
+        output_readings(model, model, [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_transformers():
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, num_attention_heads=2)).eval()
+    quantized, tokens = quantize(model), torch.randint(60, (3, 10))
+    table = output_readings(model, quantized, {"input_ids": tokens, "labels": tokens}).value
+    with torch.no_grad():
+        answers = [one(tokens, output_hidden_states=True) for one in (model, quantized)]
+        losses = [F.cross_entropy(a.logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten()) for a in answers]
+        x, xq = (a.hidden_states[-1].double() for a in answers)
+    assert table[["loss", "loss_quantized"]].tolist() == pytest.approx([float(loss) for loss in losses], rel=1e-6)
+    assert table["R_final_norm"] == pytest.approx(float((xq - x).square().sum() / x.square().sum()), rel=1e-5)
+
+
+def test_an_interval_of_a_squared_error_stays_positive_and_says_when_it_is_a_guess():
+    """Two sequences, one nearly without error: a symmetric interval would reach below zero."""
+    model, quantized = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    model.weight.data, quantized.weight.data = torch.eye(2), torch.diag(torch.tensor([1.0, 2.0]))
+    x = torch.tensor([[[1.0, 0.01]], [[0.01, 1.0]]])
+    found = relative_error(model, quantized, x)
+    assert 0 < found.low < found.value < found.high
+    assert found.value - found.low < found.high - found.value
+    assert "over 2 sequences; fewer than 8: the interval is a guess" in str(found)
+    assert "guess" not in str(relative_error(model, quantized, x.repeat(4, 1, 1)))

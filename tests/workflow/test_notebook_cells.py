@@ -1,0 +1,72 @@
+"""Cells as people run them: twice, out of order, with another parameter, behind a startup file of their own."""
+
+import json
+import random
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+from beyond_outliers import paths
+
+pytestmark = pytest.mark.slow
+READ_TABLES = ["01_full_precision", "02_outlier_metrics", "03_ptq", "04_error_propagation", "05_qat"]
+READ_TABLES += ["06_scaling_laws", "07_claims", "09_real_quantizers"]
+MINE = "PROJECT: str = None\nscales = limit = 3\nkeep: list[int] = []\n"  # of a user's startup file
+
+
+def sources(name):
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """An IPython of nobody's, which has run a startup file; figures go to a temporary folder."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    shell = InteractiveShell.instance()
+    shell.reset()
+    shell.run_cell(MINE)  # like a startup file, not stored
+    yield shell
+    shell.reset()
+
+
+def run(shell, source):
+    with capture_output() as shown:
+        shell.run_cell(source, store_history=True).raise_error()
+    return shown
+
+
+@pytest.mark.parametrize("name", [*READ_TABLES, "10_your_optimizer"])
+def test_cells_run_twice_and_in_any_order(shell, name):
+    cells = sources(name)
+    for source in cells:
+        run(shell, source)
+    run(shell, "mine = 1\nhere: int = None")
+    again = random.Random(name).sample(cells, len(cells))
+    for source in again:
+        run(shell, source)
+
+
+def test_another_parameter_and_all_cells_again(shell):
+    """What a cell kept of the first scale must not reach the second."""
+    cells = sources("05_qat")
+    shown = []
+    for scale in ("pocket", "laptop"):
+        for source in cells:
+            run(shell, source.replace('"pocket"', f'"{scale}"'))
+        shown.append(set(shell.user_ns["losses"]["size"]))
+        assert shell.user_ns["study"].scale == scale
+    assert shown == [{"0.03M", "0.08M"}, {"0.08M", "0.16M"}]
+    assert {folder.name for folder in paths.RUNS.iterdir()} == {"pocket", "laptop"}
+
+
+def test_a_figure_at_the_end_of_a_cell_is_shown_once(shell):
+    """Figures that pyplot knows are shown by the inline backend again when a cell ends."""
+    run(shell, "import matplotlib.pyplot as plt\nfrom beyond_outliers.plots.theme import panels")
+    run(shell, "panels(['one', 'two'])[0]")
+    run(shell, "from beyond_outliers.plots import staircases")
+    run(
+        shell, "import pandas as pd\nstaircases(pd.DataFrame(columns=['scheme', 'x', 'y', 'gradient']), {'ste': 'STE'})"
+    )
+    assert shell.user_ns["plt"].get_fignums() == []
