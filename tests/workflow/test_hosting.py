@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from beyond_outliers import pages, paths
+from beyond_outliers import pages, paths, site
 from beyond_outliers.cli import main
 
 ROOT = paths.ROOT
