@@ -74,6 +74,21 @@ def test_a_run_leaves_its_folder(run_config, tmp_path):
     assert torch.equal(model.state_dict()["final_norm.gain"], final_weights(result)["final_norm.gain"])
 
 
+def test_what_the_caller_has_set_in_torch_changes_no_bit(run_config, tmp_path):
+    config = run_config.replace(optimizer="soap", hyper={"frequency": 3})
+    expected = train(config, root=tmp_path / "plain", progress=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = train(config, root=tmp_path / "set", progress=False)
+            assert build_model(config).embedding.weight.dtype == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_weights(final_weights(found), final_weights(expected))
+    assert found.row["val_loss"] == expected.row["val_loss"]
+
+
 def test_a_finished_run_is_only_loaded(run_config, tmp_path, monkeypatch):
     first = train(run_config, root=tmp_path, progress=False)
     monkeypatch.setattr(training, "_Run", lambda *_: pytest.fail("trained again"))

@@ -45,7 +45,7 @@ def optimal_gaussian_scale(bits: int) -> float:
 class _StraightThrough(torch.autograd.Function):
     """Forward the rounded tensor in place of x; backward the gradient times `mask` (uint8), or all of it."""
 
-    generate_vmap_rule = True  # with `setup_context`, what torch.func asks for
+    generate_vmap_rule = True  # with `setup_context`, what torch.func asks for; a jvp would be in the compiler's way
 
     @staticmethod
     def forward(x: Tensor, rounded: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,17 +54,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor):
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (mask,) = ctx.saved_tensors
         return (grad if mask is None else grad * mask), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        (mask,) = ctx.saved_tensors
-        return tangent.clone() if mask is None else tangent * mask
 
 
 class QuestQuantizer(nn.Module):

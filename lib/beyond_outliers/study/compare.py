@@ -96,7 +96,8 @@ def define(
 def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
     """Rates around the best of a scale with grids, ascending: at its smallest swept size, trained one after the other.
 
-    The runs are those of a sweep. RuntimeError where the best is not found within a dozen.
+    The runs are those of a sweep. ValueError where the best is not found within a dozen,
+    or where the rate has no effect.
     """
     first = study.protocol.sweep_runs(study.sizes_of("sweep")[0])[0].config
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def device_named(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, torch makes float32 tensors and keeps gradients, whatever the caller has set for the process."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
