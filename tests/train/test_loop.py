@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from beyond_outliers.cli import main
 from beyond_outliers.quantizers import QuestQuantizer
 from beyond_outliers.train import (
     build_model,
@@ -28,7 +29,6 @@ from beyond_outliers.train import (
     weights_path,
 )
 from beyond_outliers.train import loop as training
-from beyond_outliers.train.__main__ import main
 
 
 def final_weights(result):
@@ -265,7 +265,7 @@ def test_two_workers_train_as_one(run_config, tmp_path):
 
 def test_the_command_line_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
-        main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
+        main(["train", "--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
     assert "valid: tiny, small" in capsys.readouterr().err
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
         machine.device_named("gpu")

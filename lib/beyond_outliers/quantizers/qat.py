@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.run import SCHEMES
 from beyond_outliers.passes import keeps_tensors
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
@@ -175,7 +176,6 @@ def _notice_step(quantizer: LSQQuantizer, _keys):
 
 
 BITS = tuple(range(1, 9))
-SCHEMES = ("quest", "ste", "lsq")
 Quantizer = QuestQuantizer | AbsMaxQuantizer | LSQQuantizer
 
 

@@ -1,6 +1,6 @@
 """An optimizer from outside beside the six: its runs and tables, made where the scale's own stay as they are.
 
-    python -m beyond_outliers.study compare --scale pocket --optimizer pytorch_optimizer:Lion     (make compare)
+    beyond-outliers compare --scale pocket --optimizer pytorch_optimizer:Lion     (make compare)
 
 It is trained and measured as the scale's own are: sizes, seeds, formats, rule of the learning rate. Where no rates are
 given, they are looked for from the class's own default, a factor of 3 apart, until the best lies between two others.
