@@ -6,6 +6,7 @@ import pytest
 
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.cli import main
 from beyond_outliers.study.verify import committed
 
 
@@ -192,14 +193,14 @@ def test_an_index_of_missing_or_mute_pages_is_refused(one_page):
 
 
 def test_pages_are_checked_from_the_shell(one_page, capsys):
-    assert pages.main(["check", "--scale", "smoke"]) == 0
+    assert main(["pages", "check", "--scale", "smoke"]) == 0
     assert "1 pages of scale smoke are up to date" in capsys.readouterr().out
     one_page.write_text(one_page.read_text().replace("made from ", "made from 0"))
     with pytest.raises(SystemExit) as left:
-        pages.main(["check", "--scale", "smoke"])
+        main(["pages", "check", "--scale", "smoke"])
     assert left.value.code == 1 and "make figures SCALE=smoke" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        pages.main(["check", "--scale", "huge"])
+        main(["pages", "check", "--scale", "huge"])
     assert "huge" in capsys.readouterr().err
 
 

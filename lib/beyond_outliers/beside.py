@@ -1,10 +1,7 @@
 """Yours beside ours: the runs that were made here, and the verdicts on them, beside the committed tables of the scale.
 
-python -m beyond_outliers.beside --scale pocket    prints the comparison and writes it beside your figures
+`make reproduce` and `make figures` end with it: they print the comparison and write it beside your figures.
 """
-
-import argparse
-import sys
 
 import numpy as np
 import pandas as pd
@@ -13,7 +10,6 @@ from beyond_outliers import paths
 from beyond_outliers.claims.comparison import label
 from beyond_outliers.claims.evidence import judged
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
-from beyond_outliers.config.outside import parted
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults, read_table
@@ -180,22 +176,3 @@ def _page(scale: str, said: list[str], machines: list[str], table, verdicts, run
 
 def _markdown(table: pd.DataFrame, digits: int) -> str:
     return markdown_table(table.style.hide(axis="index").format(precision=digits, na_rep="").to_html())
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.beside", description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", required=True, help="which study of data/scales")
-    given = parser.parse_args(arguments)
-    if parted(given.scale)[1]:
-        return 0  # an optimizer from outside: its page is the comparison
-    try:
-        print(write(given.scale))
-    except NothingOfYourOwn as nothing:
-        print(f"Yours beside ours: {nothing}.")
-    except ValueError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
+from beyond_outliers.passes import tensors
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 
@@ -167,6 +168,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
         (x,) = (*args, *kwargs.values())[:1]
         if x is not previous[0] or x._version != previous[1]:  # the same tensor, and not changed in place since
             previous[:] = x, x._version, _input_sums(x, spec)
+        output = next(tensors(output))  # I-BERT's layers return a scale beside it
         bare = _wide(output) if module.bias is None else _wide(output) - _wide(module.bias)
         row = torch.cat([previous[2], bare.square().sum(dtype=torch.float64)[None]])
         name = linears[module]

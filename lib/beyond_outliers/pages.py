@@ -6,17 +6,15 @@ wrote, an HTML table becomes a Markdown table, code is left out. What changes fr
 substance (commit, versions, object addresses) does not enter, so the same tables give the same bytes. The first line
 is a fingerprint of the notebook's source and of the scale's tables, by which a stale page is recognised.
 
-python -m beyond_outliers.pages index --scale laptop     figures/laptop/README.md, a row a page
-python -m beyond_outliers.pages check --scale laptop     whether every page is there and of these tables
-python -m beyond_outliers.pages readme --scale laptop    the decision table in README.md
+beyond-outliers pages index --scale laptop     figures/laptop/README.md, a row a page
+beyond-outliers pages check --scale laptop     whether every page is there and of these tables
+beyond-outliers pages readme --scale laptop    the decision table in README.md
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpecManager
@@ -26,13 +24,12 @@ from beyond_outliers import checksums, paths
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.markdown import markdown_table
-from beyond_outliers.study.tables import MissingResults
 from beyond_outliers.terms import explained
 
 FIGURE = re.compile(r"^figure ([\w.+-]+)$")  # what a saved figure says of itself as plain text
 SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\.png\)")  # how a page shows it
 LARGEST = 150_000  # bytes a page
-BEGIN, END = "<!-- decisions of scale {scale}: python -m beyond_outliers.pages readme -->", "<!-- end of decisions -->"
+BEGIN, END = "<!-- decisions of scale {scale}: beyond-outliers pages readme -->", "<!-- end of decisions -->"
 
 
 CAPTION = """*Loss on held-out text in scale [{scale}](figures/{scale}/README.md): means over sizes and seeds, with 95 %
@@ -254,26 +251,3 @@ def write_decisions(readme: Path, scale: str) -> None:
     if not 0 <= begin < end:
         raise ValueError(f"{readme} lacks the lines {BEGIN.format(scale=scale)!r} and {END!r}")
     paths.write_whole(readme, text[:begin] + decisions(scale) + text[end + len(END) :])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.pages", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["check", "index", "readme"])
-    parser.add_argument("--scale", required=True, help="which study of data/scales, or pocket+lion: of make compare")
-    given = parser.parse_args(arguments)
-    try:
-        if given.command == "check":
-            names = names_of(given.scale)
-            check_pages(given.scale, names)
-            print(f"{len(names)} pages of scale {given.scale} are up to date")
-        elif given.command == "index":
-            print(write_index(given.scale))
-        else:
-            write_decisions(paths.ROOT / "README.md", given.scale)
-    except (StalePage, checksums.DamagedFile, FileNotFoundError, ValueError, MissingResults) as error:
-        parser.exit(1, f"{error}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -116,13 +116,13 @@ def keeps_tensors() -> bool:
 def made_once(cache: dict, key, make: Callable):
     """cache[key], made by `make()` at the first call, so that training can use what an inference made.
 
-    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept. So it is in a compiled inference,
-    where the mode cannot be left: what is made is part of the program.
+    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept. So it is in a compiled pass
+    without gradients, which inference_mode is one of: a program cannot leave that mode, so that what it makes is its.
     """
     if not keeps_tensors():
         return make()
     if key not in cache:
-        if torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return make()
         with torch.inference_mode(False):
             cache[key] = make()

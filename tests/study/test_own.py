@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.cli import main
 from beyond_outliers.study import MissingResults, Study, collect, own
-from beyond_outliers.study.__main__ import main
 from repository import repository_of_pocket
 
 COMMITTED = paths.RESULTS / "pocket"
@@ -111,7 +111,7 @@ def test_incomplete_tables_are_published_only_when_told(committed, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["publish", "--scale", "pocket"])
     said = capsys.readouterr().err
-    assert stopped.value.code == 1 and bytes_of(committed) == before
+    assert stopped.value.code == 2 and bytes_of(committed) == before
     assert gone in said and "make reproduce SCALE=pocket" in said and "PARTIAL=1" in said
     assert main(["publish", "--scale", "pocket", "--partial"]) == 0
     assert "1 that were there are gone" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_incomplete_tables_are_published_only_when_told(committed, capsys):
 def test_tables_without_verdicts_are_not_published(committed, monkeypatch):
     own.take_up(Study("pocket"))
     monkeypatch.setattr(Study, "complete", lambda self: True)
-    with pytest.raises(ValueError, match=r"lacks claims\.csv: run `python -m beyond_outliers\.claims --scale pocket`"):
+    with pytest.raises(ValueError, match=r"lacks claims\.csv: run `beyond-outliers claims --scale pocket`"):
         own.publish(Study("pocket"), partial=True)
 
 

@@ -127,7 +127,7 @@ def test_every_target_was_measured_and_every_miss_has_its_reason():
 
 
 def test_the_readme_says_what_the_tables_of_the_confirmatory_study_say():
-    """Its decisions, word for word; `python -m beyond_outliers.pages readme --scale confirm` writes them."""
+    """Its decisions, word for word; `beyond-outliers pages readme --scale confirm` writes them."""
     block = pages.decisions("confirm")
     assert block in README.read_text()
     rows = pd.read_csv(paths.RESULTS / "confirm" / "verdicts.csv")

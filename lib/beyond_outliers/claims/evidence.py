@@ -111,7 +111,7 @@ def evidence(study) -> pd.DataFrame:
     figure and notebook; and the command that prints the rows behind it."""
     rows = []
     for row in judged(study).itertuples():
-        figure, command = FIGURES[row.id], f"python -m beyond_outliers.claims show {row.id} --scale {study.scale}"
+        figure, command = FIGURES[row.id], f"beyond-outliers claims {row.id} --scale {study.scale}"
         estimate = f"{written((row.value, row.low, row.high), 2)}, " if pd.notna(row.value) else ""
         links = [
             link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),

@@ -176,7 +176,7 @@ def complete_cells(study) -> int:
 
 def verdicts(study) -> pd.DataFrame:
     """One row a claim: id, section, claim, statistic, paper, value, low, high, n, unit, holds, verdict, comment,
-    notebook. Computed from the study's tables; `python -m beyond_outliers.claims` writes them to claims.csv.
+    notebook. Computed from the study's tables; `beyond-outliers claims` writes them to claims.csv.
     """
     texts = pd.read_csv(paths.PAPER / "claims.csv").set_index("id")
     cells = complete_cells(study)

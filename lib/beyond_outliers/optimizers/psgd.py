@@ -35,7 +35,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require
+from beyond_outliers.optimizers.groups import require, whole
 from beyond_outliers.optimizers.linalg import add_gram_, norm_lower_bound, norm_lower_bound_of_gram, strips
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -64,19 +64,12 @@ class PSGD(StackedOptimizer):
         update_probability: float | None = None,
         seed: int = 0,
     ):
+        require(whole(0, 2**63), "seed", seed)
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         defaults |= {"preconditioner_lr": preconditioner_lr, "max_size_triangular": max_size_triangular}
         super().__init__(params, defaults | {"update_probability": update_probability})
         device = next(p.device for group in self.param_groups for p in group["params"])
         self.generator = torch.Generator(device).manual_seed(seed)
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        rate, size, share = (group[k] for k in ("preconditioner_lr", "max_size_triangular", "update_probability"))
-        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
-        require(0 < rate <= 1, "preconditioner_lr", rate, "in (0, 1]")
-        require(size >= 0, "max_size_triangular", size, "at least 0")
-        require(share is None or 0 < share <= 1, "update_probability", share, "None or in (0, 1]")
 
     def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
         return {**super().__getstate__(), "generator": self.generator}

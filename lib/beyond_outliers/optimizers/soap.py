@@ -17,12 +17,9 @@ for them too, as in the reference). The paper's configuration is the reference's
 correction, but for the weight decay (0.01 in the reference).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require, require_betas
 from beyond_outliers.optimizers.linalg import add_gram_, eigh
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -49,15 +46,6 @@ class SOAP(StackedOptimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "shampoo_beta": shampoo_beta}
         defaults |= {"eps": eps, "frequency": frequency, "max_preconditioned_size": max_preconditioned_size}
         super().__init__(params, defaults)
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        beta = group["shampoo_beta"]
-        require_betas(group["betas"])
-        require(beta is None or 0 <= beta < 1, "shampoo_beta", beta, "None or in [0, 1)")
-        require(0 <= group["eps"] < math.inf, "eps", group["eps"], "at least 0")
-        for name in ("frequency", "max_preconditioned_size"):
-            require(group[name] >= 1, name, group[name], "at least 1")
 
     def squares(self, group: dict) -> bool:
         return True

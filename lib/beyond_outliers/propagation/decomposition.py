@@ -64,6 +64,7 @@ class _Row:
         self.output = Ratios(reduction)
         self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
         self.phi, self.psi = Ratios(reduction), Ratios(reduction)
+        self.other_integers = False  # such as the entries of a table that a router picks
 
     def add(self, call: Call, quantized_call: Call, in_place: bool, outputs: Callable):
         """`outputs`: picks the tensors to compare from what the module returns."""
@@ -76,6 +77,10 @@ class _Row:
         h, hq = ([as_real(x) for x in floats(values)] for values in (given, given_q))
         f_h, fq_hq = outputs(call.output), outputs(quantized_call.output)
         same_inputs = same_tensors(given, given_q)
+        integers = (
+            [x for x in values if not x.is_floating_point() and not x.is_complex()] for values in (given, given_q)
+        )
+        self.other_integers |= not same_inputs and not same_tensors(*integers)
         if h or not same_inputs:
             f_hq, fq_h = evaluate(self.module, quantized_call), evaluate(self.quantized, call)
         else:  # nothing that quantization could have changed goes in
@@ -124,6 +129,7 @@ class _Row:
         sums = [ratios.sums for ratios in self.inputs.values() if isinstance(ratios.sums, Tensor)]
         changed = [s for s in sums if s[1] != 0]
         r_in = float(sum(s[1] for s in changed) / sum(s[0] for s in changed)) if changed else 0.0
+        r_in = np.nan if self.other_integers else r_in
         row = {"name": self.name, "kind": self.kind, "R": r, "A": a, "B": b, "C": c}
         row |= {"gain": a / r_in if r_in else np.nan}
         row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
@@ -174,7 +180,8 @@ def decompose(
     model have no row; a CoverageWarning names them.
 
     Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
-    quantity is not defined (gain of a module whose input has no error; ratios of what is not linear).
+    quantity is not defined (gain of a module whose input has no error; ratios of what is not linear; R_in where the
+    two models give a module other integers, such as the entries of a table that it is to look up).
 
     Cost: one pass of the first batch to see what runs, then a batch at a time one pass of each model and, a module at
     a time, the two crossed evaluations. Memory: the activations of one full-precision pass over one batch, released

@@ -27,6 +27,7 @@ from beyond_outliers.llama import Llama
 from beyond_outliers.model import Olmo2
 from beyond_outliers.quantizers.convert import prepare_qat
 from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.train.machine import plain_torch
 
 MODELS: dict[type[ModelConfig], Callable[..., Decoder]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
 
@@ -111,12 +112,12 @@ def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object
 
 def build_model(config: RunConfig) -> Decoder:
     """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), plain_torch():
         torch.manual_seed(config.seed)
         model = MODELS[type(config.model)](config.model)
-    if config.quantization:
-        spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
-        model = cast(Decoder, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
+        if config.quantization:
+            spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
+            model = cast(Decoder, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
     return model
 
 

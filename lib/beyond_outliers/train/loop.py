@@ -37,7 +37,14 @@ from beyond_outliers.train.folder import (
     weights_path,
 )
 from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
-from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
+from beyond_outliers.train.machine import (
+    LossModule,
+    check_shares,
+    device_named,
+    plain_torch,
+    provenance,
+    should_compile,
+)
 from beyond_outliers.train.resume import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 from beyond_outliers.train.workers import Workers, place
@@ -80,7 +87,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world, rank = place()
-    with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+    with plain_torch(), held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
         if (done := load_result(folder)) is None:  # of the process that held the run
             run = _Run(config, folder, device, compile, recompute, progress, shard)
             try:
@@ -120,6 +127,7 @@ class _Run:
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before the schedule, and any state
         self.compiled = should_compile(compile, config, self.device) and not shard
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
@@ -202,8 +210,8 @@ class _Run:
         )
         parts = max(1, len(ids) // config.micro_batch)
         factor = schedule(self.step, config.steps, config.warmup, config.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
         hold = parts > 1 and config.quantization and not self.workers.shard  # a share of a weight cannot be rounded
         with weights_held(self.model) if hold else contextlib.nullcontext():  # QAT: once a step, not a micro-batch
@@ -224,7 +232,7 @@ class _Run:
         return mean
 
     def _autocast(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     # --------------------------------------------------------------------------------------- evaluation and the folder
 

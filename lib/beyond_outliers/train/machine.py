@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,11 +28,25 @@ COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below,
 def device_named(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch sees no CUDA device here; valid: cpu, auto")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, torch makes float32 tensors and keeps gradients, whatever the caller has set for the process."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:

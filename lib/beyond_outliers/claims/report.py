@@ -1,10 +1,5 @@
-"""The verdicts of a study from the shell: written to its claims.csv, or one claim shown with the rows behind it.
+"""The verdicts of a study: written to its claims.csv, or one claim shown with the rows behind it."""
 
-python -m beyond_outliers.claims --scale laptop            writes claims.csv (and SHA256SUMS) beside the tables
-python -m beyond_outliers.claims show C4 --scale laptop    verdict, rule, figure, rows; writes nothing
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,9 +10,7 @@ from beyond_outliers.claims.confirm_rules import SCALE
 from beyond_outliers.claims.evidence import FIGURES, judged, rule_place
 from beyond_outliers.claims.ledger import CLAIMS, complete_cells, rules, verdicts
 from beyond_outliers.claims.statistics import verdict
-from beyond_outliers.config.protocol import scales
 from beyond_outliers.study.study import Study
-from beyond_outliers.study.tables import MissingResults
 
 
 def write_verdicts(study: Study, checked: bool = False) -> Path:
@@ -66,26 +59,3 @@ def show(study: Study, name: str, limit: int | None) -> str:
     lines += ["", shown.to_string(index=False, float_format="{:.4g}".format)]
     more = len(rows) - len(shown)
     return "\n".join(lines + [f"... and {more:,} rows more (--rows 0: all)"] * (more > 0))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("command", nargs="*", metavar="show CLAIM", help="a claim to show: show C4; without: write all")
-    parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
-    parser.add_argument("--rows", type=int, default=60, help="how many rows to show, 0: all (default 60)")
-    parser.add_argument("--checked", action="store_true", help="refuse tables that are not what was written")
-    given = parser.parse_args(arguments)
-    if given.command and (given.command[0] != "show" or given.command[1:] not in [[name] for name in CLAIMS]):
-        parser.error(f"cannot do {' '.join(given.command)!r}; valid: show CLAIM, with CLAIM of {', '.join(CLAIMS)}")
-    study = Study(given.scale)
-    try:
-        print(
-            show(study, given.command[1], given.rows or None) if given.command else write_verdicts(study, given.checked)
-        )
-    except (MissingResults, checksums.DamagedFile) as missing:
-        parser.exit(1, f"{missing}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
