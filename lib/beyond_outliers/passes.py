@@ -75,14 +75,15 @@ def text_tokens(batch) -> Tensor | None:
 
 
 def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """The rows of x (B, T, ...) or (B T, ...) at the text's tokens, (rows, ...): `tokens` is what `text_tokens` gave.
+    """The rows of x (B, T, ...), (B T, ...) or (B, heads, T, n) at the text's tokens: `tokens` is of `text_tokens`.
 
     x itself where `tokens` is None, and where x has other rows than one a token (a pooled state, an expert's share).
     """
     if tokens is not None:
-        for rows in (tokens, tokens.flatten()):
-            if x.shape[: rows.ndim] == rows.shape:
-                return x[rows.to(x.device)]
+        by_head = x.transpose(1, -2) if x.ndim == 4 else x
+        for rows, of in ((tokens, x), (tokens.flatten(), x), (tokens, by_head)):
+            if of.shape[: rows.ndim] == rows.shape:
+                return of[rows.to(x.device)]
     return x
 
 
@@ -103,6 +104,21 @@ def plain_settings() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's CPU threads set to one inside, and back to what they were.
+
+    For decompositions of matrices (`torch.linalg.eigh`, `eigvalsh`, `svdvals`): their small steps wait for each other
+    between threads, on a busy machine seconds for what one thread does in milliseconds. Also a decorator.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 # -------------------------------------------------------------------------------------------- tensors made only once
