@@ -1,9 +1,9 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
-#   make reproduce              train, quantize, measure, run every notebook, compare   (SCALE=pocket)
+#   make reproduce              train, quantize, measure, run every notebook, compare   (SCALE=pocket, CORES=: what is allowed)
 #   make test                   everything: checks, the test suite, a whole study at scale smoke   (PYTHON=python3.13: on that one)
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
-#   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and the README's
+#   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and that of docs/speed.md
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
@@ -12,13 +12,20 @@
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make lock                   environment.lock, the same versions with hashes, again from environment.yml (needs uv)
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
-#   make lab                    JupyterLab
+#   make lab                    JupyterLab (OPTIONS=--no-browser)
 #   make clean | make distclean remove what can be made again | the environment and downloads, too
 
 SCALE  ?= pocket
-CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTHON ?= python3
 VENV   := .venv
+JOBS    = $(if $(CORES),--jobs $(CORES))
+# What may be said on the command line; another word there is misspelt, and would mean nothing.
+VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR OPTIONS OPTIMIZER HYPER RATES NAME ONLY PYTHON \
+	OMP_NUM_THREADS TOKENIZERS_PARALLELISM SHELL
+GIVEN  := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+ifneq ($(filter-out $(VALID),$(GIVEN)),)
+  $(error unknown variable $(filter-out $(VALID),$(GIVEN)); valid: $(VALID))
+endif
 # A Python that is named, of another version than the environment that is there, has one of its own beside it.
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(origin PYTHON),command line)
@@ -52,33 +59,29 @@ $(READY): environment.yml pyproject.toml
 	touch $@
 
 reproduce: $(READY)
-	@$(BIN)/python -m beyond_outliers.study reproduce --scale $(SCALE) --jobs $(CORES) \
+	@$(BIN)/beyond-outliers reproduce --scale $(SCALE) $(JOBS) \
 		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(OPTIONS),--options="$(OPTIONS)")
-	@$(BIN)/python -m beyond_outliers.study where --scale $(SCALE)
-	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
 
 figures: $(READY)
-	$(BIN)/python -m beyond_outliers.study render --scale $(SCALE) --jobs $(CORES)
-	@$(BIN)/python -m beyond_outliers.beside --scale $(SCALE)
+	$(BIN)/beyond-outliers figures --scale $(SCALE) $(JOBS)
 
 publish: $(READY)
-	$(BIN)/python -m beyond_outliers.claims --scale $(SCALE)
-	$(BIN)/python -m beyond_outliers.study publish --scale $(SCALE) $(if $(PARTIAL),--partial)
+	$(BIN)/beyond-outliers claims --scale $(SCALE)
+	$(BIN)/beyond-outliers publish --scale $(SCALE) $(if $(filter-out 0 no false,$(PARTIAL)),--partial)
 
 continue: $(READY)
-	$(BIN)/python -m beyond_outliers.study continue --scale $(SCALE) --jobs $(CORES) \
-		$(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))
+	$(BIN)/beyond-outliers continue --scale $(SCALE) $(JOBS) $(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))
 
 verify: $(READY)
-	@$(BIN)/python -m beyond_outliers.study verify \
+	@$(BIN)/beyond-outliers verify \
 		$(if $(filter command environment,$(firstword $(origin SCALE))),--scale $(SCALE)) $(if $(RUNS),--runs $(RUNS))
 
 compare: $(READY)
-	$(BIN)/python -m beyond_outliers.study compare --scale $(SCALE) --optimizer "$(OPTIMIZER)" \
+	$(BIN)/beyond-outliers compare --scale $(SCALE) --optimizer "$(OPTIMIZER)" \
 		$(if $(HYPER),--hyper "$(HYPER)") $(if $(RATES),--rates $(RATES)) $(if $(NAME),--name $(NAME))
 
 plan: $(READY)
-	@$(BIN)/python -m beyond_outliers.study plan --scale $(SCALE)
+	@$(BIN)/beyond-outliers plan --scale $(SCALE)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -103,7 +106,7 @@ hooks: $(READY)
 	$(BIN)/pre-commit install
 
 lab: $(READY)
-	$(BIN)/jupyter lab --config=notebooks/jupyter_lab_config.py $(OPTIONS)
+	$(BIN)/jupyter lab --config=notebooks/jupyter_lab_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(OPTIONS)
 
 clean:
 	rm -rf data/runs data/cache/corpus data/cache/compiled .snakemake .pytest_cache .ruff_cache .mypy_cache

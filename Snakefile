@@ -121,7 +121,7 @@ rule corpus:
         mem_mb=8000,
         runtime=tokenizing,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study corpus --scale {SCALE:q} > {output:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback corpus --scale {SCALE:q} > {output:q}"
 
 
 rule train:
@@ -137,7 +137,7 @@ rule train:
         runtime=asked(minutes),
         **{"gpu": GPUS} if GPUS else {},
     shell:
-        "{PYTHON:q} -m beyond_outliers.study train --scale {SCALE:q} --run {wildcards.run:q} --quiet --processes {GPUS:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback run --scale {SCALE:q} --run {wildcards.run:q} --quiet --processes {GPUS:q}"
 
 
 # of scales whose learning rates are searched for: all runs of a search, which decides from run to run
@@ -154,7 +154,7 @@ rule tune:
         runtime=3 * 1440,
         **ON_GPUS,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study tune --scale {SCALE:q} --size {wildcards.size:q} "
+        "{PYTHON:q} -m beyond_outliers --traceback tune --scale {SCALE:q} --size {wildcards.size:q} "
         "--optimizer {wildcards.optimizer:q} --quiet > {output:q}"
 
 
@@ -167,7 +167,7 @@ checkpoint choose:
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
 
 
 rule measure:
@@ -182,7 +182,7 @@ rule measure:
         runtime=1440,
         **ON_GPUS,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
+        "{PYTHON:q} -m beyond_outliers --traceback measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
         "--size {wildcards.size:q}"
 
 
@@ -195,7 +195,7 @@ rule collect:
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study collect --scale {SCALE:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback collect --scale {SCALE:q}"
 
 
 rule claims:
@@ -206,7 +206,7 @@ rule claims:
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers.claims --scale {SCALE:q} --checked"
+        "{PYTHON:q} -m beyond_outliers --traceback claims --scale {SCALE:q} --checked"
 
 
 rule notebook:
@@ -219,7 +219,7 @@ rule notebook:
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers.study notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
+        "{PYTHON:q} -m beyond_outliers --traceback notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
 
 
 rule index:
@@ -230,4 +230,4 @@ rule index:
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers.pages index --scale {SCALE:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback pages index --scale {SCALE:q}"

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import beside, paths
+from beyond_outliers.cli import say_where
 from beyond_outliers.study import Study, own
 from repository import repository_of_pocket
 
@@ -78,12 +79,12 @@ def test_the_comparison_is_printed_and_written_beside_ones_own_figures(repositor
     own.take_up(study)
     names = made(monkeypatch, study, {0: 0.25, 1: -0.5})
     committed = {file: file.read_bytes() for file in (repository / "results").rglob("*.csv")}
-    assert beside.main(["--scale", "pocket"]) == 0
+    say_where(Study("pocket"))
     said = capsys.readouterr().out
     assert f"Of {len(names)} runs made here, {len(names) - 2} end at the committed loss to the last digit" in said
     assert f"by 0.5000 at most ({names[1]})" in said and "of 14 verdicts agree" in said
     page = (paths.RUNS / "pocket" / "figures" / "comparison.md").read_text()
-    assert "](../../../../README.md#the-same-numbers)" in page
+    assert "](../../../../docs/reproducibility.md)" in page
     for words in (names[0], names[1], "| C14 |", "same to the last digit", "| AdamW |"):
         assert words in page
     assert names[2] not in page  # runs that agree are counted, not listed
@@ -97,15 +98,15 @@ def test_a_verdict_that_differs_is_named(repository, monkeypatch):
     study = Study("pocket")
     own.take_up(study)
     made(monkeypatch, study, {})
-    verdicts = pd.read_csv(repository / "results" / "pocket" / "claims.csv")
-    verdicts.loc[verdicts.id == "C4", "verdict"] = "reproduced"
-    verdicts.to_csv(study.results / "claims.csv", index=False)
+    verdicts = pd.read_csv(repository / "results" / "pocket" / "judged.csv")
+    verdicts.loc[verdicts.id == "C4", "verdict"] = "tie"
+    verdicts.to_csv(study.results / "judged.csv", index=False)
     said = beside.write("pocket")
-    assert "13 of 14 verdicts agree: not C4 (reproduced; ours undecided)" in said
+    assert "13 of 14 verdicts agree: not C4 (tie; ours reproduced)" in said
 
 
 def test_without_runs_of_ones_own_it_says_so(repository, capsys):
-    assert beside.main(["--scale", "pocket"]) == 0
+    say_where(Study("pocket"))
     assert "make reproduce SCALE=pocket" in capsys.readouterr().out
     own.take_up(Study("pocket"))
     with pytest.raises(beside.NothingOfYourOwn, match="taken up from the committed"):

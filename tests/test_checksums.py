@@ -125,6 +125,6 @@ def test_the_committed_tables_are_what_was_written(scale):
     folder = paths.RESULTS / scale
     if scale == "smoke":
         pytest.skip("not committed")
-    remedy = f"`python -m beyond_outliers.claims --scale {scale}` takes them as they are"
+    remedy = f"`beyond-outliers claims --scale {scale}` takes them as they are"
     check(folder, *[file.name for file in folder.glob("*.csv")], remedy=remedy)
     assert read_sums(folder) is not None, remedy

@@ -6,6 +6,7 @@ import pytest
 
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.cli import main
 from beyond_outliers.study.verify import committed
 
 
@@ -192,22 +193,22 @@ def test_an_index_of_missing_or_mute_pages_is_refused(one_page):
 
 
 def test_pages_are_checked_from_the_shell(one_page, capsys):
-    assert pages.main(["check", "--scale", "smoke"]) == 0
+    assert main(["pages", "check", "--scale", "smoke"]) == 0
     assert "1 pages of scale smoke are up to date" in capsys.readouterr().out
     one_page.write_text(one_page.read_text().replace("made from ", "made from 0"))
     with pytest.raises(SystemExit) as left:
-        pages.main(["check", "--scale", "smoke"])
+        main(["pages", "check", "--scale", "smoke"])
     assert left.value.code == 1 and "make figures SCALE=smoke" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        pages.main(["check", "--scale", "huge"])
+        main(["pages", "check", "--scale", "huge"])
     assert "huge" in capsys.readouterr().err
 
 
-def test_findings_are_put_between_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "headlines", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
+def test_decisions_are_put_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "decisions", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{pages.BEGIN.format(scale='laptop')}\n- old\n{pages.END}\nafter\n")
-    pages.write_headlines(readme, "laptop")
+    pages.write_decisions(readme, "laptop")
     assert readme.read_text() == f"before\n{pages.BEGIN.format(scale='laptop')}\n- new\n{pages.END}\nafter\n"
     with pytest.raises(ValueError, match="lacks the lines"):
-        pages.write_headlines(readme, "pocket")
+        pages.write_decisions(readme, "pocket")

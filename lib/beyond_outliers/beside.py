@@ -1,10 +1,7 @@
 """Yours beside ours: the runs that were made here, and the verdicts on them, beside the committed tables of the scale.
 
-python -m beyond_outliers.beside --scale pocket    prints the comparison and writes it beside your figures
+`make reproduce` and `make figures` end with it: they print the comparison and write it beside your figures.
 """
-
-import argparse
-import sys
 
 import numpy as np
 import pandas as pd
@@ -13,7 +10,6 @@ from beyond_outliers import paths
 from beyond_outliers.claims.compare import label
 from beyond_outliers.claims.verdicts import headlines, read_verdicts
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
-from beyond_outliers.config.outside import parted
 from beyond_outliers.markdown import markdown_table
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults, read_table
@@ -169,7 +165,7 @@ def _page(scale: str, said: list[str], machines: list[str], table, verdicts, run
         " ".join(said),
         f"Yours ran on {machines[0]}; the committed ones on {machines[1]}. Losses are final validation losses, in nats "
         "a token; differences are yours less ours, without their sign where median and largest are taken. What differs "
-        f"between machines, and how much: [README]({paths.way_up(paths.figures(scale))}/README.md#the-same-numbers).",
+        f"between machines: [reproducibility]({paths.way_up(paths.figures(scale))}/docs/reproducibility.md).",
         "## By optimizer",
         _markdown(table.rename(columns=names), 5),
         "## The verdicts",
@@ -182,22 +178,3 @@ def _page(scale: str, said: list[str], machines: list[str], table, verdicts, run
 
 def _markdown(table: pd.DataFrame, digits: int) -> str:
     return markdown_table(table.style.hide(axis="index").format(precision=digits, na_rep="").to_html())
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.beside", description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", required=True, help="which study of data/scales")
-    given = parser.parse_args(arguments)
-    if parted(given.scale)[1]:
-        return 0  # an optimizer from outside: its page is the comparison
-    try:
-        print(write(given.scale))
-    except NothingOfYourOwn as nothing:
-        print(f"Yours beside ours: {nothing}.")
-    except ValueError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

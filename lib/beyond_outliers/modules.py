@@ -160,8 +160,8 @@ def find_head(model: nn.Module) -> str | None:
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     shared = {id(table.weight) for table in tables}
     linears = [(name, module) for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
-    declared = _declared(model, "get_output_embeddings")
-    found = [name for name, module in linears if module is declared]
+    head = declared(model, "get_output_embeddings")
+    found = [name for name, module in linears if module is head]
     found += [name for name, module in linears if id(module._parameters.get("weight")) in shared]
     if found:
         return found[0]
@@ -170,19 +170,24 @@ def find_head(model: nn.Module) -> str | None:
     named = certain or [name for name, _ in outside if name.rpartition(".")[2] in HEAD_NAMES]
     if named:
         return named[-1]
-    entries = _declared(model, "get_input_embeddings")
+    entries = declared(model, "get_input_embeddings")
     entries = entries if isinstance(entries, nn.Embedding) else next(iter(tables), None)
     if entries is not None and outside and outside[-1][1].out_features == entries.num_embeddings:
         return outside[-1][0]
     return None
 
 
-def _declared(model: nn.Module, method: str) -> nn.Module | None:
+def declared(model: nn.Module, method: str) -> nn.Module | None:
     """What a `transformers` model says of itself; None where it does not."""
     try:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
+    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))
 
 
 # --------------------------------------------------------------------------------------------- layers in containers

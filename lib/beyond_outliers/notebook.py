@@ -225,7 +225,7 @@ def render(scale: str, jobs: int) -> None:
     names = notebooks(study.protocol)
     if names != [YOURS] and (left_out := sorted(set(notebooks()) - set(names))):
         print(f"left out, because scale {scale} does not plan their runs: {', '.join(left_out)}")
-    command = [sys.executable, "-m", "beyond_outliers.study", "notebook", "--scale", scale, "--tables-only", "--name"]
+    command = [sys.executable, "-m", "beyond_outliers", "notebook", "--scale", scale, "--tables-only", "--name"]
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(
             tqdm(

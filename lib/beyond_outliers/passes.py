@@ -75,14 +75,15 @@ def text_tokens(batch) -> Tensor | None:
 
 
 def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """The rows of x (B, T, ...) or (B T, ...) at the text's tokens, (rows, ...): `tokens` is what `text_tokens` gave.
+    """The rows of x (B, T, ...), (B T, ...) or (B, heads, T, n) at the text's tokens: `tokens` is of `text_tokens`.
 
     x itself where `tokens` is None, and where x has other rows than one a token (a pooled state, an expert's share).
     """
     if tokens is not None:
-        for rows in (tokens, tokens.flatten()):
-            if x.shape[: rows.ndim] == rows.shape:
-                return x[rows.to(x.device)]
+        by_head = x.transpose(1, -2) if x.ndim == 4 else x
+        for rows, of in ((tokens, x), (tokens.flatten(), x), (tokens, by_head)):
+            if of.shape[: rows.ndim] == rows.shape:
+                return of[rows.to(x.device)]
     return x
 
 
@@ -90,19 +91,39 @@ def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def plain_settings() -> Iterator[None]:
-    """No autocast, no gradients and no inference tensors inside, whatever the caller has set.
+def plain_settings(training: bool = False) -> Iterator[None]:
+    """No autocast, no inference tensors and no gradients inside, whatever the caller has set.
 
     For what makes tensors that outlive the call, such as rounded weights: they are the same ones anywhere. Also a
-    decorator, `@plain_settings()`. The default dtype is not touched: whatever this project makes names its own.
+    decorator, `@plain_settings()`. With `training`, gradients are kept, and torch makes float32 tensors by default;
+    without it the default dtype stays what it is, for modules of others may count on theirs: all of this project name
+    their own.
     """
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32 if training else dtype)
         for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(training))
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's CPU threads set to one inside, and back to what they were.
+
+    For decompositions of matrices (`torch.linalg.eigh`, `eigvalsh`, `svdvals`): their small steps wait for each other
+    between threads, on a busy machine seconds for what one thread does in milliseconds. Also a decorator.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 # -------------------------------------------------------------------------------------------- tensors made only once
@@ -116,13 +137,13 @@ def keeps_tensors() -> bool:
 def made_once(cache: dict, key, make: Callable):
     """cache[key], made by `make()` at the first call, so that training can use what an inference made.
 
-    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept. So it is in a compiled inference,
-    where the mode cannot be left: what is made is part of the program.
+    Under fake tensors (torch.export, FakeTensorMode) it is made anew and not kept. So it is in a compiled pass
+    without gradients, which inference_mode is one of: a program cannot leave that mode, so that what it makes is its.
     """
     if not keeps_tensors():
         return make()
     if key not in cache:
-        if torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return make()
         with torch.inference_mode(False):
             cache[key] = make()

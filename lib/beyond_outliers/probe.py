@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from beyond_outliers import paths
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
-from beyond_outliers.modules import evaluating, forward
+from beyond_outliers.modules import declared, evaluating, forward
 from beyond_outliers.passes import tensors
 from beyond_outliers.propagation import RelativeError, decompose, relative_error, rounding_floor, summarise
 from beyond_outliers.quantizers import Quantization, QuantSpec, quantize_model
@@ -132,8 +132,9 @@ def probe(
     more = calibration if spec.method == "gptq" else 0
     with path.open(encoding="utf-8", errors="replace") as file:
         ids = windows(tokenizer, file.read(40 * context * (sequences + more)), context, sequences + more)
-    embedding = getattr(model, "get_input_embeddings", None)
-    size = embedding().num_embeddings if embedding is not None else None
+    size = getattr(
+        declared(model, "get_input_embeddings"), "num_embeddings", None
+    )  # CANINE hashes ids and has no table
     if size is not None and int(ids.max()) >= size:
         raise ValueError(f"the tokenizer gives the id {int(ids.max())}, the model has a vocabulary of {size}")
     if more and len(ids) <= sequences:

@@ -1,19 +1,25 @@
 """The executed notebooks as a web site: their HTML and what it links to, laid out as in the repository, and an index.
 
-python -m beyond_outliers.site FOLDER SCALE ...    after `make figures` of each scale
+beyond-outliers site FOLDER SCALE ...    after `make figures` of each scale
 """
 
-import argparse
 import html
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.pages import names_of, page_of
 
-LINKED = ("data/*.md", "data/*.toml", "data/scales/*.toml", "data/results/*/*.csv", "notebooks/*.ipynb", "README.md")
+LINKED = (
+    "data/*.md",
+    "data/*.toml",
+    "data/scales/*.toml",
+    "data/results/*/*.csv",
+    "notebooks/*.ipynb",
+    "README.md",
+    "docs/*.md",
+)
 
 
 def build(folder: Path, names: list[str]) -> Path:
@@ -46,19 +52,3 @@ def build(folder: Path, names: list[str]) -> Path:
     head += "\n<h1>Beyond outliers: the notebooks, executed</h1>"
     index.write_text("\n".join([head, *sections, "</html>", ""]))
     return index
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.site", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the site goes")
-    parser.add_argument("scales", nargs="+", help="studies of data/scales, and optimizers beside them (pocket+lion)")
-    given = parser.parse_args(arguments)
-    try:
-        print(build(given.folder, given.scales))
-    except (FileNotFoundError, ValueError) as missing:
-        parser.exit(1, f"{missing}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

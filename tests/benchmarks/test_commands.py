@@ -20,7 +20,7 @@ from checkouts import lend_wheels
 
 
 def seconds(command: Sequence[str], root: Path) -> float:
-    """Wall-clock seconds of `python -m beyond_outliers.study ...` in a clone below `root`, which is made for it."""
+    """Wall-clock seconds of `beyond-outliers ...` in a clone below `root`, which is made for it."""
     clone = root / "clone"
     subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(clone)], check=True)
     (clone / "data" / "cache").mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def seconds(command: Sequence[str], root: Path) -> float:
     given |= {"PYTHONPATH": str(clone / "lib"), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "beyond_outliers.study", *command], cwd=clone, env=given, capture_output=True, text=True
+        [sys.executable, "-m", "beyond_outliers", *command], cwd=clone, env=given, capture_output=True, text=True
     )
     taken = time.perf_counter() - start
     if done.returncode:

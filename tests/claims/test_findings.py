@@ -146,7 +146,7 @@ def test_every_rule_has_a_place():
 
 def test_the_evidence_links_rule_figure_notebook_and_command():
     table = evidence(Study("laptop")).set_index("its rows")
-    row = table.loc["<code>python -m beyond_outliers.claims show C4 --scale laptop</code>"]
+    row = table.loc["<code>beyond-outliers claims C4 --scale laptop</code>"]
     verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
     assert (
         row.verdict == verdict.verdict

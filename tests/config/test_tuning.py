@@ -133,3 +133,15 @@ def test_runs_of_the_search_keep_their_ids(protocol):
     found = tuned_config(protocol, "0.16M", "adamw", 0.04, 0.04)
     assert found.name == "0.16M-adamw-lr0.04-s100-47ec0afa92"
     assert json.loads(found.to_json())["tokens_per_parameter"] == 20
+
+
+def test_a_rate_without_effect_ends_the_search_after_three_runs():
+    tried = []
+
+    def loss(rate: float) -> float:
+        tried.append(rate)
+        return 5.25
+
+    with pytest.raises(ValueError, match=r"0\.05, 0\.1, 0\.2.* loss 5\.25: the learning rate has no effect"):
+        line_search(loss, 0.1, 2, 0.0)
+    assert len(tried) == 3

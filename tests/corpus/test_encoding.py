@@ -184,6 +184,19 @@ def test_special_tokens_around_a_text_are_found():
         assert TextEncoder(make()).frame(PROSE) == frames[name], name
 
 
+@pytest.mark.parametrize("name", ["WordPiece", "fast"])
+def test_special_tokens_are_found_behind_what_the_normaliser_removes(name):
+    tokenizer = MAKERS[name]()
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer._tokenizer
+    kept = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("\u200b", ""), *kept])
+    encoder = TextEncoder(tokenizer)
+    for removed in (1, 99, 100, 250):
+        assert encoder.frame("\u200b" * removed + PROSE) == ([1], [2]), removed
+    with pytest.raises(ValueError, match="reads nothing in the text"):
+        encoder.frame("\u200b" * 300)
+
+
 def test_unknown_tokens_above_five_percent_are_named_with_their_share():
     words = PROSE.split()[:19]
     for name in ("WordPiece", "fast", "slow", "Unigram"):

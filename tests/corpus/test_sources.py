@@ -1,5 +1,6 @@
 """Sources: pinned wheels, markup, ClimbMix, local files."""
 
+import gzip
 import json
 from collections import Counter
 
@@ -11,6 +12,7 @@ from beyond_outliers.config import CorpusConfig
 from beyond_outliers.corpus import (
     SHORTEST,
     climbmix,
+    corpus_folder,
     documents,
     fetch_source,
     local_text,
@@ -213,3 +215,51 @@ def test_the_embedded_corpus_is_prose_without_markup():
     assert 0.2e6 < sum(len(text) for _, text in pairs) < 0.5e6
     with pytest.raises(ValueError, match="google-api-python-client"):
         list(documents(CorpusConfig(wheels=("boto",))))
+
+
+def folder_of(root, files):
+    """Files below a folder, each a jsonl line that holds its own name, or the given bytes."""
+    for name in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = (json.dumps({"text": f"text of {name}"}) + "\n").encode()
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+
+
+def names_read(path):
+    return [text.removeprefix("text of ") for _, text in local_text(path)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_folder_is_read_through_links_and_without_what_is_hidden(tmp_path):
+    root, elsewhere = tmp_path / "corpus", tmp_path / "disk2"
+    folder_of(root, ["a.jsonl", "deep/b.JSONL", "c.jsonl.gz", ".ipynb_checkpoints/a.jsonl", ".d.jsonl"])
+    folder_of(elsewhere, ["e.jsonl", "below/f.jsonl"])
+    (root / "more").symlink_to(elsewhere)
+    (root / "g.jsonl").symlink_to(elsewhere / "e.jsonl")
+    (elsewhere / "round").symlink_to(root)  # a walk that follows it would never end
+    assert sorted(names_read(root)) == sorted(
+        ["a.jsonl", "deep/b.JSONL", "c.jsonl.gz", "e.jsonl", "e.jsonl", "below/f.jsonl"]
+    )
+    # only what lies below is hidden: the corpus itself may be in a hidden folder
+    folder_of(tmp_path / ".cache" / "text", ["a.jsonl"])
+    assert names_read(tmp_path / ".cache" / "text") == ["a.jsonl"]
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    folder_of(tmp_path, ["a.jsonl", "b.json", "more/c.csv.gz"])
+    with pytest.warns(UserWarning, match=r"2 files are not read \(b\.json, more/c\.csv\.gz\); valid: .*jsonl"):
+        assert names_read(tmp_path) == ["a.jsonl"]
+    (tmp_path / "d.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"d\.jsonl\.gz is no whole gzip"):
+        names_read(tmp_path)
+
+
+def test_what_is_not_read_does_not_decide_which_corpus_it_is(tmp_path):
+    folder_of(tmp_path, ["a.jsonl"])
+    config = CorpusConfig(source=str(tmp_path), vocab_size=300)
+    before = corpus_folder(config)
+    folder_of(tmp_path, [".ipynb_checkpoints/a.jsonl"])
+    assert corpus_folder(config) == before
+    folder_of(tmp_path, ["b.jsonl.gz"])
+    assert corpus_folder(config) != before

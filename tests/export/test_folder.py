@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from beyond_outliers.cli import main
 from beyond_outliers.config import LlamaConfig, RunConfig
 from beyond_outliers.corpus import open_corpus
 from beyond_outliers.evaluate import zero_shot
 from beyond_outliers.evaluate.multiple_choice import score
 from beyond_outliers.evaluate.tasks import cloze_questions, wheel_questions
 from beyond_outliers.export import NotExported, export, folder, load_exported, open_run
-from beyond_outliers.export.__main__ import main
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 from beyond_outliers.train.folder import build_model, model_of
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_exported_is_refused(base, tmp_path, capsys):
     with pytest.raises(ValueError, match="trained under quantization"):
         export(tmp_path / "qat.safetensors", tmp_path / "model")
     with pytest.raises(SystemExit):
-        main([str(file), "--to", str(tmp_path / "model"), "--spec", "W4A5B"])
+        main(["export", str(file), "--to", str(tmp_path / "model"), "--spec", "W4A5B"])
     assert "'W4A5B' names no quantization" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 

@@ -113,7 +113,7 @@ def test_the_steps_are_those_of_the_class_itself():
         give_gradients(ours, step)
         give_gradients(theirs, step)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor  # as the schedule does
+            group["lr"] = 0.1 * factor  # as the schedule does
         for group in plain.param_groups:
             group["lr"] = 0.1 * factor
         optimizer.step()
@@ -217,7 +217,7 @@ def test_states_that_do_not_fit_are_refused():
         ("torch.optim:SGD", {"roles": ["matrix"]}, ["rest_lr", "embedding, vector"]),
         ("torch.optim:Rprop", {"weight_decay": 0.1}, ["weight_decay", "Rprop", "0.1"]),
         ("torch.optim:LBFGS", {}, ["parameter groups"]),
-        ("torch.nn:Linear", {}, ["torch.nn:Linear", "'lr'", "valid: an optimizer"]),
+        ("torch.nn:Linear", {}, ["torch.nn:Linear", "out_features", "valid: an optimizer"]),
         ("optimizers_of_mine:initialising", {}, ["changes the weights"]),
         ("optimizers_of_mine:regrouping", {}, ["groups of its own"]),
         ("optimizers_of_mine:TwoFaced", {}, ["train, eval"]),
@@ -271,3 +271,105 @@ def test_label_colour_and_marker_follow_by_themselves():
     call("somewhere.deep:Cat", "Cat, large")
     assert entry("somewhere.deep:Cat").label == "Cat, large"
     assert ordered(["z:Z", "soap", "a:A", "adamw"]) == ["adamw", "soap", "a:A", "z:Z"]
+
+
+RATES = """
+import torch
+
+class Deaf(torch.optim.SGD):
+    '''Its rate is its own.'''
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.01
+        return super().step(closure)
+
+class Once(torch.optim.SGD):
+    '''Takes the rate that it was made with, whatever a schedule says.'''
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.first = [group["lr"] for group in self.param_groups]
+    def step(self, closure=None):
+        for group, rate in zip(self.param_groups, self.first):
+            group["lr"] = rate
+        return super().step(closure)
+
+class Flagged(torch.optim.SGD):
+    '''As Keller Jordan's MuonWithAuxAdam: no lr argument, a flag in every group, parameters in an order of its own.'''
+    def __init__(self, param_groups):
+        for group in param_groups:
+            assert set(group) == {"params", "lr", "use_sign"}
+            group["params"] = sorted(group["params"], key=lambda p: -p.numel())
+        super().__init__(param_groups, lr=0.0)
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * (p.grad.sign() if group["use_sign"] else p.grad))
+
+class Missing(torch.optim.SGD):
+    def __init__(self, params, lr):
+        import a_package_that_nobody_has
+
+class Misspelt(torch.optim.SGD):
+    def __init__(self, params, lr):
+        self.defualts["lr"] = lr
+"""
+
+
+@pytest.fixture
+def rates(tmp_path):
+    (tmp_path / "rates_of_mine.py").write_text(RATES)
+    for name, text in {
+        "syntax": "def (",
+        "attribute": "import torch\ntorch.optim.Adamm",
+        "exits": "raise SystemExit(2)",
+    }.items():
+        (tmp_path / f"with_{name}.py").write_text(text)
+    yield
+    for name in ("rates_of_mine", "with_syntax", "with_attribute", "with_exits"):
+        sys.modules.pop(name, None)
+
+
+def test_a_rate_without_effect_is_named(rates):
+    assert trial("torch.optim:SGD", 0.01).without_effect == ()
+    found = trial("rates_of_mine:Deaf", 0.01)
+    assert len(found.without_effect) == 2 and "NOT guaranteed: its learning rate has an effect" in str(found)
+    # AdamW's rates over the other roles have an effect, which is not the class's
+    assert trial("rates_of_mine:Deaf", 0.01, roles=["matrix"], rest_lr=1e-3).without_effect == found.without_effect
+    (schedule,) = trial("rates_of_mine:Once", 0.01).without_effect
+    assert "schedule" in schedule
+
+
+def test_flags_of_groups_reach_the_class(rates):
+    flags = {role: {"use_sign": role == "matrix"} for role in ("matrix", "embedding", "vector")}
+    one = model()
+    optimizer = build_optimizer(one, "rates_of_mine:Flagged", 0.5, vector_lr=0.25, groups=flags)
+    before = weights(one)
+    give_gradients(one, 0)
+    optimizer.step()
+    roles = {name: group["role"] for group in optimizer.param_groups for name in group["param_names"]}
+    for name, p in one.named_parameters():
+        rate = 0.25 if roles[name] == "vector" else 0.5
+        update = p.grad.sign() if roles[name] == "matrix" else p.grad
+        torch.testing.assert_close(p.detach(), before[name] - rate * update)
+    assert trial("rates_of_mine:Flagged", 0.01, groups=flags).distance == 0
+    with pytest.raises(ValueError, match=r"cannot be made .*AssertionError"):
+        build_optimizer(model(), "rates_of_mine:Flagged", 0.5)
+    with pytest.raises(ValueError, match=r"role 'head'"):
+        build_optimizer(model(), "rates_of_mine:Flagged", 0.5, groups={"head": {"use_sign": True}})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("with_syntax:Mine", ["cannot import 'with_syntax'", "SyntaxError"]),
+        ("with_attribute:Mine", ["cannot import 'with_attribute'", "AttributeError", "Adamm"]),
+        ("with_exits:Mine", ["cannot import 'with_exits'", "SystemExit"]),
+        ("rates_of_mine:Missing", ["ModuleNotFoundError", "a_package_that_nobody_has"]),
+        ("rates_of_mine:Misspelt", ["AttributeError", "defualts"]),
+    ],
+)
+def test_faults_in_a_file_of_the_users_are_one_line(rates, name, words):
+    with pytest.raises(ValueError) as refusal:
+        build_optimizer(model(), name, lr=0.1)
+    message = str(refusal.value)
+    assert all(word in message for word in words) and "\n" not in message, message

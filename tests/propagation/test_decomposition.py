@@ -482,3 +482,23 @@ def test_conv1d_has_the_ratios_of_a_linear_layer():
     assert ours["kind"].tolist() == expected["kind"].tolist()
     for column in ("R", "B", "spectral_ratio", "cos_psi"):
         np.testing.assert_allclose(ours[column], expected[column], rtol=1e-5)
+
+
+class Lookup(nn.Module):
+    """Adds the entries of a table that its input picks, as Doge's experts are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.table = nn.Linear(16, 8, bias=False), nn.Embedding(9, 16)
+
+    def forward(self, x):
+        return x + self.table(self.router(x).argmax(-1))
+
+
+def test_a_lookup_of_other_entries_has_no_relative_error_of_its_input():
+    torch.manual_seed(0)
+    model, x = Lookup(), torch.randn(4, 64, 16)
+    rows = decompose(model, quantize_model(model, QuantSpec("int2", "int2")), x).set_index("name")
+    assert rows.A["table"] > 0 and np.isnan(rows.R_in["table"]) and np.isnan(rows.gain["table"])
+    rows = decompose(model, quantize_model(model, QuantSpec("int8", "none")), x[:1, :4]).set_index("name")
+    assert rows.R_in["table"] == rows.A["table"] == 0

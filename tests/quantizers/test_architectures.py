@@ -7,7 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from beyond_outliers import model as model_module
+from beyond_outliers.metrics import activation_metrics
+from beyond_outliers.model import olmo2 as model_module
 from beyond_outliers.modules import evaluating, forward
 from beyond_outliers.passes import floats
 from beyond_outliers.probe import probe
@@ -379,6 +380,11 @@ HIDDEN = {
         ("query", "key", "value", "conv1d"),
     ),
     "fnet": ("FNetConfig", SHAPE, ()),
+    "canine": (
+        "CanineConfig",
+        SHAPE | {"local_transformer_stride": 4, "downsampling_rate": 4, "upsampling_kernel_size": 4},
+        ("chars_to_molecules.conv", "projection.conv"),
+    ),
 }
 PAIRS = {
     "bart": ("BartConfig", PAIR, "BartForConditionalGeneration", ()),
@@ -547,6 +553,14 @@ def tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator([TEXT.read_text()], trainers.BpeTrainer(vocab_size=V - 10, show_progress=False))
     return bpe
+
+
+def test_layers_that_return_a_scale_beside_their_output(tokenizer):
+    """I-BERT's: measured like others, and refused in words where nothing can be rounded."""
+    model = build("IBertConfig", SHAPE, "AutoModel")
+    assert len(activation_metrics(model, inputs(IDS))) == 2 * 6 + 1
+    with pytest.raises(ValueError, match=r"IBertModel has no nn\.Linear"):
+        probe(model, TEXT, tokenizer=tokenizer, context=12, sequences=4)
 
 
 @pytest.mark.slow

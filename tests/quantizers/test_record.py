@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -259,6 +260,28 @@ def test_layers_that_are_read_and_layers_that_are_idle():
     torch.testing.assert_close(
         weights_alone(x), F.linear(x, q(model.called.weight), model.called.bias) @ q(model.read.weight).T
     )
+
+
+@pytest.mark.parametrize("make", [quantize_model, prepare_qat])
+def test_the_first_pass_names_layers_that_did_not_run(make):
+    """Once, and once in every copy; a pass that failed was none. What a conversion has watched needs no word."""
+    torch.manual_seed(0)
+    model, x = ReadsPast(), torch.randn(5, 16)
+    made = make(model, SPEC)
+    for one in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), made):
+        with pytest.raises((RuntimeError, ValueError)):
+            one(torch.randn(5, 3))
+        with pytest.warns(CoverageWarning, match=r"first pass: read, idle\. Where another module reads their weights"):
+            y = one(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CoverageWarning)
+            assert torch.equal(one(x), y)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoverageWarning)
+        torch.compile(make(model, SPEC), backend="eager")(x)
+        make(nn.Sequential(nn.Linear(16, 16)), SPEC)(x)
+    assert not make(model, SPEC, strict=False, example=x)._forward_pre_hooks
 
 
 def test_gptq_reports_as_well():

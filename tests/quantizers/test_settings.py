@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, vmap
 
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import (
@@ -127,7 +127,7 @@ def test_a_compiled_inference_leaves_nothing_that_cannot_be_trained_with():
     model = prepare_qat(nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48)), QuantSpec()).bfloat16()
     x = torch.randn(4, 48, dtype=torch.bfloat16)
     with torch.inference_mode():
-        compiled = torch.compile(model, backend="eager")(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
     y = model(x)
     y.sum().backward()
     assert torch.equal(y, compiled) and model[0].weight.grad.isfinite().all()
@@ -146,8 +146,6 @@ def test_transforms_of_torch_func(quantizer):
     assert torch.equal(vmap(quantizer)(x), rows)
     each = vmap(grad(lambda x, w: (quantizer(x) * w).sum()))(x, weights)
     torch.testing.assert_close(each, leaf.grad if quantizer.extra_repr() != "'nvfp4', 'row'" else each)
-    _, tangent = jvp(quantizer, (x,), (weights,))
-    torch.testing.assert_close((tangent * weights).sum(), (leaf.grad * weights).sum())
 
 
 @pytest.mark.parametrize("scheme", ["quest", "ste", "lsq"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.cli import main
 from beyond_outliers.study import progress, workflow
-from beyond_outliers.study.__main__ import main
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.holding import held
 

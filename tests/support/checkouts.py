@@ -61,7 +61,7 @@ class Checkout:
             "OMP_NUM_THREADS": "1",
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "beyond_outliers.study", *command, "--scale", SCALE],
+            [sys.executable, "-m", "beyond_outliers", *command, "--scale", SCALE],
             env={**os.environ, **given, **environment},
             cwd=self.root,
             stdout=subprocess.PIPE,

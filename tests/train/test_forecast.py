@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from beyond_outliers import paths
+from beyond_outliers.cli import main
 from beyond_outliers.config import Olmo2Config, Protocol
 from beyond_outliers.optimizers import build_optimizer
 from beyond_outliers.optimizers.psgd import PSGD
 from beyond_outliers.train import build_model
-from beyond_outliers.train.__main__ import main
 from beyond_outliers.train.forecast import _share_of_refreshes, forecast, operations, pace
 
 
@@ -37,7 +37,7 @@ def test_refreshes_are_counted_as_often_as_they_happen():
 @pytest.mark.slow
 def test_the_dry_run_says_what_the_run_will_be_and_writes_nothing(capsys):
     given = ["--scale", "smoke", "--size", "small", "--optimizer", "soap", "--lr", "0.01", "--dry-run"]
-    assert main(given) == 0
+    assert main(["train", *given]) == 0
     said, config = capsys.readouterr().out, Protocol.load("smoke").config("small", "soap", lr=0.01)
     assert f"parameters  {config.model.n_parameters:,} " in said
     assert (

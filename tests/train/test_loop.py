@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from beyond_outliers.cli import main
 from beyond_outliers.quantizers import QuestQuantizer
 from beyond_outliers.train import (
     build_model,
@@ -28,7 +29,6 @@ from beyond_outliers.train import (
     weights_path,
 )
 from beyond_outliers.train import loop as training
-from beyond_outliers.train.__main__ import main
 
 
 def final_weights(result):
@@ -72,6 +72,21 @@ def test_a_run_leaves_its_folder(run_config, tmp_path):
     model = result.load_model()
     assert model.head.weight is model.embedding.weight
     assert torch.equal(model.state_dict()["final_norm.gain"], final_weights(result)["final_norm.gain"])
+
+
+def test_what_the_caller_has_set_in_torch_changes_no_bit(run_config, tmp_path):
+    config = run_config.replace(optimizer="soap", hyper={"frequency": 3})
+    expected = train(config, root=tmp_path / "plain", progress=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = train(config, root=tmp_path / "set", progress=False)
+            assert build_model(config).embedding.weight.dtype == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_weights(final_weights(found), final_weights(expected))
+    assert found.row["val_loss"] == expected.row["val_loss"]
 
 
 def test_a_finished_run_is_only_loaded(run_config, tmp_path, monkeypatch):
@@ -250,7 +265,7 @@ def test_two_workers_train_as_one(run_config, tmp_path):
 
 def test_the_command_line_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
-        main(["--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
+        main(["train", "--scale", "smoke", "--size", "huge", "--optimizer", "adamw"])
     assert "valid: tiny, small" in capsys.readouterr().err
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
         machine.device_named("gpu")

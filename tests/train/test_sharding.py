@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from beyond_outliers.cli import main
 from beyond_outliers.train import evaluation_steps, load_result, run_folder, train
-from beyond_outliers.train.__main__ import main
 from beyond_outliers.train.machine import check_shares
 from torchrun import furthest, launched, trained, weights
 
@@ -108,5 +108,5 @@ def test_what_cannot_be_sharded_is_refused(run_config, capsys):
     given = ["--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01", "--shard"]
     for more in ([], ["--dry-run"]):
         with pytest.raises(SystemExit):
-            main([*given, *more])
+            main(["train", *given, *more])
         assert "valid: " in capsys.readouterr().err

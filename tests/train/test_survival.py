@@ -337,7 +337,7 @@ def test_a_lock_is_free_when_its_holder_was_killed(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_from_the_shell_sigterm_ends_with_the_code_for_try_again(tmp_path):
-    command = [sys.executable, "-m", "beyond_outliers.train", "--scale", "pocket", "--size", "0.08M"]
+    command = [sys.executable, "-m", "beyond_outliers", "train", "--scale", "pocket", "--size", "0.08M"]
     environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(tmp_path)}
     command += ["--optimizer", "adamw", "--lr", "0.01"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.cli import main
 from beyond_outliers.study import Study
-from beyond_outliers.study.__main__ import main
 from beyond_outliers.study.compare import Beside
 
 pytestmark = pytest.mark.slow

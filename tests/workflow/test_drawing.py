@@ -3,8 +3,8 @@
 import pytest
 
 from beyond_outliers import pages, paths
+from beyond_outliers.cli import main
 from beyond_outliers.notebook import run_notebook
-from beyond_outliers.study.__main__ import main
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def test_where_pages_cannot_be_written_it_is_said_at_once(tmp_path, monkeypatch,
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(SystemExit) as stopped:
-        main(["render", "--scale", "pocket"])
+        main(["figures", "--scale", "pocket"])
     assert stopped.value.code == 1 and "set BEYOND_OUTLIERS_OUTPUT to a folder that can be" in capsys.readouterr().err
 
 
 def test_a_scale_without_tables_is_named_with_the_command_that_makes_them(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["render", "--scale", "gpu"])
+        main(["figures", "--scale", "gpu"])
     assert stopped.value.code == 1 and "make reproduce SCALE=gpu" in capsys.readouterr().err

@@ -7,10 +7,9 @@ import sys
 import pytest
 
 from beyond_outliers import paths
+from beyond_outliers.cli import main
 from beyond_outliers.corpus import wheels
-from beyond_outliers.study.__main__ import main as study
 from beyond_outliers.train import machine
-from beyond_outliers.train.__main__ import main
 
 
 def run(*command, **environment):
@@ -45,17 +44,17 @@ def test_without_a_compiler_runs_are_not_compiled(run_config, monkeypatch):
 
 @pytest.mark.slow
 def test_without_a_home_a_scale_is_planned(tmp_path):
-    done = run("-m", "beyond_outliers.train", "--help", HOME=None, XDG_CACHE_HOME=None)
+    done = run("-m", "beyond_outliers", "train", "--help", HOME=None, XDG_CACHE_HOME=None)
     assert done.returncode == 0 and "--optimizer" in done.stdout
-    done = run("-m", "beyond_outliers.claims", "show", "C1", "--scale", "pocket", HOME=None, XDG_CACHE_HOME=None)
+    done = run("-m", "beyond_outliers", "claims", "C1", "--scale", "pocket", HOME=None, XDG_CACHE_HOME=None)
     assert done.returncode == 0 and "verdict" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        lambda: main(["--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01"]),
-        lambda: study(["reproduce", "--scale", "smoke"]),
+        lambda: main(["train", "--scale", "smoke", "--size", "tiny", "--optimizer", "adamw", "--lr", "0.01"]),
+        lambda: main(["reproduce", "--scale", "smoke"]),
     ],
 )
 def test_a_checkout_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, command):

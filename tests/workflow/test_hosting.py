@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from beyond_outliers import pages, paths, site
+from beyond_outliers.cli import main
 
 ROOT = paths.ROOT
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -62,7 +63,7 @@ def test_a_site_has_an_index_and_what_its_pages_link_to(tmp_path, monkeypatch, c
         site.build(tmp_path / "site", ["pocket"])
     (tmp_path / "figures" / "pocket" / "03_ptq.md").write_text("# 3. Rounding & co\n")
     with pytest.raises(SystemExit):
-        site.main([str(tmp_path / "site"), "pocket"])
+        main(["site", str(tmp_path / "site"), "pocket"])
     assert "03_ptq.html is not there: run `make figures SCALE=pocket`" in capsys.readouterr().err
     (tmp_path / "figures" / "pocket" / "03_ptq.html").write_text("page")
     index = site.build(tmp_path / "site", ["pocket"]).read_text()

@@ -4,15 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from beyond_outliers.cli import main
 from beyond_outliers.study import Study
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_plan_is_printed(study, capsys):
-    from beyond_outliers.study import __main__ as module
-
-    assert module.main(["plan", "--scale", "smoke"]) == 0
+    assert main(["plan", "--scale", "smoke"]) == 0
     printed = capsys.readouterr().out
     assert "full_precision" in printed and "tiny" in printed
 

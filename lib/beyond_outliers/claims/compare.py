@@ -60,7 +60,8 @@ class Estimate:
 
     def map(self, function: Callable) -> "Estimate":
         """The estimate of an increasing function of the number, for instance `numpy.exp`."""
-        return replace(self, **{name: float(function(getattr(self, name))) for name in ("value", "low", "high")})
+        value, low, high = (float(function(number)) for number in self.interval)
+        return Estimate(value, low, high, self.n, self.unit)
 
     def text(self, digits: int = 3, scale: float = 1.0) -> str:
         """ "0.163 [0.150, 0.176]", or the number alone where it has no interval."""
@@ -93,7 +94,7 @@ class Cells:
     mean: np.ndarray
     variance: np.ndarray
     n: np.ndarray
-    tuning: np.ndarray | float = 0.0
+    tuning: Any = 0.0
 
     def of(self, names: Sequence[str]) -> list[int]:
         """Places of optimizers on the axis O."""
@@ -103,15 +104,15 @@ class Cells:
         """Those of some sizes alone."""
         places = [self.sizes.index(size) for size in sizes]
         tuning = self.tuning if np.isscalar(self.tuning) else self.tuning[..., places]
-        parts = (values[..., places] for values in (self.mean, self.variance, self.n))
-        return Cells(self.optimizers, sizes, *parts, tuning)
+        mean, variance, n = (values[..., places] for values in (self.mean, self.variance, self.n))
+        return Cells(self.optimizers, sizes, mean, variance, n, tuning)
 
     def with_zero(self) -> "Cells":
         """The optimizers beside one that is a constant 0 ("zero"), so that a contrast with it is a mean over sizes."""
-        parts = (np.concatenate([part, np.zeros_like(part[..., :1, :])], -2) for part in (self.mean, self.variance))
+        mean, variance = (np.concatenate([of, np.zeros_like(of[..., :1, :])], -2) for of in (self.mean, self.variance))
         n = np.concatenate([self.n, self.n.max(0, keepdims=True)])
         tuning = 0.0 if np.isscalar(self.tuning) else np.concatenate([self.tuning, np.zeros((1, len(self.sizes)))])
-        return Cells((*self.optimizers, "zero"), self.sizes, *parts, n, tuning)
+        return Cells((*self.optimizers, "zero"), self.sizes, mean, variance, n, tuning)
 
     @property
     def thin(self) -> str:
@@ -173,7 +174,7 @@ def contrast(cells: Cells, pairs: Sequence[tuple[str, str]], weights: np.ndarray
     n = np.where(cells.n >= LEAST_SEEDS, cells.n, np.nan)
     known = np.where(cells.n >= LEAST_SEEDS, cells.mean, np.nan)
     if weights is None:
-        share, means = 1 / len(cells.sizes) ** 2, known.mean(-1)
+        share, means = np.array(1 / len(cells.sizes) ** 2), known.mean(-1)
         parts = cells.variance / (n * len(cells.sizes) ** 2)  # (..., O, S)
     else:
         share, means = weights**2, (known * weights).sum(-1)
@@ -188,7 +189,7 @@ def contrast(cells: Cells, pairs: Sequence[tuple[str, str]], weights: np.ndarray
     return Contrasts(tuple(pairs), means[..., first] - means[..., second], np.sqrt(squared_error), dof)
 
 
-def slope_weights(x: Sequence[float]) -> np.ndarray:
+def slope_weights(x: Any) -> np.ndarray:
     """Weights of the least-squares slope of values on x, one each."""
     away = np.asarray(x, dtype=float) - np.mean(x)
     return away / (away**2).sum()

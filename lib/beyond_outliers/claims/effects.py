@@ -1,4 +1,4 @@
-"""How large the differences are: every optimizer against AdamW at equal size and seed, and whom to train with.
+"""How large the differences are: every optimizer against AdamW at equal size and seed.
 
 A pair is a run and AdamW's of the same size and seed, which saw the same batches; effects are differences within pairs,
 averaged over seeds, then over sizes (intervals as in `comparison`: sizes are strata, pairs replicates).
@@ -17,7 +17,6 @@ from beyond_outliers.claims.compare import (
     Comparison,
     Estimate,
     NothingToCompare,
-    compare,
     label,
     listed,
     of_the_paper,
@@ -122,95 +121,3 @@ def effect_table(study) -> pd.DataFrame:
         head = f"{title} ({unit if unit == NATS else 'times AdamW'})"
         columns[head] = [texts.get(one, NOT_YET) for one in others]
     return pd.DataFrame({"optimizer": [label(one) for one in others]} | columns)
-
-
-CHOICES = ["if you want to", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
-# what a reader may be about to do -> the losses that they will end with
-SITUATIONS: dict[str, tuple[Callable, str]] = {
-    "leave it as it is": (readings.finished, "val_loss"),
-    "round to {spec} after training": (lambda study: readings.damage(study, checkpoint="final"), "val_loss"),
-    "train in 4 bits (QAT)": (readings.finished_qat, "val_loss_qat"),
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to train with in a situation: the best, its loss, how far each other lies above it, and what it is told by.
-
-    `compared` is None where nothing has been measured yet.
-    """
-
-    situation: str
-    compared: Comparison | None = None
-
-    @property
-    def best(self) -> str:
-        return self.compared.order[0]
-
-    @property
-    def above(self) -> dict[str, Estimate]:
-        """The others, nearest first. Unpaired, as in the findings."""
-        return {rival: self.compared.difference(rival, self.best) for rival in self.compared.order[1:]}
-
-    @property
-    def train_with(self) -> str:
-        """The best; in brackets those whose interval reaches 0."""
-        near = [label(rival) for rival, far in self.above.items() if not far.excludes_zero]
-        return f"{label(self.best)}{f' (or {listed(near)})' if near and self.compared.certain else ''}"
-
-    @property
-    def confidence(self) -> str:
-        told = sum(far.excludes_zero for far in self.above.values())
-        rivals = len(self.above)
-        return (
-            f"lower than {told} of {rivals} others at 95 %"
-            if self.compared.certain
-            else "too few seeds for an interval"
-        )
-
-    @property
-    def on(self) -> str:
-        return f"{self.compared.over}, {self.compared.n()}"
-
-
-def choices(study) -> list[Choice]:
-    """Which optimizer to train with, one a situation that a reader may be in, by the loss that they end with."""
-    found = []
-    for situation, (read, value) in SITUATIONS.items():
-        name = situation.format(spec=readings.primary(study))
-        try:
-            found.append(Choice(name, compare(study, read(study), value)))
-        except (NothingToCompare, MissingResults):
-            found.append(Choice(name))
-    return found
-
-
-def choice_table(study) -> pd.DataFrame:
-    """`choices` as a reader takes them in, a row a situation."""
-    rows = [
-        (one.situation, NOT_YET, "", "", "", "")
-        if one.compared is None
-        else (one.situation, one.train_with, one.compared.mean(one.best).text(),
-              ", ".join(f"{label(rival)} {far.text()}" for rival, far in one.above.items()), one.confidence, one.on)
-        for one in choices(study)
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=CHOICES)
-
-
-def answer(study) -> str:
-    """Which optimizer to train with if the model will be quantized, in a sentence a situation, with its confidence."""
-    found = choices(study)
-    stands_on = [f"{one.confidence} ({one.on})" for one in found if one.compared]
-    shared = len(set(stands_on)) == 1  # then it is said once
-    said = []
-    for one in found:
-        if one.compared is None:
-            said.append(f"To {one.situation}: {NOT_YET}.")
-            continue
-        rival, far = next(iter(one.above.items()))
-        behind = "" if shared else f" ({one.confidence}; {one.on})"
-        said.append(
-            f"To {one.situation}: **{one.train_with}**, which ends at {one.compared.mean(one.best).text()} nats a "
-            f"token, with {label(rival)} {far.text()} above it{behind}."
-        )
-    return " ".join([*said, *([f"Confidence: {stands_on[0]}."] if shared else [])])

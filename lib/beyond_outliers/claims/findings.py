@@ -265,7 +265,7 @@ def evidence(study) -> pd.DataFrame:
     figure and notebook; and the command that prints the rows behind it."""
     rows = []
     for row in judged(study).itertuples():
-        command = f"python -m beyond_outliers.claims show {row.id} --scale {study.scale}"
+        command = f"beyond-outliers claims {row.id} --scale {study.scale}"
         figure = read_rules()[row.id]["figure"]
         links = [
             link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),

@@ -36,13 +36,15 @@ def how_chosen(study) -> str:
 
 
 def tuned_and_main(study) -> pd.DataFrame:
-    """The best run of the tuning (loss `best_tuned`) beside the mean of the main runs, a row a size and optimizer.
+    """The best rates of the tuning (`best_tuned`, the lowest mean over seeds) beside the mean of the main runs.
+
+    One row a size and optimizer.
 
     main: over the seeds that were tuned on (`seeds` "the same"), else over all ("others").
     """
     keys = ["size", "optimizer"]
     swept, main = study.runs("sweep"), readings.full_precision(study)
-    best = swept.groupby([*keys, "lr"], sort=False).val_loss.mean().groupby(keys, sort=False).min()
+    best = swept.groupby([*keys, "lr", "hyper"], sort=False).val_loss.mean().groupby(keys, sort=False).min()
     same = main.merge(swept[[*keys, "seed"]].drop_duplicates())
     own, every = (runs.groupby(keys, sort=False).val_loss.mean() for runs in (same, main))
     table = best.to_frame("best_tuned").join(own.combine_first(every).rename("main"), how="inner")

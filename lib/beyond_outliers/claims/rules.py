@@ -216,7 +216,8 @@ def whole(parts: Sequence[Finding], comment: str = "") -> list[Finding]:
     verdicts = [part.verdict for part in parts]
     order = (NOT_REPRODUCED, NOT_MEASURED, UNDECIDED, TIE, REPRODUCED)
     said = comment or "; ".join(f"{label(part.part)}: {part.verdict}" for part in parts)
-    return [Finding(next(v for v in order if v in verdicts), said, runs=parts[0].runs), *parts]
+    runs = parts[0].runs if len({part.runs for part in parts}) == 1 else ""
+    return [Finding(next(v for v in order if v in verdicts), said, runs=runs), *parts]
 
 
 def runs_of(found: Cells) -> str:
@@ -477,10 +478,10 @@ def C12(data: Evidence, rule: dict) -> list[Finding]:
 def C14(data: Evidence, rule: dict) -> list[Finding]:
     """A 4-bit parameter is worth most under Shampoo."""
     rows = data.rows("scaling", "N", "bits", "loss")
-    by_bits = [data.cells(rows[rows.bits == bits], "loss") if (rows.bits == bits).any() else None for bits in (16, 4)]
-    if None in by_bits:
+    if {4, 16} - set(rows.bits):
         raise Open(NOT_MEASURED, "Not measured: a law needs runs in full precision and under QAT.")
-    runs, sizes = runs_of(by_bits[1]), [size for size in by_bits[0].sizes if size in by_bits[1].sizes]
+    full, qat = (data.cells(rows[rows.bits == bits], "loss") for bits in (16, 4))
+    runs, sizes = runs_of(qat), [size for size in full.sizes if size in qat.sizes]
     if len(sizes) < LEAST_SIZES:
         raise Open(UNDECIDED, f"Undecided: {len(sizes)} sizes with enough runs, and a law needs {LEAST_SIZES}.")
     estimate, draws = log_rho_draws(

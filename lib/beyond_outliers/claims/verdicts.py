@@ -1,7 +1,7 @@
 """The verdicts on a study's claims: judged from its tables by data/claims.toml, or as they were said at the time.
 
 Scales `laptop` and `confirm` had rules of their own. Their committed verdicts are frozen: read as tables, not made
-anew. `python -m beyond_outliers.claims` writes the verdicts by the rules of today to judged.csv.
+anew. `beyond-outliers claims` writes the verdicts by the rules of today to judged.csv.
 """
 
 import json

@@ -27,16 +27,17 @@ def load_own(name: str, kind: str) -> Any:
     sys.path += places  # behind all else: a file here hides no installed package
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+        if hasattr(found, attribute):
+            return getattr(found, attribute)
+    except (Exception, SystemExit) as error:  # whatever a file of the user's does when it is read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{kind} {name!r}: cannot import {module!r} ({error}); valid: an installed module, or {module}.py in "
+            f"{kind} {name!r}: cannot import {module!r} ({reason}); valid: an installed module, or {module}.py in "
             f"{Path.cwd()} or {ROOT}"
-        ) from None
+        ) from error
     finally:
         for place in places:
             sys.path.remove(place)
-    if not hasattr(found, attribute):
-        names = sorted(part for part in vars(found) if not part.startswith("_"))
-        public = ", ".join(difflib.get_close_matches(attribute, names, n=5) or names[:20])
-        raise ValueError(f"{kind} {name!r}: the module {module!r} has no {attribute!r}; it has {public}")
-    return getattr(found, attribute)
+    names = sorted(part for part in vars(found) if not part.startswith("_"))
+    public = ", ".join(difflib.get_close_matches(attribute, names, n=5) or names[:20])
+    raise ValueError(f"{kind} {name!r}: the module {module!r} has no {attribute!r}; it has {public}")

@@ -9,6 +9,7 @@ what is valid. Whole numbers stay whole where a float is asked for: they are par
 """
 
 import dataclasses
+import difflib
 import functools
 import re
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+MOST_NAMES = 30  # in a message
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -75,9 +77,13 @@ Name = Annotated[str, Matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "of letters, d
 
 
 def choose(kind: str, value: object, valid: Collection) -> None:
-    """ValueError naming `value` and the valid ones unless it is one of them."""
+    """ValueError naming `value`, the nearest valid one and the valid ones unless it is one of them."""
     if value not in valid:
-        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(map(str, valid))}")
+        text, names = str(value), [str(name) for name in valid]
+        near = [name for name in names if text and name.startswith(text)] or difflib.get_close_matches(text, names, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        more = f", ... ({len(names)})" if len(names) > MOST_NAMES else ""
+        raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(names[:MOST_NAMES])}{more}{hint}")
 
 
 def check_keys(where: str, given: Iterable[str], valid: Collection[str], required: Collection[str] = ()) -> None:

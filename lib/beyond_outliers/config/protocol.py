@@ -124,8 +124,7 @@ class Protocol:
         return read_rates(self.scale, results) | self.lent
 
     def model(self, size: str) -> ModelConfig:
-        if size not in self.sizes:
-            raise ValueError(f"unknown size {size!r} of scale {self.scale}; valid: {', '.join(self.sizes)}")
+        choose("size", size, self.sizes)
         return self.settings.sizes[size].model(self.corpus.vocab_size)
 
     def grid(self, optimizer: str) -> list[float]:
@@ -244,8 +243,6 @@ class Protocol:
 
     def find(self, name: str, losses: Losses | None = None) -> Planned:
         """The planned run of that name; ValueError when the protocol has none. `losses` as for `sweep_runs`."""
-        planned = self.sweep_runs(losses=losses) + self.runs(self.rates())
-        for candidate in planned:
-            if candidate.config.name == name:
-                return candidate
-        raise ValueError(f"scale {self.scale} plans no run {name!r}; valid: {[p.config.name for p in planned]}")
+        planned = {p.config.name: p for p in reversed(self.sweep_runs(losses=losses) + self.runs(self.rates()))}
+        choose("run", name, planned)
+        return planned[name]

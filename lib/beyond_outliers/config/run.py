@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar
 
 from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, choose, parse
 
+SCHEMES = ("quest", "ste", "lsq")  # of quantization-aware training
+
 Count = Annotated[int, Range(1, 2**20)]
 Tokens = Annotated[int, Range(1, 2**29)]
 Rate = Annotated[float, Range(1e-12, 1000)]
@@ -199,6 +201,7 @@ class RunConfig(Training):
             )
         if self.quantization:
             parse(self.quantization.get("scheme"), Name, "quantization.scheme")  # part of the folder's name
+            choose("scheme", self.quantization["scheme"], SCHEMES)
 
     @property
     def steps(self) -> int:

@@ -287,7 +287,7 @@ def read_scale(name: str) -> Scale:
     base, own = parted(name)
     file = paths.SCALES / f"{base}.toml"
     if not file.exists():
-        raise ValueError(f"unknown scale {base!r}; valid: {', '.join(scales())}")
+        choose("scale", base, scales())
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
         if own:

@@ -35,7 +35,7 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
     """Chooses a rate among start * factor^k by the rule above; `loss(rate)` is NaN where the run diverged.
 
     Returns {"rate": the choice, "best": the rate of the lowest loss, "tried": {rate: loss}, in ascending order}.
-    RuntimeError after MOST_RATES rates.
+    ValueError after MOST_RATES rates, and where the first three end in one loss: the rate has no effect.
     """
     tried: dict[int, float] = {}
 
@@ -45,14 +45,16 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
     def found(k: int) -> float:
         if k not in tried:
             if len(tried) == MOST_RATES:
-                raise RuntimeError(
-                    f"no choice inside the grid after {sorted(map(rate, tried))}: another start is needed"
-                )
+                raise ValueError(f"no choice inside the grid after {sorted(map(rate, tried))}: another start is needed")
             tried[k] = loss(rate(k))
         return tried[k]
 
     for k in (0, -1, 1):
         found(k)
+    if tried[-1] == tried[0] == tried[1]:  # NaN, where all three diverged, is equal to none
+        raise ValueError(
+            f"the rates {sorted(map(rate, tried))} all end in the loss {tried[0]:.6g}: the learning rate has no effect"
+        )
     while True:
         # a rate beside a diverged one, or at the end of the line, is not a choice yet
         inside = [k for k in tried if all(math.isfinite(tried.get(n, math.nan)) for n in (k - 1, k, k + 1))]

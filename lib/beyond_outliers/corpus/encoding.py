@@ -71,8 +71,16 @@ class TextEncoder:
         return self._slow.get_vocab().get(token)
 
     def frame(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and after a text ([CLS], <s>, ...), seen on its start."""
-        text = text.strip()[:100]
+        """The special tokens that the tokenizer puts before and after a text ([CLS], <s>, ...).
+
+        Seen on the first 100 characters that are not nothing to the tokenizer (whose normaliser may remove some).
+        ValueError where all of the text is.
+        """
+        text = text.strip()
+        parts = (text[start : start + 100] for start in range(0, len(text), 100))
+        text = next((part for part in parts if any(self([part]))), "")
+        if not text:
+            raise ValueError("the tokenizer reads nothing in the text: its special tokens cannot be told from text")
         if self._slow is None:
             framed = self._fast.encode(text, add_special_tokens=True).ids
         else:

@@ -5,7 +5,9 @@ import hashlib
 import html
 import itertools
 import json
+import os
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -109,6 +111,9 @@ def climbmix(
 def local_text(path: Path, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
     """Documents of .txt (one a paragraph), .jsonl or .parquet files (column `text`), or of a folder of them.
 
+    Texts and lines may be compressed (.txt.gz, .jsonl.gz). Of a folder, links are followed, hidden files and folders
+    (.ipynb_checkpoints) left out; a warning names what else is there and not read.
+
     An optional column `group` says what belongs together, for the validation split; a document without it (no such
     column, or null) is its own group. A null or empty text is no document: `skipped` counts them by file.
     Files are read a paragraph, a line, or a batch of rows at a time, whatever their names and sizes.
@@ -117,24 +122,50 @@ def local_text(path: Path, skipped: Counter | None = None) -> Iterator[tuple[str
     """
     if not path.exists():
         raise FileNotFoundError(f"no such corpus file or folder: {path}")
-    inside = (f for f in path.rglob("*") if f.suffix.lower() in ROWS and not f.is_dir())
-    files = sorted(inside) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in ROWS:
-        raise ValueError(f"{path} holds no file of a known kind; valid: {sorted(ROWS)}")
+    files, others = text_files(path)
+    if not files:
+        raise ValueError(f"{path} holds no file of a known kind; valid: {sorted(ROWS)}, also .txt.gz and .jsonl.gz")
+    if others:
+        named = ", ".join(str(f.relative_to(path)) for f in others[:5]) + (", ..." if len(others) > 5 else "")
+        warnings.warn(f"{path}: {len(others)} files are not read ({named}); valid: {sorted(ROWS)}", stacklevel=3)
     for file in files:
-        for number, row in enumerate(ROWS[file.suffix.lower()](file)):
+        for number, row in enumerate(ROWS[_kind(file)](file)):
             _require_column(row, "text", file, number)
             if _is_text(row["text"], file, number, skipped):
                 group = row.get("group")
                 yield f"{file.name}:{number}" if group is None else str(group), row["text"]
 
 
+def text_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """(files of a known kind, others) of a file, or below a folder: sorted, links followed, hidden ones left out."""
+    if not path.is_dir():
+        return ([path], []) if _kind(path) in ROWS else ([], [path])
+    found, seen = [], set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        below[:] = [name for name in below if name[0] != "."]
+        if (real := os.path.realpath(folder)) in seen:  # a link to where this walk has been
+            below.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(f for f in found if _kind(f) in ROWS), sorted(f for f in found if _kind(f) not in ROWS)
+
+
+def _kind(file: Path) -> str:
+    """The suffix, that of compression left out where it can be read."""
+    name = file.name.lower()
+    return Path(name.removesuffix(".gz") if name.endswith((".txt.gz", ".jsonl.gz")) else name).suffix
+
+
 def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as lines:
+    opener = gzip.open if file.suffix.lower() == ".gz" else open
+    with opener(file, "rt", encoding="utf-8-sig") as lines:
         try:
             yield from lines
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 ({error})") from error
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{file} is no whole gzip file ({error})") from error
 
 
 def _paragraphs(file: Path) -> Iterator[dict]:

@@ -29,11 +29,11 @@ from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import bytes_per_token, sample, train_tokenizer
 from beyond_outliers.corpus.encoding import TextEncoder
-from beyond_outliers.corpus.sources import READERS, documents
+from beyond_outliers.corpus.sources import READERS, documents, text_files
 from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import pinned_sources
 
-BUILDERS = {"embedded": 1, "other": 2}  # raise when the same settings would give other tokens
+BUILDERS = {"embedded": 1, "other": 3}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**32  # bytes; larger token files are checked by size only when opened, `make verify` reads them
 CHUNK = 2**20  # characters that are tokenized at a time
 
@@ -145,8 +145,7 @@ def _fingerprint(config: CorpusConfig) -> dict:
     elif config.source == "climbmix":
         contents = pinned_sources()["climbmix"]
     else:
-        path = Path(config.source)
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        files, _ = text_files(Path(config.source))
         contents = {str(f): _file_checksum(f) for f in files if f.exists()}
     builder = BUILDERS.get(config.source, BUILDERS["other"])
     return {"config": asdict(config), "contents": contents, "builder": builder}

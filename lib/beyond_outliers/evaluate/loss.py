@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
 
 

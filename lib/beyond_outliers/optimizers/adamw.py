@@ -4,12 +4,11 @@ Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1
 computes it (fused kernel); Sutskever et al. 2013 as `torch.optim.SGD`.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 
-from beyond_outliers.optimizers.groups import RoleGroups, laid_out_like, require, require_betas
+from beyond_outliers.optimizers.groups import LIMITS, RoleGroups, laid_out_like, require
 
 
 class _Checked(RoleGroups):
@@ -39,14 +38,10 @@ class AdamW(_Checked, torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        require_betas(betas)  # before torch, whose words for it are others
+        for name, value in {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}.items():
+            require(LIMITS[name], name, value)  # before torch, whose words for it are others
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler then skips an overflow itself, as with all the others
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        require_betas(group["betas"])
-        require(0 <= group["eps"] < math.inf, "eps", group["eps"], "at least 0")
 
     def squares(self, group: dict) -> bool:
         return True
@@ -60,10 +55,6 @@ class SGD(_Checked, torch.optim.SGD):
 
     def __init__(self, params, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
 
     def state_shapes(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Size]:
         return {"momentum_buffer": parameter.shape} if group["momentum"] else {}

@@ -8,7 +8,9 @@ or a QK scale is not the regularisation that the hyperparameter means.
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +21,69 @@ ROLES = ("matrix", "embedding", "vector")
 LARGE = 1e18  # a norm of all gradients from which on it is looked at closely; its square nears the end of float32
 
 
+class Limit(NamedTuple):
+    """Which values a hyperparameter may have, in words and as a question."""
+
+    words: str
+    allows: Callable[[Any], bool]
+
+
+def whole(least: int, most: int = 2**31) -> Limit:
+    return Limit(
+        f"a whole number from {least} to {most}",
+        lambda value: type(value) is not bool and isinstance(value, Integral) and least <= int(value) <= most,
+    )
+
+
+def real(words: str, allows: Callable[[Any], bool]) -> Limit:
+    """Of a number, or of a tensor of one (torch's word for a rate that a compiled step reads)."""
+    return Limit(words, lambda value: isinstance(value, Real | Tensor) and bool(allows(value)))
+
+
+AT_LEAST_0 = real("at least 0", lambda value: 0 <= value < math.inf)
+POSITIVE = real("positive", lambda value: 0 < value < math.inf)
+SHARE = real("in [0, 1)", lambda value: 0 <= value < 1)
+YES_OR_NO = Limit("True or False", lambda value: isinstance(value, bool))
+# of every hyperparameter of the study's optimizers; `RoleGroups.limits` where a class has another one
+LIMITS: dict[str, Limit] = {
+    "lr": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
+    "momentum": SHARE,
+    "betas": Limit("two numbers in [0, 1)", lambda value: len(value) == 2 and all(map(SHARE.allows, value))),
+    "eps": AT_LEAST_0,
+    "ns_steps": whole(1, 100),
+    "ns_dtype": Limit(  # in float16 a large gradient is infinite, and a small one 0
+        "None, torch.bfloat16, torch.float32 or torch.float64",
+        lambda value: value in (None, torch.bfloat16, torch.float32, torch.float64),
+    ),
+    "ns_gram": YES_OR_NO,
+    "nesterov": YES_OR_NO,
+    "constrained": YES_OR_NO,
+    "scale": POSITIVE,
+    "embedding_lmo": Limit("one of sign, column", lambda value: value in ("sign", "column")),
+    "frequency": whole(1),
+    "max_block_size": whole(1),
+    "max_preconditioned_size": whole(1),
+    "max_size_triangular": whole(0),
+    "shampoo_beta": Limit("None or in [0, 1)", lambda value: value is None or SHARE.allows(value)),
+    "preconditioner_lr": real("in (0, 1]", lambda value: 0 < value <= 1),
+    "update_probability": Limit("None or in (0, 1]", lambda value: value is None or 0 < value <= 1),
+}
+
+
 class NonFiniteGradientError(ValueError):
     """A gradient holds NaN or infinity, or its squares do: the run has diverged. All is as before the step."""
 
 
 class RoleGroups(torch.optim.Optimizer):
-    """Base, alone or beside one of torch's: groups carry `role` and `initial_lr`; non-finite gradients are refused.
+    """Base, alone or with one of torch's: groups carry `role`; non-finite gradients are refused.
 
-    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults.
+    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults, `limits`
+    those hyperparameters whose valid values differ from LIMITS.
     """
 
     role_defaults: Mapping[str, dict] = MappingProxyType({})
+    limits: ClassVar[Mapping[str, Limit]] = MappingProxyType({})
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
@@ -55,11 +109,15 @@ class RoleGroups(torch.optim.Optimizer):
                 except ValueError as error:
                     self.param_groups.pop()
                     raise ValueError(f"group {len(self.param_groups)} (role {role}): {error}") from error
-                group.setdefault("initial_lr", group["lr"])
 
     def check(self, group: dict) -> None:
         """ValueError that names a hyperparameter of `group` which is out of range. Every group is asked."""
-        require_common(group["lr"], group["weight_decay"])
+        for name, limit in {**LIMITS, **self.limits}.items():
+            if name in group:
+                require(limit, name, group[name])
+        least = max((torch.finfo(p.dtype).tiny for p in group["params"]), default=0.0)
+        if 0 < group.get("eps", 0) < least:
+            raise ValueError(f"eps must be 0 or at least {least:.2g}, the dtype's smallest, not {group['eps']!r}")
 
     def squares(self, group: dict) -> bool:
         """Whether the group's state keeps squares of gradients, which an overflow would spoil for good."""
@@ -93,7 +151,7 @@ class RoleGroups(torch.optim.Optimizer):
         names = iter([name for name, _ in self.named_parameters()])
         for group, saved in zip(self.param_groups, groups, strict=True):
             try:
-                self.check({**group, **saved})
+                self.check({**group, **saved, "params": group["params"]})
             except ValueError as error:
                 raise ValueError(f"the state's group of {len(saved['params'])} parameters: {error}") from error
             for parameter, index in zip(group["params"], saved["params"], strict=True):
@@ -109,6 +167,10 @@ class RoleGroups(torch.optim.Optimizer):
                 loss = closure()
         self.refuse_nonfinite_gradients()
         return loss
+
+    def precisely(self) -> torch.autocast:
+        """The context of an update: autocast, in which a caller may step, would round its matrix products."""
+        return torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False)
 
     def refuse_nonfinite_gradients(self) -> None:
         """NonFiniteGradientError that names the parameters whose gradient holds NaN or infinity, or overflows squared.
@@ -169,19 +231,14 @@ def laid_out_like(p: Tensor) -> Tensor:
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
 
 
-def require(valid: bool, name: str, value, expected: str) -> None:
-    """ValueError naming the hyperparameter, its value and what is valid, unless `valid`."""
-    if not valid:
-        raise ValueError(f"{name} must be {expected}, not {value!r}")
-
-
-def require_common(lr: float, weight_decay: float) -> None:
-    require(0 <= lr < math.inf, "lr", lr, "at least 0")
-    require(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "at least 0")
-
-
-def require_betas(betas: tuple[float, float], name: str = "betas") -> None:
-    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), name, betas, "two numbers in [0, 1)")
+def require(limit: Limit, name: str, value: Any) -> None:
+    """ValueError naming the hyperparameter, its value and what is valid, unless the limit allows it."""
+    try:
+        allowed = limit.allows(value)
+    except TypeError:  # of another kind
+        allowed = False
+    if not allowed:
+        raise ValueError(f"{name} must be {limit.words}, not {value!r}")
 
 
 def tensor_of(entry) -> Tensor:

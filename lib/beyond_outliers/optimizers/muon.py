@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import laid_out_like, require, require_betas
+from beyond_outliers.optimizers.groups import LIMITS, laid_out_like, require
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -90,20 +90,12 @@ class Muon(StackedOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-6,
     ):
-        require(0 <= adamw_lr < math.inf, "adamw_lr", adamw_lr, "at least 0")
-        require_betas(adamw_betas, "adamw_betas")
-        require(0 <= adamw_eps < math.inf, "adamw_eps", adamw_eps, "at least 0")
+        for name, value in {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}.items():
+            require(LIMITS[name], f"adamw_{name}", value)
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "ns_gram": ns_gram}
         defaults |= {"betas": tuple(adamw_betas), "eps": adamw_eps}
         super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
-        require(1 <= group["ns_steps"] <= 100, "ns_steps", group["ns_steps"], "between 1 and 100")
-        require_betas(group["betas"])
-        require(0 <= group["eps"] < math.inf, "eps", group["eps"], "at least 0")
 
     def squares(self, group: dict) -> bool:
         return group["role"] != "matrix"
@@ -134,7 +126,7 @@ def adamw_step(group: dict, stack: Stack, step: int) -> None:
     if inner is None:
         inner = stack.derived["adamw"] = torch.optim.AdamW(stack.params, fused=True)
         for p, entry in zip(stack.params, stack.per_parameter, strict=True):
-            count = torch.tensor(float(step - 1), device=p.device)
+            count = torch.tensor(float(step - 1), dtype=torch.float32, device=p.device)
             inner.state[p] = {"step": count, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
     inner.param_groups[0] |= {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     for p in stack.params:

@@ -7,7 +7,8 @@ a small model (see `trial`): whether a resumed run goes on bit by bit, and wheth
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 from beyond_outliers.config.loading import load_own
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.optimizers.adamw import AdamW
-from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like, require
+from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like
 
-KEYS = ("roles", "rest_lr")  # hyperparameters of `Outside` itself
+KEYS = ("roles", "rest_lr", "groups")  # hyperparameters of `Outside` itself
 
 
 def check_hyperparameters(source: str, factory: Callable, given: Sequence[str]) -> None:
@@ -35,7 +36,8 @@ class Outside(RoleGroups):
     """`source` ("module:Class") over the groups of `roles`, this package's AdamW over the others.
 
     Arguments: `params` as for every optimizer here; `rest_lr`: AdamW's learning rate for roles that `source` does not
-    get (needed where there are any and their groups have no rate of their own); `hyper` goes to the class. Weight decay
+    get (needed where there are any and their groups have no rate of their own); `groups`: by role, what else the class
+    wants to read in a group ({"matrix": {"use_muon": True}}); `hyper` goes to the class. Weight decay
     other than 0 is an error where the class does not take it. ValueError, too, for a class that changes parameters when
     it is made, puts them into other groups, or wants to be told when it trains and when it is evaluated.
     """
@@ -48,9 +50,10 @@ class Outside(RoleGroups):
         weight_decay: float = 0.0,
         roles: Sequence[str] = ROLES,
         rest_lr: float | None = None,
+        groups: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         **hyper,
     ):
-        for role in roles:
+        for role in (*roles, *groups):
             choose("role", role, ROLES)
         factory = load_own(source, "optimizer")
         check_hyperparameters(source, factory, list(hyper))
@@ -65,11 +68,15 @@ class Outside(RoleGroups):
             raise ValueError(f"no parameter has a role of {', '.join(roles)}, which {source} is to train")
         before = [p.detach().clone() for group in ours for p in group["params"]]
         try:
-            made = factory(_plain(ours, _decays(source, factory, weight_decay)), lr=lr, **hyper)
-        except TypeError as error:
-            raise ValueError(f"{source} cannot be made of parameters and lr ({error}); valid: an optimizer") from error
+            given = _plain(ours, _decays(source, factory, weight_decay), groups)
+            # a class without the argument reads the rate in its groups
+            rate = {"lr": lr} if {"lr", "kwargs"} & set(inspect.signature(factory).parameters) else {}
+            made = factory(given, **rate, **hyper)
+        except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source} cannot be made of parameters and lr ({reason}); valid: an optimizer") from error
         self._refuse_strange(made, ours, before)
-        self.parts = [made, *([AdamW(_plain(others, True), lr=lr)] if others else [])]
+        self.parts = [made, *([AdamW(_plain(others, True, {}), lr=lr)] if others else [])]
 
     def check(self, group: dict) -> None:
         if group["role"] not in self.roles and math.isnan(group["lr"]):
@@ -93,8 +100,8 @@ class Outside(RoleGroups):
         closure = inspect.signature(made.step).parameters.get("closure")
         if closure and closure.default is inspect.Parameter.empty:
             raise ValueError(f"{self.source} evaluates the loss itself (step needs a closure): that is not supported")
-        kept = [[id(p) for p in group["params"]] for group in made.param_groups]
-        if kept != [[id(p) for p in group["params"]] for group in groups]:
+        kept = [{id(p) for p in group["params"]} for group in made.param_groups]
+        if kept != [{id(p) for p in group["params"]} for group in groups]:
             raise ValueError(f"{self.source} puts the parameters into groups of its own: its rates cannot be scheduled")
         if callable(getattr(made, "train", None)) and callable(getattr(made, "eval", None)):
             raise ValueError(f"{self.source} keeps other weights for evaluation (train, eval): that is not supported")
@@ -111,7 +118,8 @@ class Outside(RoleGroups):
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad = laid_out_like(p)
-            made.step()
+            with self.precisely():
+                made.step()
         return loss
 
     def state_dict(self) -> dict:
@@ -122,7 +130,8 @@ class Outside(RoleGroups):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """ValueError, before anything is changed, for the state of another class or of parameters of other shapes."""
-        require(state_dict.get("source") == self.source, "the state's source", state_dict.get("source"), self.source)
+        if (source := state_dict.get("source")) != self.source:
+            raise ValueError(f"the state's source must be {self.source}, not {source!r}")
         theirs = [tuple(shape) for shape in state_dict["shapes"]]
         if theirs != (shapes := self.state_dict()["shapes"]):
             raise ValueError(f"the state is of parameters of the shapes {theirs}, these are of {shapes}")
@@ -133,10 +142,12 @@ class Outside(RoleGroups):
 
 def _decays(source: str, factory: Callable, weight_decay: float) -> bool:
     takes = "weight_decay" in inspect.signature(factory).parameters
-    require(takes or not weight_decay, f"weight_decay of {source}, which has none,", weight_decay, "0")
+    if weight_decay and not takes:
+        raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
     return takes
 
 
-def _plain(groups: list[dict], decays: bool) -> list[dict]:
-    """Groups as a class from outside gets them: no names, no roles."""
-    return [{key: group[key] for key in ("params", "lr", *(["weight_decay"] if decays else []))} for group in groups]
+def _plain(groups: list[dict], decays: bool, settings: Mapping[str, Mapping[str, Any]]) -> list[dict]:
+    """Groups as a class from outside gets them: no names, no roles, but the settings of its role."""
+    keys = ("params", "lr", *(["weight_decay"] if decays else []))
+    return [{key: group[key] for key in keys} | dict(settings.get(group["role"], {})) for group in groups]

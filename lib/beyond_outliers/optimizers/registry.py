@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
-from beyond_outliers.optimizers.groups import parameter_groups, require
+from beyond_outliers.optimizers.groups import AT_LEAST_0, parameter_groups, require
 from beyond_outliers.optimizers.outside import Outside
 
 __all__ = ["OPTIMIZERS", "REGISTRY", "Entry", "build_optimizer"]
@@ -17,8 +17,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Optimizer `name` of the registry, or `module:Class` from outside, over `model`'s parameters, grouped by role.
 
-    Every group carries `role`, `lr` and `initial_lr`; a schedule sets lr = initial_lr * factor. `weight_decay` reaches
-    matrices and embeddings. `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
+    Every group carries `role` and `lr`, which a schedule may change. `weight_decay` reaches matrices and embeddings.
+    `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
     one = entry(name)
@@ -30,7 +30,7 @@ def build_optimizer(
     groups = parameter_groups(model)
     for rate, role in ROLE_RATES.items():
         if hyper.get(rate) is not None:
-            require(hyper[rate] >= 0, rate, hyper[rate], "at least 0")
+            require(AT_LEAST_0, rate, hyper[rate])
             own = hyper.pop(rate)
             groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
     if name not in REGISTRY:

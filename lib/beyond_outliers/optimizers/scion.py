@@ -17,15 +17,14 @@ and re-initialises weights on request; its defaults are `momentum` 1 (none) and 
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require
+from beyond_outliers.optimizers.groups import AT_LEAST_0, real, require
 from beyond_outliers.optimizers.muon import newton_schulz
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
-
-EMBEDDING_LMOS = ("sign", "column")
 
 
 class Scion(StackedOptimizer):
@@ -36,6 +35,8 @@ class Scion(StackedOptimizer):
     unconstrained form, matrices and embeddings), `ns_steps`, `ns_dtype` and `ns_gram` (see `newton_schulz`).
     ValueError for values out of range, and for weight decay with `constrained`, which is a decay of 1 already.
     """
+
+    limits: ClassVar = {"momentum": real("in (0, 1]", lambda value: 0 < value <= 1)}
 
     def __init__(
         self,
@@ -52,8 +53,8 @@ class Scion(StackedOptimizer):
         ns_dtype: torch.dtype | None = None,
         ns_gram: bool = False,
     ):
-        require(0 <= embedding_lr < math.inf, "embedding_lr", embedding_lr, "at least 0")
-        require(0 <= vector_lr < math.inf, "vector_lr", vector_lr, "at least 0")
+        require(AT_LEAST_0, "embedding_lr", embedding_lr)
+        require(AT_LEAST_0, "vector_lr", vector_lr)
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "ns_gram": ns_gram}
@@ -61,12 +62,8 @@ class Scion(StackedOptimizer):
 
     def check(self, group: dict) -> None:
         super().check(group)
-        lmo, decay = group["embedding_lmo"], group["weight_decay"]
-        require(0 < group["momentum"] <= 1, "momentum", group["momentum"], "in (0, 1]")
-        require(0 < group["scale"] < math.inf, "scale", group["scale"], "positive")
-        require(lmo in EMBEDDING_LMOS, "embedding_lmo", lmo, f"one of {', '.join(EMBEDDING_LMOS)}")
-        require(1 <= group["ns_steps"] <= 100, "ns_steps", group["ns_steps"], "between 1 and 100")
-        require(not (group["constrained"] and decay), "weight_decay", decay, "0 when constrained")
+        if group["constrained"]:
+            require(real("0 when constrained", lambda decay: decay == 0), "weight_decay", group["weight_decay"])
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}

@@ -128,7 +128,7 @@ class StackedOptimizer(RoleGroups):
 
     def stacks(self, group: dict) -> list[Stack]:
         """The group's stacks over the parameters that have a gradient; rebuilt only when that set changes."""
-        live = [p for p in group["params"] if p.grad is not None]
+        live = [p for p in group["params"] if p.grad is not None and p.numel()]
         cached = self._stacks.get(id(group))
         # the states, too: whoever clears them, or puts others in their place, must find that it has an effect
         if cached is None or cached[0] != [(id(p), id(self.state.get(p))) for p in live]:
@@ -176,14 +176,15 @@ class StackedOptimizer(RoleGroups):
         """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
         loss = self.evaluated(closure)
         updated = []
-        for group in self.param_groups:
-            for stack in self.stacks(group):
-                self._sharing.bring(stack)
-                if self._sharing.mine(stack.owner):
-                    self.update(group, stack)
-                else:
-                    self.skip(group, stack)
-                updated.append(stack)
+        with self.precisely():
+            for group in self.param_groups:
+                for stack in self.stacks(group):
+                    self._sharing.bring(stack)
+                    if self._sharing.mine(stack.owner):
+                        self.update(group, stack)
+                    else:
+                        self.skip(group, stack)
+                    updated.append(stack)
         self._sharing.exchange(updated)
         return loss
 

@@ -40,7 +40,16 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, evaluating, find_head, linear_weight
-from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
+from beyond_outliers.passes import (
+    as_real,
+    floats,
+    main_output,
+    plain_settings,
+    same_tensors,
+    tensors,
+    text_rows,
+    text_tokens,
+)
 from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
 from beyond_outliers.propagation.recording import Call, Tape, clones, opened_attention, record
@@ -64,9 +73,10 @@ class _Row:
         self.output = Ratios(reduction)
         self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
         self.phi, self.psi = Ratios(reduction), Ratios(reduction)
+        self.other_integers = False  # such as the entries of a table that a router picks
 
-    def add(self, call: Call, quantized_call: Call, in_place: bool, outputs: Callable):
-        """`outputs`: picks the tensors to compare from what the module returns."""
+    def add(self, call: Call, quantized_call: Call, in_place: bool, outputs: Callable, text: Tensor | None):
+        """`outputs`: picks the tensors to compare from what the module returns. text: see `text_tokens`."""
         copy = clones if in_place else lambda value: value
 
         def evaluate(module: nn.Module, given: Call) -> list[Tensor]:
@@ -76,6 +86,10 @@ class _Row:
         h, hq = ([as_real(x) for x in floats(values)] for values in (given, given_q))
         f_h, fq_hq = outputs(call.output), outputs(quantized_call.output)
         same_inputs = same_tensors(given, given_q)
+        integers = (
+            [x for x in values if not x.is_floating_point() and not x.is_complex()] for values in (given, given_q)
+        )
+        self.other_integers |= not same_inputs and not same_tensors(*integers)
         if h or not same_inputs:
             f_hq, fq_h = evaluate(self.module, quantized_call), evaluate(self.quantized, call)
         else:  # nothing that quantization could have changed goes in
@@ -94,7 +108,8 @@ class _Row:
             check_unchanged(label, f_hq, fq_hq, held)
             check_unchanged(label, f_h, fq_h, held)
         for four in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
-            self._add_output(*four)
+            self._add_output(*(text_rows(x, text) for x in four))
+        h, hq, f_h = ([text_rows(x, text) for x in values] for values in (h, hq, f_h))
         for position, inputs in enumerate(zip(h, hq, strict=True)):
             for x, xq in pieces(inputs, self.reduction):
                 d = xq - x
@@ -124,6 +139,7 @@ class _Row:
         sums = [ratios.sums for ratios in self.inputs.values() if isinstance(ratios.sums, Tensor)]
         changed = [s for s in sums if s[1] != 0]
         r_in = float(sum(s[1] for s in changed) / sum(s[0] for s in changed)) if changed else 0.0
+        r_in = np.nan if self.other_integers else r_in
         row = {"name": self.name, "kind": self.kind, "R": r, "A": a, "B": b, "C": c}
         row |= {"gain": a / r_in if r_in else np.nan}
         row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
@@ -137,6 +153,7 @@ class _Row:
         return row | {"R_in": r_in}
 
 
+@plain_settings()
 def decompose(
     model: nn.Module,
     quantized: nn.Module,
@@ -151,7 +168,7 @@ def decompose(
     `quantized` has modules of the same names as `model`, as `quantize_model` and `freeze_qat` give it; its linear
     layers offer their dequantized weight W + E as `.weight` (so a `prepare_qat` model goes through `freeze_qat` first).
     `batches`: an iterable of inputs (a tensor, a tuple of positional or a mapping of keyword arguments each), or one
-    tensor or mapping.
+    tensor or mapping. Padding, as a mapping's `attention_mask` (B, T) tells it, does not count. Autocast is off.
 
     granularity "module": every module without children (linear, norm, activation, residual add, ...); "sublayer": the
         children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
@@ -174,7 +191,8 @@ def decompose(
     model have no row; a CoverageWarning names them.
 
     Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
-    quantity is not defined (gain of a module whose input has no error; ratios of what is not linear).
+    quantity is not defined (gain of a module whose input has no error; ratios of what is not linear; R_in where the
+    two models give a module other integers, such as the entries of a table that it is to look up).
 
     Cost: one pass of the first batch to see what runs, then a batch at a time one pass of each model and, a module at
     a time, the two crossed evaluations. Memory: the activations of one full-precision pass over one batch, released
@@ -209,7 +227,7 @@ def decompose(
             pair = model.get_submodule(name), quantized.get_submodule(name)
             label = (name or "(model)") + (f"#{number}" if number > 1 else "")
             rows[name, number] = _Row(label, kinds[name], pair, same[name], reduction, name in logits)
-        rows[name, number].add(original, call, tapes[0].clone, _outputs if name else main_output)
+        rows[name, number].add(original, call, tapes[0].clone, _outputs if name else main_output, text)
 
     tapes: list[Tape] = []
     runs = Runs(quantized)
@@ -220,6 +238,7 @@ def decompose(
                 _check_names(kinds, model, quantized)
                 same = {name: unchanged(model.get_submodule(name), quantized.get_submodule(name)) for name in kinds}
                 tapes = [Tape(model, kinds, keep), Tape(quantized, kinds, compare)]
+            text = text_tokens(batch)
             elsewhere |= other_tokens(model, quantized, batch, picking - elsewhere)
             record(tapes[0], calls, batch)
             tapes[1].clone = tapes[0].clone

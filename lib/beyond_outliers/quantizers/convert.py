@@ -17,6 +17,7 @@ from beyond_outliers.modules import (
     copy_of,
     every_module,
     find_head,
+    is_plain,
     replace_linears,
     settled_weight,
     substitute,
@@ -29,10 +30,10 @@ from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transfo
 from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
 from beyond_outliers.quantizers.operands import Rounding, along, own_products, own_rounding
+from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.record import Quantization, record_of, with_record
 from beyond_outliers.quantizers.saving import refuse_save_pretrained
-from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
-from beyond_outliers.quantizers.watching import watched_weights
+from beyond_outliers.quantizers.watching import check_first_pass, watched_weights
 from beyond_outliers.quantizers.weights import known_weights, path, rounding_layers
 
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
@@ -76,6 +77,8 @@ def _converted(
         found = [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]
         if found:
             return _converted(model, record, make, treat, example, [*past, *found])
+    elif record.spec.activations != "none" and not all(map(is_plain, every_module(copied))):
+        check_first_pass(copied)
     return with_record(copied, record)
 
 

@@ -3,10 +3,11 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -156,6 +157,7 @@ def coverage(quantized: nn.Module, batch=None) -> pd.DataFrame:
     """
     record = record_of(quantized)
     if batch is not None:
+        forget_first_pass(quantized)
         rows = watched_weights(quantized, record, batch)
         record.weights = [replace(row, rounded=False) if row.reason == UNCALLED else row for row in rows]
     return record.table()
@@ -175,8 +177,13 @@ class Runs:
         self.model, self.layers = quantized, rounding_layers(quantized)
         self.counts: Counter[nn.Module] = Counter()
 
+    @property
+    def idle(self) -> dict[nn.Module, str]:
+        return {layer: name for layer, name in self.layers.items() if not self.counts[layer]}
+
     @contextmanager
     def counted(self) -> Iterator["Runs"]:
+        forget_first_pass(self.model)  # what it would say, `check` says better
         handles = [
             layer.register_forward_pre_hook(lambda layer, _: self.counts.update([layer])) for layer in self.layers
         ]
@@ -187,7 +194,7 @@ class Runs:
                 handle.remove()
 
     def check(self, batch):
-        idle = {layer: name for layer, name in self.layers.items() if not self.counts[layer]}
+        idle = self.idle
         record = vars(self.model).get("quantization")
         if record is not None:
             record.never_ran = list(idle.values())
@@ -203,3 +210,42 @@ class Runs:
         warnings.warn(
             f"layers that never ran in this measurement: {', '.join(idle.values())}", CoverageWarning, stacklevel=3
         )
+
+
+def check_first_pass(quantized: nn.Module):
+    """Lets the first forward pass of a converted model warn of layers that round and did not run in it.
+
+    A module that multiplies by such a layer's weight past the layer would otherwise get unrounded inputs in silence.
+    """
+    quantized.register_forward_pre_hook(_first_pass)
+
+
+def forget_first_pass(quantized: nn.Module):
+    for key, hook in list(quantized._forward_pre_hooks.items()):
+        if hook is _first_pass:
+            del quantized._forward_pre_hooks[key]
+
+
+def _first_pass(quantized: nn.Module, _args):
+    """A forward pre-hook, which copies and files of the model keep: a function of the module, not a bound method."""
+    if torch.compiler.is_compiling():
+        return
+    runs, stack = Runs(quantized), ExitStack()
+    stack.enter_context(runs.counted())
+    runs.counts.update([quantized])  # runs, hooked too late
+
+    def end(quantized, _args, output):
+        handle.remove()
+        stack.close()
+        if output is None:  # it failed: the next one is the first
+            check_first_pass(quantized)
+        elif runs.idle:
+            names = ", ".join(runs.idle.values())
+            warnings.warn(
+                f"layers that round but did not run in the model's first pass: {names}. Where another module reads "
+                "their weights, its inputs are not rounded: coverage(model, batch) tells",
+                CoverageWarning,
+                stacklevel=2,
+            )
+
+    handle = quantized.register_forward_hook(end, always_call=True)

@@ -82,7 +82,7 @@ def replay(study: Study) -> pd.DataFrame:
     """
     files, rows = checkpoints(study.scale), []
     if not files:
-        raise ValueError(f"no checkpoint in {folder(study.scale)}: run `python -m beyond_outliers.study keep` first")
+        raise ValueError(f"no checkpoint in {folder(study.scale)}: run `beyond-outliers keep` first")
     final = {name: study.table(name).query("checkpoint == 'final'") for name in ("ptq", "outliers", "propagation")}
     for run, file in tqdm(files.items(), desc="replay", disable=None):
         config, model = load_checkpoint(file)

@@ -1,6 +1,6 @@
 """An optimizer from outside beside the six: its runs and tables, made where the scale's own stay as they are.
 
-    python -m beyond_outliers.study compare --scale pocket --optimizer pytorch_optimizer:Lion     (make compare)
+    beyond-outliers compare --scale pocket --optimizer pytorch_optimizer:Lion     (make compare)
 
 It is trained and measured as the scale's own are: sizes, seeds, formats, rule of the learning rate. Where no rates are
 given, they are looked for from the class's own default, a factor of 3 apart, until the best lies between two others.
@@ -96,7 +96,8 @@ def define(
 def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
     """Rates around the best of a scale with grids, ascending: at its smallest swept size, trained one after the other.
 
-    The runs are those of a sweep. RuntimeError where the best is not found within a dozen.
+    The runs are those of a sweep. ValueError where the best is not found within a dozen,
+    or where the rate has no effect.
     """
     first = study.protocol.sweep_runs(study.sizes_of("sweep")[0])[0].config
 

@@ -58,10 +58,8 @@ def publish(study: "Study", partial: bool = False) -> str:
         )
     judged = [] if parted(study.scale)[1] else ["judged.csv"]
     if unjudged := [name for name in judged if not (own / name).exists()]:
-        raise ValueError(
-            f"{own} lacks {', '.join(unjudged)}: run `python -m beyond_outliers.claims --scale {study.scale}`"
-        )
-    checksums.check(own, remedy="collect it again: `python -m beyond_outliers.study collect`, then the claims")
+        raise ValueError(f"{own} lacks {', '.join(unjudged)}: run `beyond-outliers claims --scale {study.scale}`")
+    checksums.check(own, remedy="collect it again: `beyond-outliers collect`, then the claims")
     said = _replaced(own / "runs.csv", committed / "runs.csv")
     committed.mkdir(parents=True, exist_ok=True)
     for file in sorted(own.glob("*.csv"), key=lambda file: file.stem == "runs"):  # `runs` last

@@ -305,6 +305,6 @@ class Study:
             load_result(run_folder(planned.config, paths.RUNS))  # of a damaged one the error says more
             raise MissingResults(
                 f"run {planned.config.name} has not ended: run `make reproduce SCALE={self.scale}`, or "
-                f"`python -m beyond_outliers.study train --scale {self.scale} --run {planned.config.name}`"
+                f"`beyond-outliers train --scale {self.scale} --run {planned.config.name}`"
             )
         return result

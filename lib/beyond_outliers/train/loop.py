@@ -23,12 +23,13 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
+from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import weights_held
 from beyond_outliers.train.folder import (
     RunResult,
-    build_model,
     load_result,
     model_of,
     result_row,
@@ -37,7 +38,13 @@ from beyond_outliers.train.folder import (
     weights_path,
 )
 from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
-from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
+from beyond_outliers.train.machine import (
+    LossModule,
+    check_shares,
+    device_named,
+    provenance,
+    should_compile,
+)
 from beyond_outliers.train.resume import read_state, states, write_state
 from beyond_outliers.train.timetable import evaluation_steps, schedule
 from beyond_outliers.train.workers import Workers, place
@@ -80,7 +87,8 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world, rank = place()
-    with held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+    lock = held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext()
+    with plain_settings(training=True), lock:
         if (done := load_result(folder)) is None:  # of the process that held the run
             run = _Run(config, folder, device, compile, recompute, progress, shard)
             try:
@@ -120,6 +128,7 @@ class _Run:
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before the schedule, and any state
         self.compiled = should_compile(compile, config, self.device) and not shard
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
@@ -202,8 +211,8 @@ class _Run:
         )
         parts = max(1, len(ids) // config.micro_batch)
         factor = schedule(self.step, config.steps, config.warmup, config.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
         hold = parts > 1 and config.quantization and not self.workers.shard  # a share of a weight cannot be rounded
         with weights_held(self.model) if hold else contextlib.nullcontext():  # QAT: once a step, not a micro-batch
@@ -224,7 +233,7 @@ class _Run:
         return mean
 
     def _autocast(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     # --------------------------------------------------------------------------------------- evaluation and the folder
 

@@ -16,7 +16,7 @@ from torch import nn
 from beyond_outliers import paths
 from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.decoder import Decoder
 
 # nats by which losses of one run differ between processors: in the median of the runs that were made again on others
 # (data/results/*/machines.csv: eight of confirm, at most 0.040; 46 of pocket, 0.072), and what is still taken for it
@@ -27,6 +27,8 @@ COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below,
 def device_named(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch sees no CUDA device here; valid: cpu, auto")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

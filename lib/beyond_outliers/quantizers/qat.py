@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.run import SCHEMES
 from beyond_outliers.passes import keeps_tensors
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
@@ -44,7 +45,7 @@ def optimal_gaussian_scale(bits: int) -> float:
 class _StraightThrough(torch.autograd.Function):
     """Forward the rounded tensor in place of x; backward the gradient times `mask` (uint8), or all of it."""
 
-    generate_vmap_rule = True  # with `setup_context`, what torch.func asks for
+    generate_vmap_rule = True  # with `setup_context`, what torch.func asks for; a jvp would be in the compiler's way
 
     @staticmethod
     def forward(x: Tensor, rounded: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,17 +54,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor):
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (mask,) = ctx.saved_tensors
         return (grad if mask is None else grad * mask), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        (mask,) = ctx.saved_tensors
-        return tangent.clone() if mask is None else tangent * mask
 
 
 class QuestQuantizer(nn.Module):
@@ -181,7 +176,6 @@ def _notice_step(quantizer: LSQQuantizer, _keys):
 
 
 BITS = tuple(range(1, 9))
-SCHEMES = ("quest", "ste", "lsq")
 Quantizer = QuestQuantizer | AbsMaxQuantizer | LSQQuantizer
 
 

@@ -1,20 +1,12 @@
-"""The verdicts of a study from the shell: written to its judged.csv, or one claim shown with the rows behind it.
+"""The verdicts of a study: written to its judged.csv, or one claim shown with the rows behind it."""
 
-python -m beyond_outliers.claims --scale laptop            writes judged.csv (and SHA256SUMS) beside the tables
-python -m beyond_outliers.claims show C4 --scale laptop    verdict, rule, figure, rows; writes nothing
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 from beyond_outliers import checksums, paths
 from beyond_outliers.claims.compare import Estimate
-from beyond_outliers.claims.rules import CLAIMS
 from beyond_outliers.claims.verdicts import JUDGED, READ, frozen, headlines, judge, read_rules, rule_place
-from beyond_outliers.config.protocol import scales
 from beyond_outliers.study.study import Study
-from beyond_outliers.study.tables import MissingResults
 
 
 def write_verdicts(study: Study, checked: bool = False) -> Path:
@@ -48,7 +40,7 @@ def show(study: Study, name: str, limit: int | None) -> str:
         f"estimate   {_estimate(row)}, n {row.n} ({row.unit})",
         f"rule       {rule_place('', name)}",
         f"paper      {row.paper}",
-        f"figure     {paths.figures(study.scale) / rule['figure']}.png",
+        f"figure     {paths.pages(study.scale) / rule['figure']}.png",
         f"notebook   {row.notebook}",
     ]
     parts = table[(table.optimizers == "six") & (table.part != "whole")]
@@ -64,26 +56,3 @@ def show(study: Study, name: str, limit: int | None) -> str:
 
 def _estimate(row) -> str:
     return Estimate(row.value, row.low, row.high).text(4) if row.value == row.value else "none over all sizes"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_outliers.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("command", nargs="*", metavar="show CLAIM", help="a claim to show: show C4; without: write all")
-    parser.add_argument("--scale", required=True, choices=scales(), help="which study of data/scales")
-    parser.add_argument("--rows", type=int, default=60, help="how many rows to show, 0: all (default 60)")
-    parser.add_argument("--checked", action="store_true", help="refuse tables that are not what was written")
-    given = parser.parse_args(arguments)
-    if given.command and (given.command[0] != "show" or given.command[1:] not in [[name] for name in CLAIMS]):
-        parser.error(f"cannot do {' '.join(given.command)!r}; valid: show CLAIM, with CLAIM of {', '.join(CLAIMS)}")
-    study = Study(given.scale)
-    try:
-        print(
-            show(study, given.command[1], given.rows or None) if given.command else write_verdicts(study, given.checked)
-        )
-    except (MissingResults, checksums.DamagedFile) as missing:
-        parser.exit(1, f"{missing}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

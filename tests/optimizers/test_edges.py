@@ -1,0 +1,144 @@
+"""What surrounds an optimizer changes nothing in its steps: torch's defaults, autocast, schedulers, no entries."""
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from beyond_outliers.optimizers import REGISTRY
+from beyond_outliers.optimizers.outside import Outside
+
+SHAPES = [(6, 4), (6, 4), (9, 5), (7,)]
+# refreshes fall inside a few steps
+OFTEN = {"shampoo": {"frequency": 2}, "soap": {"frequency": 2}, "psgd": {"update_probability": 1.0}}
+
+
+def trained(name, shapes=SHAPES, steps=4, dtype=torch.float32):
+    """Weights after some steps from fixed numbers."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+    optimizer = REGISTRY[name].optimizer(params, lr=0.01, **OFTEN.get(name, {}))
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+        optimizer.step()
+    return params
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_bit(name, default):
+    expected = trained(name)
+    torch.set_default_dtype(default)
+    try:
+        found = trained(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", [*REGISTRY, "torch.optim:Muon"])
+def test_a_step_under_autocast_is_the_step_without(name):
+    def steps():
+        if name in REGISTRY:
+            return trained(name)
+        p = torch.eye(6).requires_grad_()
+        optimizer = Outside([p], name, lr=0.01)
+        p.grad = torch.arange(36.0).view(6, 6).sin()
+        optimizer.step()
+        return [p]
+
+    expected = steps()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = steps()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_parameters_without_entries_are_stepped_over(name):
+    """Of zero rows, of zero columns, and an empty vector; the others step as if alone (psgd: but for its probes)."""
+    found = trained(name, [(0, 4), (6, 4), (9, 0), (0,), (7,)])
+    assert [p.shape for p in found if not p.numel()] == [(0, 4), (9, 0), (0,)]
+    alone = trained(name, [(6, 4), (7,)])  # the same random numbers: those of nothing are none
+    assert all(map(torch.equal, (p for p in found if p.numel()), alone))
+    optimizer = REGISTRY[name].optimizer([torch.zeros(0, 3, requires_grad=True)], lr=0.01)
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(0, 3)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda one: lr_scheduler.CyclicLR(one, base_lr=3e-4, max_lr=5e-3, cycle_momentum=False),
+        lambda one: lr_scheduler.OneCycleLR(one, max_lr=5e-3, total_steps=10, cycle_momentum=False),
+        lambda one: lr_scheduler.LinearLR(one, start_factor=0.25, total_iters=4),
+        lambda one: lr_scheduler.CosineAnnealingLR(one, T_max=5),
+    ],
+)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_schedulers_give_the_rates_that_they_give_torchs_own(name, scheduler):
+    def rates(kind):
+        p = torch.ones(4, 4, requires_grad=True)
+        optimizer = kind([p], lr=0.02)
+        optimizer.param_groups[0]["lr"] = 0.005  # set by hand before the scheduler comes
+        schedule, found = scheduler(optimizer), []
+        for _ in range(6):
+            found.append(optimizer.param_groups[0]["lr"])
+            p.grad = torch.ones(4, 4)
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(REGISTRY[name].optimizer) == pytest.approx(rates(torch.optim.AdamW), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_states_with_initial_rates_still_load(name):
+    """Of a scheduler, and of older versions, whose groups carried them from the start."""
+    optimizer = REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], lr=0.01)
+    state = optimizer.state_dict()
+    assert "initial_lr" not in state["param_groups"][0]
+    state["param_groups"][0]["initial_lr"] = 0.5
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+WHOLE = {
+    "muon": ["ns_steps"],
+    "scion": ["ns_steps"],
+    "shampoo": ["frequency", "max_block_size"],
+    "soap": ["frequency", "max_preconditioned_size"],
+    "psgd": ["max_size_triangular", "seed"],
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in WHOLE.items() for key in keys])
+@pytest.mark.parametrize("value", [2.5, 2.0, True, "2", -1, float("nan")])
+def test_whole_numbers_are_whole(name, key, value):
+    with pytest.raises(ValueError, match=f"{key} must be a whole number from .*, not {value!r}"):
+        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], lr=0.01, **{key: value})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
+def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
+    key = "adamw_eps" if name == "muon" else "eps"
+    for dtype, eps in ((torch.float32, 1e-40), (torch.float64, 1e-310)):
+        with pytest.raises(ValueError, match=r"eps must be .*at least"):
+            REGISTRY[name].optimizer([torch.ones(3, dtype=dtype, requires_grad=True)], lr=0.01, **{key: eps})
+    REGISTRY[name].optimizer([torch.ones(3, dtype=torch.float64, requires_grad=True)], lr=0.01, **{key: 1e-40})
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper"),
+    [
+        ("muon", {"ns_dtype": torch.float16}),
+        ("muon", {"nesterov": "no"}),
+        ("scion", {"constrained": "no"}),
+        ("adamw", {"betas": 0.9}),
+        ("psgd", {"update_probability": "often"}),
+        ("soap", {"lr": "0.1"}),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(name, hyper):
+    with pytest.raises(ValueError, match=f"{next(iter(hyper))} must be"):
+        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], **hyper)

@@ -1,0 +1,179 @@
+"""The one command: what it refuses, in one line and soon; its help; what it reads of the machine."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from beyond_outliers import cli, paths
+from beyond_outliers.cli import main
+
+REFUSED = {
+    "tarin --scale pocket": "did you mean train?",
+    "plan --scale pockett": "did you mean pocket?",
+    "reproduce --scale pocke": "did you mean pocket?",
+    "figures --scale ../pocket": "",
+    "verify --scale pockett": "did you mean pocket?",
+    "plan --sclae pocket": "did you mean --scale?",
+    "reproduce --scale smoke --jobs 0": "whole number of at least 1",
+    "reproduce --scale smoke --executor cloud": "'slurm'",
+    "continue --scale smoke --jobs -2": "whole number of at least 1",
+    "continue --scale smoke --hours 0": "positive number of hours",
+    "continue --scale smoke --hours -1": "positive number of hours",
+    "continue --scale smoke --hours nan": "positive number of hours",
+    "continue --scale smoke --shard 3/2": "no part of a plan",
+    "continue --scale smoke --shard half": "no part of a plan",
+    "notebook --scale pocket --name 03": "did you mean 03_ptq?",
+    "run --scale smoke --run tiny-adamw": "did you mean tiny-adamw-",
+    "train --scale smoke --size tini --optimizer muon": "did you mean tiny?",
+    "train --scale smoke --size tiny --optimizer mun": "did you mean muon?",
+    "train --scale smoke --size tiny --optimizer muon --scheme questt": "did you mean quest?",
+    "train --scale smoke --size tiny --optimizer muon --lr 0": "positive number",
+    "train --scale smoke --size tiny --optimizer muon --device gpu": "'cuda'",
+    "claims C99 --scale pocket": "valid: ",
+    "export nothing --to there": "no run 'nothing'",
+    "probe model --text nowhere.txt": "no file 'nowhere.txt'",
+    "compare --scale pocket --optimizer torch.optim:SGD --hyper momentum=": "is not TOML",
+}
+
+
+ALL_OF_THEM = """
+import contextlib, io, json, sys
+sys.modules["torch"] = None  # whoever imports it now fails
+from beyond_outliers.cli import main
+found = {}
+for words in json.loads(sys.argv[1]):
+    said, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            main(words.split())
+        except SystemExit as stopped:
+            code = stopped.code
+        except Exception as error:
+            said.write(repr(error))
+    found[words] = code, said.getvalue()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """Words -> (exit code, what was said), in one process of their own without torch."""
+    command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(list(REFUSED))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line_before_torch_is_imported(words, refusals):
+    code, said = refusals[words]
+    assert code == 2 and said.count("\n") == 1 and REFUSED[words] in said, said
+
+
+def test_a_device_that_torch_was_not_built_for_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    version = tmp_path / "torch" / "version.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    version.write_text("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n")
+    cli.check_device("cuda")
+    version.write_text("cuda: Optional[str] = None\nhip: Optional[str] = None\n")
+    cli.check_device("cpu")
+    with pytest.raises(ValueError, match="without CUDA; valid: cpu, auto"):
+        cli.check_device("cuda")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_explains_itself_with_an_example_that_can_be_said(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    function, example, _ = cli.COMMANDS[name]
+    assert stopped.value.code == 0 and example.split()[1] in said and function.__doc__.split("\n")[0][:40] in said
+    given = cli.parse(example.split()[1:])
+    assert given.command == name
+
+
+def test_the_documents_name_subcommands_and_options_that_there_are():
+    files = [paths.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "Snakefile", "data/README.md")]
+    files += [*paths.NOTEBOOKS.glob("*.ipynb"), *(paths.ROOT / "lib").rglob("*.py")]
+    text = "\n".join(file.read_text() for file in files)
+    said = re.findall(r"(?:bin/|`|\")beyond-outliers ([a-z]+)", text)
+    assert len(said) > 20 and set(said) <= set(cli.COMMANDS), set(said) - set(cli.COMMANDS)
+
+
+def test_an_interrupt_is_one_line_and_its_own_exit_code(monkeypatch, capsys):
+    def interrupted(given):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setitem(cli.COMMANDS, "plan", (interrupted, *cli.COMMANDS["plan"][1:]))
+        with pytest.raises(SystemExit) as stopped:
+            main(["plan", "--scale", "pocket"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_file_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    def damaged(given):
+        raise cli.DamagedFile("weights/000010.safetensors is damaged")
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", (damaged, *cli.COMMANDS["plan"][1:]))
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--scale", "pocket"])
+    assert stopped.value.code == cli.DAMAGED == 65 and "weights/000010" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_as_many_jobs_as_processors_are_allowed(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cli.processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert cli.processors() == len(allowed)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert cli.processors() == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
+    assert cli.processors() == len(allowed)
+
+
+def said_by_make(*words):
+    """What make would do; as root or not."""
+    command = ["make", "--dry-run", "--old-file=.venv/.ready", *words]
+    return subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("word", ["SCAEL=smoke", "scale=smoke", "HOUR=2"])
+def test_a_misspelt_variable_of_make_is_refused_with_the_valid_ones(word):
+    done = said_by_make("reproduce", word)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"unknown variable {word.partition('=')[0]}; valid: SCALE " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["publish", "PARTIAL=0"], "publish --scale pocket"),
+        (["publish", "PARTIAL=1"], "publish --scale pocket --partial"),
+        (["continue", "HOURS=0"], "continue --scale pocket --hours 0"),  # which the command refuses
+        (["reproduce", "CORES=0"], "reproduce --scale pocket --jobs 0"),
+        (["reproduce"], "reproduce --scale pocket"),
+        (["lab", "OPTIONS=--x"], "--allow-root --x" if os.getuid() == 0 else "config.py --x"),
+        (["reproduce", "OPTIONS=--config gpus=1"], 'reproduce --scale pocket --options="--config gpus=1"'),
+    ],
+)
+def test_make_hands_over_what_it_is_told(words, wanted):
+    done = said_by_make(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"{wanted} " in re.sub(r"[\s\\]+", " ", f"{done.stdout} ")
