@@ -48,8 +48,10 @@ def logits_of(model: nn.Module, ids: Tensor, text: Tensor | None = None) -> Tens
     text: bool (B, T), False for padding; only models that take an `attention_mask` are told. ValueError for a model
     that gives hidden states and no logits.
     """
-    masked = text is not None and not text.all() and "attention_mask" in inspect.signature(model.forward).parameters
-    output = model(ids, attention_mask=text.long()) if masked else model(ids)
+    told = {}
+    if text is not None and not text.all() and "attention_mask" in inspect.signature(model.forward).parameters:
+        told["attention_mask"] = text.long()
+    output = model(ids, **told)
     if isinstance(output, Mapping) and "logits" not in output:
         raise ValueError(
             f"{type(model).__name__} gives {', '.join(output)}; valid: a language model, which gives logits"
