@@ -84,7 +84,7 @@ def test_the_comparison_is_printed_and_written_beside_ones_own_figures(repositor
     assert f"Of {len(names)} runs made here, {len(names) - 2} end at the committed loss to the last digit" in said
     assert f"by 0.5000 at most ({names[1]})" in said and "of 14 verdicts agree" in said
     page = (paths.RUNS / "pocket" / "figures" / "comparison.md").read_text()
-    assert "](../../../../README.md#the-same-numbers)" in page
+    assert "](../../../../docs/reproducibility.md)" in page
     for words in (names[0], names[1], "| C14 |", "same to the last digit", "| AdamW |"):
         assert words in page
     assert names[2] not in page  # runs that agree are counted, not listed

@@ -204,11 +204,11 @@ def test_pages_are_checked_from_the_shell(one_page, capsys):
     assert "huge" in capsys.readouterr().err
 
 
-def test_findings_are_put_between_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "headlines", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
+def test_decisions_are_put_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "decisions", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{pages.BEGIN.format(scale='laptop')}\n- old\n{pages.END}\nafter\n")
-    pages.write_headlines(readme, "laptop")
+    pages.write_decisions(readme, "laptop")
     assert readme.read_text() == f"before\n{pages.BEGIN.format(scale='laptop')}\n- new\n{pages.END}\nafter\n"
     with pytest.raises(ValueError, match="lacks the lines"):
-        pages.write_headlines(readme, "pocket")
+        pages.write_decisions(readme, "pocket")

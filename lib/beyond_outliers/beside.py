@@ -163,7 +163,7 @@ def _page(scale: str, said: list[str], machines: list[str], table, verdicts, run
         " ".join(said),
         f"Yours ran on {machines[0]}; the committed ones on {machines[1]}. Losses are final validation losses, in nats "
         "a token; differences are yours less ours, without their sign where median and largest are taken. What differs "
-        f"between machines, and how much: [README]({paths.way_up(paths.figures(scale))}/README.md#the-same-numbers).",
+        f"between machines: [reproducibility]({paths.way_up(paths.figures(scale))}/docs/reproducibility.md).",
         "## By optimizer",
         _markdown(table.rename(columns=names), 5),
         "## The verdicts",

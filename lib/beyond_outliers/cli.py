@@ -387,11 +387,11 @@ def notebook(given: Given) -> None:
 
 @command(
     "beyond-outliers pages check --scale laptop",
-    option("task", choices=("check", "index", "readme"), help="readme: the findings of the README's first screen"),
+    option("task", choices=("check", "index", "readme"), help="readme: the README's table of decisions"),
     SCALE,
 )
 def pages(given: Given) -> None:
-    """Check the pages of a scale, or write their index or the README's findings."""
+    """Check the pages of a scale, or write their index or the README's table of decisions."""
     study_of(given)
     from beyond_outliers import pages
 
@@ -402,7 +402,7 @@ def pages(given: Given) -> None:
     elif given.task == "index":
         print(pages.write_index(given.scale))
     else:
-        pages.write_headlines(paths.ROOT / "README.md", given.scale)
+        pages.write_decisions(paths.ROOT / "README.md", given.scale)
 
 
 @command(

@@ -11,7 +11,15 @@ from pathlib import Path
 from beyond_outliers import paths
 from beyond_outliers.pages import names_of, page_of
 
-LINKED = ("data/*.md", "data/*.toml", "data/scales/*.toml", "data/results/*/*.csv", "notebooks/*.ipynb", "README.md")
+LINKED = (
+    "data/*.md",
+    "data/*.toml",
+    "data/scales/*.toml",
+    "data/results/*/*.csv",
+    "notebooks/*.ipynb",
+    "README.md",
+    "docs/*.md",
+)
 
 
 def build(folder: Path, names: list[str]) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
 from beyond_outliers.passes import main_output
 

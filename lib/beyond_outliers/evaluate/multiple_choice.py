@@ -18,9 +18,9 @@ from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import BOUNDARY
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.tokens import open_corpus
-from beyond_outliers.cross_entropy import cross_entropy
 from beyond_outliers.evaluate.loss import logits_of
 from beyond_outliers.evaluate.tasks import TASKS, Question, cloze_questions, wheel_questions
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
 
 # Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.

@@ -26,7 +26,8 @@ LIBRARY = Path(__file__).resolve().parents[1]
 CODE = "modeling_beyond_outliers"
 # what the code in hub.py is made of; every import of this project in these files is of one of them
 PARTS = (
-    *("config/parsing", "config/loading", "config/run", "cross_entropy", "passes", "decoder", "model", "llama"),
+    *("config/parsing", "config/loading", "config/run", "passes"),
+    *("model/loss", "model/decoder", "model/olmo2", "model/llama"),
     *("quantizers/levels", "quantizers/formats", "quantizers/hadamard"),
 )
 

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from beyond_outliers.config.run import LlamaConfig, model_config
-from beyond_outliers.decoder import AttentionMix, Decoder, Rotary, rotary_tables
-from beyond_outliers.llama import Llama
-from beyond_outliers.model import Olmo2
+from beyond_outliers.model.decoder import AttentionMix, Decoder, Rotary, rotary_tables
+from beyond_outliers.model.llama import Llama
+from beyond_outliers.model.olmo2 import Olmo2
 from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
 

@@ -30,9 +30,9 @@ from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transfo
 from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
 from beyond_outliers.quantizers.operands import Rounding, along, own_products, own_rounding
+from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.record import Quantization, record_of, with_record
 from beyond_outliers.quantizers.saving import refuse_save_pretrained
-from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.watching import check_first_pass, watched_weights
 from beyond_outliers.quantizers.weights import known_weights, path, rounding_layers
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from beyond_outliers.config.run import ModelConfig, RunConfig
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.groups import RoleGroups
 from beyond_outliers.optimizers.psgd import PSGD
 from beyond_outliers.optimizers.registry import build_optimizer
-from beyond_outliers.train.folder import build_model
 from beyond_outliers.train.machine import check_shares
 from beyond_outliers.train.memory import OFTEN, SELDOM, Memory, memory, set_groups
 

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from beyond_outliers.config.run import ModelConfig, RunConfig
-from beyond_outliers.cross_entropy import cross_entropy
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.build import build_model
+from beyond_outliers.model.decoder import Decoder
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.optimizers.sharing import Sharing
 from beyond_outliers.optimizers.stacking import StackedOptimizer
-from beyond_outliers.quantizers.trainable import LSQQuantizer
-from beyond_outliers.train.folder import build_model
+from beyond_outliers.quantizers.qat import LSQQuantizer
 
 EVALUATED = 32  # windows that `validation_loss` looks at in one pass
 # what an optimizer does now and then: at every step, and seldom. Every sixth step is seldom enough: Shampoo has its

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.decoder import Decoder
 from beyond_outliers.optimizers.groups import gathered
 from beyond_outliers.optimizers.sharing import Sharing
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer

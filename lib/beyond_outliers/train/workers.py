@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.decoder import Decoder
 from beyond_outliers.optimizers.stacking import StackedOptimizer
 from beyond_outliers.train.machine import LossModule
 
