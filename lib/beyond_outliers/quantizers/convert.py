@@ -53,7 +53,7 @@ def _converted(
     weights of its own (see `operands`), None where that cannot be. past: names of weights to leave alone because they
     are read past their layers; those that the pass of `example` shows are added, and the model is converted anew.
     """
-    if rounding_layers(model):
+    if rounding_layers(model) or any(getattr(module, "rounds_operands", False) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
     copied = open_layers(copy_of(model))
     head = find_head(copied)
