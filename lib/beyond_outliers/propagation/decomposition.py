@@ -55,8 +55,7 @@ from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, q
 from beyond_outliers.propagation.recording import Call, Tape, clones, opened_attention, record
 from beyond_outliers.propagation.rows import FUNCTIONAL, watched
 from beyond_outliers.propagation.selection import other_tokens
-from beyond_outliers.quantizers.record import CoverageWarning
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import CoverageWarning, Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")
