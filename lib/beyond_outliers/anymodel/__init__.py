@@ -1,12 +1,4 @@
-"""Models that are not ours: what of them can be rounded, what a pass shows of them, and `probe`."""
+"""Models that are not ours: what of them can be rounded, what a pass shows of them, and `probe`.
 
-from beyond_outliers import lazily
-
-__getattr__, __all__ = lazily(
-    __name__,
-    coverage="coverage",
-    open="open_layers",
-    probe="Probe bundled_encoder load windows",
-    probes="Probes estimate probe_all",
-    save="load_quantized save_quantized",
-)
+The core imports these modules when a model needs them; users find their names in `quantizers` and `probe`.
+"""
