@@ -7,7 +7,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,7 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
     of the first model's parameters.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    configs = []
-    if not all(is_plain(module) for model in models for module in model.modules()):
-        from beyond_outliers.anymodel.checks import caching_configs
-
-        configs = [config for model in models for config in caching_configs(model)]
+    configs = [config for model in models for config in caching_configs(model)]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -44,6 +40,22 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
             module.training = mode
         for config in configs:
             config.use_cache = True
+
+
+def caching_configs(model: nn.Module) -> list[Any]:
+    """Configurations that switch a key/value cache on: of any module, for generation, and nested in another one."""
+    found: dict[int, Any] = {}
+    waiting = [vars(module).get(name) for module in model.modules() for name in ("config", "generation_config")]
+    seen: set[int] = set()
+    while waiting:
+        config = waiting.pop()
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if vars(config).get("use_cache"):
+            found[id(config)] = config
+        waiting += [v for v in vars(config).values() if "config" in type(v).__name__.lower() or hasattr(v, "to_dict")]
+    return list(found.values())
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -68,7 +80,7 @@ def forward(model: nn.Module, batch):
     def move(value):
         return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
-    if isinstance(batch, Mapping) and not is_plain(model):
+    if isinstance(batch, Mapping):
         from beyond_outliers.anymodel.checks import check_batch
 
         check_batch(batch)
@@ -161,11 +173,6 @@ def declared(model: nn.Module, method: str) -> nn.Module | None:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
-    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))
 
 
 # --------------------------------------------------------------------------------------------- layers in containers

@@ -3,32 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyond_outliers.passes import as_real, floats
-
-# ------------------------------------------------------------------------------------------------- keys and values
-
-
-def caching_configs(model: nn.Module) -> list[Any]:
-    """Configurations that switch a key/value cache on: of any module, for generation, and nested in another one."""
-    found: dict[int, Any] = {}
-    waiting = [vars(module).get(name) for module in model.modules() for name in ("config", "generation_config")]
-    seen: set[int] = set()
-    while waiting:
-        config = waiting.pop()
-        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        if vars(config).get("use_cache"):
-            found[id(config)] = config
-        waiting += [v for v in vars(config).values() if "config" in type(v).__name__.lower() or hasattr(v, "to_dict")]
-    return list(found.values())
-
 
 _CACHES = ("past_key_values", "past_key_value", "cache_params", "mems", "use_cache")
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.anymodel.coverage import first_pass, known_weights, path, watched_weights
-from beyond_outliers.anymodel.linears import UNCALLED, why_not_replaced
+from beyond_outliers.anymodel.linears import UNCALLED, is_plain, why_not_replaced
 from beyond_outliers.anymodel.open import open_layers
 from beyond_outliers.anymodel.operands import Rounding, along, as_buffer, own_products
 from beyond_outliers.anymodel.save import refuse_save_pretrained
-from beyond_outliers.modules import copy_of, every_module, find_head, is_plain, substitute, take_hooks
+from beyond_outliers.modules import copy_of, every_module, find_head, substitute, take_hooks
 from beyond_outliers.quantizers.convert import activation_quantizer, converted_linear
 from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform

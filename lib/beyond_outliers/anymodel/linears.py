@@ -62,3 +62,8 @@ def why_not_replaced(module: nn.Module) -> str | None:
     elif not stored.is_floating_point() or stored.element_size() < 2 or type(stored.data) is not Tensor:
         return "already quantized"
     return None if computes_linear(module) else "subclass with its own forward"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
+    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))
