@@ -24,12 +24,14 @@ WORKER = (
 import contextlib, json, os, pathlib, sys, torch
 torch.set_num_threads(1)
 from beyond_outliers.config import RunConfig
-from beyond_outliers.train import folder, loop, train
+from beyond_outliers.model import build
+from beyond_outliers.train import loop, train
 configs, root, wide = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "float64"
 fails_at, options = int(sys.argv[4]), json.loads(sys.argv[5])
 if wide:
     torch.set_default_dtype(torch.float64)
-    loop.plain_torch = folder.plain_torch = contextlib.nullcontext  # which would train in float32 all the same
+    # which would train in float32 all the same
+    loop.plain_settings = build.plain_settings = lambda training: contextlib.nullcontext()
 step = loop._Run._step
 def failing(run):
     if run.step == fails_at and run.workers.rank == run.workers.count - 1:

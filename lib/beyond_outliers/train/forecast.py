@@ -46,9 +46,9 @@ def state_per_parameter(config: RunConfig) -> float:
     import torch
     from torch import nn
 
+    from beyond_outliers.model.build import build_model
     from beyond_outliers.optimizers.groups import RoleGroups, parameter_groups
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.train.folder import build_model
 
     optimizer = build_optimizer(nn.Linear(2, 2), config.optimizer, config.lr, **config.hyper)
     assert isinstance(optimizer, RoleGroups), "all that build_optimizer makes"
@@ -70,8 +70,8 @@ def step_seconds(config: RunConfig, device: str, workers: int = 1, recompute: bo
     """
     import torch
 
+    from beyond_outliers.model.build import build_model
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.train.folder import build_model
 
     share = config.batch_size // workers
     rows = min(share, config.micro_batch)

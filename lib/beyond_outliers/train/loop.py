@@ -23,12 +23,13 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
+from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import weights_held
 from beyond_outliers.train.folder import (
     RunResult,
-    build_model,
     load_result,
     result_row,
     run_folder,
@@ -40,7 +41,6 @@ from beyond_outliers.train.machine import (
     LossModule,
     check_shares,
     device_named,
-    plain_torch,
     provenance,
     should_compile,
 )
@@ -84,7 +84,8 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world, rank = place()
-    with plain_torch(), held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+    lock = held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext()
+    with plain_settings(training=True), lock:
         if (done := load_result(folder)) is None:  # of the process that held the run
             run = _Run(config, folder, device, compile, recompute, progress)
             try:

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.decoder import Decoder
 
 # nats by which losses of one run differ between processors: in the median of the runs that were made again on others
 # (data/results/*/machines.csv: eight of confirm, at most 0.040; 46 of pocket, 0.072), and what is still taken for it
@@ -34,18 +33,6 @@ def device_named(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """Inside, torch makes float32 tensors and keeps gradients, whatever the caller has set for the process."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
