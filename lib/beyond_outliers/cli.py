@@ -103,7 +103,6 @@ def study_of(given: Given) -> Any:
     option("--compile", default="auto", choices=("auto", "yes", "no")),
     option("--threads", type=COUNT),
     option("--recompute", action="store_true", help="activation checkpointing: less memory, more operations"),
-    option("--shard", action="store_true", help="under torchrun: every worker keeps a share of the weights"),
     option("--dry-run", action="store_true", help="print parameters, memory and time, and train nothing"),
 )
 def train(given: Given) -> None:
@@ -114,8 +113,6 @@ def train(given: Given) -> None:
         given.size, given.optimizer, lr=given.lr, seed=given.seed, scheme=given.scheme
     )
     check_device(given.device)
-    if given.dry_run and given.shard:
-        raise ValueError("--dry-run says what a worker needs that has the whole model; valid: without --shard")
     if given.dry_run:
         import torch
 
@@ -131,7 +128,7 @@ def train(given: Given) -> None:
     from beyond_outliers.train.loop import train as train_run
 
     compiled: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
-    options = {"threads": given.threads, "recompute": given.recompute, "shard": given.shard}
+    options = {"threads": given.threads, "recompute": given.recompute}
     result = train_run(config, device=given.device, compile=compiled[given.compile], **options)
     if result.row:  # of the worker that writes
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")

@@ -91,18 +91,23 @@ def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def plain_settings() -> Iterator[None]:
-    """No autocast, no gradients and no inference tensors inside, whatever the caller has set.
+def plain_settings(training: bool = False) -> Iterator[None]:
+    """No autocast, no inference tensors and no gradients inside, whatever the caller has set.
 
     For what makes tensors that outlive the call, such as rounded weights: they are the same ones anywhere. Also a
-    decorator, `@plain_settings()`. The default dtype is not touched: whatever this project makes names its own.
+    decorator, `@plain_settings()`. With `training`, gradients are kept, and torch makes float32 tensors by default;
+    without it the default dtype stays what it is, for modules of others may count on theirs: all of this project name
+    their own.
     """
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32 if training else dtype)
         for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(training))
         yield
 
 

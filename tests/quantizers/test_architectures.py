@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from beyond_outliers import model as model_module
 from beyond_outliers.metrics import activation_metrics
+from beyond_outliers.model import olmo2 as model_module
 from beyond_outliers.modules import evaluating, forward
 from beyond_outliers.passes import floats
 from beyond_outliers.probe import probe

@@ -14,9 +14,9 @@ LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 LAYERS = [
     {"paths", "checksums", "terms"},
     {"config"},
-    {"cross_entropy", "modules", "passes"},
+    {"modules", "passes"},
     {"corpus"},
-    {"decoder", "model", "llama", "optimizers", "quantizers"},
+    {"model", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
     {"propagation", "scaling"},
     {"train", "probe", "probes"},

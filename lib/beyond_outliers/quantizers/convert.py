@@ -30,9 +30,9 @@ from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transfo
 from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
 from beyond_outliers.quantizers.opened import open_layers
 from beyond_outliers.quantizers.operands import Rounding, along, own_products, own_rounding
+from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.record import Quantization, record_of, with_record
 from beyond_outliers.quantizers.saving import refuse_save_pretrained
-from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
 from beyond_outliers.quantizers.watching import check_first_pass, watched_weights
 from beyond_outliers.quantizers.weights import known_weights, path, rounding_layers
 
@@ -53,7 +53,7 @@ def _converted(
     weights of its own (see `operands`), None where that cannot be. past: names of weights to leave alone because they
     are read past their layers; those that the pass of `example` shows are added, and the model is converted anew.
     """
-    if rounding_layers(model):
+    if rounding_layers(model) or any(getattr(module, "rounds_operands", False) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
     copied = open_layers(copy_of(model))
     head = find_head(copied)

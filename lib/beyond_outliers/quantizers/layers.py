@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from beyond_outliers.modules import settled_weight
 from beyond_outliers.quantizers.formats import QuantSpec
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
-from beyond_outliers.quantizers.trainable import make_quantizer
+from beyond_outliers.quantizers.qat import make_quantizer
 
 
 class QuantizedLinear(nn.Module):

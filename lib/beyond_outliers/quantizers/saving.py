@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from beyond_outliers import paths
 from beyond_outliers.modules import UNCALLED, hidden_modules
 from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.formats import QuantSpec
@@ -50,7 +51,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     Raises ValueError for other models, for one with layers in Python lists, which its state_dict does not hold, and for
     modules whose get_extra_state gives no tensor, which no file of tensors does.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     record = record_of(model)
     if hidden := [name for module, name in hidden_modules(model).items() if any(True for _ in module.state_dict())]:
@@ -62,7 +63,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     # a tied tensor is written under each of its names: simple, and it loads into any tying
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     settings = dataclasses.asdict(record) | {"model": type(model).__name__}
-    save_file(state, folder / TENSORS)
+    paths.write_whole(folder / TENSORS, save(state))  # bytes: safetensors' own files are their owner's alone
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return folder
 

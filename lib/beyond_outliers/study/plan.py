@@ -8,9 +8,9 @@ import torch
 
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.folder import build_model
 
 
 def all_runs(study: Study) -> list[Planned]:

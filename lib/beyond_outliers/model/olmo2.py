@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config.run import Olmo2Config as Olmo2Config
-from beyond_outliers.decoder import Attention, Decoder, ResidualAdd, RMSNorm, Rotary
+from beyond_outliers.model.decoder import Attention, Decoder, ResidualAdd, RMSNorm, Rotary
 
 
 class ReluSquared(nn.Module):

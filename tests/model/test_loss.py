@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beyond_outliers.cross_entropy import SLICE, cross_entropy, linear_cross_entropy
+from beyond_outliers.model.loss import SLICE, cross_entropy, linear_cross_entropy
 
 
 def operands(n: int, width: int, entries: int, dtype: torch.dtype):

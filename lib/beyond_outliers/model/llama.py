@@ -8,7 +8,7 @@ biases; tied embedding and head. Initialisation as in the OLMo2 variant: matrice
 from torch import Tensor, nn
 
 from beyond_outliers.config.run import LlamaConfig as LlamaConfig
-from beyond_outliers.decoder import Attention, Decoder, ResidualAdd, RMSNorm, Rotary
+from beyond_outliers.model.decoder import Attention, Decoder, ResidualAdd, RMSNorm, Rotary
 
 
 class Gating(nn.Module):

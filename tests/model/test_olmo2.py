@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from beyond_outliers.config import LlamaConfig, Olmo2Config
-from beyond_outliers.cross_entropy import linear_cross_entropy
-from beyond_outliers.decoder import Rotary, rotary_tables
-from beyond_outliers.model import Olmo2
+from beyond_outliers.model import MODELS, Olmo2
+from beyond_outliers.model.decoder import Rotary, rotary_tables
+from beyond_outliers.model.loss import linear_cross_entropy
 from beyond_outliers.quantizers import QuantSpec, prepare_qat
 from beyond_outliers.quantizers.convert import weights_held
-from beyond_outliers.train.folder import MODELS
 
 
 def reference_logits(weights: dict, config: Olmo2Config, ids: np.ndarray) -> np.ndarray:

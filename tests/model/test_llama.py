@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from beyond_outliers.config import CorpusConfig, LlamaConfig, Olmo2Config, RunConfig, model_config
-from beyond_outliers.decoder import _ROTARY_TABLES
-from beyond_outliers.llama import Llama
 from beyond_outliers.metrics import activation_metrics, mmr
 from beyond_outliers.model import Olmo2
+from beyond_outliers.model.decoder import _ROTARY_TABLES
+from beyond_outliers.model.llama import Llama
 from beyond_outliers.optimizers import OPTIMIZERS, build_optimizer, parameter_groups
 from beyond_outliers.propagation import decompose, output_readings, summarise
 from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model, quantize_tensor

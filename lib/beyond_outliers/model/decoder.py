@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beyond_outliers.config.run import ModelConfig
-from beyond_outliers.cross_entropy import cross_entropy, linear_cross_entropy
+from beyond_outliers.model.loss import cross_entropy, linear_cross_entropy
 from beyond_outliers.passes import made_once
 
 
