@@ -402,21 +402,9 @@ def pages(given: Given) -> None:
         pages.write_decisions(paths.ROOT / "README.md", given.scale)
 
 
-@command(
-    "beyond-outliers site FOLDER laptop pocket",
-    option("folder", type=Path, help="where it goes"),
-    option("scales", nargs="+"),
-)
-def site(given: Given) -> None:
-    """Write the executed notebooks as a web site."""
-    from beyond_outliers.site import build
-
-    print(build(given.folder, given.scales))
-
-
 def say_where(study: Any) -> None:
-    """Where to look, and your own runs and verdicts beside the committed ones."""
-    from beyond_outliers.beside import NothingOfYourOwn, write
+    """Where to look, and your runs and verdicts compared with the committed ones."""
+    from beyond_outliers.reproduction import NothingToCompare, write
 
     pages = paths.pages(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
@@ -425,8 +413,8 @@ def say_where(study: Any) -> None:
     if "+" not in study.scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(study.scale))
-        except NothingOfYourOwn as nothing:
-            print(f"Yours beside ours: {nothing}.")
+        except NothingToCompare as nothing:
+            print(f"Not compared with committed runs: {nothing}.")
 
 
 # ---------------------------------------------------------------------------------------------- steps of the workflow

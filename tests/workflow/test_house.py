@@ -12,9 +12,9 @@ from beyond_outliers import paths
 LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 # what stands in a row may import from itself and from the rows above
 LAYERS = [
-    {"paths", "checksums", "terms", "markdown"},
+    {"paths", "checksums", "terms"},
     {"config"},
-    {"modules", "passes", "terms"},
+    {"modules", "passes"},
     {"corpus"},
     {"model", "optimizers", "quantizers"},
     {"evaluate", "metrics"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"study"},
     {"claims", "export"},
     {"plots"},
-    {"pages", "notebook", "beside", "site"},
+    {"pages", "notebook", "reproduction"},
     {"cli"},
     {"__main__"},
 ]
