@@ -12,7 +12,7 @@ from beyond_outliers.config import PURPOSES
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
-from beyond_outliers.train.memory import roughly
+from beyond_outliers.train.forecast import memory as training_memory
 
 SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
 STUDY = Study(SCALE)
@@ -80,8 +80,8 @@ LIGHT = {"mem_mb": 4000, "runtime": 120}  # of jobs that read and write tables a
 def memory(model):
     """Megabytes: Python with torch, and the run."""
     training = PROTOCOL.settings.training
-    quantized = not {"qat", "schemes"}.isdisjoint(PROTOCOL.purposes())
-    return 1500 + round(1.2 * roughly(model, training.micro_batch, training.context, quantized) / 1e6)
+    scheme = "none" if {"qat", "schemes"}.isdisjoint(PROTOCOL.purposes()) else "lsq"  # the one that keeps most
+    return 1500 + round(1.5 * training_memory(model, training.micro_batch, training.context, scheme)["peak"] / 1e6)
 
 
 def minutes(model):

@@ -146,13 +146,13 @@ def test_every_rule_has_a_place():
 
 def test_the_evidence_links_rule_figure_notebook_and_command():
     table = evidence(Study("laptop")).set_index("its rows")
-    row = table.loc["<code>beyond-outliers claims C4 --scale laptop</code>"]
+    row = table.loc["`beyond-outliers claims C4 --scale laptop`"]
     verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
     assert (
         row.verdict == verdict.verdict
         and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
     )
-    targets = re.findall(r'href="([^"]+)"', row.evidence)
+    targets = re.findall(r"\]\(([^)]+)\)", row.evidence)
     assert targets == [f"../{rule_place('laptop', 'C4')}", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
 

@@ -4,7 +4,6 @@ FINDINGS: name of a notebook -> function of a study that returns Markdown. Each 
 Which optimizer is named lowest or highest is read off the same runs, and the intervals do not know it.
 """
 
-import html
 import textwrap
 from collections.abc import Callable
 
@@ -261,33 +260,27 @@ def _estimate(row, before: str = "", behind: str = "") -> str:
 
 
 def evidence(study) -> pd.DataFrame:
-    """Claim by claim, to be shown as HTML: verdict and estimate, why, what would change it; evidence: links to rule,
+    """Claim by claim, cells in Markdown: verdict and estimate, why, what would change it; evidence: links to rule,
     figure and notebook; and the command that prints the rows behind it."""
     rows = []
     for row in judged(study).itertuples():
-        command = f"beyond-outliers claims {row.id} --scale {study.scale}"
         figure = read_rules()[row.id]["figure"]
         links = [
-            link(html.escape(_sentence(row.statistic)), f"../{rule_place(study.scale, row.id)}"),
-            link(figure, f"../figures/{study.scale}/{figure}.png"),
-            link(row.notebook, f"{row.notebook}.ipynb"),
+            f"[{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})",
+            f"[{figure}](../figures/{study.scale}/{figure}.png)",
+            f"[{row.notebook}]({row.notebook}.ipynb)",
         ]
-        changes = f" Would change it: {row.changes}" if row.changes else ""
         rows.append(
             {
-                "claim (what the paper has)": html.escape(f"{row.id} {row.claim} ({row.paper})"),
+                "claim (what the paper has)": f"{row.id} {row.claim} ({row.paper})",
                 "verdict": row.verdict,
                 "estimate": f"{_estimate(row, behind=', ')}n {row.n} ({row.unit})",
-                "why; what would change it": html.escape(f"{_ended(row.comment)}{changes}"),
+                "why; what would change it": f"{_ended(row.comment)} {row.changes}".strip(),
                 "evidence": "; ".join(links),
-                "its rows": f"<code>{command}</code>",
+                "its rows": f"`beyond-outliers claims {row.id} --scale {study.scale}`",
             }
         )
     return pd.DataFrame(rows)
-
-
-def link(text: str, target: str) -> str:
-    return f'<a href="{target}">{text}</a>'
 
 
 finding("09_real_quantizers")(methods.finding)

@@ -135,7 +135,7 @@ class PSGD(StackedOptimizer):
     def skip(self, group: dict, stack: Stack) -> None:
         step = stack.advance()
         if self.due(stack, self.period(group, step - 1)):  # the probe that its owner draws: all draw the same ones
-            shape, like = (len(stack), *stack.shape), stack.members[0]
+            shape, like = (len(stack), *stack.shape), stack.params[0]
             torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
 
     def period(self, group: dict, n: int) -> float:
