@@ -159,7 +159,7 @@ def export(given: Given) -> None:
     if given.to.exists() and any(given.to.iterdir()):
         raise ValueError(f"{given.to} is not empty; valid: a new folder")
     from beyond_outliers.export.folder import export as export_run
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     folder = export_run(given.run, given.to, QuantSpec.named(given.spec) if given.spec else None)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)")
@@ -177,7 +177,7 @@ def probe(given: Given) -> None:
     if not given.text.is_file():
         raise ValueError(f"no file {str(given.text)!r}; valid: a file of text")
     from beyond_outliers.probe import probe as probe_model
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     found = probe_model(given.model, given.text, QuantSpec.named(given.spec) if given.spec else None)
     print(found.summary().to_string(), found.worst(given.worst).to_string(index=False), found.quantization, sep="\n\n")
@@ -402,21 +402,9 @@ def pages(given: Given) -> None:
         pages.write_decisions(paths.ROOT / "README.md", given.scale)
 
 
-@command(
-    "beyond-outliers site FOLDER laptop pocket",
-    option("folder", type=Path, help="where it goes"),
-    option("scales", nargs="+"),
-)
-def site(given: Given) -> None:
-    """Write the executed notebooks as a web site."""
-    from beyond_outliers.site import build
-
-    print(build(given.folder, given.scales))
-
-
 def say_where(study: Any) -> None:
-    """Where to look, and your own runs and verdicts beside the committed ones."""
-    from beyond_outliers.beside import NothingOfYourOwn, write
+    """Where to look, and your runs and verdicts compared with the committed ones."""
+    from beyond_outliers.reproduction import NothingToCompare, write
 
     pages = paths.pages(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
@@ -425,8 +413,8 @@ def say_where(study: Any) -> None:
     if "+" not in study.scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(study.scale))
-        except NothingOfYourOwn as nothing:
-            print(f"Yours beside ours: {nothing}.")
+        except NothingToCompare as nothing:
+            print(f"Not compared with committed runs: {nothing}.")
 
 
 # ---------------------------------------------------------------------------------------------- steps of the workflow

@@ -19,7 +19,7 @@ def markdown(file):
     return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*DOCUMENTS, *NOTEBOOKS], ids=lambda file: file.name)
 def test_sentences_are_short_and_plain(file):
     assert prose_style.wrong(markdown(file)) == []
 

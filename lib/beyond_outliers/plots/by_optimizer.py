@@ -214,7 +214,7 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("parameters $N$")
     for ax in axes[:, 0]:
-        ax.set_ylabel("loss (nats a token)")
+        ax.set_ylabel("loss (nats per token)")
     legend(figure)
     return figure
 

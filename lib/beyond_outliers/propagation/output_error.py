@@ -14,7 +14,7 @@ from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
 from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import Runs
 
 FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text

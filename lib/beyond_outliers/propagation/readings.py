@@ -26,7 +26,7 @@ from beyond_outliers.modules import as_batches, evaluating, find_head, forward
 from beyond_outliers.passes import main_output, plain_settings, tensors
 from beyond_outliers.propagation.norms import dot, pieces
 from beyond_outliers.propagation.output_error import ratio_of_sums, text_sequences
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import Runs
 
 RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
 SIGNED = ("top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale

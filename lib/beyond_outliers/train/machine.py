@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.model.decoder import Decoder
+from beyond_outliers.paths import git_commit
 
 # nats by which losses of one run differ between processors: in the median of the runs that were made again on others
 # (data/results/*/machines.csv: eight of confirm, at most 0.040; 46 of pocket, 0.072), and what is still taken for it
@@ -113,20 +112,3 @@ def processor() -> str:
         f"{key.removeprefix('cpu ')} {fields[key]}" for key in ("cpu family", "model", "stepping") if key in fields
     ]
     return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
-
-
-def git_commit() -> str:
-    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout.
-
-    Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
-    """
-    git = ["git", "-C", str(paths.ROOT), "--git-dir", str(paths.ROOT / ".git"), "--work-tree", str(paths.ROOT)]
-    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
-    environment = {name: value for name, value in os.environ.items() if name not in ambient}
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment
-        )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], env=environment)
-        return commit.stdout.strip() + ("+" if changed.returncode else "")
-    return "unknown"
