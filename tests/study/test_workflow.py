@@ -13,7 +13,7 @@ from beyond_outliers import paths
 from beyond_outliers.cli import main
 from beyond_outliers.study import progress, workflow
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.holding import held
+from beyond_outliers.train.lock import held
 
 STARTED = """Building DAG of jobs...
 [Wed Nov 25 09:44:41 2026]

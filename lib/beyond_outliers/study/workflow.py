@@ -20,7 +20,7 @@ from beyond_outliers.study.mend import mend
 from beyond_outliers.study.plan import all_runs
 from beyond_outliers.study.progress import Line, left, sentence, shortened, work
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.holding import TRY_AGAIN, RunHeld, held, sign
+from beyond_outliers.train.lock import TRY_AGAIN, RunHeld, held, sign
 
 POLL = 1.0  # seconds
 # what Snakemake is told before the number of jobs
