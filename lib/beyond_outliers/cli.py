@@ -159,7 +159,7 @@ def export(given: Given) -> None:
     if given.to.exists() and any(given.to.iterdir()):
         raise ValueError(f"{given.to} is not empty; valid: a new folder")
     from beyond_outliers.export.folder import export as export_run
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     folder = export_run(given.run, given.to, QuantSpec.named(given.spec) if given.spec else None)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)")
@@ -177,7 +177,7 @@ def probe(given: Given) -> None:
     if not given.text.is_file():
         raise ValueError(f"no file {str(given.text)!r}; valid: a file of text")
     from beyond_outliers.probe import probe as probe_model
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     found = probe_model(given.model, given.text, QuantSpec.named(given.spec) if given.spec else None)
     print(found.summary().to_string(), found.worst(given.worst).to_string(index=False), found.quantization, sep="\n\n")

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
 from beyond_outliers.passes import plain_settings, tensors, text_rows, text_tokens
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
+from beyond_outliers.quantizers.spec import QuantSpec
 
 CENTERS = ("median", "mean")
 METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_gain", "expected_error"]

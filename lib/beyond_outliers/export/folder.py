@@ -15,9 +15,8 @@ from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.bpe import BOUNDARY
 from beyond_outliers.corpus.tokens import open_corpus
-from beyond_outliers.quantizers.convert import quantize_model
-from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.layers import QuantizedLinear
+from beyond_outliers.quantizers.convert import QuantizedLinear, quantize_model
+from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.study.checkpoints import load_checkpoint
 from beyond_outliers.study.measure import calibration
 from beyond_outliers.train.folder import load_result
@@ -28,7 +27,7 @@ CODE = "modeling_beyond_outliers"
 PARTS = (
     *("config/parsing", "config/loading", "config/run", "passes"),
     *("model/loss", "model/decoder", "model/olmo2", "model/llama"),
-    *("quantizers/levels", "quantizers/formats", "quantizers/hadamard"),
+    *("quantizers/formats", "quantizers/spec", "quantizers/hadamard"),
 )
 
 

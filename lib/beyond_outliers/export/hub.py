@@ -18,8 +18,9 @@ from beyond_outliers.config.run import LlamaConfig, model_config
 from beyond_outliers.model.decoder import AttentionMix, Decoder, Rotary, rotary_tables
 from beyond_outliers.model.llama import Llama
 from beyond_outliers.model.olmo2 import Olmo2
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
+from beyond_outliers.quantizers.spec import QuantSpec
 
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # what transformers' loss takes beside logits and labels
 

@@ -11,7 +11,7 @@ from beyond_outliers.model.llama import Llama
 from beyond_outliers.model.olmo2 import Olmo2
 from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import prepare_qat
-from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.spec import QuantSpec
 
 MODELS: dict[type[ModelConfig], Callable[..., Decoder]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
 

@@ -44,8 +44,7 @@ from beyond_outliers.modules import as_batches, evaluating, find_head, is_linear
 from beyond_outliers.passes import as_real, floats, main_output, plain_settings, text_rows, text_tokens
 from beyond_outliers.propagation.hooks import Call, Tape, opened_attention
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
-from beyond_outliers.quantizers.record import CoverageWarning
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import CoverageWarning, Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")

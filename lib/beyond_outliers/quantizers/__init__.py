@@ -4,15 +4,16 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    convert="freeze_qat prepare_qat quantize_model weights_held",
-    formats="FORMATS QuantSpec quantize_tensor",
+    convert="QuantizedLinear freeze_qat prepare_qat quantize_model weights_held",
+    formats="FORMATS Format float_rounding microscale nearest_of quantize_tensor table",
     gptq="gptq_weight",
     hadamard="hadamard_block hadamard_matrix hadamard_transform",
-    layers="QATLinear QuantizedLinear",
-    levels="Format float_rounding microscale nearest_of table",
-    opened="open_layers",
-    qat="SCHEMES AbsMaxQuantizer LSQQuantizer QuestQuantizer make_quantizer optimal_gaussian_scale staircase",
+    qat="SCHEMES AbsMaxQuantizer LSQQuantizer QATLinear QuestQuantizer make_quantizer optimal_gaussian_scale staircase",
     record="CoverageWarning Quantization",
-    saving="load_quantized save_quantized",
-    watching="coverage",
+    spec="QuantSpec",
+    **{
+        ".anymodel.coverage": "coverage",
+        ".anymodel.open": "open_layers",
+        ".anymodel.save": "load_quantized save_quantized",
+    },
 )

@@ -12,13 +12,15 @@ from functools import lru_cache
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import SCHEMES
 from beyond_outliers.passes import keeps_tensors
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
-from beyond_outliers.quantizers.hadamard import hadamard_transform
+from beyond_outliers.quantizers.formats import quantize_tensor
+from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
+from beyond_outliers.quantizers.spec import QuantSpec
 
 
 @lru_cache
@@ -192,6 +194,55 @@ def make_quantizer(scheme: str, format: str, spec: QuantSpec, weight: Tensor | N
         raise ValueError(f"scheme {scheme!r} sets its own granularity; valid: 'row', not {spec.granularity!r}")
     bits = int(format.removeprefix("int"))
     return QuestQuantizer(bits, hadamard=False) if scheme == "quest" else LSQQuantizer(bits, weight)
+
+
+# --------------------------------------------------------------------------------------------------------- a layer
+
+
+class QATLinear(nn.Linear):
+    """A linear layer that trains its full-precision `weight` (out, in) through quantizers of weight and input.
+
+    rotation: size of the Hadamard blocks in which both are rounded, None for none; no rotation back is needed, since
+    (x H)(W H)^T = x W^T. Inside `weights_held` the rounded weight is taken from `held`.
+    """
+
+    rounds_operands = True  # no plain linear layer, although it is one by class
+
+    def __init__(self, linear: nn.Linear, spec: QuantSpec, scheme: str):
+        nn.Module.__init__(self)  # takes over the parameters of `linear`, ties included, instead of making new ones
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._take_over(linear)
+        self.rotation = hadamard_block(self.in_features) if scheme == "quest" or spec.rotate else None
+        rotated = self._rotate(self.weight.detach())
+        self.weight_quantizer = make_quantizer(scheme, spec.weights, spec, rotated)
+        self.activation_quantizer = make_quantizer(scheme, spec.activations, spec)
+        if self.activation_quantizer is not None:
+            self.activation_quantizer.to(rotated.device)
+        self.held: tuple[Tensor, Tensor | None] | None = None
+
+    def _take_over(self, linear: nn.Linear):
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else hadamard_transform(x, self.rotation)
+
+    def rounded_weight(self) -> Tensor:
+        """What the input is multiplied by, (out, in), in the rotated basis where there is a rotation."""
+        weight = self._rotate(self.weight)
+        return weight if self.weight_quantizer is None else self.weight_quantizer(weight, self.held)
+
+    def hold(self):
+        if self.weight_quantizer is not None:
+            self.held = self.weight_quantizer.round(self._rotate(self.weight.detach()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._rotate(input)
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        return F.linear(x, self.rounded_weight(), self.bias)
+
+
+# ------------------------------------------------------------------------------------------------------- a picture
 
 
 def staircase(scheme: str, bits: int = 4, n: int = 4001) -> pd.DataFrame:

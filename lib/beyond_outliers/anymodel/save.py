@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from beyond_outliers import paths
-from beyond_outliers.modules import UNCALLED, hidden_modules
+from beyond_outliers.anymodel.linears import UNCALLED
+from beyond_outliers.modules import hidden_modules
 from beyond_outliers.passes import plain_settings
-from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.record import Quantization, Weight, record_of, with_record
+from beyond_outliers.quantizers.convert import converted, freeze_qat
+from beyond_outliers.quantizers.record import Quantization, Weight, record_of
+from beyond_outliers.quantizers.spec import QuantSpec
 
 TENSORS, SETTINGS = "quantized.safetensors", "quantization.json"
 
@@ -77,8 +79,6 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     """
     from safetensors.torch import load_file
 
-    from beyond_outliers.quantizers.convert import freeze_qat, rounded_structure, trainable_structure
-
     folder = Path(folder)
     if not (folder / SETTINGS).is_file() or not (folder / TENSORS).is_file():
         raise ValueError(f"no quantized model at {str(folder)!r}; valid: a folder that save_quantized wrote")
@@ -87,11 +87,9 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     model = model if isinstance(model, nn.Module) else model()
     weights = [Weight(**weight) for weight in settings["weights"]]
     past = [weight.name for weight in weights if weight.reason == UNCALLED]
-    if stage == "ptq":
-        loaded = rounded_structure(model, spec, round_weights=False, past=past)
-    else:
-        loaded = trainable_structure(model, spec, scheme, past=past)
-        loaded = freeze_qat(loaded) if stage == "frozen" else loaded
+    record = Quantization(spec, "ptq" if stage == "ptq" else "qat", scheme)
+    loaded = converted(model, record, round_weights=False, past=past)
+    loaded = freeze_qat(loaded) if stage == "frozen" else loaded
     tensors, own = load_file(folder / TENSORS), loaded.state_dict()
     wrong = sorted(tensors.keys() ^ own.keys())
     wrong += [
@@ -100,8 +98,6 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     if wrong:
         raise ValueError(f"{type(model).__name__} does not fit {settings['model']}, saved: {', '.join(wrong[:8])}")
     loaded.load_state_dict(tensors)
-    loaded = with_record(loaded, Quantization(spec, stage, scheme, weights, settings["never_ran"]))
+    record = record_of(loaded)
+    record.weights, record.never_ran = weights, settings["never_ran"]
     return loaded.eval() if not model.training else loaded
-
-
-__all__ = ["load_quantized", "save_quantized"]

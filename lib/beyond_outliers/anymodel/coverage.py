@@ -1,10 +1,13 @@
-"""One forward pass watched: which weights are multiplied by, and whether their layers were called for it."""
+"""Which weights of matrix products a model has, and which of them a conversion rounded.
+
+By what its modules are (`known_weights`), and by one watched forward pass (`watched_weights`): which weights are
+multiplied by, and whether their layers were called for it.
+"""
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import cast
 
 import pandas as pd
 import torch
@@ -12,11 +15,112 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from beyond_outliers.modules import UNCALLED, evaluating, every_module, forward
+from beyond_outliers.anymodel.linears import COMPLEX, UNCALLED, why_not_replaced
+from beyond_outliers.anymodel.operands import own_rounding
+from beyond_outliers.modules import evaluating, every_module, forward, linear_weight
 from beyond_outliers.passes import floats, plain_settings
-from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Weight, record_of
-from beyond_outliers.quantizers.weights import NO_HEAD, OUTSIDE, UNSEEN, path, rounding_layers, treated_weights
+from beyond_outliers.quantizers.convert import QuantizedLinear, rounding_layers
+from beyond_outliers.quantizers.qat import QATLinear
+from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Runs, Weight, record_of
+from beyond_outliers.quantizers.spec import QuantSpec
+
+EXPERTS = "fused experts"
+OUTSIDE = "the module multiplies by a parameter of its own"
+UNSEEN = "parameter outside of a layer: only a forward pass shows whether it is multiplied by; pass example="
+NO_HEAD = "no head was found to round: this table may be multiplied by without a layer; pass example="
+
+
+def path(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def treated_weights(model: nn.Module) -> list[tuple[Weight, Tensor | None, nn.Module]]:
+    """Rounded weights with their tensors (None for computed ones) and owners."""
+    found: list[tuple[Weight, Tensor | None, nn.Module]] = []
+    for module, name in rounding_layers(model).items():
+        if (rounding := own_rounding(module)) is not None:
+            for own in rounding.sums:
+                tensor = getattr(module, own)
+                kind = (
+                    "experts" if tensor.ndim > 2 else "linear subclass" if isinstance(module, nn.Linear) else "router"
+                )
+                found.append((Weight(path(name, own), kind, tensor.numel(), True), tensor, module))
+        elif isinstance(module, (QuantizedLinear, QATLinear)):
+            tensor = module.rounded if isinstance(module, QuantizedLinear) else module._parameters.get("weight")
+            entries = module.in_features * module.out_features
+            found.append((Weight(name, "linear", entries, True), tensor, module))
+    return found
+
+
+def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Collection[str] = ()) -> list[Weight]:
+    """Rows of a converted model, in the order of its modules, by what these are.
+
+    head: the name of its head. past: names of weights that are known to be read past their layers.
+    """
+    rows = [weight for weight, _, _ in treated_weights(model)]
+    handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
+    modules = every_module(model)
+    for module, name in modules.items():
+        if module is kept:
+            rows.append(Weight(name, "linear", linear_weight(module).numel(), False, HEAD))
+        elif module not in handled:
+            rows += (replace(row, reason=UNCALLED) if row.name in past else row for row in _left_alone(module, name))
+    if spec.head and head is None:
+        tables = [(m, n) for m, n in modules.items() if isinstance(m, nn.Embedding)]
+        rows += [Weight(path(n, "weight"), "embedding", m.weight.numel(), False, NO_HEAD) for m, n in tables[:1]]
+    order = {name: i for i, name in enumerate(modules.values())}
+    return sorted(rows, key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], len(order))))
+
+
+_QUIET = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_KNOWN = {
+    nn.modules.conv._ConvNd: ("convolution", "convolution"),
+    nn.RNNBase: ("recurrent", "recurrent layer"),
+    nn.RNNCellBase: ("recurrent", "recurrent layer"),
+    nn.Bilinear: ("bilinear", "bilinear layer"),
+    nn.MultiheadAttention: ("attention", UNCALLED),
+}
+
+
+def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
+    """Rows for the matrices that a module which does not round holds itself."""
+    if isinstance(module, (*_QUIET, nn.utils.parametrize.ParametrizationList)):
+        return
+    for own, tensor in _matrices(module).items():
+        row = Weight(name if own == "weight" else path(name, own), "parameter", tensor.numel(), False, UNSEEN)
+        known = next((value for kind, value in _KNOWN.items() if isinstance(module, kind)), None)
+        if tensor.is_complex():
+            yield replace(row, kind="linear" if isinstance(module, nn.Linear) else "parameter", reason=COMPLEX)
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
+            yield replace(row, kind="linear", reason="already quantized")
+        elif isinstance(module, nn.Linear):
+            reason = why_not_replaced(module) or "subclass with its own forward"
+            yield replace(
+                row, kind="linear", reason=reason if own.startswith("weight") else "subclass with its own forward"
+            )
+        elif known:
+            yield replace(row, kind=known[0], reason=known[1])
+        elif tensor.ndim == 3 and "expert" in (name + type(module).__name__).lower() and "bias" not in own:
+            yield replace(row, kind="experts", reason=EXPERTS)
+        elif "bias" not in own:
+            yield row
+    if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "in_features"):
+        entries = cast(int, module.in_features) * cast(int, module.out_features)
+        yield Weight(name, "linear", entries, False, "already quantized")
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters of at least two dimensions longer than 1, parametrized ones by the largest of their originals."""
+    own: dict[str, Tensor] = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    for name, parts in getattr(module, "parametrizations", {}).items():
+        own[name] = max(parts.parameters(recurse=False), key=Tensor.numel, default=torch.empty(0))
+    if "Linear" in type(module).__name__:  # packed weights are often buffers
+        own |= {n: b for n, b in module._buffers.items() if b is not None and not b.is_floating_point()}
+    own = {name: tensor for name, tensor in own.items() if not nn.parameter.is_lazy(tensor)}
+    return {name: tensor for name, tensor in own.items() if sum(length > 1 for length in tensor.shape) > 1}
+
+
+# ------------------------------------------------------------------------------------------------------ a watched pass
 
 # fmt: off
 _PRODUCTS = frozenset([  # aten operators that sum over a dimension of two operands
@@ -157,89 +261,49 @@ def coverage(quantized: nn.Module, batch=None) -> pd.DataFrame:
     """
     record = record_of(quantized)
     if batch is not None:
-        forget_first_pass(quantized)
+        record.first_pass = False
         rows = watched_weights(quantized, record, batch)
         record.weights = [replace(row, rounded=False) if row.reason == UNCALLED else row for row in rows]
     return record.table()
 
 
-# --------------------------------------------------------------------------------------------- which layers ran
+def check_idle(quantized: nn.Module, idle: dict[nn.Module, str], batch):
+    """Of layers that never ran in a measurement of `batch`: ValueError if another module reads the weight of one.
 
-
-class Runs:
-    """Counts the runs of the layers that round, while a measurement goes on.
-
-    `check(batch)`, once it is over: layers that never ran are put into the record as such; if one pass of `batch` shows
-    that some module reads such a layer's weight without calling it, that is a ValueError: its inputs were not rounded.
+    That module's inputs were not rounded. Else a CoverageWarning names them all.
     """
-
-    def __init__(self, quantized: nn.Module):
-        self.model, self.layers = quantized, rounding_layers(quantized)
-        self.counts: Counter[nn.Module] = Counter()
-
-    @property
-    def idle(self) -> dict[nn.Module, str]:
-        return {layer: name for layer, name in self.layers.items() if not self.counts[layer]}
-
-    @contextmanager
-    def counted(self) -> Iterator["Runs"]:
-        forget_first_pass(self.model)  # what it would say, `check` says better
-        handles = [
-            layer.register_forward_pre_hook(lambda layer, _: self.counts.update([layer])) for layer in self.layers
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def check(self, batch):
-        idle = self.idle
-        record = vars(self.model).get("quantization")
-        if record is not None:
-            record.never_ran = list(idle.values())
-        if not idle:
-            return
-        treated = [(w, t) for w, t, owner in treated_weights(self.model) if owner in idle and t is not None]
-        uses = _Products(self.model, [tensor for _, tensor in treated]).run(self.model, batch).uses
-        read = [weight.name for weight, tensor in treated if id(tensor) in uses]
-        if read and record is not None and record.spec.activations != "none":
-            raise ValueError(
-                f"layers that were replaced but never ran, whose weights another module reads: {', '.join(read)}"
-            )
-        warnings.warn(
-            f"layers that never ran in this measurement: {', '.join(idle.values())}", CoverageWarning, stacklevel=3
+    record = vars(quantized).get("quantization")
+    treated = [(w, t) for w, t, owner in treated_weights(quantized) if owner in idle and t is not None]
+    uses = _Products(quantized, [tensor for _, tensor in treated]).run(quantized, batch).uses
+    read = [weight.name for weight, tensor in treated if id(tensor) in uses]
+    if read and record is not None and record.spec.activations != "none":
+        raise ValueError(
+            f"layers that were replaced but never ran, whose weights another module reads: {', '.join(read)}"
         )
+    warnings.warn(
+        f"layers that never ran in this measurement: {', '.join(idle.values())}", CoverageWarning, stacklevel=4
+    )
 
 
-def check_first_pass(quantized: nn.Module):
-    """Lets the first forward pass of a converted model warn of layers that round and did not run in it.
+def first_pass(quantized: nn.Module, _args):
+    """Forward pre-hook of a model that was converted without an example: says which layers did not run in a first pass.
 
     A module that multiplies by such a layer's weight past the layer would otherwise get unrounded inputs in silence.
+    It is a function, not a bound method, so that copies and files of the model keep it.
     """
-    quantized.register_forward_pre_hook(_first_pass)
-
-
-def forget_first_pass(quantized: nn.Module):
-    for key, hook in list(quantized._forward_pre_hooks.items()):
-        if hook is _first_pass:
-            del quantized._forward_pre_hooks[key]
-
-
-def _first_pass(quantized: nn.Module, _args):
-    """A forward pre-hook, which copies and files of the model keep: a function of the module, not a bound method."""
-    if torch.compiler.is_compiling():
+    record = record_of(quantized)
+    if torch.compiler.is_compiling() or not record.first_pass:
         return
-    runs, stack = Runs(quantized), ExitStack()
-    stack.enter_context(runs.counted())
+    runs = Runs(quantized)
+    counting = runs.counted()
+    counting.__enter__()
     runs.counts.update([quantized])  # runs, hooked too late
 
     def end(quantized, _args, output):
         handle.remove()
-        stack.close()
-        if output is None:  # it failed: the next one is the first
-            check_first_pass(quantized)
-        elif runs.idle:
+        counting.__exit__(None, None, None)
+        record.first_pass = output is None  # it failed: the next one is the first
+        if runs.idle and output is not None:
             names = ", ".join(runs.idle.values())
             warnings.warn(
                 f"layers that round but did not run in the model's first pass: {names}. Where another module reads "

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from beyond_outliers import probe as probe_module
+from beyond_outliers.anymodel import probe as probe_module
+from beyond_outliers.anymodel.open import conv1d_to_linear
+from beyond_outliers.anymodel.probe import activation_bytes
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.model import olmo2 as model_module
-from beyond_outliers.probe import activation_bytes, bundled_encoder, conv1d_to_linear, load, probe, windows
+from beyond_outliers.probe import bundled_encoder, load, probe, windows
 from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 

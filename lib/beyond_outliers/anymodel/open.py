@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.modules import every_module, has_own_forward, is_conv1d, substitute, take_hooks
+from beyond_outliers.anymodel.linears import has_own_forward
+from beyond_outliers.modules import every_module, is_conv1d, substitute, take_hooks
 
 
 def open_layers(model: nn.Module) -> nn.Module:

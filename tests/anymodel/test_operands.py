@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from beyond_outliers.anymodel.operands import RoundedProducts
 from beyond_outliers.quantizers import QuantSpec, coverage, freeze_qat, prepare_qat, quantize_model, quantize_tensor
-from beyond_outliers.quantizers.operands import RoundedProducts
 
 N, E, WIDTH, INNER = 12, 4, 16, 24
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from beyond_outliers.anymodel.probe import Probe, configuration, probe, quiet
 from beyond_outliers.modules import find_head, is_linear, linear_weight
-from beyond_outliers.probe import Probe, configuration, probe, quiet
-from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.spec import QuantSpec
 
 MATRICES_IN_MEMORY = 3  # the model, its quantized copy, and as much again while a layer is rounded or compared
 PASSES = 16  # forward passes of a probe: metrics, decomposition with attention opened, R_L

@@ -11,11 +11,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from beyond_outliers import plots, probes
+from beyond_outliers import plots
+from beyond_outliers.anymodel import probes
+from beyond_outliers.anymodel.probes import estimate, located, probe_all, step_of
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.model import olmo2 as model_module
 from beyond_outliers.probe import load, probe, windows
-from beyond_outliers.probes import estimate, located, probe_all, step_of
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 
 tf = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from beyond_outliers.modules import has_own_forward
+from beyond_outliers.anymodel.linears import has_own_forward
 from beyond_outliers.passes import tensors
 
 # fmt: off
@@ -157,6 +157,18 @@ class Rounding(nn.Module):
     def leave(self, module: nn.Module, _args, _output):
         if self.running:
             self.running.pop().__exit__(None, None, None)
+
+    def freeze(self, module: nn.Module):
+        """Weights rounded once, as buffers, in place of those that train."""
+        if self.weight is not None:
+            for name, dim in self.sums.items():
+                as_buffer(module, name, along(self.weight, module.get_parameter(name), dim))
+            self.weight = None
+
+
+def as_buffer(module: nn.Module, name: str, value: Tensor):
+    del module._parameters[name]
+    module.register_buffer(name, value.detach().contiguous().clone())
 
 
 def own_rounding(module: nn.Module) -> Rounding | None:
