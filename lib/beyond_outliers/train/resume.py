@@ -13,7 +13,6 @@ from beyond_outliers import checksums
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.train.folder import check, weights_name
 
-
 # what a state holds; one without is of an older version
 KEYS = ("step", "run_id", "rows", "seconds", "mean", "count", "taken", "model", "optimizer")
 
