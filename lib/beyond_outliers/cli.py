@@ -188,6 +188,7 @@ def probe(given: Given) -> None:
     JOBS,
     option("--executor", default="local", choices=("local", "slurm")),
     option("--options", default="", help="more options of Snakemake, as one text"),
+    option("--gpus", type=COUNT, help="of one run in training, for clusters; default: none"),
     option("--target", default="all", help="a rule or a file of the Snakefile; tables: without verdicts and pages"),
 )
 def reproduce(given: Given) -> int:
@@ -195,7 +196,8 @@ def reproduce(given: Given) -> int:
     study = study_of(given)
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
-    status = run_workflow(study, given.jobs, given.executor, shlex.split(given.options), given.target)
+    settings: dict[str, Any] = {"gpus": given.gpus} if given.gpus else {}
+    status = run_workflow(study, given.jobs, given.executor, shlex.split(given.options), given.target, **settings)
     if not status and given.target == "all":
         say_where(study)
     return status
@@ -220,6 +222,7 @@ def continue_(given: Given) -> int:
         merge_tables(study, paths.RESULTS / study.scale)  # what others have committed since
     before = len(study.table("runs")) if study.has("runs") else 0
     settings: dict[str, Any] = {"rows": 1, "shard": "{}/{}".format(*given.shard)}
+    settings: dict[str, Any] = {"gpus": given.gpus} if given.gpus else {}
     status = run_workflow(study, given.jobs, options=["--keep-going"], target="tables", hours=given.hours, **settings)
     study.collect()
     print(f"{len(study.table('runs')) - before} runs finished; all tables are in {study.results}")

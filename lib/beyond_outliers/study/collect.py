@@ -22,17 +22,15 @@ def collect(study: "Study") -> None:
     MissingResults when there is nothing to write. Runs that are damaged are left out, and named by a DamagedFile after
     all others are written.
     """
-    from beyond_outliers.train.folder import load_result
-
     purposes: dict[str, list[str]] = {}
     for planned in study.planned():
         purposes.setdefault(planned.config.name, []).append(planned.purpose)
     results, damages = {}, []
-    for name in purposes:
+    for planned in {planned.config.name: planned for planned in study.planned()}.values():
         try:
-            if (result := load_result(study.runs_folder / name)) is not None:
+            if (result := study.result(planned)) is not None:
                 check_whole(result)
-                results[name] = result
+                results[planned.config.name] = result
         except checksums.DamagedFile as damage:
             damages.append(str(damage))
     if not results and not damages and not (study.results / "runs.csv").exists():
@@ -47,7 +45,15 @@ def collect(study: "Study") -> None:
     if by_seed:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
         curves = [curve.dropna(subset="val_loss") for curve in curves]
     _write(study, "curves", curves, kept)
-    common = _common_by_seed(study) if by_seed else [study.common_loss(*group) for group in study.groups()]
+    common = (
+        _common_by_seed(study)
+        if by_seed
+        else [
+            study.common_loss(*group)
+            for group in study.groups()
+            if {planned.config.name for planned in study.group(*group)} <= set(results)
+        ]
+    )
     common = [table for table in common if len(table)]
     checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
     checkpoints += [

@@ -125,10 +125,10 @@ class Study:
         return dict(zip(rows.run, rows.val_loss, strict=True))
 
     def result(self, planned: Planned) -> "RunResult | None":
-        """The run's result from its folder; None when it has not ended here, or, with a warning, when it is damaged."""
-        from beyond_outliers.train.folder import run_folder, whole_result
+        """The run's result from its folder; None when it has not ended here. DamagedFile, with the remedy."""
+        from beyond_outliers.train.folder import load_result
 
-        return whole_result(run_folder(planned.config, paths.RUNS))
+        return load_result(self.runs_folder / planned.config.name)
 
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
@@ -203,18 +203,22 @@ class Study:
         seeds = {size: dict.fromkeys(p.config.seed for p in self.at("full_precision", size)) for size in sizes}
         return [(size, seed) for size in sizes for seed in seeds[size]]
 
+    def group(self, size: str, seed: int | None = None) -> list[Planned]:
+        """The runs that a Common Loss is taken over."""
+        return [p for p in self.at("full_precision", size) if seed in (None, p.config.seed)]
+
     def common_loss(self, size: str, seed: int | None = None) -> pd.DataFrame:
         """The paper's Common Loss of a group, and the first checkpoint of every run that reaches it.
 
         See the module `common_loss`, whose columns these are; of the checkpoints whose weights are still there. Empty
         until all runs of the group have ended here.
         """
-        runs = [p for p in self.at("full_precision", size) if seed in (None, p.config.seed)]
-        results = [result for p in runs if (result := self.result(p)) is not None]
-        if not runs or len(results) < len(runs):
+        results = [self.result(planned) for planned in self.group(size, seed)]
+        if not results or None in results:
             return pd.DataFrame(columns=COLUMNS)
-        evaluations = pd.concat([result.evaluations.assign(run=result.config.name) for result in results])
-        return common_loss(pd.DataFrame([r.row for r in results]), evaluations, given=given_beside(self))
+        evaluations = [r.evaluations.assign(run=r.config.name) for r in results if r]
+        runs = pd.DataFrame([r.row for r in results if r])
+        return common_loss(runs, pd.concat(evaluations), given=given_beside(self))
 
     def measure_common(self, size: str, seed: int | None = None) -> None:
         """Measures the runs of a group, lightly, at their Common Loss, once all of them have ended here."""
@@ -242,11 +246,9 @@ class Study:
         return [p for p in self.planned(size) if p.purpose == purpose]
 
     def required(self, planned: Planned) -> "RunResult":
-        from beyond_outliers.train.folder import load_result, run_folder
-
+        """As `result`, but MissingResults, with the remedy, for a run that has not ended here."""
         result = self.result(planned)
         if result is None:
-            load_result(run_folder(planned.config, paths.RUNS))  # of a damaged one the error says more
             raise MissingResults(
                 f"run {planned.config.name} has not ended: run `make reproduce SCALE={self.scale}`, or "
                 f"`beyond-outliers run --scale {self.scale} --run {planned.config.name}`"

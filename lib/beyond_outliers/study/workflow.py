@@ -182,8 +182,8 @@ class Progress:
         self.scale, self.rows, self.terminal = scale, rows, terminal
         self.names: dict[int, str] = {}  # job id -> "run NAME light"
         self.logs: dict[int, list[str]] = {}
-        self.running: dict[int, str] = {}
-        self.steps = ""
+        self.running: list[int] = []
+        self.steps, self.noted = "", list[str]()
         self.start = time.monotonic()
         self.at, self.shown = float("-inf"), ""
         self.look()
@@ -204,12 +204,12 @@ class Progress:
             self.names[record.jobid] = " ".join([record.rule_name, *words])
             self.logs[record.jobid] = list(record.log)
         elif event == "job_started":
-            self.running |= {job: self.names.get(job, "") for job in record.jobs}
+            self.running += record.jobs
         elif event == "job_finished":
-            self.running.pop(record.job_id, None)
+            self.running.remove(record.job_id)
             self.look()
         elif event == "job_error":
-            self.running.pop(record.jobid, None)
+            self.running = [job for job in self.running if job != record.jobid]
             self.note(f"failed: {self.names.get(record.jobid, record.rule_name)}\nreason: {self.reason(record.jobid)}")
         elif event == "progress":
             self.steps = f"step {record.done} of {record.total}"
@@ -230,29 +230,35 @@ class Progress:
         made, rest = (sum(self.costs[name] for name in names) for names in (ended, ahead))
         parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done"]
         parts += [left(time.monotonic() - self.start, made, rest), self.steps]
-        now = ", ".join(self.running.values())
+        now = ", ".join(self.names[job] for job in self.running if job in self.names)
         return ", ".join(filter(None, [*parts, now and f"now {now}"]))
 
     def show(self) -> None:
         """One line of a terminal, as wide as that is, written anew; in a file, or a pipe, a line every few minutes."""
         text = self.text()
         if self.terminal.isatty():
-            width = os.get_terminal_size(self.terminal.fileno()).columns - 1
-            print(f"\r\033[K{shortened(text, width)}", end="", file=self.terminal, flush=True)
-            self.shown = text
+            width = (os.get_terminal_size(self.terminal.fileno()).columns or 80) - 1
+            if text != self.shown:
+                print(f"\r\033[K{shortened(text, width)}", end="", file=self.terminal, flush=True)
         elif time.monotonic() - self.at >= EVERY:
             print(text, file=self.terminal, flush=True)
             self.at = time.monotonic()
+        self.shown = text
 
     def note(self, text: str) -> None:
-        """Lines that stay."""
+        """Lines that stay, said once."""
+        if text in self.noted:
+            return
+        self.noted.append(text)
         print(f"\r\033[K{text}" if self.terminal.isatty() else text, file=self.terminal, flush=True)
 
     def close(self) -> None:
         """How far it came stays."""
-        self.look()
-        self.running.clear()
-        self.note(self.text())
+        if not self.terminal.closed:
+            self.look()
+            self.running = []
+            self.note(self.text())
+            self.terminal.close()
 
 
 def shortened(text: str, width: int) -> str:
