@@ -3,7 +3,7 @@
 #   make test                   everything: checks, the test suite, a whole study at scale smoke   (PYTHON=python3.13: on that one)
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
-#   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and the README's
+#   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and that of docs/speed.md
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)

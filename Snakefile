@@ -14,6 +14,7 @@ from beyond_outliers.config import PURPOSES
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study.collect import adopted
 from beyond_outliers.study.study import Study
+from beyond_outliers.train.forecast import memory as training_memory
 
 SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
 ROWS = bool(config.get("rows"))
@@ -124,10 +125,8 @@ ON_GPUS = {"gpu": 1} if GPUS else {}
 def memory(model):
     """Megabytes: Python with torch, and the run: weights, gradients, optimizer, activations and logits of a micro-batch."""
     training = PROTOCOL.settings.training
-    weights, activations = (16, 70) if {"qat", "schemes"} & set(PROTOCOL.purposes()) else (13, 40)
-    activations *= training.micro_batch * model.depth * model.width
-    logits = 3 * max(training.micro_batch, 32) * model.vocab_size  # 32: of an evaluation
-    return 1500 + round(4.8e-6 * (weights * model.n_parameters + training.context * (activations + logits)))
+    scheme = "none" if {"qat", "schemes"}.isdisjoint(PROTOCOL.purposes()) else "lsq"  # the one that keeps most
+    return 1500 + round(1.5 * training_memory(model, training.micro_batch, training.context, scheme)["peak"] / 1e6)
 
 
 def minutes(model):

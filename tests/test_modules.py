@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from beyond_outliers.anymodel.linears import computes_linear
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.modules import HEAD_NAMES, computes_linear, evaluating, find_head, hidden_modules, is_linear
+from beyond_outliers.modules import HEAD_NAMES, evaluating, find_head, hidden_modules, is_linear
 from beyond_outliers.optimizers.groups import parameter_groups
 
 

@@ -7,11 +7,8 @@ import pytest
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.cli import main
+from beyond_outliers.notebook import table as notebook_table
 from beyond_outliers.study.verify import committed
-
-
-def html_of(table: pd.DataFrame) -> str:
-    return table.style.to_html()
 
 
 def executed(tmp_path, *outputs):
@@ -30,6 +27,11 @@ def shown(**data):
     return {"output_type": "display_data", "data": {k.replace("_", "/"): v for k, v in data.items()}, "metadata": {}}
 
 
+def figure(name, caption="What to see."):
+    output = shown(image_png="AAAA", text_plain=f"figure {name}")
+    return {**output, "metadata": {"image/png": {"figure": name, "caption": caption}}}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Of the pages of committed tables; what notebooks drew lies in `paths.figures`."""
@@ -38,6 +40,10 @@ def folder(tmp_path, monkeypatch):
     paths.figures("smoke").mkdir(parents=True)
     (tmp_path / "smoke").mkdir()
     return tmp_path / "smoke"
+
+
+def table(frame):
+    return shown(text_markdown=notebook_table(frame).data, text_plain="<Markdown>")
 
 
 def drawn(name):
@@ -52,18 +58,18 @@ def written(folder):
 def test_a_page_links_to_saved_figures_and_shows_no_code(tmp_path, folder):
     drawn("01_loss")
     noise = {"output_type": "stream", "name": "stderr", "text": "UserWarning"}
-    executed(tmp_path, shown(image_png="AAAA", text_plain="figure 01_loss"), noise)
+    executed(tmp_path, figure("01_loss"), noise)
     page = written(folder).read_text()
     assert (folder / "01_loss.pdf").read_bytes() == b"pdf" and (folder / "01_full_precision.html").exists()
-    assert "![01_loss](01_loss.png)" in page and "AAAA" not in page
+    assert "![What to see.](01_loss.png)\n\n*What to see.*\n" in page and "AAAA" not in page
     assert "secret" not in page and "UserWarning" not in page
     assert "(04_error_propagation.md)" in page
 
 
 def test_the_same_notebook_gives_the_same_bytes(tmp_path, folder):
-    executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))
+    executed(tmp_path, table(pd.DataFrame({"x": [1]})))
     first = written(folder).read_bytes()
-    executed(tmp_path, shown(text_html=html_of(pd.DataFrame({"x": [1]})), text_plain="x"))  # another Styler id
+    executed(tmp_path, table(pd.DataFrame({"x": [1]})))
     assert written(folder).read_bytes() == first
 
 
@@ -72,7 +78,7 @@ def test_unsaved_and_missing_figures_are_refused(tmp_path, folder):
         executed(tmp_path, shown(image_png="AAAA", text_plain="<Figure>"))
         written(folder)
     with pytest.raises(FileNotFoundError, match=r"01_gone\.png"):
-        executed(tmp_path, shown(text_plain="figure 01_gone"))
+        executed(tmp_path, figure("01_gone"))
         written(folder)
 
 
@@ -91,22 +97,10 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
         pages.names_of("huge")
 
 
-def test_a_page_whose_figure_is_gone_is_named(tmp_path, folder):
-    drawn("01_loss")
-    executed(tmp_path, shown(text_plain="figure 01_loss"))
-    written(folder)
-    pages.check_pages("smoke", ["01_full_precision"])
-    (folder / "01_loss.png").unlink()
-    with pytest.raises(
-        ValueError, match=r"01_full_precision\.md shows the figure 01_loss\.png.*make figures SCALE=smoke"
-    ):
-        pages.check_pages("smoke", ["01_full_precision"])
-
-
 def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "none")
     drawn("01_loss")
-    executed(tmp_path, shown(text_plain="figure 01_loss"))
+    executed(tmp_path, figure("01_loss"))
     page = written(folder)
     checksums.seal(folder, checksums.PAGES)
     (folder / "01_full_precision.html").unlink()
@@ -142,7 +136,8 @@ def test_committed_pages_are_small_and_lie_beside_what_they_show():
     assert len(committed) > 20
     for page in committed:
         assert len(page.read_bytes()) <= pages.LARGEST, page
-        pages._need_figures(page, page.read_text(), page.parent.name)
+        figures = pages.SHOWN.findall(page.read_text())
+        assert [figure for figure in figures if not (page.parent / f"{figure}.png").exists()] == [], page
 
 
 def test_links_of_a_notebook_lead_somewhere_from_its_page():
@@ -154,10 +149,33 @@ def test_links_of_a_notebook_lead_somewhere_from_its_page():
     assert pages.relinked('<a href="07_claims.ipynb">', "smoke", folder, "html") == '<a href="07_claims.html">'
 
 
-def test_a_progress_bar_stays_out():
-    assert (
-        pages.markdown_output(shown(**{"application_vnd.jupyter.widget-view+json": "{}", "text_plain": "50%"})) is None
-    )
+def test_a_page_shows_code_of_worked_examples_alone_and_no_bar(tmp_path, folder):
+    bar = shown(**{"application_vnd.jupyter.widget-view+json": {"model_id": "x"}, "text_plain": "50%"})
+    executed(tmp_path, bar)
+    source = pages.executed_notebook("smoke", "01_full_precision")
+    notebook = nbformat.read(source, 4)
+    tagged = {"tags": ["by-hand"]}
+    notebook.cells.append(nbformat.v4.new_code_cell("step = 1.9 / 7", metadata=tagged))
+    text = nbformat.v4.new_output("stream", text="the versions")
+    notebook.cells.append(nbformat.v4.new_code_cell("begin()", metadata={"tags": ["setup"]}, outputs=[text]))
+    nbformat.write(notebook, source)
+    page = written(folder)
+    for shown_text in (page.read_text(), page.with_suffix(".html").read_text()):
+        assert "the versions" not in shown_text and "secret" not in shown_text
+    assert "50%" not in page.read_text() and "step = 1.9 / 7" in page.read_text()
+
+
+def test_a_table_says_what_pandas_has():
+    frame = pd.DataFrame({"size": ["a|b", "c"], "loss": [0.12345, float("nan")], "n": [3, 4]})
+    lines = notebook_table(frame, 2, caption="losses").data.splitlines()
+    cells = [[cell.strip(" |") for cell in line.split(" | ")] for line in lines]
+    assert lines[0] == "*losses*" and cells[2] == ["size", "loss", "n"]
+    assert cells[4:] == [["a\\|b", "0.12", "3"], ["c", "-", "4"]]
+    wide = pd.DataFrame({("x", 0): [0.5], ("x", 1): [1.5]}, index=pd.Index(["k"], name="kind"))
+    wide.columns.names = [None, "seed"]
+    lines = notebook_table(wide, formats={"x seed 1": "{:.0%}"}, folded="all").data.splitlines()
+    assert lines[0].startswith("<details><summary>all</summary>") and "x seed 0" in lines[2] and "150%" in lines[4]
+    assert "nothing of this has been measured" in notebook_table(frame.iloc[:0]).data
 
 
 @pytest.fixture
@@ -180,7 +198,7 @@ def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):
 def test_a_finding_of_several_points_is_quoted_whole(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("**Finding.** By size:\n\n- small: 1\n- large: 2\n\nNot this.\n\n**Question.** Which?\n\n- no\n")
-    assert pages.said(page, "Finding") == "By size: small: 1 large: 2"
+    assert pages.quoted(page, "Finding") == "By size: small: 1 large: 2"
 
 
 def test_an_index_of_missing_or_mute_pages_is_refused(one_page):
@@ -204,11 +222,11 @@ def test_pages_are_checked_from_the_shell(one_page, capsys):
     assert "huge" in capsys.readouterr().err
 
 
-def test_findings_are_put_between_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "headlines", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
+def test_decisions_are_put_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "decisions", lambda scale: f"{pages.BEGIN.format(scale=scale)}\n- new\n{pages.END}")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{pages.BEGIN.format(scale='laptop')}\n- old\n{pages.END}\nafter\n")
-    pages.write_headlines(readme, "laptop")
+    pages.write_decisions(readme, "laptop")
     assert readme.read_text() == f"before\n{pages.BEGIN.format(scale='laptop')}\n- new\n{pages.END}\nafter\n"
     with pytest.raises(ValueError, match="lacks the lines"):
-        pages.write_headlines(readme, "pocket")
+        pages.write_decisions(readme, "pocket")

@@ -8,6 +8,7 @@ Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file i
 """
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import json
@@ -96,7 +97,6 @@ def study_of(given: Given) -> Any:
     option("--compile", default="auto", choices=("auto", "yes", "no")),
     option("--threads", type=COUNT),
     option("--recompute", action="store_true", help="activation checkpointing: less memory, more operations"),
-    option("--shard", action="store_true", help="under torchrun: every worker keeps a share of the weights"),
     option("--dry-run", action="store_true", help="print parameters, memory and time, and train nothing"),
 )
 def train(given: Given) -> None:
@@ -107,8 +107,6 @@ def train(given: Given) -> None:
         given.size, given.optimizer, lr=given.lr, seed=given.seed, scheme=given.scheme
     )
     check_device(given.device)
-    if given.dry_run and given.shard:
-        raise ValueError("--dry-run says what a worker needs that has the whole model; valid: without --shard")
     if given.dry_run:
         import torch
 
@@ -124,7 +122,7 @@ def train(given: Given) -> None:
     from beyond_outliers.train.loop import train as train_run
 
     compiled: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
-    options = {"threads": given.threads, "recompute": given.recompute, "shard": given.shard}
+    options = {"threads": given.threads, "recompute": given.recompute}
     result = train_run(config, device=given.device, compile=compiled[given.compile], **options)
     if result.row:  # of the worker that writes
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
@@ -155,7 +153,7 @@ def export(given: Given) -> None:
     if given.to.exists() and any(given.to.iterdir()):
         raise ValueError(f"{given.to} is not empty; valid: a new folder")
     from beyond_outliers.export.folder import export as export_run
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     folder = export_run(given.run, given.to, QuantSpec.named(given.spec) if given.spec else None)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)")
@@ -173,7 +171,7 @@ def probe(given: Given) -> None:
     if not given.text.is_file():
         raise ValueError(f"no file {str(given.text)!r}; valid: a file of text")
     from beyond_outliers.probe import probe as probe_model
-    from beyond_outliers.quantizers.formats import QuantSpec
+    from beyond_outliers.quantizers.spec import QuantSpec
 
     found = probe_model(given.model, given.text, QuantSpec.named(given.spec) if given.spec else None)
     print(found.summary().to_string(), found.worst(given.worst).to_string(index=False), found.quantization, sep="\n\n")
@@ -215,6 +213,7 @@ def continue_(given: Given) -> int:
     study = study_of(given)
     from beyond_outliers.study.collect import merge as merge_tables
     from beyond_outliers.study.own import take_up
+    from beyond_outliers.study.tables import MissingResults
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
     take_up(study)
@@ -222,10 +221,10 @@ def continue_(given: Given) -> int:
         merge_tables(study, paths.RESULTS / study.scale)  # what others have committed since
     before = len(study.table("runs")) if study.has("runs") else 0
     settings: dict[str, Any] = {"rows": 1, "shard": "{}/{}".format(*given.shard)}
-    settings: dict[str, Any] = {"gpus": given.gpus} if given.gpus else {}
     status = run_workflow(study, given.jobs, options=["--keep-going"], target="tables", hours=given.hours, **settings)
-    study.collect()
-    print(f"{len(study.table('runs')) - before} runs finished; all tables are in {study.results}")
+    with contextlib.suppress(MissingResults):  # nothing has ended
+        study.collect()
+        print(f"{len(study.table('runs')) - before} runs finished; all tables are in {study.results}")
     return status
 
 
@@ -390,11 +389,11 @@ def notebook(given: Given) -> None:
 
 @command(
     "beyond-outliers pages check --scale laptop",
-    option("task", choices=("check", "index", "readme"), help="readme: the findings of the README's first screen"),
+    option("task", choices=("check", "index", "readme"), help="readme: the README's table of decisions"),
     SCALE,
 )
 def pages(given: Given) -> None:
-    """Check the pages of a scale, or write their index or the README's findings."""
+    """Check the pages of a scale, or write their index or the README's table of decisions."""
     study_of(given)
     from beyond_outliers import pages
 
@@ -405,24 +404,12 @@ def pages(given: Given) -> None:
     elif given.task == "index":
         print(pages.write_index(given.scale))
     else:
-        pages.write_headlines(paths.ROOT / "README.md", given.scale)
-
-
-@command(
-    "beyond-outliers site FOLDER laptop pocket",
-    option("folder", type=Path, help="where it goes"),
-    option("scales", nargs="+"),
-)
-def site(given: Given) -> None:
-    """Write the executed notebooks as a web site."""
-    from beyond_outliers.site import build
-
-    print(build(given.folder, given.scales))
+        pages.write_decisions(paths.ROOT / "README.md", given.scale)
 
 
 def say_where(study: Any) -> None:
-    """Where to look, and your own runs and verdicts beside the committed ones."""
-    from beyond_outliers.beside import NothingOfYourOwn, write
+    """Where to look, and your runs and verdicts compared with the committed ones."""
+    from beyond_outliers.reproduction import NothingToCompare, write
 
     pages = paths.pages(study.scale)
     print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
@@ -431,8 +418,8 @@ def say_where(study: Any) -> None:
     if "+" not in study.scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(study.scale))
-        except NothingOfYourOwn as nothing:
-            print(f"Yours beside ours: {nothing}.")
+        except NothingToCompare as nothing:
+            print(f"Not compared with committed runs: {nothing}.")
 
 
 # ---------------------------------------------------------------------------------------------- steps of the workflow

@@ -19,14 +19,16 @@ nothing of the weight, of the layer's gain, or of formats with blocks. `noise_ga
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
-from beyond_outliers.passes import tensors
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.passes import plain_settings, tensors, text_rows, text_tokens
+from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
+from beyond_outliers.quantizers.spec import QuantSpec
 
 CENTERS = ("median", "mean")
 METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_gain", "expected_error"]
@@ -37,7 +39,7 @@ METRICS = ["mmr", "mmr_mean", "kurtosis", "input_error", "weight_error", "noise_
 
 def _rows(x: Tensor) -> Tensor:
     """(..., features) -> (rows, features), at least float32."""
-    x = torch.as_tensor(x)
+    x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))  # not in whatever the default dtype is
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must hold at least one row of features, not the shape {tuple(x.shape)}")
     return _wide(x.reshape(-1, x.shape[-1]))
@@ -137,10 +139,12 @@ def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
     )
 
 
+@plain_settings()
 def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None) -> pd.DataFrame:
     """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
 
-    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. One pass; per layer a handful of float64
+    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. Padding, as a mapping's `attention_mask`
+    (B, T) tells it, does not count; autocast is off. One pass; per layer a handful of float64
     sums are kept, whatever the number of batches. `spec` names the formats and the basis whose rounding the errors
     describe (default W4A4); a head that `spec` leaves alone has its row all the same, with NaN for the errors where its
     width fits no block. A layer that got no token has a row of n_tokens 0 and NaN.
@@ -167,9 +171,9 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     def hook(module, args, kwargs, output):
         (x,) = (*args, *kwargs.values())[:1]
         if x is not previous[0] or x._version != previous[1]:  # the same tensor, and not changed in place since
-            previous[:] = x, x._version, _input_sums(x, spec)
-        output = next(tensors(output))  # I-BERT's layers return a scale beside it
-        bare = _wide(output) if module.bias is None else _wide(output) - _wide(module.bias)
+            previous[:] = x, x._version, _input_sums(text_rows(x, text), spec)
+        output = _wide(text_rows(next(tensors(output)), text))  # I-BERT's layers return a scale beside it
+        bare = output if module.bias is None else output - _wide(module.bias)
         row = torch.cat([previous[2], bare.square().sum(dtype=torch.float64)[None]])
         name = linears[module]
         sums[name] = sums[name] + row if name in sums else row
@@ -178,6 +182,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     try:
         with evaluating(model):
             for batch in as_batches(batches):
+                text = text_tokens(batch)
                 forward(model, batch)
                 previous[:] = None, None, None
     finally:

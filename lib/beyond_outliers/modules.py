@@ -5,15 +5,14 @@ Every other module that looks into a model goes through here, so that each of th
 
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.passes import caching_configs, check_batch, without_draws
+from beyond_outliers.passes import same_tensors
 
 
 @contextmanager
@@ -43,6 +42,22 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
             config.use_cache = True
 
 
+def caching_configs(model: nn.Module) -> list[Any]:
+    """Configurations that switch a key/value cache on: of any module, for generation, and nested in another one."""
+    found: dict[int, Any] = {}
+    waiting = [vars(module).get(name) for module in model.modules() for name in ("config", "generation_config")]
+    seen: set[int] = set()
+    while waiting:
+        config = waiting.pop()
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if vars(config).get("use_cache"):
+            found[id(config)] = config
+        waiting += [v for v in vars(config).values() if "config" in type(v).__name__.lower() or hasattr(v, "to_dict")]
+    return list(found.values())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lies (quantized layers have buffers only), else the CPU."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -59,14 +74,29 @@ def forward(model: nn.Module, batch):
 
     def call():
         if isinstance(batch, Mapping):
-            check_batch(batch)
             return model(**{key: move(value) for key, value in batch.items()})
         return model(*map(move, batch)) if isinstance(batch, (tuple, list)) else model(move(batch))
 
     def move(value):
         return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
-    return call() if model.training else without_draws(model, call, device)
+    if isinstance(batch, Mapping):
+        from beyond_outliers.anymodel.checks import check_batch
+
+        check_batch(batch)
+    states = [] if model.training else random_states(device)
+    output = call()
+    if states and not same_tensors(states, random_states(device)):
+        from beyond_outliers.anymodel.checks import check_draws
+
+        check_draws(model, call)
+    return output
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """What torch's generators will draw next."""
+    own = [torch.get_rng_state()]
+    return [*own, torch.cuda.get_rng_state(device)] if device.type == "cuda" else own
 
 
 def as_batches(batches) -> Iterable:
@@ -83,7 +113,11 @@ def is_linear(module: nn.Module) -> bool:
         stored = module._parameters.get("weight")
         if stored is not None and stored.is_complex():
             return False
-        return getattr(module, "rounds_operands", False) or computes_linear(module)
+        if getattr(module, "rounds_operands", False) or type(module) is nn.Linear:
+            return True
+        from beyond_outliers.anymodel.linears import computes_linear
+
+        return computes_linear(module)
     return is_conv1d(module) or ("Linear" in type(module).__name__ and _has_matrix(module))
 
 
@@ -101,50 +135,6 @@ def linear_weight(module: nn.Module) -> Tensor:
     """Weight of what `is_linear` accepts as (out, in); torch types the attributes of modules as Tensor or Module."""
     weight = cast(Tensor, module.weight)
     return weight.T if is_conv1d(module) else weight
-
-
-def settled_weight(linear: nn.Linear) -> Tensor:
-    """The weight (out, in), detached; a parametrized one as it is in evaluation mode."""
-    training = linear.training
-    try:
-        return linear.eval().weight.detach()
-    finally:
-        linear.train(training)
-
-
-def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether `module`'s forward is another than `base`'s: a subclass's, or one set on the module itself."""
-    return type(module).forward is not base.forward or "forward" in vars(module)
-
-
-@torch.no_grad()
-def computes_linear(linear: nn.Linear) -> bool:
-    """Whether calling `linear` is x W^T + b and no more: its class inherits nn.Linear's forward, or gives the same.
-
-    A forward of its own is tried on a few rows, in both modes, and only for layers that hold weight and bias alone.
-    """
-    if not has_own_forward(linear, nn.Linear):
-        return True
-    own = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
-    if own - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
-        return False
-    training, weight = linear.training, linear.weight
-    rows = torch.arange(2 * 2 * linear.in_features, dtype=torch.float32, device=weight.device).add(1).sin()
-    rows = (rows.reshape(2, 2, -1) * torch.tensor([[[1], [100]]], device=weight.device)).to(weight.dtype)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for linear.training in (True, False):
-                for x in (rows, rows[0]):
-                    expected, y = F.linear(x, weight, linear.bias), linear.forward(x.clone())
-                    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
-                        return False
-                    if not torch.allclose(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
-                        return False
-    except Exception:  # whatever a forward of its own asks of its input that these rows are not
-        return False
-    finally:
-        linear.training = training
-    return True
 
 
 HEAD_NAMES = ("head", "lm_head", "output", "embed_out", "decoder", "score")
@@ -183,11 +173,6 @@ def declared(model: nn.Module, method: str) -> nn.Module | None:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
-    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))
 
 
 # --------------------------------------------------------------------------------------------- layers in containers
@@ -266,46 +251,6 @@ def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
             if attribute not in _INTERNAL and any(True for _ in _held(value, "")):
                 vars(module)[attribute] = swap(value)
     return made.get(model, model)
-
-
-def replace_linears(model: nn.Module, kept: Collection[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Replaces, in place, every layer that `computes_linear`, except those in `kept`, by what `make` gives for it.
-
-    Modes and hooks go over. Returns `model`, or what stands for it. A ValueError of `make` gets the layer's name.
-    """
-    made: dict[nn.Module, nn.Module] = {}
-    for module, name in every_module(model).items():
-        try:
-            if module in kept or not isinstance(module, nn.Linear) or why_not_replaced(module) is not None:
-                continue
-            made[module] = make(module).train(module.training)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
-        take_hooks(module, made[module])
-    return substitute(model, made)
-
-
-COMPLEX = "complex numbers"
-UNCALLED = "parent reads .weight without calling the layer"
-
-
-def why_not_replaced(module: nn.Module) -> str | None:
-    """None for a layer that `replace_linears` can replace; otherwise why not, "" for what is no linear layer."""
-    if not isinstance(module, nn.Linear) or getattr(module, "rounds_operands", False):
-        return ""
-    if isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter):
-        raise ValueError(f"{type(module).__name__} has no weight yet; valid: a model that ran once")
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return UNCALLED  # the projection of torch's attention
-    stored = module._parameters.get("weight", module._buffers.get("weight"))
-    if stored is None:
-        if not nn.utils.parametrize.is_parametrized(module, "weight"):
-            return "weight computed by a hook"
-    elif stored.is_complex():
-        return COMPLEX
-    elif not stored.is_floating_point() or stored.element_size() < 2 or type(stored.data) is not Tensor:
-        return "already quantized"
-    return None if computes_linear(module) else "subclass with its own forward"
 
 
 def take_hooks(source: nn.Module, target: nn.Module):

@@ -1,8 +1,10 @@
 """What every notebook does first: check its parameters, say what it runs with, set the theme."""
 
+import importlib.metadata
 import json
 import numbers
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from beyond_outliers import paths
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.paths import git_commit
 from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
@@ -138,18 +141,70 @@ def _assigned(cell: str) -> dict[str, bool]:
 
 
 def _show(parameters: dict) -> None:
-    import platform
-
-    import torch
     from IPython.display import display
 
-    from beyond_outliers.train.machine import git_commit
-
+    versions = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
     rows = [("parameter", name, repr(value)) for name, value in parameters.items()]
-    rows += [("version", "python", platform.python_version()), ("version", "torch", torch.__version__)]
-    rows += [("version", "commit of this checkout", git_commit())]
-    table = pd.DataFrame(rows, columns=["", "name", "value"])
-    display(table.style.hide(axis="index"))
+    rows += [("version", name, version) for name, version in versions.items()]
+    rows.append(("version", "commit of this checkout", git_commit()))
+    display(table(pd.DataFrame(rows, columns=["what", "name", "value"])))
+
+
+def setting(study: Study) -> "Markdown":
+    """What a page needs to know of its scale, from the scale's file: format, head, how rates are chosen."""
+    from IPython.display import Markdown
+
+    protocol = study.protocol
+    head = {True: "rounded", False: "not rounded"}
+    parts = [
+        f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
+        f"{head['+head' in protocol.measure.primary]}.",
+        f"In QAT the head is {head[protocol.settings.plan.qat.head]}." if protocol.settings.plan.qat else "",
+        f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}.",
+    ]
+    return Markdown(" ".join(filter(None, parts)))
+
+
+def table(
+    frame: pd.DataFrame | pd.Series,
+    digits: int | str = 3,
+    formats: dict[str, str] | None = None,
+    caption: str = "",
+    folded: str = "",
+) -> "Markdown":
+    """A table as notebooks and pages show it.
+
+    digits: of numbers with a fraction, or a format for them ("{:.0%}"). formats: column -> format. A column whose name
+    is a number keeps its level's name ("seed 0"). folded: the line that opens a long table.
+    """
+    from IPython.display import Markdown
+
+    frame = frame.to_frame() if isinstance(frame, pd.Series) else frame
+    levels = frame.columns.names
+    columns = [column if isinstance(column, tuple) else (column,) for column in frame.columns]
+    heads = [" ".join(_head(*pair) for pair in zip(levels, column, strict=True)).strip() for column in columns]
+    frame = frame.set_axis(heads, axis=1)
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index(names=[name or "" for name in frame.index.names])
+    if frame.empty:
+        return Markdown(f"*No rows yet ({', '.join(frame.columns)}): nothing of this has been measured.*")
+    usual, formats = digits if isinstance(digits, str) else f"{{:.{digits}f}}", formats or {}
+    texts = {head: [_cell(value, formats.get(head), usual) for value in frame[head]] for head in frame.columns}
+    body = pd.DataFrame(texts).to_markdown(index=False, disable_numparse=True)
+    body = f"*{caption}*\n\n{body}" if caption else body
+    return Markdown(f"<details><summary>{folded}</summary>\n\n{body}\n\n</details>" if folded else body)
+
+
+def _head(level: str | None, label: object) -> str:
+    return f"{level} {label}" if level and isinstance(label, numbers.Number) else str(label)
+
+
+def _cell(value: Any, form: str | None, usual: str) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    if pd.isna(value):
+        return "-"
+    return (form or usual).format(value) if form or isinstance(value, float) else str(value)
 
 
 def paper(name: str) -> pd.DataFrame:

@@ -1,13 +1,10 @@
 """What a pass in evaluation mode must be: a function of its input alone, with nothing kept for the next pass."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------- tensors in structures
 
@@ -75,14 +72,15 @@ def text_tokens(batch) -> Tensor | None:
 
 
 def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """The rows of x (B, T, ...) or (B T, ...) at the text's tokens, (rows, ...): `tokens` is what `text_tokens` gave.
+    """The rows of x (B, T, ...), (B T, ...) or (B, heads, T, n) at the text's tokens: `tokens` is of `text_tokens`.
 
     x itself where `tokens` is None, and where x has other rows than one a token (a pooled state, an expert's share).
     """
     if tokens is not None:
-        for rows in (tokens, tokens.flatten()):
-            if x.shape[: rows.ndim] == rows.shape:
-                return x[rows.to(x.device)]
+        by_head = x.transpose(1, -2) if x.ndim == 4 else x
+        for rows, of in ((tokens, x), (tokens.flatten(), x), (tokens, by_head)):
+            if of.shape[: rows.ndim] == rows.shape:
+                return of[rows.to(x.device)]
     return x
 
 
@@ -90,19 +88,39 @@ def text_rows(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def plain_settings() -> Iterator[None]:
-    """No autocast, no gradients and no inference tensors inside, whatever the caller has set.
+def plain_settings(training: bool = False) -> Iterator[None]:
+    """No autocast, no inference tensors and no gradients inside, whatever the caller has set.
 
     For what makes tensors that outlive the call, such as rounded weights: they are the same ones anywhere. Also a
-    decorator, `@plain_settings()`. The default dtype is not touched: whatever this project makes names its own.
+    decorator, `@plain_settings()`. With `training`, gradients are kept, and torch makes float32 tensors by default;
+    without it the default dtype stays what it is, for modules of others may count on theirs: all of this project name
+    their own.
     """
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32 if training else dtype)
         for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(training))
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's CPU threads set to one inside, and back to what they were.
+
+    For decompositions of matrices (`torch.linalg.eigh`, `eigvalsh`, `svdvals`): their small steps wait for each other
+    between threads, on a busy machine seconds for what one thread does in milliseconds. Also a decorator.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 # -------------------------------------------------------------------------------------------- tensors made only once
@@ -129,123 +147,8 @@ def made_once(cache: dict, key, make: Callable):
     return cache[key]
 
 
-# ------------------------------------------------------------------------------------------------- keys and values
-
-
-def caching_configs(model: nn.Module) -> list[Any]:
-    """Configurations that switch a key/value cache on: of any module, for generation, and nested in another one."""
-    found: dict[int, Any] = {}
-    waiting = [vars(module).get(name) for module in model.modules() for name in ("config", "generation_config")]
-    seen: set[int] = set()
-    while waiting:
-        config = waiting.pop()
-        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        if vars(config).get("use_cache"):
-            found[id(config)] = config
-        waiting += [v for v in vars(config).values() if "config" in type(v).__name__.lower() or hasattr(v, "to_dict")]
-    return list(found.values())
-
-
-_CACHES = ("past_key_values", "past_key_value", "cache_params", "mems", "use_cache")
-
-
-def check_batch(batch: Mapping):
-    """ValueError for a batch that brings or asks for a cache: every pass would add to it."""
-    given = [key for key in _CACHES if batch.get(key) is not None and batch.get(key) is not False]
-    if given:
-        raise ValueError(
-            f"the batch has {', '.join(given)}: each of several passes over it would add to the cache; "
-            "valid: a batch without"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- random numbers
-
-
 def same_tensors(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
     one, other = list(one), list(other)
     return len(one) == len(other) and all(
         x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(one, other, strict=True)
     )
-
-
-class _Draws(TorchDispatchMode):
-    """Names the modules in which random numbers are drawn, with the operators that do it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.names = {module: name for name, module in model.named_modules()}
-        self.open: list[str] = []
-        self.found: dict[str, None] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            module = self.open[-1] if self.open else ""
-            self.found[f"{module or '(model)'} ({function.overloadpacket.__name__})"] = None
-        return function(*args, **(kwargs or {}))
-
-    def run(self, call: Callable) -> object:
-        def enter(module, args):
-            self.open.append(self.names[module])
-
-        def leave(module, args, output):
-            self.open.pop()
-
-        handles = [module.register_forward_pre_hook(enter) for module in self.names]
-        handles += [module.register_forward_hook(leave) for module in self.names]
-        try:
-            with self:
-                return call()
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(module, kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
-    try:
-        for module, kind, _ in kept:
-            vars(module)[kind] = OrderedDict()
-        yield
-    finally:
-        for module, kind, hooks in kept:
-            vars(module)[kind] = hooks
-
-
-def without_draws(model: nn.Module, call: Callable, device: torch.device):
-    """`call()`, a pass through `model`; ValueError naming the modules at fault if it answers by random numbers.
-
-    A pass that moves torch's generators is repeated: numbers that are drawn and not used do no harm.
-    """
-
-    def states() -> list[Tensor]:
-        own = [torch.get_rng_state()]
-        return [*own, torch.cuda.get_rng_state(device)] if device.type == "cuda" else own
-
-    before = states()
-    output = call()
-    if same_tensors(before, states()):
-        return output
-    draws = _Draws(model)
-    with _without_hooks(model):  # what counts or records passes must not see these two
-        first, again = floats(call()), floats(draws.run(call))
-    if len(first) != len(again) or not all(map(_near, first, again)):
-        where = ", ".join(draws.found) or "not seen where"
-        raise ValueError(
-            f"{type(model).__name__} answers by random numbers in evaluation mode, drawn in {where}; valid: dropout as "
-            "nn.Dropout, or F.dropout(x, p, training=self.training)"
-        )
-    return output
-
-
-def _near(x: Tensor, y: Tensor) -> bool:
-    """Equal but for what the order of a sum changes (a watched pass may take other kernels)."""
-    if x.shape != y.shape:
-        return False
-    x, y = as_real(x), as_real(y)
-    largest = x.abs().nan_to_num(posinf=0.0).amax().item() if x.numel() else 0.0
-    return torch.allclose(x, y, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)

@@ -5,7 +5,9 @@ and pages of them. Committed tables and pages change by `make publish` alone. $B
 the repository for all that is written.
 """
 
+import contextlib
 import os
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,3 +63,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def git_commit() -> str:
+    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout.
+
+    Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
+    """
+    git = ["git", "-C", str(ROOT), "--git-dir", str(ROOT / ".git"), "--work-tree", str(ROOT)]
+    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
+    environment = {name: value for name, value in os.environ.items() if name not in ambient}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], env=environment)
+        return commit.stdout.strip() + ("+" if changed.returncode else "")
+    return "unknown"

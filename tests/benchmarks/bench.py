@@ -1,4 +1,4 @@
-"""`make bench`: all benchmarks, or those named, into data/results/benchmarks.csv and the README's table.
+"""`make bench`: all benchmarks, or those named, into data/results/benchmarks.csv and the table of docs/speed.md.
 
 python tests/benchmarks/bench.py --only optimizers     on a machine that does nothing else; about 15 minutes for all
 python tests/benchmarks/bench.py --only reproduce      `make reproduce` as a whole, 15 minutes more; by name alone

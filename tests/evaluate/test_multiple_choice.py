@@ -17,6 +17,7 @@ from beyond_outliers.evaluate import (
     encode_requests,
     score,
     tasks,
+    validation_loss,
     zero_shot,
 )
 from beyond_outliers.evaluate import multiple_choice as evaluate
@@ -89,6 +90,35 @@ def test_scores_need_only_a_callable_that_returns_logits(model, tokenizer):
     np.testing.assert_allclose(
         score(Wrapped(), tokenizer, requests()), score(model, tokenizer, requests()), rtol=1e-6, atol=1e-5
     )
+
+
+def test_models_of_transformers_are_scored_or_refused_in_words(tokenizer, monkeypatch):
+    """Logits in a mapping, positions that follow the mask; an encoder's hidden states are no logits."""
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"max_position_embeddings": 200}
+    monkeypatch.setitem(evaluate.BATCH_TOKENS, "cpu", 200)
+    model = tf.OPTForCausalLM(tf.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16)).eval()
+    expected = [naive(lambda ids: model(ids).logits, tokenizer, *request) for request in requests(20)]
+    np.testing.assert_allclose(score(model, tokenizer, requests(20)), expected, rtol=1e-6, atol=1e-5)
+    tokens = np.arange(60, dtype=np.uint16)
+    assert validation_loss(model, tokens, 9).loss == pytest.approx(validation_loss(Bare(model), tokens, 9).loss)
+    encoder = tf.BertModel(tf.BertConfig(**shape, intermediate_size=16))
+    for measure in (lambda: score(encoder, tokenizer, requests(2)), lambda: validation_loss(encoder, tokens, 9)):
+        with pytest.raises(ValueError, match=r"BertModel gives last_hidden_state, .*valid: a language model"):
+            measure()
+
+
+class Bare(torch.nn.Module):
+    """The logits of a model of `transformers` alone."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return self.inner(ids).logits
 
 
 def test_probabilities_of_all_next_tokens_sum_to_one(model, tokenizer):

@@ -1,6 +1,7 @@
 """Exported folders: the model that comes back, its cache and padding, its tokenizer, and the LM Evaluation Harness."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from beyond_outliers.evaluate import zero_shot
 from beyond_outliers.evaluate.multiple_choice import score
 from beyond_outliers.evaluate.tasks import cloze_questions, wheel_questions
 from beyond_outliers.export import NotExported, export, folder, load_exported, open_run
+from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 from beyond_outliers.train.folder import build_model, model_of
 
@@ -185,6 +187,109 @@ def test_what_cannot_be_exported_is_refused(base, tmp_path, capsys):
         main(["export", str(file), "--to", str(tmp_path / "model"), "--spec", "W4A5B"])
     assert "'W4A5B' names no quantization" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+# --------------------------------------------------------------------------------- what models of transformers promise
+
+
+def trained(place, folder, batch, parts):
+    """Loss and length of one step of plain gradient descent by the Trainer, on eight sequences in `parts` parts."""
+    model = tf.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, dtype=torch.float32)
+    rows = torch.randint(1, 320, (8, 32), generator=torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = tf.TrainingArguments(
+        str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=parts, max_steps=1, optim="sgd",
+        learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row.where(row > 20 * i, -100)} for i, row in enumerate(rows)]
+    loss = tf.Trainer(model=model, args=settings, train_dataset=data).train().training_loss
+    return loss, sum((a - b).square().sum().item() for a, b in zip(before, model.parameters(), strict=True)) ** 0.5
+
+
+def test_micro_batches_of_unequal_text_give_the_step_of_the_whole_batch(exported, tmp_path):
+    place, _ = exported("none")
+    assert trained(place, tmp_path, 2, 4) == pytest.approx(trained(place, tmp_path, 8, 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "W4A4", "llama"])
+@torch.no_grad()
+def test_embeddings_states_and_selected_logits(exported, ids, name):
+    place, model = exported(name)
+    loaded = load_exported(place)
+    embeds, logits = loaded.get_input_embeddings()(ids), loaded(ids).logits
+    found = loaded(inputs_embeds=embeds, output_hidden_states=True)
+    assert torch.equal(found.logits, logits) and len(found.hidden_states) == 3
+    assert torch.equal(found.hidden_states[0], embeds) and torch.equal(found.hidden_states[-1], model.hidden(ids))
+    assert loaded(ids).hidden_states is None
+    loaded.config.output_hidden_states = True
+    assert torch.equal(loaded(ids).hidden_states[1], found.hidden_states[1])
+    places = torch.tensor([3, 17])
+    torch.testing.assert_close(loaded(ids, logits_to_keep=places).logits, logits[:, places])
+    as_tuple = loaded(ids, labels=ids, return_dict=False, output_hidden_states=False)
+    assert [x.shape for x in as_tuple] == [(), logits.shape]
+
+
+@torch.no_grad()
+def test_a_static_cache_and_packed_documents_change_nothing(exported, ids):
+    loaded = load_exported(exported("none")[0])
+    ids = ids + (ids == 0)  # no padding
+    whole, cache = loaded(ids).logits, tf.StaticCache(config=loaded.config, max_cache_len=50)
+    pieces = [loaded(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([25, 1, 14], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for given in ({"attention_mask": torch.ones_like(ids)}, {"attention_mask": mask}):
+        written = [loaded.generate(ids, cache_implementation=kind, **given, **settings) for kind in ("static", None)]
+        assert torch.equal(*written)
+    packed = torch.cat([ids[:1, :8], ids[1:2, :12]], dim=1)
+    places = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    alone = loaded(ids[1:2, :12]).logits
+    torch.testing.assert_close(loaded(packed, position_ids=places).logits[:, 8:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_resized_embeddings_load_again_or_are_refused(exported, ids, tmp_path):
+    for name in ("none", "W4A4"):
+        model = load_exported(exported(name)[0])
+        model.resize_token_embeddings(323)
+        model.save_pretrained(tmp_path / name)
+        again = load_exported(tmp_path / name)
+        assert again.config.vocab_size == again(ids).logits.shape[-1] == 323
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="the head is rounded"):
+        load_exported(exported("W4A4+rot+head")[0]).resize_token_embeddings(323)
+
+
+def test_what_the_model_does_not_take_is_refused_in_words(exported, ids):
+    loaded = load_exported(exported("none")[0])
+    with pytest.raises(ValueError, match="does not take output_attentions, token_type_ids; valid: num_items_in_batch"):
+        loaded(ids, output_attentions=True, token_type_ids=ids, return_dict=True)
+    for given in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(3, 40, 32)}):
+        with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
+            loaded(**given)
+    tokenizer = tf.AutoTokenizer.from_pretrained(exported("none")[0], trust_remote_code=True)
+    assert loaded(**tokenizer("some text", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_a_rounded_export_is_measured_and_not_rounded_again(exported, ids):
+    place, quantized = exported("W4A4+rot+head")
+    model, rounded = load_exported(exported("none")[0]), load_exported(place)
+    found = decompose(model, rounded, ids).set_index("name")
+    expected = decompose(exported("none")[1], quantized, ids).set_index("name").add_prefix("decoder.", axis=0)
+    numbers = ["R", "A", "B", "gain", "spectral_ratio", "alignment_ratio"]
+    rows = ["decoder.blocks.1.mlp.up", "decoder.blocks.1.mlp.down", "decoder.head"]
+    np.testing.assert_allclose(found.loc[rows, numbers], expected.loc[rows, numbers], rtol=1e-4)
+    with pytest.raises(ValueError, match="is quantized already"):
+        quantize_model(rounded, QuantSpec())
+
+
+def test_others_may_read_the_files(exported):
+    mask = os.umask(0o022)
+    os.umask(mask)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in exported("none")[0].iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 # --------------------------------------------------------------------------------------- the LM Evaluation Harness

@@ -129,4 +129,4 @@ def test_a_state_that_another_worker_keeps_cannot_be_taken_over():
     group, p = optimizer.param_groups[0], model.weight
     optimizer.state[p] = {"step": 3, **optimizer.init_state(group, p.detach().to("meta"))}
     with pytest.raises(RuntimeError, match="which parameters have a gradient has changed"):
-        optimizer._keep_or_drop(group, p, True, p)
+        optimizer._keep_or_drop(group, p, True)

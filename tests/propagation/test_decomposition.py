@@ -6,9 +6,10 @@ import gc
 import numpy as np
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from torch import nn
 
-from beyond_outliers.model import Olmo2, Olmo2Config, ReluSquared, ResidualAdd
+from beyond_outliers.model import Llama, LlamaConfig, Olmo2, Olmo2Config, ReluSquared, ResidualAdd
 from beyond_outliers.propagation import decompose, relative_error, summarise
 from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model
 from rounded_models import ids, olmo, quantize
@@ -16,6 +17,11 @@ from rounded_models import ids, olmo, quantize
 COLUMNS = ["index", "name", "kind", "R", "A", "B", "C", "gain"]
 
 RATIOS = ["spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"]
+
+
+def llama():
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(vocab_size=200, width=32, depth=2, n_heads=2)).double()
 
 
 class ThreeLayers(nn.Module):
@@ -200,6 +206,20 @@ def test_rows_of_every_granularity_describe_the_same_run():
     module = decompose(model, quantized, batch).set_index("name")
     assert module["R"]["blocks.0.mlp_add"] == pytest.approx(table["R"]["blocks.0"], rel=1e-12)
     assert list(table.index) == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"]
+
+
+@pytest.mark.parametrize("make", [olmo, llama])
+@pytest.mark.parametrize(
+    ("granularity", "attention"), [("module", "unit"), ("module", "open"), ("sublayer", "unit"), ("block", "unit")]
+)
+def test_our_models_have_the_rows_that_a_model_of_which_nothing_is_known_would_have(
+    make, granularity, attention, monkeypatch
+):
+    model, batch = make(), ids(2, 10)
+    quantized = quantize_model(model, QuantSpec(head=True))
+    found = decompose(model, quantized, batch, granularity, attention)
+    monkeypatch.setattr("beyond_outliers.propagation.decomposition._known", lambda module: False)
+    assert_frame_equal(found, decompose(model, quantized, batch, granularity, attention), check_exact=True)
 
 
 def test_open_attention_shows_its_parts_and_leaves_the_rest_alone():

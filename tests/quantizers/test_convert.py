@@ -1,19 +1,25 @@
 """Post-training quantization of whole models against layers quantized by hand."""
 
 import copy
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 from torch import nn
 
+from beyond_outliers.anymodel.convert import converted as of_any_model
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.modules import find_head
 from beyond_outliers.quantizers import (
+    Quantization,
     QuantizedLinear,
     QuantSpec,
     quantize_model,
     quantize_tensor,
 )
+from beyond_outliers.quantizers.convert import converted
 
 
 @pytest.fixture
@@ -150,3 +156,31 @@ def test_compiled_inference_agrees(model, backend):
         eager, compiled = quantized(IDS), torch.compile(quantized, backend=backend)(IDS)
     # one entry on the other side of a rounding tie moves logits by a step: agreement in norm, not entry by entry
     assert (eager - compiled).norm() < 0.02 * eager.norm()
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("scheme", [None, "quest", "lsq"])
+def test_models_of_ours_are_converted_as_any_model_is(model, head, scheme):
+    """By the short way and by `anymodel`: the same tensors, names and record."""
+    spec = QuantSpec(head=head, rotate=scheme is None)
+    made = [way(model, Quantization(spec, "qat" if scheme else "ptq", scheme)) for way in (converted, of_any_model)]
+    assert made[0].quantization == made[1].quantization and made[0].quantization.weights
+    states = [one.state_dict() for one in made]
+    assert states[0].keys() == states[1].keys() and str(made[0]) == str(made[1])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_models_of_ours_load_nothing_of_other_models():
+    code = """
+    import sys, torch, beyond_outliers.quantizers as q, beyond_outliers.model as m
+    from beyond_outliers.metrics import activation_metrics
+    from beyond_outliers.propagation import relative_error
+    model, ids = m.Olmo2(m.Olmo2Config(32, 16, 1, 2)), torch.zeros(8, 4, dtype=torch.int64)
+    q.freeze_qat(q.prepare_qat(model, q.QuantSpec()))
+    quantized = q.quantize_model(model, q.QuantSpec(method="gptq"), ids)
+    relative_error(model, quantized, ids), activation_metrics(model, ids)
+    print([name for name in sys.modules if "anymodel" in name or name.split(".")[0] == "transformers"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

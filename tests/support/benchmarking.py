@@ -1,4 +1,4 @@
-"""What every benchmark shares: candidates timed in turns, ratios with quartiles, targets, the README's table.
+"""What every benchmark shares: candidates timed in turns, ratios with quartiles, targets, the table of docs/speed.md.
 
 A benchmark's rows have the columns of `COLUMNS`. `value` is a ratio of paired times (unit "x"), or plain seconds; its
 target, what it was before, and the reason of a miss are in data/benchmarks.toml, by benchmark, size and what.
@@ -114,7 +114,7 @@ def met(row) -> bool | None:
 
 
 def write(rows: pd.DataFrame) -> None:
-    """Replaces this processor's rows of the same benchmarks in data/results/benchmarks.csv, and the README's table."""
+    """Replaces this processor's rows of the same benchmarks in benchmarks.csv, and the table of docs/speed.md."""
     rows = rows.assign(processor=processor())
     if FILE.exists():
         old = read()
@@ -122,10 +122,10 @@ def write(rows: pd.DataFrame) -> None:
         rows = pd.concat([old[~again], rows], ignore_index=True)
     rows = with_targets(rows).sort_values(["benchmark", "processor"], kind="stable")
     paths.write_whole(FILE, rows.to_csv(index=False, float_format="%.4g"))
-    readme = paths.ROOT / "README.md"
-    text = readme.read_text()
+    page = paths.ROOT / "docs" / "speed.md"
+    text = page.read_text()
     begin, end = text.index(BEGIN), text.index(END)
-    paths.write_whole(readme, text[:begin] + rendered(read()) + text[end + len(END) :])
+    paths.write_whole(page, text[:begin] + rendered(read()) + text[end + len(END) :])
 
 
 def read() -> pd.DataFrame:
@@ -140,7 +140,7 @@ def told(row) -> str:
 
 
 def rendered(table: pd.DataFrame) -> str:
-    """The README's table, between its marks: a row a target, a column a processor, and the reasons of the misses."""
+    """The table of docs/speed.md: a row per target, a column per processor; then the reasons of misses."""
     wanted, lines, reasons = targets(), [], []
     named = dict(zip(sorted(set(table.processor)), "ABCDEFGH", strict=False))
     lines.append(f"| what | size | measured in | target | before | {' | '.join(named.values())} |")
@@ -156,7 +156,7 @@ def rendered(table: pd.DataFrame) -> str:
             said = wanted[benchmark, size, what, beside].get("reason", "no reason is known yet.")
             if said not in reasons:
                 reasons.append(said)
-    lines += ["", f"{'; '.join(f'{letter}: {one}' for one, letter in named.items())}."]
+    lines += ["", *(f"- {letter}: `{one}`" for one, letter in named.items())]
     if reasons:
         lines += ["", "Why targets are missed:", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join([BEGIN, "", *lines, "", END])

@@ -21,14 +21,17 @@ dist.destroy_process_group = lambda: dist.barrier()
 WORKER = (
     ONE_GROUP
     + """
-import json, os, pathlib, sys, torch
+import contextlib, json, os, pathlib, sys, torch
 torch.set_num_threads(1)
 from beyond_outliers.config import RunConfig
+from beyond_outliers.model import build
 from beyond_outliers.train import loop, train
 configs, root, wide = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "float64"
 fails_at, options = int(sys.argv[4]), json.loads(sys.argv[5])
 if wide:
     torch.set_default_dtype(torch.float64)
+    # which would train in float32 all the same
+    loop.plain_settings = build.plain_settings = lambda training: contextlib.nullcontext()
 step = loop._Run._step
 def failing(run):
     if run.step == fails_at and run.workers.rank == run.workers.count - 1:

@@ -7,8 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from beyond_outliers import pages, paths, site
-from beyond_outliers.cli import main
+from beyond_outliers import pages, paths
 
 ROOT = paths.ROOT
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -48,30 +47,16 @@ def test_a_workflow_calls_what_is_there(file):
                 assert (ROOT / "lib" / (module.replace(".", "/") + ".py")).exists(), module
 
 
-def test_the_site_is_published_from_the_studies_that_are_committed():
-    text = (ROOT / ".github" / "workflows" / "pages.yml").read_text()
-    drawn, laid_out = re.search(r"for scale in (.+?);", text)[1], re.search(r"site site (.+)", text)[1]
-    assert drawn == laid_out
-    assert set(drawn.split()) == {folder.name for folder in paths.RESULTS.iterdir() if folder.is_dir()}
-
-
-def test_a_site_has_an_index_and_what_its_pages_link_to(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(site, "names_of", lambda scale: ["03_ptq"])
-    (tmp_path / "figures" / "pocket").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="make figures SCALE=pocket"):
-        site.build(tmp_path / "site", ["pocket"])
-    (tmp_path / "figures" / "pocket" / "03_ptq.md").write_text("# 3. Rounding & co\n")
-    with pytest.raises(SystemExit):
-        main(["site", str(tmp_path / "site"), "pocket"])
-    assert "03_ptq.html is not there: run `make figures SCALE=pocket`" in capsys.readouterr().err
-    (tmp_path / "figures" / "pocket" / "03_ptq.html").write_text("page")
-    index = site.build(tmp_path / "site", ["pocket"]).read_text()
-    assert '<li><a href="figures/pocket/03_ptq.html">3. Rounding &amp; co</a></li>' in index
-    for target in ("figures/pocket/03_ptq.html", "data/claims.toml", "data/README.md", "notebooks/03_ptq.ipynb"):
-        assert (tmp_path / "site" / target).exists()
-    links = re.findall(r"\]\(\.\./\.\./([^)#]+)", (ROOT / "figures" / "laptop" / "07_claims.md").read_text())
-    assert links and [link for link in links if not (tmp_path / "site" / link).exists()] == []
+def test_the_site_leaves_out_nothing_that_its_pages_link_to():
+    """Jekyll turns the committed Markdown into pages; what it excludes, no page may link to."""
+    excluded = yaml.safe_load((ROOT / "_config.yml").read_text())["exclude"]
+    assert "jekyll-build-pages" in (ROOT / ".github" / "workflows" / "pages.yml").read_text()
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "figures").glob("*/*.md")]
+    links = [(page, link) for page in documents for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert len(links) > 100
+    targets = {(page.parent / link).resolve().relative_to(ROOT).as_posix() for page, link in links}
+    allowed = {"tests/benchmarks", "tests/workflow/test_slurm.py"}  # sources, for readers of the repository
+    assert [t for t in targets - allowed if any(t == e or t.startswith(f"{e}/") for e in excluded)] == []
 
 
 def test_an_optimizer_from_outside_has_one_page_and_no_index():
@@ -79,7 +64,3 @@ def test_an_optimizer_from_outside_has_one_page_and_no_index():
     pages.check_pages("pocket+lion", pages.names_of("pocket+lion"))
     with pytest.raises(ValueError, match="no index"):
         pages.write_index("pocket+lion")
-
-
-def test_pages_and_site_name_the_same_pages():
-    assert pages.names_of("pocket") == [file.stem for file in sorted((ROOT / "figures" / "pocket").glob("0*.md"))]

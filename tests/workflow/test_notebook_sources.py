@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 
 import nbformat
 import pytest
@@ -10,7 +11,7 @@ from traitlets.config import Config
 from beyond_outliers import paths
 from beyond_outliers.claims import rules
 from beyond_outliers.config import Protocol
-from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of, run_notebook
+from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of, run_notebook, setting
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.terms import IN_FULL, TERMS, explained, used
 
@@ -57,19 +58,44 @@ def test_parameters_are_typed_and_commented(name):
 
 def cells_of(name):
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    shown = [cell for cell in cells if "setup" not in cell["metadata"].get("tags", [])]
+    shown = [cell for cell in cells if cell["id"] != "estimate"]
     return [(cell["cell_type"], "".join(cell["source"])) for cell in shown]
 
 
 @pytest.mark.parametrize("name", notebooks())
 def test_a_notebook_begins_with_its_title_and_its_finding(name):
-    """Title, parameters, begin, finding; then the question and the claim. On a page the two code cells do not show."""
-    kinds, sources = zip(*cells_of(name)[:5], strict=True)
-    assert kinds == ("markdown", "code", "code", "code", "markdown")
-    assert sources[0].startswith("# ") and "\n" not in sources[0].strip()
+    """Title as a question, parameters, begin, finding; then its formula by hand, and the question with the claim."""
+    kinds, sources = zip(*cells_of(name), strict=True)
+    assert kinds[:4] == ("markdown", "code", "code", "code")
+    assert sources[0].startswith("# ") and sources[0].endswith("?") and "\n" not in sources[0]
     assert "build: bool = False" in sources[1] and "notebook.begin(globals()" in sources[2]
     assert sources[3].splitlines()[-1].startswith(f'notebook.finding("{name}", ')
-    assert sources[4].startswith("**Question.** ")
+    by_hand = sources[4].startswith("## By hand")
+    assert by_hand or name.startswith("08")
+    assert sources[6 if by_hand else 4].startswith("**Question.** ")
+    if by_hand:  # every intermediate printed, then held against the library
+        assert "beyond_outliers" in sources[5] or name.startswith("10")
+        assert sources[5].count("print(") >= 1 and "assert " in sources[5]
+
+
+@pytest.mark.parametrize("name", notebooks())
+def test_prose_that_scales_share_holds_no_fact_of_one(name):
+    """Sizes, formats' heads and checkpoints are filled in from the scale; see `notebook.setting`."""
+    for kind, source in cells_of(name):
+        if kind == "markdown":
+            assert not re.findall(
+                r"\b0\.\d+M\b|`(?:confirm|laptop|llama|pocket)`(?! )|\((?:on which|both beside)", source
+            )
+            assert not re.findall(r"is not quantized|is left out \(|\(yet\)|under W4A4\b", source)
+
+
+@pytest.mark.parametrize(
+    ("scale", "head", "rates"), [("confirm", "is rounded", "a search"), ("laptop", "is not", "a grid")]
+)
+def test_a_scale_says_what_its_pages_take_for_granted(scale, head, rates):
+    text = setting(Study(scale)).data
+    primary = tomllib.loads((paths.SCALES / f"{scale}.toml").read_text())["measure"].get("primary", "W4A4")
+    assert f"`{primary}`" in text and text.count(head) == 2 and rates in text
 
 
 def test_the_verdicts_of_its_claims_follow_where_a_notebook_has_claims():

@@ -3,14 +3,17 @@
 Everything runs in the model's own dtype and under the caller's `torch.autocast`, if there is one.
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
+from beyond_outliers.passes import main_output
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ def window_starts(n_tokens: int, context: int, max_tokens: int | None = None) ->
     return np.arange(n_windows) * available // n_windows * (context + 1)
 
 
+def logits_of(model: nn.Module, ids: Tensor, text: Tensor | None = None) -> Tensor:
+    """Logits (B, T, V) of ids (B, T), of a model that returns them or, as in `transformers`, a mapping that has them.
+
+    text: bool (B, T), False for padding; only models that take an `attention_mask` are told. ValueError for a model
+    that gives hidden states and no logits.
+    """
+    told = {}
+    if text is not None and not text.all() and "attention_mask" in inspect.signature(model.forward).parameters:
+        told["attention_mask"] = text.long()
+    output = model(ids, **told)
+    if isinstance(output, Mapping) and "logits" not in output:
+        raise ValueError(
+            f"{type(model).__name__} gives {', '.join(output)}; valid: a language model, which gives logits"
+        )
+    logits = main_output(output)
+    if not logits or logits[0].shape[:-1] != ids.shape:
+        raise ValueError(f"{type(model).__name__} gives no logits for each token of ids {tuple(ids.shape)}")
+    return logits[0]
+
+
 def validation_loss(
     model: nn.Module,
     tokens: np.ndarray,
@@ -49,7 +72,7 @@ def validation_loss(
 ) -> ValidationLoss:
     """Mean next-token cross-entropy over windows of `context` + 1 tokens that do not overlap.
 
-    `model(ids)` maps (B, T) int64 to logits (B, T, V); it may be compiled: every call sees the same shape.
+    `model(ids)` maps (B, T) int64 to logits (B, T, V), see `logits_of`; it may be compiled: all calls have one shape.
     `tokens` is 1-D uint16, in memory or mapped. With `max_tokens`, the largest number of windows that predict no more
     than that many tokens is spread evenly over `tokens`, so that a sample crosses all documents.
     `token_bytes` (V,) counts the UTF-8 bytes of every token and turns nats into bits a byte; without it they are NaN.
@@ -67,7 +90,7 @@ def validation_loss(
             chosen = starts[(first + np.arange(batch_size)) % n_windows]
             window = torch.from_numpy(tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int64)).to(device)
             targets = window[:, 1:]
-            losses = cross_entropy(model(window[:, :-1]), targets, "none").view(batch_size, context)
+            losses = cross_entropy(logits_of(model, window[:, :-1]), targets, "none").view(batch_size, context)
             sums[first : first + real] = losses.sum(1, dtype=torch.float64)[:real].cpu().numpy()
             if token_bytes is not None:
                 n_bytes += _count_bytes(targets[:real].cpu().numpy(), token_bytes)

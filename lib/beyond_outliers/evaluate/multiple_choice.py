@@ -18,8 +18,9 @@ from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import BOUNDARY
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.tokens import open_corpus
-from beyond_outliers.cross_entropy import cross_entropy
+from beyond_outliers.evaluate.loss import logits_of
 from beyond_outliers.evaluate.tasks import TASKS, Question, cloze_questions, wheel_questions
+from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
 
 # Tokens of a scoring batch: on a CPU the activations of a batch should stay in its cache.
@@ -72,7 +73,7 @@ def score(
     longer than `context` by itself is scored whole, in consecutive windows that share one token.
     Requests are batched by length and padded on the right, where a causal model cannot look. (A model that quantizes
     activations with one scale for the whole batch is not causal in that sense.) `device`: moves the model there.
-    Raises ValueError as `encode_requests`.
+    `model`: as in `logits_of`. Raises ValueError as `encode_requests`, and for a model without logits.
     """
     return _score(model, encode_requests(tokenizer, requests), context, device, progress)
 
@@ -170,7 +171,8 @@ def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Wind
         # the head is most of a small model's work, and a context's logits are not needed
         logits = head(hidden(inputs)[at_rows, at_columns])
     else:
-        logits = model(inputs)[at_rows, at_columns]
+        lengths = torch.tensor([[len(w)] for w in batch], device=device)
+        logits = logits_of(model, inputs, torch.arange(len(batch[0]), device=device) < lengths)[at_rows, at_columns]
     losses = cross_entropy(logits, labels, "none").double().cpu().numpy()
     return -np.bincount(rows, weights=losses, minlength=len(batch))
 

@@ -1,5 +1,5 @@
 """Models of the study for other tools: folders that `transformers` loads."""
 
-from beyond_outliers.export.folder import NotExported, export, load_exported, open_run
+from beyond_outliers import lazily
 
-__all__ = ["NotExported", "export", "load_exported", "open_run"]
+__getattr__, __all__ = lazily(__name__, folder="NotExported export load_exported open_run")

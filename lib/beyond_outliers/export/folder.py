@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
@@ -15,9 +15,8 @@ from beyond_outliers import paths
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.bpe import BOUNDARY
 from beyond_outliers.corpus.tokens import open_corpus
-from beyond_outliers.quantizers.convert import quantize_model
-from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.quantizers.layers import QuantizedLinear
+from beyond_outliers.quantizers.convert import QuantizedLinear, quantize_model
+from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.study.checkpoints import load_checkpoint
 from beyond_outliers.study.measure import calibration
 from beyond_outliers.train.folder import load_result
@@ -26,8 +25,9 @@ LIBRARY = Path(__file__).resolve().parents[1]
 CODE = "modeling_beyond_outliers"
 # what the code in hub.py is made of; every import of this project in these files is of one of them
 PARTS = (
-    *("config/parsing", "config/loading", "config/run", "cross_entropy", "passes", "decoder", "model", "llama"),
-    *("quantizers/levels", "quantizers/formats", "quantizers/hadamard"),
+    *("config/parsing", "config/loading", "config/run", "passes"),
+    *("model/loss", "model/decoder", "model/olmo2", "model/llama"),
+    *("quantizers/formats", "quantizers/spec", "quantizers/hadamard"),
 )
 
 
@@ -78,7 +78,8 @@ def export(
         rotations = {n: m.rotation for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(folder, config, spec, rotations)
-    save_file(_weights(model, rotations), folder / "model.safetensors", metadata={"format": "pt"})
+    # in bytes: safetensors' own files are readable by their owner alone
+    paths.write_whole(folder / "model.safetensors", save(_weights(model), metadata={"format": "pt"}))
     _write_tokenizer(folder, corpus.tokenizer, config.context)
     for source, name in [("export/hub", CODE), *((part, Path(part).name) for part in PARTS)]:
         (folder / f"{name}.py").write_text(_relative((LIBRARY / f"{source}.py").read_text(encoding="utf-8")))
@@ -110,13 +111,10 @@ def _write_config(folder: Path, config: RunConfig, spec: QuantSpec | None, rotat
     paths.write_whole(folder / "generation_config.json", json.dumps(generation, indent=1) + "\n")
 
 
-def _weights(model: nn.Module, rotations: dict[str, int | None]) -> dict[str, Tensor]:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The state as the exported code names it; a tied head is stored once."""
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
-    renamed = {f"{name}.rounded": f"{name}.weight" for name in rotations}
-    return {
-        f"decoder.{renamed.get(name, name)}": tensor.detach().contiguous().clone() for name, tensor in state.items()
-    }
+    return {f"decoder.{name}": tensor.detach().contiguous().clone() for name, tensor in state.items()}
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
@@ -130,6 +128,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOUNDARY),
         "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from beyond_outliers.config.run import LlamaConfig, model_config
-from beyond_outliers.decoder import AttentionMix, Decoder, Rotary, rotary_tables
-from beyond_outliers.llama import Llama
-from beyond_outliers.model import Olmo2
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.model.decoder import AttentionMix, Decoder, Rotary, rotary_tables
+from beyond_outliers.model.llama import Llama
+from beyond_outliers.model.olmo2 import Olmo2
+from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
+from beyond_outliers.quantizers.spec import QuantSpec
+
+LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # what transformers' loss takes beside logits and labels
 
 
 class BeyondOutliersConfig(PretrainedConfig):
@@ -37,12 +41,14 @@ class BeyondOutliersConfig(PretrainedConfig):
         quantization: dict[str, Any] | None = None,
         rotations: dict[str, int | None] | None = None,
         run: str = "",
+        vocab_size: int | None = None,
         **kwargs: Any,
     ):
         self.shape, self.context, self.run = shape or {}, context, run
         self.quantization, self.rotations = quantization, rotations or {}
         model = model_config(**self.shape)
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = model.vocab_size, model.width, model.depth
+        self.vocab_size = model.vocab_size if vocab_size is None else vocab_size  # of resized embeddings
+        self.hidden_size, self.num_hidden_layers = model.width, model.depth
         self.num_attention_heads, self.num_key_value_heads = model.n_heads, model.kv_heads
         self.head_dim, self.max_position_embeddings = model.head_size, context
         super().__init__(**{"tie_word_embeddings": "head" not in self.rotations, **kwargs})
@@ -51,25 +57,57 @@ class BeyondOutliersConfig(PretrainedConfig):
 class RoundedLinear(nn.Module):
     """y = Q(x R) W^T with W rounded before it was stored; x is rounded as it comes, as the specification says."""
 
+    rounds_operands = True
+
     def __init__(self, shape: tuple[int, ...], spec: QuantSpec, rotation: int | None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.spec, self.rotation = spec, rotation
+        self.rounded = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.bias, self.spec, self.rotation = None, spec, rotation
+
+    @property
+    def weight(self) -> Tensor:
+        """What acts on unrotated inputs, (out, in)."""
+        return self.rounded if self.rotation is None else hadamard_transform(self.rounded, self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rotation is not None:
             x = hadamard_transform(x, self.rotation)
         x = quantize_tensor(x, self.spec.activations, self.spec.granularity, self.spec.block)
-        return F.linear(x, self.weight)
+        return F.linear(x, self.rounded)
 
 
 class _Pass:
-    """What attention must know of a forward pass: positions (B, T), which keys are seen (B, 1, T, S), the cache."""
+    """What attention must know of a forward pass: positions (B, T), the cache, and which keys a query sees."""
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
-        self.seen: Tensor | None = None
+        self.padding: Tensor | None = None
         self.cache: Cache | None = None
+        self.before = 0
+
+    def seen(self, length: int, keys: int, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, T, S), which of S keys T queries see; None where that is all before each, and nothing earlier.
+
+        A key's place is its token's number; places that a static cache has not filled yet come later than any query.
+        Padding sees itself, as a row of nothing would be NaN. Positions that begin anew begin another document.
+        """
+        padding, positions = self.padding, self.positions
+        if padding is not None and padding.ndim == 4:  # made by transformers
+            return padding[..., :keys]
+        restarts = None if positions is None or padding is not None or self.before else positions.diff(dim=-1) != 1
+        packed = restarts is not None and bool(restarts.any())
+        if padding is None and not packed and length == keys:
+            return None
+        queries = torch.arange(self.before, self.before + length, device=device)[:, None]
+        places = torch.arange(keys, device=device)
+        seen = (places <= queries)[None, None]
+        if packed:
+            document = F.pad(restarts.cumsum(-1), (1, 0))  # type: ignore[union-attr]
+            seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        if padding is not None:
+            text = F.pad(padding.bool(), (0, keys - padding.shape[1]), value=False)
+            seen = (seen & text[:, None, None]) | (places == queries)
+        return seen
 
 
 class _PlacedRotary(Rotary):
@@ -97,11 +135,12 @@ class _CachedMix(AttentionMix):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.current.cache is not None:
             k, v = self.current.cache.update(k, v, self.layer)
-        if self.current.seen is None and k.shape[-2] == q.shape[-2]:
+        seen = self.current.seen(q.shape[-2], k.shape[-2], q.device)
+        if seen is None:
             return super().forward(q, k, v)
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.current.seen, scale=self.scores.scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scores.scale)
 
 
 class BeyondOutliersForCausalLM(PreTrainedModel, GenerationMixin):
@@ -111,7 +150,7 @@ class BeyondOutliersForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BeyondOutliersConfig):
         super().__init__(config)
-        shape = model_config(**config.shape)
+        shape = model_config(**config.shape | {"vocab_size": config.vocab_size})
         self.decoder: Decoder = (Llama if isinstance(shape, LlamaConfig) else Olmo2)(shape)  # type: ignore[arg-type]
         if config.quantization is not None:
             spec = QuantSpec(**config.quantization)
@@ -140,51 +179,64 @@ class BeyondOutliersForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.decoder.head = new_embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        if "head" in self.config.rotations:
+            raise ValueError("the head is rounded: a word more has no rounded row; valid: resize, then export anew")
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, T) -> logits (B, T, V), of the last `logits_to_keep` positions where that is not 0.
+        """input_ids (B, T) or inputs_embeds (B, T, width) -> logits (B, T, V), as models of `transformers` do.
 
-        attention_mask: (B, all tokens so far), 0 for padding. labels: (B, T); positions of -100 have no loss.
+        attention_mask: (B, all tokens so far), 0 for padding, or (B, 1, T, S). labels: (B, T); those of -100 have no
+        loss. logits_to_keep: of so many last positions (0: all), or of these. hidden_states: the embeddings, then what
+        each block gives, the last one normalised. kwargs: of the loss, see LOSS; ValueError for others.
         """
-        cached = past_key_values
-        if cached is None and use_cache and not self.training:
-            cached = DynamicCache()
-        length, before = input_ids.shape[1], cached.get_seq_length() if cached is not None else 0
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+        refused = [key for key, value in kwargs.items() if key not in LOSS and value is not None and value is not False]
+        if refused:
+            raise ValueError(f"BeyondOutliersForCausalLM does not take {', '.join(refused)}; valid: {', '.join(LOSS)}")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds, and not both")
+        x = self.decoder.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and use_cache and not self.training:
+            past_key_values = DynamicCache()
+        length, before = x.shape[1], 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if bool(attention_mask.all()):
+                attention_mask = None
+            elif position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, before : before + length]
         if position_ids is None and before:
-            position_ids = torch.arange(before, before + length, device=input_ids.device)[None]
-        self.current.positions, self.current.cache = position_ids, cached
-        self.current.seen = _seen(length, before, attention_mask, input_ids.device)
+            position_ids = torch.arange(before, before + length, device=x.device)[None]
+        now = self.current
+        now.positions, now.padding, now.cache, now.before = position_ids, attention_mask, past_key_values, before
+        states = [x]
         try:
-            hidden = self.decoder.hidden(input_ids)
+            for block in self.decoder.blocks:
+                states.append(block(states[-1]))
         finally:
-            self.current.positions = self.current.cache = self.current.seen = None
-        logits = self.decoder.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cached if use_cache else None)
-
-
-def _seen(length: int, before: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, T, S) bool: which keys a query sees. None where that is all before it, and nothing came earlier."""
-    if padding is None and not before:
-        return None
-    seen = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)[None, None]
-    if padding is None:
-        return seen
-    own = torch.eye(length, dtype=torch.bool, device=device)
-    itself = F.pad(own, (before, 0))  # padding sees itself: a row of nothing would be NaN
-    return (seen & padding[:, None, None, :].bool()) | itself
+            now.positions = now.padding = now.cache = None
+            now.before = 0
+        states[-1] = self.decoder.final_norm(states[-1])
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.head(states[-1][:, kept])
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        told = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=None if use_cache is False else past_key_values,
+            hidden_states=tuple(states) if told else None,
+        )

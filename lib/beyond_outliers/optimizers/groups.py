@@ -178,12 +178,10 @@ class RoleGroups(torch.optim.Optimizer):
         One reduction for all parameters; they are looked at one by one only where it is not small.
         """
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients or torch.stack([gathered(n) for n in torch._foreach_norm(gradients)]).sum() < LARGE:
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).sum() < LARGE:
             return
         guilty = [
-            name
-            for name, p in self.named_parameters()
-            if p.grad is not None and not gathered(p.grad.isfinite().all()).item()
+            name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
         ]
         what = "non-finite gradient of"
         if not guilty:
@@ -192,7 +190,7 @@ class RoleGroups(torch.optim.Optimizer):
             guilty = [
                 name
                 for name, p in self.named_parameters()
-                if id(p) in squared and p.grad is not None and not gathered(p.grad.square().sum()).isfinite().item()
+                if id(p) in squared and p.grad is not None and not p.grad.square().sum().isfinite().item()
             ]
         if guilty:
             more = f" and {len(guilty) - 5} more" if len(guilty) > 5 else ""
@@ -218,11 +216,6 @@ def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> Non
             raise ValueError(f"the state of {name} has {key!r}; valid: {', '.join(shapes)}")
         if value.shape != shapes[key]:
             raise ValueError(f"the state of {name} has {key} of shape {tuple(value.shape)}, not {tuple(shapes[key])}")
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """A tensor that is divided among workers (a DTensor), or a sum over it, gathered; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def laid_out_like(p: Tensor) -> Tensor:

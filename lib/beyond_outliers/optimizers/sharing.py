@@ -2,7 +2,6 @@
 
 Every worker has the same gradients, and would compute the same updates. Shared is what takes matrix products; what is
 elementwise costs less than sending it, and every worker does all of it. A worker keeps the state of its own stacks.
-Where the weights are divided, too, no worker has a whole one: `train/sharding.py` has the `Sharing` for that.
 """
 
 from collections.abc import Mapping
@@ -26,8 +25,8 @@ def cost(role: str, params: list[Tensor], state: dict[str, Any]) -> int:
 
 
 def shape_alone(parameter: Tensor) -> Tensor:
-    """A tensor like it without numbers, on the meta device; of a divided parameter as if it were whole."""
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    """A tensor like it without numbers, on the meta device."""
+    return torch.empty_like(parameter, device="meta")
 
 
 class Sharing:
@@ -41,7 +40,7 @@ class Sharing:
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
         """The worker that updates a part, None for all of them. Every worker comes to the same."""
         self.loads[id(group)] = load = [0] * self.workers
-        costs = [self.cost(group["role"], part, states[part[0]]) for part in parts]
+        costs = [cost(group["role"], part, states[part[0]]) for part in parts]
         owners: list[int | None] = [None] * len(parts)
         for i in sorted(range(len(parts)), key=lambda i: -costs[i]):
             if costs[i]:
@@ -50,22 +49,12 @@ class Sharing:
                 load[owner] += costs[i]
         return owners
 
-    def cost(self, role: str, params: list[Tensor], state: dict[str, Any]) -> int:
-        return cost(role, params, state)
-
     def unowned(self, parameter: Tensor) -> Tensor:
         """What a new state is made for until it is known whose it is: a shape alone."""
         return shape_alone(parameter)
 
     def mine(self, owner: int | None) -> bool:
         return owner in (None, self.rank)
-
-    def updated(self, params: list[Tensor], mine: bool) -> list[Tensor]:
-        """The tensors in which a stack's parameters are updated: they themselves."""
-        return params
-
-    def bring(self, stack: "Stack") -> None:
-        """Gives the owner of a stack its gradients: here every worker has them."""
 
     def exchange(self, stacks: list["Stack"]) -> None:
         """Sends every shared parameter from its owner to the others."""
@@ -88,7 +77,7 @@ class Sharing:
         for stack in stacks:
             if not stack.owner:  # everybody's, or the first worker's own
                 continue
-            for p in stack.members:
+            for p in stack.params:
                 for key, value in states[p].items():
                     if not isinstance(value, Tensor):
                         continue

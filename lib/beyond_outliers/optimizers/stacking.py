@@ -17,21 +17,12 @@ class Stack:
 
     `state[key]` is (N, ...); each parameter's own entry in the optimizer's state is a view of its slice, so that
     writing in place here keeps `state_dict` right. Counts are plain integers, equal for all N. `derived` is free for
-    what can be recomputed from the state. `owner` is the worker that updates it, None for every one. `members` are the
-    optimizer's own parameters, `params` the tensors that are updated in their place: the same, but for a model whose
-    weights are divided among workers.
+    what can be recomputed from the state. `owner` is the worker that updates it, None for every one.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        per_parameter: list[dict],
-        owner: int | None = None,
-        members: list[Tensor] | None = None,
-    ):
+    def __init__(self, params: list[Tensor], per_parameter: list[dict], owner: int | None = None):
         self.owner = owner
         self.params = params
-        self.members = members or params
         self.per_parameter = per_parameter
         self.state: dict[str, Tensor] = {}
         self.derived: dict[str, Any] = {}
@@ -95,14 +86,14 @@ class StackedOptimizer(RoleGroups):
         self._stacks = {}  # their views are stale: loading (and copying) gives every parameter new tensors
         self.__dict__.setdefault("_sharing", Alone())  # of a copy
 
-    def share(self, sharing: Sharing | None = None) -> None:
+    def share(self) -> None:
         """From now on the workers of torch.distributed divide the stacks among them, and each keeps its own's state.
 
         The numbers stay what they are (on CUDA PSGD draws other probes). All workers must call `step` and `state_dict`
         together, with the same gradients; the first one's state_dict is the whole state, the same for any number of
-        workers, and what each of them loads. sharing: of a model whose weights are divided (`train/sharding.py`).
+        workers, and what each of them loads.
         """
-        self._sharing = sharing or Sharing()
+        self._sharing = Sharing()
         self._stacks = {}
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
@@ -152,13 +143,11 @@ class StackedOptimizer(RoleGroups):
 
     def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
         """The stack of some parameters; of another worker's the states become shapes, on the meta device."""
-        mine = self._sharing.mine(owner)
-        updated = self._sharing.updated(params, mine)
-        for p, like in zip(params, updated, strict=True):
-            self._keep_or_drop(group, p, mine, like)
-        return Stack(updated, [self.state[p] for p in params], owner, params)
+        for p in params:
+            self._keep_or_drop(group, p, self._sharing.mine(owner))
+        return Stack(params, [self.state[p] for p in params], owner)
 
-    def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool, like: Tensor) -> None:
+    def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool) -> None:
         state = self.state[parameter]
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         if not mine:
@@ -169,7 +158,7 @@ class StackedOptimizer(RoleGroups):
                     "which parameters have a gradient has changed, and with it which worker keeps a state; valid with "
                     "several workers: a loss that always uses the same parameters"
                 )
-            state.update(self.init_state(group, like))
+            state.update(self.init_state(group, parameter))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -179,7 +168,6 @@ class StackedOptimizer(RoleGroups):
         with self.precisely():
             for group in self.param_groups:
                 for stack in self.stacks(group):
-                    self._sharing.bring(stack)
                     if self._sharing.mine(stack.owner):
                         self.update(group, stack)
                     else:

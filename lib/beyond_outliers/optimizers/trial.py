@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
 from beyond_outliers.optimizers.groups import ROLES
 from beyond_outliers.optimizers.registry import build_optimizer
 

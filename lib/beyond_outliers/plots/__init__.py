@@ -2,6 +2,7 @@
 
 from beyond_outliers.plots.by_optimizer import (
     depth_profile,
+    dumbbells,
     efficiencies,
     heatmap,
     optimizer_bars,
@@ -41,6 +42,7 @@ __all__ = [
     "confirm_ledger",
     "correlation_forest",
     "depth_profile",
+    "dumbbells",
     "effect_forest",
     "efficiencies",
     "heatmap",

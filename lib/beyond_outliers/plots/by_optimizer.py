@@ -106,6 +106,22 @@ def optimizer_bars(
     return figure
 
 
+def dumbbells(table: pd.DataFrame, panel: str, label: str) -> Figure:
+    """From `before` to `after`, a row per optimizer, lowest `after` first, a panel per value of `panel`."""
+    figure, axes = panels(table[panel], width=4.2, height=2.6, sharex=True)
+    for value, ax in axes.items():
+        rows = table[table[panel] == value].sort_values("after")
+        for position, row in enumerate(rows.itertuples()):
+            style = {"color": COLOURS[row.optimizer], "marker": MARKERS[row.optimizer], "ms": 6}
+            ax.plot([row.before, row.after], [position, position], mfc="white", lw=1.5, **style)
+            ax.plot(row.after, position, **style)
+            ax.annotate(f"{row.after:.2f}", (row.after, position), (7, -3), textcoords="offset points", fontsize=8)
+        ax.set_yticks(range(len(rows)), [LABELS[name] for name in rows.optimizer])
+        ax.set(title=str(value), xlabel=label, ylim=(len(rows) - 0.5, -0.5))
+        ax.margins(x=0.12)
+    return figure
+
+
 NORMS = {"linear": None, "log": LogNorm, "root": lambda **limits: PowerNorm(0.5, **limits)}
 
 
@@ -198,7 +214,7 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("parameters $N$")
     for ax in axes[:, 0]:
-        ax.set_ylabel("loss (nats a token)")
+        ax.set_ylabel("loss (nats per token)")
     legend(figure)
     return figure
 
@@ -206,7 +222,7 @@ def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
 def efficiencies(table: pd.DataFrame) -> Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
     figure, ax = subplots(figsize=(5, 3))
-    table = table.set_index("optimizer").reindex(ordered(table.optimizer)).reset_index()
+    table = table.round(4).set_index("optimizer").reindex(ordered(table.optimizer)).reset_index()
     for position, row in enumerate(table.itertuples()):
         spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
         colour = COLOURS[row.optimizer]

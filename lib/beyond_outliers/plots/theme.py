@@ -56,8 +56,8 @@ def set_theme() -> None:
 class SavedFigure:
     """A figure that `save` wrote: a notebook shows the very file, and a page links to it by its name."""
 
-    def __init__(self, figure: plt.Figure, path: Path):
-        self.figure, self.path = figure, path
+    def __init__(self, figure: Figure, path: Path, caption: str):
+        self.figure, self.path, self.caption = figure, path, caption
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width = round(110 * self.figure.get_size_inches()[0])  # pixels; the file has more, for sharp screens
@@ -65,11 +65,14 @@ class SavedFigure:
             "image/png": base64.b64encode(self.path.read_bytes()).decode(),
             "text/plain": f"figure {self.path.stem}",
         }
-        return data, {"image/png": {"width": width}}
+        return data, {"image/png": {"width": width, "figure": self.path.stem, "caption": self.caption}}
 
 
-def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
-    """NAME.pdf and .png in `paths.figures`; returns what a notebook shows, so that a cell can end with it."""
+def save(figure: Figure, scale: str, name: str, caption: str = "") -> SavedFigure:
+    """NAME.pdf and .png in `paths.figures`; returns what a notebook shows, so that a cell can end with it.
+
+    caption: says what to see; pages show it below the figure and read it aloud.
+    """
     folder: Path = paths.figures(scale)
     folder.mkdir(parents=True, exist_ok=True)
     for kind, left_out in (("pdf", "CreationDate"), ("png", "Software")):  # no date: same data, same file
@@ -77,7 +80,7 @@ def save(figure: plt.Figure, scale: str, name: str) -> SavedFigure:
         figure.savefig(drawn, format=kind, metadata={left_out: None})
         paths.write_whole(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
-    return SavedFigure(figure, folder / f"{name}.png")
+    return SavedFigure(figure, folder / f"{name}.png", caption)
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options):

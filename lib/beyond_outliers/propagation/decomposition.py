@@ -30,7 +30,8 @@ in the order in which modules finish: first the embedding (R = 0), last the logi
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,90 +40,151 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, evaluating, find_head, linear_weight
-from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
-from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
+from beyond_outliers.modules import as_batches, evaluating, find_head, is_linear, linear_weight
+from beyond_outliers.passes import as_real, floats, main_output, plain_settings, text_rows, text_tokens
+from beyond_outliers.propagation.hooks import Call, Tape, opened_attention
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
-from beyond_outliers.propagation.recording import Call, Tape, clones, opened_attention, record
-from beyond_outliers.propagation.rows import FUNCTIONAL, watched
-from beyond_outliers.propagation.selection import other_tokens
-from beyond_outliers.quantizers.record import CoverageWarning
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import CoverageWarning, Runs
 
 GRANULARITIES = ("module", "sublayer", "block")
 ATTENTIONS = ("unit", "open")
+FUNCTIONAL = " (functional parts)"  # ends the kind of a row for what a module does between the calls of its children
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # in evaluation they hand on what they get
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _Row:
+# ------------------------------------------------------------------------------------------ which modules are rows
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention module with its projections: named so, and linear layers are its own children."""
+    label = type(module).__name__.lower()
+    return ("attention" in label or "attn" in label) and any(is_linear(child) for child in module.children())
+
+
+def units(model: nn.Module, granularity: str, attention: str) -> Iterator[nn.Module]:
+    """Modules that are looked at as a whole.
+
+    Blocks are the elements of the outermost lists (ModuleList, Sequential), sublayers the children of blocks.
+    """
+    depth = {"block": 1, "sublayer": 2}.get(granularity)
+
+    def walk(module: nn.Module, level: int) -> Iterator[nn.Module]:  # level 0: above the blocks; 1: a block
+        is_list = isinstance(module, _LISTS)
+        whole = not any(True for _ in module.children())
+        if depth is None:
+            whole |= attention == "unit" and _is_attention(module)
+        elif level:
+            whole |= level >= depth and not is_list
+        else:
+            whole |= module is not model and not any(isinstance(child, _LISTS) for child in module.modules())
+        if whole:
+            if not isinstance(module, _IDLE):
+                yield module
+        else:
+            for child in module.children():
+                yield from walk(child, level + 1 if level or is_list else 0)
+
+    yield from walk(model, 0)
+
+
+_OWN_KINDS = {"residualadd": "residual add", "attentionmix": "mixing", "mix": "mixing"}
+_KINDS = {"norm": "norm", "attention": "attention", "attn": "attention", "mlp": "mlp", "rotary": "rotary"}
+_KINDS |= {"relu": "activation", "activation": "activation", "block": "block", "layer": "block"}
+
+
+def kind_of(name: str, module: nn.Module) -> str:
+    """What the table calls a module: by its type, else by a word in its class name, else that name in lower case."""
+    label = type(module).__name__.lower()
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if is_linear(module):
+        return "linear"
+    if label == "linear":
+        return "own linear"  # of complex numbers, or another library's
+    if not name or any(isinstance(part, nn.ModuleList) for part in module.modules()):
+        return "model"
+    if type(module).__module__ == nn.ReLU.__module__ and not _is_attention(module):
+        return "activation"
+    return _OWN_KINDS.get(label) or next((kind for word, kind in _KINDS.items() if word in label), label)
+
+
+class Ours:
+    """How a model of this project is watched: every step is a module, which keeps nothing and changes nothing in place.
+
+    kinds: name -> kind of the modules that get rows. elsewhere: those of them that get other tokens in the quantized
+    model and lose their rows (`anymodel.tracing` has more to look after).
+    """
+
+    def __init__(self, model: nn.Module, quantized: nn.Module, batch: Any, granularity: str, attention: str):
+        self.model, self.quantized = model, quantized
+        names = {module: name for name, module in model.named_modules()}
+        self.kinds = {names[unit]: kind_of(names[unit], unit) for unit in units(model, granularity, attention)}
+        self.elsewhere: set[str] = set()
+
+    def run(self, batch: Any, keep: Callable, compare: Callable) -> None:
+        """A pass of each model; every call of a watched module goes to `keep` and to `compare`."""
+        Tape(self.model, self.kinds, keep).run(batch)
+        Tape(self.quantized, self.kinds, compare).run(batch)
+
+    def copy(self, values: Any) -> Any:
+        """What a module may be given once more."""
+        return values
+
+    def check(self, row: "Row", calls: tuple[Call, Call], evaluate: Callable, outputs: tuple) -> None:
+        """Refuses outputs f(h), fq(hq), f(hq), fq(h) that cannot be right."""
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module is this project's, or of torch and computes nothing between calls of others."""
+    place = type(module).__module__
+    leaf = isinstance(module, _LISTS) or not any(True for _ in module.children())
+    return place.startswith("beyond_outliers.") or (place.startswith("torch.nn.modules.") and leaf)
+
+
+# ------------------------------------------------------------------------------------------------- A, B, C and gain
+
+
+class Row:
     """Sums of one module's calls over the batches, and the table row that they give."""
 
-    def __init__(
-        self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], same: bool, reduction: str, centred: bool
-    ):
-        self.name, self.kind, (self.module, self.quantized), self.reduction = name, kind, pair, reduction
-        self.same, self.repeats, self.centred = same, repeats(pair[0]), centred
-        self.output = Ratios(reduction)
+    def __init__(self, name: str, kind: str, pair: tuple[nn.Module, nn.Module], reduction: str, centred: bool):
+        self.name, self.kind, self.pair, self.reduction, self.centred = name, kind, pair, reduction, centred
+        self.output, self.phi, self.psi = (Ratios(reduction) for _ in range(3))
         self.inputs: dict[int, Ratios] = defaultdict(lambda: Ratios(reduction))
-        self.phi, self.psi = Ratios(reduction), Ratios(reduction)
         self.other_integers = False  # such as the entries of a table that a router picks
 
-    def add(self, call: Call, quantized_call: Call, in_place: bool, outputs: Callable):
-        """`outputs`: picks the tensors to compare from what the module returns."""
-        copy = clones if in_place else lambda value: value
+    def add(self, call: Call, call_q: Call, watch: Ours, outputs: Callable, text: Tensor | None):
+        """`outputs`: picks the tensors to compare from what the module returns. text: see `text_tokens`."""
 
         def evaluate(module: nn.Module, given: Call) -> list[Tensor]:
-            return outputs(module(*copy(given.args), **copy(given.kwargs)))
+            return outputs(module(*watch.copy(given.args), **watch.copy(given.kwargs)))
 
-        given, given_q = (list(tensors(one.args, one.kwargs)) for one in (call, quantized_call))
-        h, hq = ([as_real(x) for x in floats(values)] for values in (given, given_q))
-        f_h, fq_hq = outputs(call.output), outputs(quantized_call.output)
-        same_inputs = same_tensors(given, given_q)
-        integers = (
-            [x for x in values if not x.is_floating_point() and not x.is_complex()] for values in (given, given_q)
-        )
-        self.other_integers |= not same_inputs and not same_tensors(*integers)
-        if h or not same_inputs:
-            f_hq, fq_h = evaluate(self.module, quantized_call), evaluate(self.quantized, call)
-        else:  # nothing that quantization could have changed goes in
-            f_hq, fq_h = f_h, fq_hq
-        shapes = [[tuple(x.shape) for x in outputs] for outputs in (f_h, fq_hq, f_hq, fq_h)]
+        h, hq = ([as_real(x) for x in floats(given.args, given.kwargs)] for given in (call, call_q))
+        f_h, fq_hq = outputs(call.output), outputs(call_q.output)
+        f_hq, fq_h = evaluate(self.pair[0], call_q), evaluate(self.pair[1], call)
+        four = f_h, fq_hq, f_hq, fq_h
+        shapes = [[tuple(x.shape) for x in values] for values in four]
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"module {self.name!r} returns other shapes in the quantized model: {shapes}")
-        label, held = self.name, (call.args, call.kwargs)
-        if same_inputs:
-            check_repeated(label, f_h, f_hq, held)
-            check_repeated(label, fq_hq, fq_h, held)
-        elif not self.repeats:
-            check_repeated(label, f_h, evaluate(self.module, call), held)
-        self.repeats = True  # once is enough
-        if self.same:
-            check_unchanged(label, f_hq, fq_hq, held)
-            check_unchanged(label, f_h, fq_h, held)
-        for four in zip(f_h, fq_hq, f_hq, fq_h, strict=True):
-            self._add_output(*four)
+        watch.check(self, (call, call_q), evaluate, four)
+        # with d = dh and t = f(hq) - fq(h): a = (d + t) / 2 and b = (d - t) / 2
+        for values in zip(*four, strict=True):
+            rows = tuple(text_rows(x, text) for x in values)
+            for x, xq, moved, replaced in pieces(rows, self.reduction, self.centred):
+                d, t = xq - x, moved - replaced
+                a, b = d + t, d - t
+                self.output.add(dot(x, x), dot(d, d), dot(a, a) / 4, dot(b, b) / 4, dot(a, b) / 2)
+        h, hq, f_h = ([text_rows(x, text) for x in values] for values in (h, hq, f_h))
         for position, inputs in enumerate(zip(h, hq, strict=True)):
             for x, xq in pieces(inputs, self.reduction):
-                d = xq - x
-                self.inputs[position].add(dot(x, x), dot(d, d))
+                self.inputs[position].add(dot(x, x), dot(xq - x, xq - x))
         if self.kind == "linear":
             wide = torch.promote_types(h[0].dtype, torch.float32)
-            middle = (linear_weight(self.module).to(wide) + linear_weight(self.quantized).to(wide)) / 2
+            weight, weight_q = (linear_weight(module).to(wide) for module in self.pair)
             error = hq[0].to(wide) - h[0].to(wide)
-            self.phi.add(squared_norms(error, self.reduction), squared_norms(F.linear(error, middle), self.reduction))
-            self.psi.add(squared_norms(h[0], self.reduction), squared_norms(f_h[0], self.reduction))
-
-    def _add_output(self, x: Tensor, xq: Tensor, moved: Tensor, replaced: Tensor):
-        """Adds f(h), fq(hq), f(hq), fq(h): with d = dh and t = f(hq) - fq(h), a = (d + t) / 2 and b = (d - t) / 2."""
-        if torch.equal(moved, xq) and torch.equal(replaced, x):  # the function has not changed: b = 0
-            for h, hq in pieces((x, xq), self.reduction, self.centred):
-                d = hq - h
-                r = dot(d, d)
-                self.output.add(dot(h, h), r, r, torch.zeros_like(r), torch.zeros_like(r))
-            return
-        for h, hq, f_hq, fq_h in pieces((x, xq, moved, replaced), self.reduction, self.centred):
-            d, t = hq - h, f_hq - fq_h
-            a, b = d + t, d - t
-            self.output.add(dot(h, h), dot(d, d), dot(a, a) / 4, dot(b, b) / 4, dot(a, b) / 2)
+            for ratios, x, y in ((self.phi, error, F.linear(error, (weight + weight_q) / 2)), (self.psi, h[0], f_h[0])):
+                ratios.add(squared_norms(x, self.reduction), squared_norms(y, self.reduction))
 
     def as_dict(self) -> dict:
         r, a, b, c = self.output.values(4)
@@ -134,7 +196,7 @@ class _Row:
         row |= {"gain": a / r_in if r_in else np.nan}
         row |= dict.fromkeys(("spectral_ratio", "alignment_ratio", "cos_phi", "cos_psi"), np.nan)
         if self.kind == "linear":
-            weight, quantized = linear_weight(self.module).double(), linear_weight(self.quantized).double()
+            weight, quantized = (linear_weight(module).double() for module in self.pair)
             norm, middle_norm = spectral_norm(weight), spectral_norm((weight + quantized) / 2)
             row["spectral_ratio"] = quotient(middle_norm, norm) ** 2
             row["cos_phi"] = quotient(float(self.phi.values()[0] ** 0.5), middle_norm)
@@ -143,6 +205,7 @@ class _Row:
         return row | {"R_in": r_in}
 
 
+@plain_settings()
 def decompose(
     model: nn.Module,
     quantized: nn.Module,
@@ -157,7 +220,7 @@ def decompose(
     `quantized` has modules of the same names as `model`, as `quantize_model` and `freeze_qat` give it; its linear
     layers offer their dequantized weight W + E as `.weight` (so a `prepare_qat` model goes through `freeze_qat` first).
     `batches`: an iterable of inputs (a tensor, a tuple of positional or a mapping of keyword arguments each), or one
-    tensor or mapping.
+    tensor or mapping. Padding, as a mapping's `attention_mask` (B, T) tells it, does not count. Autocast is off.
 
     granularity "module": every module without children (linear, norm, activation, residual add, ...); "sublayer": the
         children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
@@ -198,49 +261,44 @@ def decompose(
     logits = {find_head(model), ""} if centred else set()
     if None in logits:
         raise ValueError(f"{type(model).__name__} has no output head whose logits could be centred")
+    kind_of_watch = Ours
+    if not all(_known(module) for one in (model, quantized) for module in one.modules()):
+        from beyond_outliers.propagation.tracing import Foreign as kind_of_watch
     calls: dict[tuple[str, int], Call] = {}
-    rows: dict[tuple[str, int], _Row] = {}
-    elsewhere: set[str] = set()  # modules that see other tokens in some batch
+    rows: dict[tuple[str, int], Row] = {}
+    watch: Any = None  # an `Ours`, once there is a batch
 
     def keep(name: str, number: int, call: Call):
-        if name not in elsewhere:
-            calls[name, number] = call
+        calls[name, number] = call
 
     def compare(name: str, number: int, call: Call):
-        if name in elsewhere:
-            return
         original = calls.pop((name, number), None)
         if original is None:
             raise ValueError(f"module {name!r} runs more often in the quantized model than in the model")
         if (name, number) not in rows:
             pair = model.get_submodule(name), quantized.get_submodule(name)
             label = (name or "(model)") + (f"#{number}" if number > 1 else "")
-            rows[name, number] = _Row(label, kinds[name], pair, same[name], reduction, name in logits)
-        rows[name, number].add(original, call, tapes[0].clone, _outputs if name else main_output)
+            rows[name, number] = Row(label, watch.kinds[name], pair, reduction, name in logits)
+        rows[name, number].add(original, call, watch, _outputs if name else main_output, text)
 
-    tapes: list[Tape] = []
     runs = Runs(quantized)
     with evaluating(model, quantized), opened_attention(attention, model, quantized), runs.counted():
         for batch in as_batches(batches):
-            if not tapes:
-                kinds, picking = watched(model, batch, granularity, attention)
-                _check_names(kinds, model, quantized)
-                same = {name: unchanged(model.get_submodule(name), quantized.get_submodule(name)) for name in kinds}
-                tapes = [Tape(model, kinds, keep), Tape(quantized, kinds, compare)]
-            elsewhere |= other_tokens(model, quantized, batch, picking - elsewhere)
-            record(tapes[0], calls, batch)
-            tapes[1].clone = tapes[0].clone
-            tapes[1].run(batch)
+            if watch is None:
+                watch = kind_of_watch(model, quantized, batch, granularity, attention)
+                _check_names(watch.kinds, model, quantized)
+            text = text_tokens(batch)
+            watch.run(batch, keep, compare)
             if calls:
                 raise ValueError(f"the quantized model does not run {sorted({name for name, _ in calls})}")
-        if not tapes:
+        if watch is None:
             raise ValueError("there is no batch in batches")
-        table = pd.DataFrame([row.as_dict() for (name, _), row in rows.items() if name not in elsewhere])
+        table = pd.DataFrame([row.as_dict() for (name, _), row in rows.items() if name not in watch.elsewhere])
     runs.check(batch)
-    if elsewhere:
+    if watch.elsewhere:
         warnings.warn(
             "modules without a row, because the quantized model sends them other tokens (their error is in the row of "
-            f"the module around them): {', '.join(sorted(elsewhere))}",
+            f"the module around them): {', '.join(sorted(watch.elsewhere))}",
             CoverageWarning,
             stacklevel=2,
         )

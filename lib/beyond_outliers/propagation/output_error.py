@@ -12,12 +12,22 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
-from beyond_outliers.passes import main_output, tensors
+from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.quantizers.record import Runs
 
 FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text
+
+
+def text_sequences(output: Tensor, text: Tensor | None) -> list[int]:
+    """Places of the sequences of a batch that are not padding alone; text: see `text_tokens`."""
+    return [i for i in range(len(output)) if text is None or bool(text[i].any())]
+
+
+def text_of(x: Tensor, i: int, text: Tensor | None) -> Tensor:
+    """The i-th sequence of x (B, ...) without its padding, where x has a row for each token."""
+    return x[i] if text is None or x.shape[:2] != text.shape else x[i][text[i].to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class RelativeError:
         return f"R_L {self.value:.3g} [{self.low:.3g}, {self.high:.3g}] over {self.n_sequences} sequences{few}"
 
 
+@plain_settings()
 def relative_error(
     model: nn.Module,
     quantized: nn.Module,
@@ -60,7 +71,8 @@ def relative_error(
     ("global"). centred: without the mean over the last dimension, which softmax does not see. The paper defines R for
     one vector of raw logits; how its tables reduce tokens is not known (see `decomposition`).
 
-    `batches` as in `decompose`, the first dimension counting sequences. `sample`: the number of sequences to draw (at
+    `batches` as in `decompose`, the first dimension counting sequences; padding counts neither as tokens nor as
+    sequences. `sample`: the number of sequences to draw (at
     random, without replacement; `batches` is then listed first), None for all.
 
     R_L is a ratio of two sums over sequences, the independent units of text (tokens of one sequence are not): of
@@ -99,14 +111,13 @@ def relative_error(
             pairs = list(zip(*answers, strict=True))
             if not pairs:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
-            first = pairs[0][0]
-            n_tokens += first[..., 0].numel()
-            for i in range(len(first)):
+            text = text_tokens(batch)
+            for i in text_sequences(pairs[0][0], text):
                 ratio = Ratios(reduction)
-                for x, xq in pairs:
-                    for h, hq in pieces((x[i], xq[i]), reduction, centred):
-                        dh = hq - h
-                        ratio.add(dot(h, h), dot(dh, dh))
+                for pair in pairs:
+                    for h, hq in pieces(tuple(text_of(x, i, text) for x in pair), reduction, centred):
+                        ratio.add(dot(h, h), dot(hq - h, hq - h))
+                n_tokens += text_of(pairs[0][0], i, text)[..., 0].numel()
                 signal, error = ratio.sums.tolist() if ratio.sums.ndim else (0.0, 0.0)
                 errors.append(error)
                 signals.append(signal)
@@ -177,10 +188,10 @@ def rounding_floor(
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
     """`sample` sequences drawn from all batches, still in batches."""
 
-    def take(value, rows):
-        return value[rows] if isinstance(value, Tensor) else value
+    def take(value, rows, size: int):
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
-    sizes = [len(next(tensors(batch))) for batch in batches]
+    sizes = [_sequences(batch) for batch in batches]
     total = sum(sizes)
     drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
     for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
@@ -188,6 +199,18 @@ def _draw(batches: list, sample: int, seed: int) -> Iterator:
         if not len(rows):
             continue
         if isinstance(batch, Mapping):
-            yield {key: take(value, rows) for key, value in batch.items()}
+            yield {key: take(value, rows, size) for key, value in batch.items()}
         else:
-            yield tuple(take(value, rows) for value in batch) if isinstance(batch, (tuple, list)) else batch[rows]
+            yield tuple(take(value, rows, size) for value in batch) if isinstance(batch, (tuple, list)) else batch[rows]
+
+
+def _sequences(batch) -> int:
+    """How many sequences a batch has: those of its token ids, by name or as the integers (B, T) with most rows.
+
+    Positions, masks and rotary tables beside them may be shared by all sequences.
+    """
+    named = [batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch, Mapping) and key in batch]
+    given = [x for x in tensors(batch) if x.ndim]
+    tables = [x for x in given if x.ndim > 1]
+    ids = [x for x in tables if not x.is_floating_point() and x.dtype != torch.bool]
+    return max(map(len, next(filter(None, ([x for x in named if x is not None], ids, tables, given)))))

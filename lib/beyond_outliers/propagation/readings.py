@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward
-from beyond_outliers.passes import main_output, tensors
+from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import dot, pieces
-from beyond_outliers.propagation.output_error import ratio_of_sums
-from beyond_outliers.quantizers.watching import Runs
+from beyond_outliers.propagation.output_error import ratio_of_sums, text_of, text_sequences
+from beyond_outliers.quantizers.record import Runs
 
 RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
 SIGNED = ("top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale
@@ -52,6 +52,7 @@ def _variance(p: Tensor, x: Tensor) -> Tensor:
     return (p * (x - (p * x).sum(-1, keepdim=True)).square()).sum(-1)
 
 
+@plain_settings()
 def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence: float = 0.95) -> pd.DataFrame:
     """All readings of the module docstring, with the loss, in one pass of each model, in float64.
 
@@ -61,21 +62,22 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     token within a sequence). Columns: value; low, high, its interval over sequences (as in `relative_error`; not on
     the log scale for what may be zero or negative); n, sequences.
 
-    `batches`: as in `decompose`, the first dimension counting sequences; `input_ids`, else the first tensor (B, T), are
-    the targets of the loss. A model without an output head has R_L of its answer; what needs logits is NaN then, and
-    R_final_norm where the head is not called. Raises ValueError for no batches, and for quantized layers that did not
-    run.
+    `batches`: as in `decompose`, the first dimension counting sequences, padding left out. `input_ids`, else the first
+    tensor (B, T), are the targets of the loss. A model without an output head has R_L of its answer; what needs logits
+    is NaN then, and R_final_norm where the head is not called. Raises ValueError for no batches, and for quantized
+    layers that did not run.
     """
     sequences: list[dict[str, Tensor]] = []
     runs, head = Runs(quantized), find_head(model)
     with evaluating(model, quantized), runs.counted(), _inputs_of(head, model, quantized) as inputs:
         for batch in as_batches(batches):
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
-            tokens = _tokens(batch, answers[0][0])
-            for i in range(len(answers[0][0])):
-                read = [x[i] for x in inputs.values()] if len(inputs) == 2 else None
-                pairs = [(x[i], xq[i]) for x, xq in zip(*answers, strict=True)]
-                sequences.append(_of_sequence(pairs, read, head is not None, None if tokens is None else tokens[i]))
+            tokens, text = _tokens(batch, answers[0][0]), text_tokens(batch)
+            for i in text_sequences(answers[0][0], text):
+                read = tuple(text_of(inputs[place], i, text) for place in (0, 1)) if len(inputs) == 2 else None
+                pairs = [(text_of(x, i, text), text_of(xq, i, text)) for x, xq in zip(*answers, strict=True)]
+                targets = None if tokens is None else text_of(tokens, i, text)
+                sequences.append(_of_sequence(pairs, read, head is not None, targets))
     if not sequences:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
@@ -88,7 +90,7 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     return table.assign(n=len(sequences)).rename_axis("reading")
 
 
-def _of_sequence(pairs: list, read: list[Tensor] | None, logits: bool, tokens: Tensor | None) -> dict[str, Tensor]:
+def _of_sequence(pairs: list, read: tuple | None, logits: bool, tokens: Tensor | None) -> dict[str, Tensor]:
     """Reading -> (denominator, numerator), float64, of one sequence: outputs and head inputs of both models."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
 
@@ -102,7 +104,7 @@ def _of_sequence(pairs: list, read: list[Tensor] | None, logits: bool, tokens: T
 
     compared = [("R_L", pair, False) for pair in pairs]
     compared += [("R_L_centred", pairs[0], True)] if logits else []
-    compared += [("R_final_norm", tuple(read), False)] if read else []
+    compared += [("R_final_norm", read, False)] if read else []
     for name, pair, centred in compared:
         for x, xq in pieces(pair, "token", centred):
             add_relative(name, dot(x, x), dot(xq - x, xq - x))

@@ -1,85 +1,136 @@
 """Models under quantization: after training (`quantize_model`) and during it (`prepare_qat`).
 
-Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they come.
+Paper: arXiv 2509.23500, section 3: weights rounded once, activations as they come. Models of nn.Linear, embeddings,
+norms and this project's blocks are converted here, all others by `anymodel.convert`.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.modules import (
-    UNCALLED,
-    as_batches,
-    copy_of,
-    every_module,
-    find_head,
-    is_plain,
-    replace_linears,
-    settled_weight,
-    substitute,
-    take_hooks,
-)
+from beyond_outliers.config.parsing import choose
+from beyond_outliers.modules import as_batches, every_module, find_head, hidden_modules, substitute, take_hooks
 from beyond_outliers.passes import plain_settings
-from beyond_outliers.quantizers.formats import QuantSpec, quantize_tensor
+from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
-from beyond_outliers.quantizers.layers import ParametrizedQATLinear, QATLinear, QuantizedLinear
-from beyond_outliers.quantizers.opened import open_layers
-from beyond_outliers.quantizers.operands import Rounding, along, own_products, own_rounding
-from beyond_outliers.quantizers.record import Quantization, record_of, with_record
-from beyond_outliers.quantizers.saving import refuse_save_pretrained
-from beyond_outliers.quantizers.trainable import SCHEMES, AbsMaxQuantizer, make_quantizer
-from beyond_outliers.quantizers.watching import check_first_pass, watched_weights
-from beyond_outliers.quantizers.weights import known_weights, path, rounding_layers
+from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, QATLinear
+from beyond_outliers.quantizers.record import HEAD, Quantization, Weight, record_of, rounding_layers, with_record
+from beyond_outliers.quantizers.spec import QuantSpec
 
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 
 
-def _converted(
-    model: nn.Module,
-    record: Quantization,
-    make: Callable,
-    treat: Callable | None,
-    example=None,
-    past: Collection[str] = (),
-) -> nn.Module:
-    """A copy of a full-precision model with `record` on it.
+class QuantizedLinear(nn.Module):
+    """y = Q(x R) (W R)_rounded^T + b: a linear layer of a weight rounded once and of inputs rounded as they come.
 
-    make(linear) gives what stands for a linear layer; treat(module, sums) rounds in place a module that multiplies by
-    weights of its own (see `operands`), None where that cannot be. past: names of weights to leave alone because they
-    are read past their layers; those that the pass of `example` shows are added, and the model is converted anew.
+    rounded: (out, in), in the basis of the rotation R where `rotation` (its Hadamard block size) is not None.
+    activation_quantizer: module from (..., in) to the same shape, None to leave inputs alone.
+    """
+
+    rounds_operands = True
+    rounded: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, rounded: Tensor, bias: Tensor | None, activation_quantizer: nn.Module | None, rotation: int | None
+    ):
+        super().__init__()
+        self.out_features, self.in_features = rounded.shape
+        self.rotation, self.activation_quantizer = rotation, activation_quantizer
+        self.register_buffer("rounded", rounded.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rotation={self.rotation}"
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that acts on unrotated inputs, W + E of shape (out, in)."""
+        return self.rounded if self.rotation is None else hadamard_transform(self.rounded, self.rotation)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What the rounded weight multiplies: the input (..., in), rotated and rounded."""
+        if self.rotation is not None:
+            x = hadamard_transform(x, self.rotation)
+        return x if self.activation_quantizer is None else self.activation_quantizer(x)
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name of it, which callers may use
+        return F.linear(self.operand(input), self.rounded, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------------- conversion
+
+_SIMPLE = (nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
+_SIMPLE += (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)  # type: ignore[assignment]  # a longer tuple of the same
+
+
+def _is_simple(model: nn.Module) -> bool:
+    """Whether layers are called, and weights are in them: nothing that `anymodel` would have to find out."""
+    ours = "beyond_outliers.model."
+    return (
+        not hidden_modules(model)
+        and all(
+            (type(module) in _SIMPLE or type(module).__module__.startswith(ours))
+            and "forward" not in vars(module)
+            and not (type(module) is nn.Linear and "weight" not in module._parameters)
+            for module in model.modules()
+        )
+        and all(type(p.data) is Tensor and p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
+    )
+
+
+def activation_quantizer(spec: QuantSpec) -> AbsMaxQuantizer | None:
+    return None if spec.activations == "none" else AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
+
+
+def converted_linear(linear: nn.Linear, record: Quantization, round_weights: bool) -> nn.Module:
+    """What stands for a linear layer; its weight stays as it is unless `round_weights`."""
+    spec = record.spec
+    spec.check_width(linear.in_features)
+    if record.scheme is not None:
+        return QATLinear(linear, spec, record.scheme)
+    rotation = hadamard_block(linear.in_features) if spec.rotate else None
+    weight = linear.weight.detach()
+    weight = weight if rotation is None else hadamard_transform(weight, rotation)
+    if round_weights:
+        weight = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
+    return QuantizedLinear(weight, linear.bias, activation_quantizer(spec), rotation)
+
+
+def converted(
+    model: nn.Module, record: Quantization, round_weights: bool = True, example=None, past: Collection[str] = ()
+) -> nn.Module:
+    """A copy of a full-precision model with `record` on it, its linear layers rounded or, with a scheme, trainable.
+
+    past: names of weights to leave alone because they are read past their layers.
     """
     if rounding_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
-    copied = open_layers(copy_of(model))
-    head = find_head(copied)
-    kept = {module for module, name in every_module(copied).items() if name in past}
-    kept |= set() if head is None or record.spec.head else {copied.get_submodule(head)}
-    copied = replace_linears(copied, kept, make)
-    for module, name in every_module(copied).items():
-        if module in kept or treat is None or isinstance(module, (QuantizedLinear, QATLinear)):
-            continue
-        sums = own_products(module)
-        try:
-            if sums and not any(path(name, own) in past for own in sums):
-                treat(module, sums)
-        except ValueError as error:
-            raise ValueError(f"module {name!r}: {error}") from error
-    if not rounding_layers(copied):
+    head = find_head(model)
+    if past or not _is_simple(model) or (record.spec.head and head is None):
+        from beyond_outliers.anymodel.convert import converted as of_any_model
+
+        return of_any_model(model, record, round_weights, example, past)
+    copied = copy.deepcopy(model)
+    made: dict[nn.Module, nn.Module] = {}
+    for name, layer in copied.named_modules():
+        if isinstance(layer, nn.Linear):
+            rounded = name != head or record.spec.head
+            record.weights.append(Weight(name, "linear", layer.weight.numel(), rounded, "" if rounded else HEAD))
+            if rounded:
+                try:
+                    made[layer] = converted_linear(layer, record, round_weights).train(layer.training)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+                take_hooks(layer, made[layer])
+    if not made:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
-    record.weights = known_weights(copied, head, record.spec, past)
-    if example is not None:
-        record.weights = watched_weights(copied, record, example)
-        found = [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]
-        if found:
-            return _converted(model, record, make, treat, example, [*past, *found])
-    elif record.spec.activations != "none" and not all(map(is_plain, every_module(copied))):
-        check_first_pass(copied)
-    return with_record(copied, record)
+    return with_record(substitute(copied, made), record)
 
 
 @plain_settings()
@@ -114,7 +165,7 @@ def quantize_model(
         raise ValueError(f"method {spec.method!r} {given} calibration; valid: 'gptq' with it, 'rtn' without")
     batches = None if calibration is None else list(as_batches(calibration))
     example = next(iter(batches or ()), None) if example is None else example
-    quantized = rounded_structure(model, spec, batches is None, example)
+    quantized = converted(model, Quantization(spec), batches is None, example)
     record = record_of(quantized)
     if batches is not None:
         _round_by_gptq(quantized, spec, batches)
@@ -125,71 +176,12 @@ def quantize_model(
     return quantized
 
 
-def rounded_structure(
-    model: nn.Module, spec: QuantSpec, round_weights: bool = True, example=None, past: Collection[str] = ()
-) -> nn.Module:
-    """`quantize_model` without its reports; linear layers keep their weights as they are unless `round_weights`."""
-
-    def operand() -> nn.Module | None:
-        return None if spec.activations == "none" else AbsMaxQuantizer(spec.activations, spec.granularity, spec.block)
-
-    def make(linear: nn.Linear) -> QuantizedLinear:
-        spec.check_width(linear.in_features)
-        rotation = hadamard_block(linear.in_features) if spec.rotate else None
-        weight = settled_weight(linear)
-        weight = weight if rotation is None else hadamard_transform(weight, rotation)
-        if round_weights:
-            weight = quantize_tensor(weight, spec.weights, spec.granularity, spec.block)
-        return QuantizedLinear(weight, linear.bias, operand(), rotation)
-
-    def treat(module: nn.Module, sums: dict[str, int]):
-        for name, dim in sums.items():
-            weight = module.get_parameter(name).detach()
-            spec.check_width(weight.shape[dim])
-            _as_buffer(module, name, along(lambda w: _round_matrices(w, spec), weight, dim))
-        _attach(module, Rounding(sums, _rotated(operand(), spec.rotate)))
-
-    return refuse_save_pretrained(_converted(model, Quantization(spec), make, treat, example, past))
-
-
 def _round_by_gptq(quantized: nn.Module, spec: QuantSpec, batches: list):
     def round_layer(layer: QuantizedLinear, hessian: Tensor):
         layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
 
-    rounding = rounding_layers(quantized).items()
-    layers: dict[nn.Module, str] = {layer: name for layer, name in rounding if isinstance(layer, QuantizedLinear)}
-    round_in_order(quantized, layers, batches, round_layer)
-
-
-class Rotation(nn.Module):
-    """Block Hadamard rotation of the last dimension."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return hadamard_transform(x)
-
-
-def _rotated(quantizer: nn.Module | None, rotate: bool) -> nn.Module | None:
-    if not rotate:
-        return quantizer
-    return Rotation() if quantizer is None else nn.Sequential(Rotation(), quantizer)
-
-
-def _round_matrices(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Rounds (..., out, in), every matrix as a tensor of its own."""
-    weight = hadamard_transform(weight) if spec.rotate else weight
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    rounded = [quantize_tensor(matrix, spec.weights, spec.granularity, spec.block) for matrix in matrices]
-    return torch.stack(rounded).view(weight.shape)
-
-
-def _as_buffer(module: nn.Module, name: str, value: Tensor):
-    del module._parameters[name]
-    module.register_buffer(name, value.detach().contiguous().clone())
-
-
-def _attach(module: nn.Module, rounding: Rounding):
-    module.operand_rounding = rounding  # where `own_rounding` finds it
-    rounding.attach(module)
+    layers = rounding_layers(quantized)
+    round_in_order(quantized, {m: layers[m] for m in layers if isinstance(m, QuantizedLinear)}, batches, round_layer)
 
 
 @plain_settings()
@@ -206,34 +198,12 @@ def prepare_qat(
     strict, example, and what is reported of the weights left alone: as in `quantize_model`.
     Raises ValueError for an unknown scheme, formats or granularities that it does not have, and as `quantize_model`.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+    choose("scheme", scheme, SCHEMES)
     if spec.method != "rtn":
         raise ValueError(f"training rounds weights anew at every step, not by method {spec.method!r}; valid: 'rtn'")
-    prepared = trainable_structure(model, spec, scheme, example)
+    prepared = converted(model, Quantization(spec, "qat", scheme), example=example)
     record_of(prepared).report(strict)
     return prepared
-
-
-def trainable_structure(
-    model: nn.Module, spec: QuantSpec, scheme: str, example=None, past: Collection[str] = ()
-) -> nn.Module:
-    """`prepare_qat` without its reports."""
-    rotate = scheme == "quest" or spec.rotate
-
-    def make(linear: nn.Linear) -> QATLinear:
-        spec.check_width(linear.in_features)
-        parametrized = nn.utils.parametrize.is_parametrized(linear)
-        return (ParametrizedQATLinear if parametrized else QATLinear)(linear, spec, scheme)
-
-    def treat(module: nn.Module, sums: dict[str, int]):
-        for name, dim in sums.items():
-            spec.check_width(module.get_parameter(name).shape[dim])
-        parts = (make_quantizer(scheme, format, spec) for format in (spec.activations, spec.weights))
-        _attach(module, Rounding(sums, *(_rotated(part, rotate) for part in parts)))
-
-    record = Quantization(spec, "qat", scheme)
-    return _converted(model, record, make, None if scheme == "lsq" else treat, example, past)
 
 
 @contextmanager
@@ -263,19 +233,20 @@ def freeze_qat(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     made: dict[nn.Module, nn.Module] = {}
     for module in rounding_layers(model):
-        training = module.training
         if isinstance(module, QATLinear):
-            module.eval()
-            frozen = QuantizedLinear(module.rounded_weight(), module.bias, module.activation_quantizer, module.rotation)
-            made[module] = frozen.train(training)
+            training = module.training
+            weight, bias = module.eval().rounded_weight(), module.bias
+            made[module] = QuantizedLinear(weight, bias, module.activation_quantizer, module.rotation).train(training)
             take_hooks(module, made[module])
-        elif (rounding := own_rounding(module)) is not None and rounding.weight is not None:
-            for name, dim in rounding.sums.items():
-                _as_buffer(module, name, along(rounding.weight, module.get_parameter(name), dim))
-            rounding.weight = None
-    record = vars(model).get("quantization")
+        elif not isinstance(module, QuantizedLinear):
+            module.operand_rounding.freeze(module)  # type: ignore[operator,union-attr]  # a module of `anymodel`
+    record: Quantization | None = vars(model).get("quantization")
     model = substitute(model, made)
     if record is not None:
         record.stage = "frozen"
         model = with_record(model, record)
-    return refuse_save_pretrained(model)
+    if any(hasattr(module, "save_pretrained") for module in model.modules()):
+        from beyond_outliers.anymodel.save import refuse_save_pretrained
+
+        refuse_save_pretrained(model)
+    return model

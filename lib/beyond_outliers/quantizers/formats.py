@@ -12,7 +12,7 @@ Conventions, and their sources:
     mxfp6_e2m3, ...  likewise e2m3 (largest 7.5), e3m2 (28), e4m3 (448) and e5m2 (57344); OCP Microscaling Formats 1.0
     nvfp4            e2m1 in blocks of 16 under an e4m3 scale, and one float scale a tensor, max|x| / (448 * 6); NVIDIA
     none             the tensor as it is
-    module:name      one of your own: a `Format` in a Python file (`levels`)
+    module:name      one of your own: a `Format` in a Python file
 Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
 
 Edge cases. A group of zeros stays zero. So does, in float32, a group whose scale would be subnormal: one whose largest
@@ -22,30 +22,121 @@ level of its smallest scale. The error is then the entry itself. A group that ho
 becomes NaN as a whole (with nvfp4, because of its tensor scale, the whole tensor), so that it cannot pass unnoticed.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from beyond_outliers.config.loading import is_own, load_own
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.quantizers.levels import (
-    E4M3_MAX,
-    Format,
-    absmax_scale,
-    float_rounding,
-    microscale,
-    nvfp4_scale,
-    round_e4m3,
-    table,
-)
 
 GRANULARITIES = ("tensor", "row", "block")
-METHODS = ("rtn", "gptq")
+
+Rounding = Callable[[Tensor], Tensor]
+Scale = Callable[[Tensor, float, Tensor], Tensor]
+
+# ----------------------------------------------------------------------------------------------------------- roundings
+
+
+def power_of_two_below(x: Tensor) -> Tensor:
+    """2^floor(log2|x|) of normal float32 or float64 numbers, 0 of zeros and subnormals: the exponent bits alone."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    return (x.view(torch.int32) & 0x7F80_0000).view(torch.float32)
+
+
+def round_to_float(x: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
+    """Nearest number of `mantissa_bits` explicit bits, subnormal below 2^smallest_exponent; unbounded above."""
+    step = power_of_two_below(x).clamp(min=2.0**smallest_exponent) * 2.0**-mantissa_bits
+    return (x / step).round() * step
+
+
+def float_rounding(mantissa_bits: int, smallest_exponent: int) -> Rounding:
+    return partial(round_to_float, mantissa_bits=mantissa_bits, smallest_exponent=smallest_exponent)
+
+
+def nearest_of(levels: Sequence[float]) -> Rounding:
+    """Rounding to the nearest of any levels; a tie goes to the one an even number of levels away from the smallest.
+
+    ValueError for fewer than two levels, or levels that are not in ascending order.
+    """
+    if len(levels) < 2 or any(a >= b for a, b in itertools.pairwise(levels)):
+        raise ValueError(f"levels must be two or more in ascending order, not {tuple(levels)}")
+    wide = torch.tensor(levels, dtype=torch.float64, device="cpu")
+    zero = int(wide.abs().argmin())
+
+    def rounding(x: Tensor) -> Tensor:
+        table = wide.to(x)
+        between = (table[1:] + table[:-1]) / 2
+        below = torch.bucketize(x, between)  # a tie goes to the lower level
+        odd = (below - zero) % 2 == 1
+        tie = odd & (x == between[below.clamp(max=len(between) - 1)])
+        return torch.where(x.isnan(), x, table[below + tie.to(below.dtype)])
+
+    return rounding
+
+
+# -------------------------------------------------------------------------------------------------------------- scales
+
+
+def absmax_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+    """The largest entry of a group goes to the level `largest`; a scale that would be subnormal is 0."""
+    scale = top / largest
+    return torch.where(scale < torch.finfo(top.dtype).tiny, 0.0, scale)
+
+
+def microscale(exponent: int) -> Scale:
+    """2^(floor(log2 max|x|) - exponent), where 2^exponent is the largest power of two among the levels.
+
+    OCP Microscaling Formats 1.0, section 6.3. The scale's exponent stays within e8m0 and above float32's subnormals.
+    """
+
+    def scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+        found = power_of_two_below(top).clamp(2.0 ** (exponent - 126), 2.0**127) / 2**exponent
+        return torch.where(top.isfinite(), found, torch.nan)
+
+    return scale
+
+
+round_e4m3 = float_rounding(3, -6)
+E4M3_MAX = 448.0
+
+
+def nvfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
+    """Blocks whose largest entry is under about 2^-19 of the tensor's get the scale 0 and vanish."""
+    tensor_scale = absmax_scale(whole, largest * E4M3_MAX, whole)
+    block_scale = top / largest / torch.where(tensor_scale == 0, 1.0, tensor_scale)
+    return round_e4m3(block_scale).clamp(max=E4M3_MAX) * tensor_scale
+
+
+# -------------------------------------------------------------------------------------------------------------- formats
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format: Format(largest level, rounding of already scaled entries, ...); `FORMATS` has examples.
+
+    block: size of the groups, where the format has one of its own. scale: from the largest magnitudes of the groups,
+    `largest`, and the largest magnitude of the whole tensor. zero_point: levels are the whole numbers 0 .. `largest`,
+    and the range of a group, 0 included, is mapped onto them: scale (max - min) / largest, of which 0 stays a multiple.
+    """
+
+    largest: float = 0.0
+    round_unit: Rounding = torch.round
+    block: int | None = None
+    scale: Scale = absmax_scale
+    zero_point: bool = False
+
+
+def table(levels: Sequence[float], block: int | None = None, scale: Scale = absmax_scale) -> Format:
+    """A format of any levels, in ascending order: `table([-1, 0, 1])` is a ternary one."""
+    return Format(max(abs(level) for level in levels), nearest_of(levels), block, scale)
+
+
+# ------------------------------------------------------------------------------------------------------------ the list
 
 round_e2m1 = float_rounding(1, 0)
 E2M1_MAX = 6.0
@@ -168,75 +259,3 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
     whole_tensor = granularity == "tensor" and not size
     rounded = round_to_scale(grouped, format, *group_scale(grouped, format, x.ndim if whole_tensor else 1))
     return rounded.reshape(x.shape).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """What of a model is rounded, and how: names of `FORMATS`, or your own, for weights and for activations.
-
-    granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
-    rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
-    method: how weights are rounded: "rtn", each to the nearest level, or "gptq" (see `gptq`), which needs calibration.
-    Raises ValueError on construction for what is not valid, naming what is.
-    """
-
-    weights: str = "int4"
-    activations: str = "int4"
-    granularity: str = "row"
-    head: bool = False
-    rotate: bool = False
-    block: int | None = None
-    method: str = "rtn"
-
-    def __post_init__(self):
-        format_named(self.weights, "format of the weights")
-        format_named(self.activations, "format of the activations")
-        check_block(self.granularity, self.block)
-        choose("method", self.method, METHODS)
-        if self.method == "gptq" and self.weights == "none":
-            raise ValueError("method 'gptq' with weights 'none'; valid: a format for the weights, or method 'rtn'")
-
-    @property
-    def name(self) -> str:
-        """Short name for tables: W4A4, W4g128, A8, W4Afp8, W4A4+block32+rot+gptq+head; FP when nothing is rounded."""
-        if self.weights == self.activations and not self.weights.startswith("int"):
-            name = "FP" if self.weights == "none" else self.weights
-        else:
-            letters = zip("WA", (self.weights, self.activations), strict=True)
-            name = "".join(letter + format.removeprefix("int") for letter, format in letters if format != "none")
-        name += "" if self.granularity == "row" else f"+{self.granularity}{self.block or ''}"
-        return name + "+rot" * self.rotate + "+gptq" * (self.method == "gptq") + "+head" * self.head
-
-    @classmethod
-    def named(cls, name: str) -> "QuantSpec":
-        """The spec that calls itself `name`; ValueError for what is no such name."""
-        start, *parts = name.split("+")
-        options: dict = {"rotate": "rot" in parts, "head": "head" in parts}
-        options["method"] = "gptq" if "gptq" in parts else "rtn"
-        for part in parts:
-            if found := re.fullmatch(r"(tensor|block)(\d*)", part):
-                options |= {"granularity": found[1], "block": int(found[2]) if found[2] else None}
-        for weights, activations in _formats_named(start):
-            with contextlib.suppress(ValueError):
-                if (spec := cls(weights=weights, activations=activations, **options)).name == name:
-                    return spec
-        raise ValueError(f"{name!r} names no quantization; valid: W4A4, W4, A8, mxfp4, ..., then +rot, +gptq, +head")
-
-    def check_width(self, width: int) -> None:
-        """ValueError unless both formats fit rows of `width` entries."""
-        check_width(width, self.weights, self.granularity, self.block)
-        check_width(width, self.activations, self.granularity, self.block)
-
-
-def _formats_named(start: str) -> Iterator[tuple[str, str]]:
-    """What the part of a spec's name before the first "+" may say: pairs of formats for weights and activations."""
-    yield ("none", "none") if start == "FP" else (start, start)
-
-    def full(short: str) -> str:
-        return f"int{short}" if short[:1].isdigit() else short or "none"
-
-    if start[:1] == "A":
-        yield "none", full(start[1:])
-    for place in [len(start), *(i for i, letter in enumerate(start) if letter == "A")]:
-        if start[:1] == "W":
-            yield full(start[1:place]), full(start[place + 1 :])

@@ -6,13 +6,17 @@ finds what no list of layers can: weights read past their layers, tables that se
 """
 
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pandas as pd
 from torch import nn
 
-from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.modules import every_module
+from beyond_outliers.quantizers.spec import QuantSpec
 
 HEAD = "head"  # the only reason that a specification itself asks for
 
@@ -45,6 +49,7 @@ class Quantization:
     scheme: str | None = None
     weights: list[Weight] = field(default_factory=list)
     never_ran: list[str] = field(default_factory=list)
+    first_pass: bool = field(default=False, compare=False)  # whether the next pass is to say which layers did not run
 
     @property
     def share(self) -> float:
@@ -101,3 +106,50 @@ def with_record(model: nn.Module, record: Quantization) -> nn.Module:
     """`model`, with `record` on it."""
     cast(Any, model).quantization = record  # torch types the attributes of modules as Tensor or Module
     return model
+
+
+def rounding_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that round, hidden ones too (see `every_module`), with their names."""
+    return {m: name for m, name in every_module(model).items() if _rounds(m)}
+
+
+def _rounds(module: nn.Module) -> bool:
+    return getattr(type(module), "rounds_operands", False) or "operand_rounding" in module._modules
+
+
+class Runs:
+    """Counts the runs of the layers that round, while a measurement goes on.
+
+    `check(batch)`, once it is over: layers that never ran are put into the record as such and named in a warning; if
+    one pass of `batch` shows that some module reads such a layer's weight without calling it, that is a ValueError.
+    """
+
+    def __init__(self, quantized: nn.Module):
+        self.model, self.layers = quantized, rounding_layers(quantized)
+        self.record: Quantization | None = vars(quantized).get("quantization")
+        self.counts: Counter[nn.Module] = Counter()
+
+    @property
+    def idle(self) -> dict[nn.Module, str]:
+        return {layer: name for layer, name in self.layers.items() if not self.counts[layer]}
+
+    @contextmanager
+    def counted(self) -> Iterator["Runs"]:
+        if self.record is not None:
+            self.record.first_pass = False  # `check` says it better
+        handles = [
+            layer.register_forward_pre_hook(lambda layer, _: self.counts.update([layer])) for layer in self.layers
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check(self, batch):
+        if self.record is not None:
+            self.record.never_ran = list(self.idle.values())
+        if self.idle:
+            from beyond_outliers.anymodel.coverage import check_idle
+
+            check_idle(self.model, self.idle, batch)

@@ -13,9 +13,9 @@ from beyond_outliers.config.protocol import Protocol
 def check(protocol: Protocol) -> None:
     """ValueError now for what would stop the study later: a text, format, scheme or hyperparameter."""
     from beyond_outliers.corpus.sources import READERS
-    from beyond_outliers.model import Olmo2, Olmo2Config
+    from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.quantizers.trainable import SCHEMES
+    from beyond_outliers.quantizers.qat import SCHEMES
     from beyond_outliers.study.measure import specs
 
     with _named(protocol, "corpus.wheels"):

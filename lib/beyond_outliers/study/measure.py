@@ -28,7 +28,7 @@ from beyond_outliers.evaluate.tasks import TASKS
 from beyond_outliers.metrics import activation_metrics
 from beyond_outliers.propagation.decomposition import decompose
 from beyond_outliers.quantizers.convert import quantize_model
-from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.train.folder import RunResult
 
 LEVELS = ("full", "light")

@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 
 from beyond_outliers.config.run import RunConfig
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.workflow import processors
-from beyond_outliers.train.folder import build_model
 
 
 def plan_table(study: Study) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.metrics import activation_metrics, average, without_down
 from beyond_outliers.propagation.readings import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
-from beyond_outliers.quantizers.formats import QuantSpec
+from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.study.measure import validation_batches
 from beyond_outliers.train.folder import RunResult, model_of
 

@@ -1,6 +1,7 @@
 """Training: one run from its config to its folder; it resumes by itself."""
 
-from beyond_outliers.train.folder import RunResult, build_model, flat_config, load_result, run_folder, weights_path
+from beyond_outliers.model.build import build_model
+from beyond_outliers.train.folder import RunResult, flat_config, load_result, run_folder, weights_path
 from beyond_outliers.train.loop import Diverged, LossModule, train
 from beyond_outliers.train.machine import git_commit, provenance
 from beyond_outliers.train.timetable import evaluation_steps, schedule

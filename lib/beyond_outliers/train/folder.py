@@ -10,10 +10,8 @@ SHA256SUMS                 what all these files must be; checked whenever one of
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pandas as pd
 import torch
@@ -21,15 +19,8 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.run import LlamaConfig, ModelConfig, Olmo2Config, RunConfig
-from beyond_outliers.decoder import Decoder
-from beyond_outliers.llama import Llama
-from beyond_outliers.model import Olmo2
-from beyond_outliers.quantizers.convert import prepare_qat
-from beyond_outliers.quantizers.formats import QuantSpec
-from beyond_outliers.train.machine import plain_torch
-
-MODELS: dict[type[ModelConfig], Callable[..., Decoder]] = {Olmo2Config: Olmo2, LlamaConfig: Llama}
+from beyond_outliers.config.run import RunConfig
+from beyond_outliers.model.build import build_model
 
 
 @dataclass(frozen=True)
@@ -108,17 +99,6 @@ def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object
     if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
         raise ValueError(f"{source} does not fit the model of {config.name}: {[*unexpected, *missing]}")
     return model.eval()
-
-
-def build_model(config: RunConfig) -> Decoder:
-    """The run's model at its initialisation: a function of (shape, seed), the same for every optimizer."""
-    with torch.random.fork_rng(devices=[]), plain_torch():
-        torch.manual_seed(config.seed)
-        model = MODELS[type(config.model)](config.model)
-        if config.quantization:
-            spec = {key: value for key, value in config.quantization.items() if key != "scheme"}
-            model = cast(Decoder, prepare_qat(model, QuantSpec(**spec), scheme=config.quantization["scheme"]))
-    return model
 
 
 def result_row(

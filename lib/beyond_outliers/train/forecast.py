@@ -1,175 +1,133 @@
-"""`--dry-run`: what a run is, the memory that it takes, and about how long, before it is started; nothing is written.
+"""`--dry-run`: what a run is, the memory that it takes by a formula, and the time of a step tried on this machine."""
 
-Memory is traced (`memory`). Time is that of a probe on this machine: one micro-batch and the optimizer's step on random
-tokens, uncompiled. Where that would take long, the probe has fewer sequences, then fewer blocks, and its time grows by
-the operations left out; what an optimizer does every n-th step is timed apart and counted as often as it happens.
-"""
-
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from beyond_outliers.config.run import ModelConfig, RunConfig
-from beyond_outliers.optimizers.groups import RoleGroups
-from beyond_outliers.optimizers.psgd import PSGD
-from beyond_outliers.optimizers.registry import build_optimizer
-from beyond_outliers.train.folder import build_model
-from beyond_outliers.train.machine import check_shares
-from beyond_outliers.train.memory import OFTEN, SELDOM, Memory, memory, set_groups
 
-PROBE = 2e11  # operations of a probe at most: a few seconds of a core
-LARGEST = 2048  # rows of a matrix that an optimizer's step is still tried on: their eigenvectors take seconds
+# saved for the backward pass of a block: numbers a token and width, and copies of its weights; measured
+SAVED = {"none": (23, 0), "ste": (25, 1), "quest": (28, 1), "lsq": (50, 3)}
+LARGEST_STATE = 12  # numbers a parameter: of the study's optimizers, SOAP keeps most
+EVALUATED = 32  # windows that `validation_loss` looks at in one pass
+LONGEST = 5e11  # operations of a micro-batch that is still tried: some seconds of a core
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds a step and of an evaluation; `update`, the optimizer's part of the step, is None where it was not tried.
+def memory(
+    model: ModelConfig,
+    micro_batch: int,
+    context: int,
+    scheme: str = "none",
+    state: float = LARGEST_STATE,
+    cuda: bool = False,
+    recompute: bool = False,
+) -> dict[str, int]:
+    """Bytes of a training process on top of Python and torch: by kind, and the "peak".
 
-    rows, depth: sequences and blocks of the probe.
+    state: numbers that the optimizer keeps per parameter. cuda: under bfloat16 autocast. Within 25 % of what was
+    measured on CPU at three sizes (tests/train/test_forecast.py). No torch here: the workflow asks for every size.
     """
-
-    passes: float
-    update: float | None
-    evaluation: float
-    rows: int
-    depth: int
-
-    @property
-    def step(self) -> float:
-        return self.passes + (self.update or 0.0)
-
-
-def operations(model: ModelConfig, context: int, recompute: bool = False) -> int:
-    """Floating-point operations of the forward and backward pass over one sequence, full attention counted."""
-    forward = 2 * context * (model.n_parameters + 2 * model.depth * model.width * context)
-    return (4 if recompute else 3) * forward
+    n, tokens = model.n_parameters, micro_batch * context
+    numbers, copies = SAVED[scheme]
+    blocks = 1 + model.depth / numbers if recompute else model.depth  # inputs alone, and one block computed again
+    saved = tokens * model.width * numbers * blocks * (0.75 if cuda else 1) + copies * (
+        n - model.vocab_size * model.width
+    )
+    found = {"weights": n, "gradients": n, "optimizer": state * n, "activations": saved}
+    found["logits"] = tokens * model.vocab_size * (3 if cuda else 1)
+    passes = sum(found.values())
+    update = (3 + state) * n  # with as many temporaries as there are weights
+    evaluation = (1 + state) * n + 2 * EVALUATED * context * model.vocab_size
+    return {kind: round(4 * count) for kind, count in {**found, "peak": max(passes, update, evaluation)}.items()}
 
 
-def pace(config: RunConfig, device: str = "cpu", workers: int = 1, recompute: bool = False) -> Pace:
-    """Times a probe of the run on this machine."""
+def state_per_parameter(config: RunConfig) -> float:
+    """Numbers that the optimizer keeps per parameter, by the shapes of its state; AdamW's two for one from outside."""
+    import torch
+    from torch import nn
+
+    from beyond_outliers.model.build import build_model
+    from beyond_outliers.optimizers.groups import RoleGroups, parameter_groups
+    from beyond_outliers.optimizers.registry import build_optimizer
+
+    optimizer = build_optimizer(nn.Linear(2, 2), config.optimizer, config.lr, **config.hyper)
+    assert isinstance(optimizer, RoleGroups), "all that build_optimizer makes"
+    with torch.device("meta"):
+        groups = parameter_groups(build_model(config.replace(quantization=None)))
+    shapes = [
+        shape
+        for group in groups
+        for _, p in group["params"]
+        for shape in optimizer.state_shapes({**optimizer.param_groups[0], "role": group["role"]}, p).values()
+    ]
+    return sum(shape.numel() for shape in shapes) / config.model.n_parameters or 2.0
+
+
+def step_seconds(config: RunConfig, device: str, workers: int = 1, recompute: bool = False) -> float | None:
+    """Seconds of a step, uncompiled: a micro-batch as often as a step has some, and the mean of ten updates.
+
+    None where one takes too long to try, or there is no such device.
+    """
+    import torch
+
+    from beyond_outliers.model.build import build_model
+    from beyond_outliers.optimizers.registry import build_optimizer
+
     share = config.batch_size // workers
-    rows, model = min(share, config.micro_batch), config.model
-    while rows > 1 and rows * operations(model, config.context, recompute) > PROBE:
-        rows //= 2
-    while model.depth > 1 and rows * operations(model, config.context, recompute) > PROBE:
-        model = dataclasses.replace(model, depth=model.depth // 2)
-    probe = build_model(config.replace(model=model)).to(device)
-    probe.recompute = recompute
-    optimizer = build_optimizer(probe, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper)
+    rows = min(share, config.micro_batch)
+    operations = 6 * config.model.n_parameters * rows * config.context
+    if (operations > LONGEST and device == "cpu") or (device == "cuda" and not torch.cuda.is_available()):
+        return None
+    model = build_model(config).to(device)
+    model.recompute = recompute
+    optimizer = build_optimizer(model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper)
     ids = torch.randint(config.model.vocab_size, (rows, config.context), device=device)
 
     def passes() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            loss = probe.loss(ids, ids)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model.loss(ids, ids)
         loss.backward()
 
-    measured = _timed(passes, device)
-    whole, probed = (operations(m, config.context, recompute) for m in (config.model, model))
-    a_sequence = measured / rows * whole / probed
-    update = _update(optimizer, config.steps, device)
-    return Pace(
-        passes=share * a_sequence,
-        update=None if update is None else update * config.model.n_parameters / model.n_parameters,
-        evaluation=config.validation_tokens / config.context * a_sequence / (4 if recompute else 3),
-        rows=rows,
-        depth=model.depth,
-    )
+    def seconds(call: Callable[[], object], times: int) -> list[float]:
+        found = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return found
 
-
-def _update(optimizer: torch.optim.Optimizer, steps: int, device: str) -> float | None:
-    """Seconds of the optimizer's step in the mean over a run, None where its matrices are too large to try."""
-    if isinstance(optimizer, RoleGroups):
-        of_all = [
-            optimizer.state_shapes(group, parameter)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
-        squares = [shape[0] for shapes in of_all for shape in shapes.values() if len(shape) == 2 and len({*shape}) == 1]
-        if max(squares, default=0) > LARGEST:
-            return None
-    often = _share_of_refreshes(optimizer, steps)
-    times = []
-    for now_and_then in (OFTEN, SELDOM):
-        set_groups(optimizer, now_and_then)
-        times.append(_timed(optimizer.step, device))
-    return often * times[0] + (1 - often) * times[1]
-
-
-def _share_of_refreshes(optimizer: torch.optim.Optimizer, steps: int) -> float:
-    group = optimizer.param_groups[0]
-    if isinstance(optimizer, PSGD):
-        return statistics.mean(1 / optimizer.period(group, n) for n in range(0, steps, 1 + steps // 1000))
-    return 1 / group.get("frequency", 1)
-
-
-def _timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds of a call: the median of three after two others."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    forward_backward = statistics.median(seconds(passes, 4)[1:])
+    return share / rows * forward_backward + statistics.mean(seconds(optimizer.step, 12)[2:])
 
 
 def forecast(config: RunConfig, device: str = "auto", workers: int = 1, recompute: bool = False) -> str:
     """What `--dry-run` prints. device: as `train` takes it; memory is told for "cuda" also where there is none."""
+    import torch
+
+    from beyond_outliers.train.machine import check_shares
+
     check_shares(config, workers)
-    here = torch.cuda.is_available()
-    device = ("cuda" if here else "cpu") if device == "auto" else device
-    found = memory(config, device, workers, recompute)
-    timed = pace(config, device, workers, recompute) if here or device == "cpu" else None
-    return "\n".join([*_said_of_run(config, workers), *_said_of_memory(found, workers), *_said_of_time(config, timed)])
-
-
-def _said_of_run(config: RunConfig, workers: int) -> list[str]:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokens = config.model, config.steps * config.tokens_per_step
-    among = f" over {workers} workers" if workers > 1 else ""
-    return [
-        f"{config.name}: nothing is run, nothing is written",
-        f"parameters  {model.n_parameters:,} ({model.architecture}, width {model.width}, depth {model.depth})",
-        f"tokens      {tokens:,} ({tokens / model.n_parameters:.3g} a parameter)",
-        f"steps       {config.steps:,} of {config.batch_size} x {config.context} tokens{among}, in micro-batches of "
-        f"{min(config.micro_batch, config.batch_size // workers)} x {config.context}",
-    ]
-
-
-def _said_of_memory(found: Memory, workers: int) -> list[str]:
-    each = " for the worker that keeps most" if workers > 1 else ""
-    lines = [f"memory      {_bytes(found.peak)}{each} beside Python and torch, in {found.moment}"]
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "copies"):
-        if size := getattr(found, name):
-            lines.append(f"  {name:<12}{_bytes(size)}")
-    moments = f"  at most     {_bytes(found.passes)} in the passes, {_bytes(found.update)} in the optimizer's step, "
-    return [*lines, f"{moments}{_bytes(found.evaluation)} in an evaluation"]
-
-
-def _said_of_time(config: RunConfig, timed: Pace | None) -> list[str]:
-    if timed is None:
-        return ["time        unknown: there is no CUDA device here to try a step on"]
-    seconds = config.steps * timed.step + (config.evaluations + 1) * timed.evaluation
-    without = ", without the optimizer's step, whose matrices are too large to try" if timed.update is None else ""
-    cut = "" if timed.depth == config.model.depth else f" and {timed.depth} of {config.model.depth} blocks"
-    return [
-        f"time        about {_duration(seconds)} on this machine as busy as it is, uncompiled{without}: "
-        f"{_duration(timed.step)} a step by a probe of {timed.rows} x {config.context} tokens{cut}"
-    ]
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    rows = min(config.micro_batch, config.batch_size // workers)
+    scheme = (config.quantization or {}).get("scheme", "none")
+    state = state_per_parameter(config)
+    needed = memory(model, rows, config.context, scheme, state, device == "cuda", recompute)
+    seconds = step_seconds(config, device, workers, recompute)
+    passes = config.steps + config.evaluations * config.validation_tokens / config.tokens_per_step / 3
+    return "\n".join(
+        [
+            f"{config.name}: nothing is run, nothing is written",
+            f"parameters  {model.n_parameters:,} ({model.architecture}, width {model.width}, depth {model.depth})",
+            f"tokens      {tokens:,} ({tokens / model.n_parameters:.3g} per parameter)",
+            f"steps       {config.steps:,} of {config.batch_size} x {config.context} tokens, {rows} sequences at once",
+            f"memory      about {needed.pop('peak') / 1e6:,.0f} MB per process, on top of Python and torch:",
+            *(f"  {kind:<12}{size / 1e6:,.1f} MB" for kind, size in needed.items()),
+            f"time        about {passes * seconds / 60:,.1f} min here, uncompiled: {seconds:.3g} s per step"
+            if seconds
+            else f"time        unknown: a step of this run cannot be tried here on {device}",
+        ]
+    )

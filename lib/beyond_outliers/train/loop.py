@@ -23,14 +23,14 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
+from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import weights_held
 from beyond_outliers.train.folder import (
     RunResult,
-    build_model,
     load_result,
-    model_of,
     result_row,
     run_folder,
     weights_name,
@@ -41,7 +41,6 @@ from beyond_outliers.train.machine import (
     LossModule,
     check_shares,
     device_named,
-    plain_torch,
     provenance,
     should_compile,
 )
@@ -64,7 +63,6 @@ def train(
     compile: bool | str = "auto",
     threads: int | None = None,
     recompute: bool = False,
-    shard: bool = False,
     root: Path | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -76,8 +74,7 @@ def train(
 
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
     threads: CPU threads, None for torch's default. recompute: less memory for more operations and the same numbers
-    (see `Decoder`). shard: every worker of torchrun keeps a share of the weights alone (see `sharding`).
-    root: folder of all runs, by default data/runs.
+    (see `Decoder`). root: folder of all runs, by default data/runs.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
     on CUDA it is bfloat16 autocast. Under torchrun the global batch is shared among the workers.
     """
@@ -87,9 +84,10 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     world, rank = place()
-    with plain_torch(), held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext():
+    lock = held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext()
+    with plain_settings(training=True), lock:
         if (done := load_result(folder)) is None:  # of the process that held the run
-            run = _Run(config, folder, device, compile, recompute, progress, shard)
+            run = _Run(config, folder, device, compile, recompute, progress)
             try:
                 run.loop()
             finally:
@@ -112,23 +110,21 @@ class _Run:
         compile: bool | str,
         recompute: bool,
         progress: bool,
-        shard: bool = False,
     ):
         self.config, self.folder = config, folder
         self.device = device_named(device)
-        check_shares(config, place()[0], shard)
-        self.workers = Workers(self.device, shard)
+        check_shares(config, place()[0])
+        self.workers = Workers(self.device)
         self.first = self.workers.rank == 0  # the worker that writes
         self.corpus: Corpus = open_corpus(config.corpus, config.context)
         self.batches = Batches(self.corpus.train, config.context, config.batch_size, config.seed)
-        self.model = build_model(config)
-        self.workers.take(self.model)
+        self.model = build_model(config).to(self.device)
         self.model.recompute = recompute
         self.optimizer = build_optimizer(
             self.model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before the schedule, and any state
-        self.compiled = should_compile(compile, config, self.device) and not shard
+        self.compiled = should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
         self.loss = self.workers.join(LossModule(self.model, self.compiled), self.optimizer)
@@ -213,11 +209,12 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
-        hold = parts > 1 and config.quantization and not self.workers.shard  # a share of a weight cannot be rounded
-        with weights_held(self.model) if hold else contextlib.nullcontext():  # QAT: once a step, not a micro-batch
+        with (
+            weights_held(self.model) if parts > 1 and config.quantization else contextlib.nullcontext()
+        ):  # QAT: once a step, not a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
-                with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.model, self.loss):
+                with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.loss):
                     loss = self.loss(x.to(self.device), y.to(self.device)) / parts
                     loss.backward()
                 total += loss.detach()
@@ -270,12 +267,10 @@ class _Run:
 
     def _save(self, evaluated: bool = False) -> None:
         """Writes all that the run needs to go on, and the weights of an evaluation. All workers take part."""
-        model, optimizer = self.workers.whole((self.model.state_dict(), self.optimizer.state_dict()))
-        if self.first:
-            self._write_state(model, optimizer, evaluated)
+        optimizer = self.optimizer.state_dict()  # gathered: all workers call it
         self.saved, self.late = time.perf_counter(), False
-
-    def _write_state(self, model: dict, optimizer: dict, evaluated: bool) -> None:
+        if not self.first:
+            return
         state = {
             "run_id": self.config.run_id,
             "step": self.step,
@@ -284,11 +279,10 @@ class _Run:
             "mean": self.mean,
             "count": self.count,
             "taken": time.perf_counter() - self.clock,
-            "model": model,
+            "model": self.model.state_dict(),
             "optimizer": optimizer,
         }
-        kept = model_of(self.config, model, self.folder) if self.workers.shard and evaluated else self.model
-        weights = {weights_name(self.step): lambda path: save_model(kept, str(path))} if evaluated else {}
+        weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
         write_state(self.folder, state, {**weights, "metrics.csv": self._write_metrics})
 
     def _restore(self) -> None:
@@ -297,7 +291,8 @@ class _Run:
         if "model" not in state:  # of a run that an older version began
             load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
             state["model"] = self.model.state_dict()
-        self.workers.load(self.model, self.optimizer, state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.mean, self.count = state.get("mean", self.mean), state.get("count", self.count)
         self.clock = time.perf_counter() - state.get("taken", 0.0)

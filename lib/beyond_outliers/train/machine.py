@@ -5,8 +5,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,10 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from beyond_outliers import paths
-from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.decoder import Decoder
+from beyond_outliers.model.decoder import Decoder
+from beyond_outliers.paths import git_commit
 
 # nats by which losses of one run differ between processors: in the median of the runs that were made again on others
 # (data/results/*/machines.csv: eight of confirm, at most 0.040; 46 of pocket, 0.072), and what is still taken for it
@@ -35,18 +32,6 @@ def device_named(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """Inside, torch makes float32 tensors and keeps gradients, whatever the caller has set for the process."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
@@ -82,35 +67,17 @@ class LossModule(nn.Module):
         return self.model.head_loss(self.hidden(ids), targets)
 
 
-def check_shares(config: RunConfig, world: int, shard: bool = False) -> None:
+def check_shares(config: RunConfig, world: int) -> None:
     """ValueError unless every worker's share of a batch is whole micro-batches, or smaller than one.
 
     Other shares would be cut into parts of unequal weight, or of another number than the gradients are summed after.
-    With `shard`, also unless the weights can be divided among workers.
     """
-    if shard:
-        _check_sharding(config, world)
     share, rest = divmod(config.batch_size, world)
     if rest or (share > config.micro_batch and share % config.micro_batch):
         raise ValueError(
             f"batch_size {config.batch_size} over {world} workers is {config.batch_size / world:g} sequences each, no "
             f"multiple of micro_batch {config.micro_batch}; valid: a batch_size that is a multiple of "
             f"{world * config.micro_batch}, or a micro_batch that divides every worker's share"
-        )
-
-
-def _check_sharding(config: RunConfig, workers: int) -> None:
-    if workers == 1:
-        raise ValueError("a run of one worker has nothing to shard; valid: under torchrun, or without shard")
-    if config.optimizer not in REGISTRY:
-        raise ValueError(
-            f"{config.optimizer} comes from outside, and may need whole weights, which a sharded run has nowhere; "
-            f"valid: {', '.join(REGISTRY)}, or no shard"
-        )
-    if config.quantization and config.quantization["scheme"] == "lsq":
-        raise ValueError(
-            "scheme 'lsq' sets its steps in the first forward pass, which sees gathered copies of divided weights; "
-            "valid with shard: 'quest', 'ste' or full precision"
         )
 
 
@@ -145,20 +112,3 @@ def processor() -> str:
         f"{key.removeprefix('cpu ')} {fields[key]}" for key in ("cpu family", "model", "stepping") if key in fields
     ]
     return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
-
-
-def git_commit() -> str:
-    """Commit of the repository, with "+" when tracked sources differ from it; "unknown" outside a checkout.
-
-    Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
-    """
-    git = ["git", "-C", str(paths.ROOT), "--git-dir", str(paths.ROOT / ".git"), "--work-tree", str(paths.ROOT)]
-    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
-    environment = {name: value for name, value in os.environ.items() if name not in ambient}
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment
-        )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lib", "data/scales"], env=environment)
-        return commit.stdout.strip() + ("+" if changed.returncode else "")
-    return "unknown"

@@ -1,0 +1,142 @@
+"""Conversion of models that are not ours: hidden and parametrized layers, attention, experts, weights read past."""
+
+from collections.abc import Collection
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from beyond_outliers.anymodel.coverage import first_pass, known_weights, path, watched_weights
+from beyond_outliers.anymodel.linears import UNCALLED, is_plain, why_not_replaced
+from beyond_outliers.anymodel.open import open_layers
+from beyond_outliers.anymodel.operands import Rounding, along, as_buffer, own_products
+from beyond_outliers.anymodel.save import refuse_save_pretrained
+from beyond_outliers.modules import copy_of, every_module, find_head, substitute, take_hooks
+from beyond_outliers.quantizers.convert import activation_quantizer, converted_linear
+from beyond_outliers.quantizers.formats import quantize_tensor
+from beyond_outliers.quantizers.hadamard import hadamard_transform
+from beyond_outliers.quantizers.qat import QATLinear, make_quantizer
+from beyond_outliers.quantizers.record import Quantization, rounding_layers, with_record
+from beyond_outliers.quantizers.spec import QuantSpec
+
+
+def converted(
+    model: nn.Module, record: Quantization, round_weights: bool = True, example=None, past: Collection[str] = ()
+) -> nn.Module:
+    """`quantizers.convert.converted` of any model.
+
+    past: names of weights to leave alone because they are read past their layers; those that the pass of `example`
+    shows are added, and the model is converted anew.
+    """
+    copied = open_layers(copy_of(model))
+    head = find_head(copied)
+    made: dict[nn.Module, nn.Module] = {}
+    kept = None if head is None or record.spec.head else copied.get_submodule(head)
+    for module, name in every_module(copied).items():
+        if module is kept or name in past:
+            continue
+        try:
+            if isinstance(module, nn.Linear) and why_not_replaced(module) is None:
+                training = module.training
+                made[module] = _linear(module.eval(), record, round_weights).train(training)
+                take_hooks(module, made[module])
+                continue
+            sums = own_products(module) if record.scheme != "lsq" else None
+            if sums and not any(path(name, own) in past for own in sums):
+                _round_products(module, sums, record)
+        except ValueError as error:
+            kind = "layer" if isinstance(module, nn.Linear) else "module"
+            raise ValueError(f"{kind} {name!r}: {error}") from error
+    copied = substitute(copied, made)
+    if not rounding_layers(copied):
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
+    record.weights = known_weights(copied, head, record.spec, past)
+    if example is not None:
+        record.weights = watched_weights(copied, record, example)
+        if read := [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]:
+            return converted(model, record, round_weights, example, [*past, *read])
+    elif record.spec.activations != "none" and not all(map(is_plain, every_module(copied))):
+        record.first_pass = True
+        copied.register_forward_pre_hook(first_pass)
+    if record.stage == "ptq":  # what trains keeps the names of the model: its files load
+        refuse_save_pretrained(copied)
+    return with_record(copied, record)
+
+
+def _linear(linear: nn.Linear, record: Quantization, round_weights: bool) -> nn.Module:
+    if record.scheme is None or not nn.utils.parametrize.is_parametrized(linear):
+        return converted_linear(linear, record, round_weights)
+    record.spec.check_width(linear.in_features)
+    return ParametrizedQATLinear(linear, record.spec, record.scheme)
+
+
+class ParametrizedQATLinear(QATLinear):
+    """A `QATLinear` whose weight, bias or both are computed by torch.nn.utils.parametrize: it trains their originals.
+
+    The parameters keep their names. Nothing is held: the parametrization may change the weight from pass to pass.
+    """
+
+    parametrizations: nn.ModuleDict
+
+    def _take_over(self, linear: nn.Linear):
+        self.parametrizations = cast(nn.ModuleDict, linear.parametrizations)
+        for name in ("weight", "bias"):
+            if name not in self.parametrizations:
+                self._parameters[name] = linear._parameters[
+                    name
+                ]  # a property of this name is in register_parameter's way
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # torch's parametrize makes a property of it as well
+        return cast(Tensor, self._current("weight"))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # as above; None where torch's annotation forgets it
+        return self._current("bias")
+
+    def _current(self, name: str) -> Tensor | None:
+        return self.parametrizations[name]() if name in self.parametrizations else self._parameters[name]
+
+    def hold(self):
+        pass
+
+
+# ------------------------------------------------------------------------------------------- products with own weights
+
+
+def _round_products(module: nn.Module, sums: dict[str, int], record: Quantization):
+    """Rounds in place, or makes trainable, a module that multiplies by weights of its own (see `operands`)."""
+    spec = record.spec
+    for name, dim in sums.items():
+        spec.check_width(module.get_parameter(name).shape[dim])
+    if record.scheme is None:
+        for name, dim in sums.items():
+            as_buffer(module, name, along(lambda w: _round_matrices(w, spec), module.get_parameter(name).detach(), dim))
+        parts = [_rotated(activation_quantizer(spec), spec.rotate)]
+    else:
+        rotate = record.scheme == "quest" or spec.rotate
+        quantizers = (make_quantizer(record.scheme, format, spec) for format in (spec.activations, spec.weights))
+        parts = [_rotated(quantizer, rotate) for quantizer in quantizers]
+    module.operand_rounding = Rounding(sums, *parts)  # where `own_rounding` finds it
+    module.operand_rounding.attach(module)
+
+
+class Rotation(nn.Module):
+    """Block Hadamard rotation of the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hadamard_transform(x)
+
+
+def _rotated(quantizer: nn.Module | None, rotate: bool) -> nn.Module | None:
+    if not rotate:
+        return quantizer
+    return Rotation() if quantizer is None else nn.Sequential(Rotation(), quantizer)
+
+
+def _round_matrices(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounds (..., out, in), every matrix as a tensor of its own."""
+    weight = hadamard_transform(weight) if spec.rotate else weight
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    rounded = [quantize_tensor(matrix, spec.weights, spec.granularity, spec.block) for matrix in matrices]
+    return torch.stack(rounded).view(weight.shape)

@@ -1,0 +1,69 @@
+"""Which layers of a model that is not ours are linear layers, and which of these can be replaced."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+COMPLEX = "complex numbers"
+UNCALLED = "parent reads .weight without calling the layer"
+
+
+def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether `module`'s forward is another than `base`'s: a subclass's, or one set on the module itself."""
+    return type(module).forward is not base.forward or "forward" in vars(module)
+
+
+@torch.no_grad()
+def computes_linear(linear: nn.Linear) -> bool:
+    """Whether calling `linear` is x W^T + b and no more: its class inherits nn.Linear's forward, or gives the same.
+
+    A forward of its own is tried on a few rows, in both modes, and only for layers that hold weight and bias alone.
+    """
+    if not has_own_forward(linear, nn.Linear):
+        return True
+    own = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
+    if own - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
+        return False
+    training, weight = linear.training, linear.weight
+    rows = torch.arange(2 * 2 * linear.in_features, dtype=torch.float32, device=weight.device).add(1).sin()
+    rows = (rows.reshape(2, 2, -1) * torch.tensor([[[1], [100]]], device=weight.device)).to(weight.dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for linear.training in (True, False):
+                for x in (rows, rows[0]):
+                    expected, y = F.linear(x, weight, linear.bias), linear.forward(x.clone())
+                    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+                        return False
+                    if not torch.allclose(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+                        return False
+    except Exception:  # whatever a forward of its own asks of its input that these rows are not
+        return False
+    finally:
+        linear.training = training
+    return True
+
+
+def why_not_replaced(module: nn.Module) -> str | None:
+    """None for a layer that conversion can replace; otherwise why not, "" for what is no linear layer."""
+    if not isinstance(module, nn.Linear) or getattr(module, "rounds_operands", False):
+        return ""
+    if isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        raise ValueError(f"{type(module).__name__} has no weight yet; valid: a model that ran once")
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return UNCALLED  # the projection of torch's attention
+    stored = module._parameters.get("weight", module._buffers.get("weight"))
+    if stored is None:
+        if not nn.utils.parametrize.is_parametrized(module, "weight"):
+            return "weight computed by a hook"
+    elif stored.is_complex():
+        return COMPLEX
+    elif not stored.is_floating_point() or stored.element_size() < 2 or type(stored.data) is not Tensor:
+        return "already quantized"
+    return None if computes_linear(module) else "subclass with its own forward"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is of torch or of this project: none of these reads a layer's weight without calling it."""
+    return type(module).__module__.startswith(("torch.nn.", "beyond_outliers."))

@@ -1,0 +1,188 @@
+"""Layers that hide linear layers, put in terms of nn.Linear: the same function in full precision, and then quantizable.
+
+GPT-2's Conv1D stores its weight transposed. torch's MultiheadAttention reads the weights of four projections without
+calling a layer, and TransformerEncoderLayer has a fused kernel that reads those of all its layers.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beyond_outliers.anymodel.linears import has_own_forward
+from beyond_outliers.modules import every_module, is_conv1d, substitute, take_hooks
+
+
+def open_layers(model: nn.Module) -> nn.Module:
+    """Replaces Conv1D and MultiheadAttention, in place, by modules that call nn.Linear; returns the model.
+
+    Encoder layers of torch lose their fused kernel. Attention whose weights are parametrized or whose class has a
+    forward of its own stays as it is.
+    """
+    model = conv1d_to_linear(model)
+    made: dict[nn.Module, nn.Module] = {}
+    for module in every_module(model):
+        if isinstance(module, nn.MultiheadAttention) and _can_open(module):
+            made[module] = OpenAttention(module)
+            take_hooks(module, made[module])
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its forward asks for 1 or 2 before it takes the kernel
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return substitute(model, made) if made else model
+
+
+def conv1d_to_linear(model: nn.Module) -> nn.Module:
+    """Replaces, in place, the Conv1D layers of GPT-2 models (weight (in, out)) by nn.Linear of the same function."""
+    made: dict[nn.Module, nn.Module] = {}
+    for module in every_module(model):
+        if is_conv1d(module):
+            made[module] = _as_linear(module)
+            take_hooks(module, made[module])
+    return substitute(model, made) if made else model
+
+
+def _as_linear(conv: nn.Module) -> nn.Linear:
+    weight = cast(Tensor, conv.weight)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=True, device="meta")
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = cast(nn.Parameter, conv.bias)
+    return linear.train(conv.training)
+
+
+def _can_open(attention: nn.MultiheadAttention) -> bool:
+    plain = type(attention.out_proj).forward is nn.Linear.forward and "weight" in attention.out_proj._parameters
+    stored = attention._parameters.get("in_proj_weight", None) is not None or not attention._qkv_same_embed_dim
+    parametrized = nn.utils.parametrize.is_parametrized(attention)
+    return plain and stored and not parametrized and not has_own_forward(attention, nn.MultiheadAttention)
+
+
+class OpenAttention(nn.Module):
+    """nn.MultiheadAttention with its four projections as layers q_proj, k_proj, v_proj, out_proj; the same interface.
+
+    A state_dict of nn.MultiheadAttention loads. Nested tensors are refused with a ValueError.
+    """
+
+    q_proj: nn.Module  # nn.Linear until it is quantized, as the two others
+    k_proj: nn.Module
+    v_proj: nn.Module
+    # what nn.TransformerEncoder and its layers look at before they take their fused kernels
+    in_proj_weight = in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, attention.num_heads, attention.head_dim
+        self.kdim, self.vdim = attention.kdim, attention.vdim
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        self.bias_k, self.bias_v, self.add_zero_attn = attention.bias_k, attention.bias_v, attention.add_zero_attn
+        if attention._qkv_same_embed_dim:
+            weights = attention.in_proj_weight.chunk(3)
+        else:
+            weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+        bias = attention.in_proj_bias
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        for name, weight, part in zip("qkv", weights, biases, strict=True):
+            self.add_module(f"{name}_proj", _linear(weight, part))
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.register_load_state_dict_pre_hook(_split_projections)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention: (T, B, width), (B, T, width) with `batch_first`, or (T, width)."""
+        if query.is_nested:
+            raise ValueError(
+                "attention under quantization takes no nested tensors; valid: a padded batch with its mask"
+            )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        mask = self._mask(q, k.shape[1], attn_mask, key_padding_mask)
+        k, v, mask = self._extended(k, v, mask)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            mixed = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = self.out_proj(mixed.transpose(1, 2).flatten(-2))
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def _mask(self, q: Tensor, keys: int, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """Both masks as one that is added to the scores, (B or 1, heads or 1, T or 1, keys)."""
+        mask = None
+        if attn_mask is not None:
+            mask = _additive(attn_mask, q.dtype)
+            per_head = mask.dim() == 3  # (B * heads, T, keys)
+            mask = mask.unflatten(0, (-1, self.num_heads)) if per_head else mask[None, None]
+        if padding is not None:
+            padding = _additive(padding, q.dtype).view(len(q), 1, 1, keys)
+            mask = padding if mask is None else mask + padding
+        return mask
+
+    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values with the learned and the zero position that nn.MultiheadAttention can add."""
+        batch = len(k)
+        more: list[tuple[Tensor, Tensor]] = []
+        if self.bias_k is not None and self.bias_v is not None:
+            more.append((self.bias_k.expand(batch, 1, -1), self.bias_v.expand(batch, 1, -1)))
+        if self.add_zero_attn:
+            more.append((torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])))
+        for new_k, new_v in more:
+            k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        return k, v, mask
+
+    def merge_masks(self, *_):
+        raise ValueError("torch's fused kernels read weights past their layers; valid: calling the attention module")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return linear
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: not allowed) as one of 0 and -inf."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
+
+
+def _split_projections(attention: OpenAttention, state: dict, prefix: str, *_):
+    """Turns the entries of nn.MultiheadAttention, where `state` has them, into those of the projections."""
+    for kind, packed in (("weight", f"{prefix}in_proj_weight"), ("bias", f"{prefix}in_proj_bias")):
+        if packed in state:
+            for name, part in zip("qkv", state.pop(packed).chunk(3), strict=True):
+                state[f"{prefix}{name}_proj.{kind}"] = part
+    for name in "qkv":
+        if f"{prefix}{name}_proj_weight" in state:
+            state[f"{prefix}{name}_proj.weight"] = state.pop(f"{prefix}{name}_proj_weight")

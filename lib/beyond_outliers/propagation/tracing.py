@@ -1,0 +1,157 @@
+"""Models that are not ours under the decomposition: which modules touch activations, what is kept, what is refused.
+
+Functions between modules, tensors that are changed in place, pooled states beside the answer, experts that see other
+tokens, modules that keep a state: what `decompose` must look after in a model of which it knows nothing.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
+from beyond_outliers.propagation.decomposition import FUNCTIONAL, Ours, Row, kind_of, units
+from beyond_outliers.propagation.hooks import Call, Tape
+from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
+from beyond_outliers.propagation.selection import Watch, other_tokens
+
+# aten operators that only move, copy or recast numbers: between modules they are no function of their own
+# fmt: off
+_MOVES = frozenset([
+    "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "as_strided", "cat", "clone", "copy_", "detach",
+    "empty_like", "expand", "index", "index_select", "lift_fresh", "new_empty", "new_zeros", "permute", "repeat",
+    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
+    "unfold", "unsqueeze", "view", "zeros_like",
+])
+# fmt: on
+
+
+class _Trace(Watch):
+    """Watches one forward pass: which modules touch activations, which call others, which compute between the calls.
+
+    output: what the model gave. last: the name and the output of the last of `units` to finish.
+    """
+
+    def __init__(self, model: nn.Module, batch, units: set[nn.Module]):
+        super().__init__(model, batch)
+        self.units = units
+        self.seen: set[str] = set()  # modules whose output is an activation
+        self.parents: set[str] = set()  # modules that call modules
+        self.functional: set[str] = set()  # modules that compute on activations themselves
+        self.last: list[Tensor] = []
+        self.output = self.run()
+
+    def computed(self, operator: str):
+        if operator not in _MOVES and self.open:
+            self.functional.add(self.open[-1][0])
+
+    def enter(self, module, args, kwargs):
+        self.parents.update(name for name, _ in self.open[-1:])
+        super().enter(module, args, kwargs)
+
+    def leave(self, module, args, kwargs, output):
+        super().leave(module, args, kwargs, output)
+        found = floats(output)
+        if any(x in self.activations for x in found):
+            self.seen.add(self.names[module])
+            if module in self.units:
+                self.last = found
+
+    def ends_with_the_last(self) -> bool:
+        """Whether the model's answer holds the numbers that the last unit gave, in whatever shape."""
+        answer = [as_real(x).double() for x in main_output(self.output)]
+        last = [as_real(x).double() for x in self.last]
+        return {(x.numel(), float(x.sum())) for x in answer} <= {(x.numel(), float(x.sum())) for x in last}
+
+
+def clones(value):
+    """The same nested structure with every tensor copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        copies = [clones(item) for item in value]
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same class, with what it has beside its items
+        for key, item in value.items():
+            copied[key] = clones(item)
+        return copied
+    return value
+
+
+class CarefulTape(Tape):
+    """Keeps copies with `clone`; notes the versions of what it keeps where there is a list for them."""
+
+    clone = False
+    versions: list[tuple[Tensor, int]] | None = None
+
+    def kept(self, values: Any) -> Any:
+        values = clones(values) if self.clone else values
+        if self.versions is not None:
+            self.versions += [(x, x._version) for x in tensors(values) if not x.is_inference()]
+        return values
+
+
+class Foreign(Ours):
+    """Rows are units that touch activations, and what computes around them.
+
+    Where the model's answer is not what the last unit gave, such as beside a pooler, the model itself has the last row.
+    picking: names of those whose inputs are rows that the model picks (see `selection`).
+    """
+
+    def __init__(self, model: nn.Module, quantized: nn.Module, batch: Any, granularity: str, attention: str):
+        self.model, self.quantized = model, quantized
+        whole = set(units(model, granularity, attention))
+        trace = _Trace(model, batch, whole)
+        names = {trace.names[module] for module in whole}
+        around = {""} | {".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 1)}
+        if not trace.ends_with_the_last():
+            trace.functional.add("")
+        self.kinds = {}
+        for module, name in trace.names.items():
+            if name in trace.seen and (name in names or name in around & trace.functional):
+                partial = name not in names and name in trace.parents
+                self.kinds[name] = kind_of(name, module) + (FUNCTIONAL if partial else "")
+        self.picking = {name for name, calls in trace.picked.items() if any(calls)} & set(self.kinds)
+        self.elsewhere: set[str] = set()
+        self.clone = False  # set once the model has been caught changing a tensor in place
+        self.repeated: set[str] = set()
+        self.same: dict[nn.Module, bool] = {}
+
+    def run(self, batch: Any, keep: Callable, compare: Callable) -> None:
+        self.elsewhere |= other_tokens(self.model, self.quantized, batch, self.picking - self.elsewhere)
+        names = [name for name in self.kinds if name not in self.elsewhere]
+        tape, tape_q = CarefulTape(self.model, names, keep), CarefulTape(self.quantized, names, compare)
+        tape.clone = tape_q.clone = self.clone
+        versions: list[tuple[Tensor, int]] = []
+        tape.versions = versions
+        tape.run(batch)
+        if not self.clone and any(x._version != version for x, version in versions):
+            self.clone = True
+            return self.run(batch, keep, compare)
+        versions.clear()  # the quantized pass releases what was kept, call by call
+        tape_q.run(batch)
+
+    def copy(self, values: Any) -> Any:
+        return clones(values) if self.clone else values
+
+    def check(self, row: Row, calls: tuple[Call, Call], evaluate: Callable, outputs: tuple) -> None:
+        f_h, fq_hq, f_hq, fq_h = outputs
+        module, quantized = row.pair
+        label, held = row.name, (calls[0].args, calls[0].kwargs)
+        given, given_q = (list(tensors(call.args, call.kwargs)) for call in calls)
+        if same_tensors(given, given_q):
+            check_repeated(label, f_h, f_hq, held)
+            check_repeated(label, fq_hq, fq_h, held)
+        else:
+            integers = ([x for x in values if not floats(x)] for values in (given, given_q))
+            row.other_integers |= not same_tensors(*integers)
+            if label not in self.repeated and not repeats(module):
+                check_repeated(label, f_h, evaluate(module, calls[0]), held)
+        self.repeated.add(label)  # once is enough
+        if module not in self.same:
+            self.same[module] = unchanged(module, quantized)
+        if self.same[module]:
+            check_unchanged(label, f_hq, fq_hq, held)
+            check_unchanged(label, f_h, fq_h, held)

@@ -1,0 +1,190 @@
+"""Several checkpoints at once: a row each as `probe` alone gives it, refusals in their rows, and the estimate."""
+
+import re
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from beyond_outliers import plots
+from beyond_outliers.anymodel import probes
+from beyond_outliers.anymodel.probes import estimate, located, probe_all, step_of
+from beyond_outliers.model import Olmo2, Olmo2Config
+from beyond_outliers.model import olmo2 as model_module
+from beyond_outliers.probe import load, probe, windows
+from beyond_outliers.quantizers import QuantSpec, quantize_model
+
+tf = pytest.importorskip("transformers")
+TEXT = Path(model_module.__file__)
+SETTINGS = {"context": 32, "sequences": 6, "batch_size": 4}
+GPTQ = QuantSpec(method="gptq")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
+    return bpe
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tokenizer):
+    """Three checkpoints of one small Llama; the folders end with their step."""
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = tf.LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
+    folder, made = tmp_path_factory.mktemp("run"), []
+    for step in (100, 200, 1000):
+        torch.manual_seed(step)
+        tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"checkpoint-{step}")
+        tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / f"checkpoint-{step}")
+        made.append(folder / f"checkpoint-{step}")
+    return made
+
+
+def test_a_row_is_what_the_checkpoint_alone_gives(checkpoints):
+    found = probe_all(checkpoints, TEXT, progress=False, **SETTINGS)
+    assert list(found.table.model) == [folder.name for folder in checkpoints]
+    assert list(found.table.step) == [100, 200, 1000] and (found.table.spec == "W4A4").all()
+    for folder, (_, row), one in zip(checkpoints, found.table.iterrows(), found.found, strict=True):
+        alone = probe(folder, TEXT, **SETTINGS)
+        for name, value in alone.summary().items():
+            assert row[name] == pytest.approx(value, rel=1e-12)
+        assert row.share == alone.quantization.share and row.reason == "" and one.name == folder.name
+    assert found.table.R_L.nunique() == 3
+
+
+def test_gptq_calibrates_on_the_text_behind_what_is_measured(checkpoints):
+    found = probe_all(checkpoints[:1], TEXT, [QuantSpec(), GPTQ], progress=False, calibration=10, **SETTINGS)
+    assert list(found.table.spec) == ["W4A4", "W4A4+gptq"]
+    model, own = load(checkpoints[0])
+    ids = windows(own, TEXT.read_text(), 32, 16)
+    quantized = quantize_model(model, GPTQ, calibration=ids[6:].split(4))
+    with torch.no_grad():
+        y, yq = model(ids[:6]).logits.double(), quantized(ids[:6]).logits.double()
+    assert found.table.R_L[1] == pytest.approx(float((yq - y).square().sum() / y.square().sum()), rel=1e-5)
+    assert found.table.R_L[1] != found.table.R_L[0]
+
+
+def test_without_text_to_calibrate_on_it_is_refused(tmp_path, checkpoints):
+    short = tmp_path / "short.txt"
+    short.write_text("abcdefgh" * 24)  # six windows of 32 bytes
+    assert probe(checkpoints[0], short, **SETTINGS).error.n_sequences == 6
+    with pytest.raises(ValueError, match="6 windows, 6 to measure: none is left to calibrate on"):
+        probe(checkpoints[0], short, GPTQ, **SETTINGS)
+
+
+def test_a_checkpoint_that_cannot_be_probed_keeps_its_row(checkpoints, tmp_path):
+    with pytest.warns(UserWarning, match="not probed: nowhere W4A4: no model folder"):
+        found = probe_all([checkpoints[0], tmp_path / "nowhere"], TEXT, progress=False, **SETTINGS)
+    assert len(found.table) == 2 and len(found.found) == 1
+    assert np.isnan(found.table.R_L[1]) and "no model folder" in found.table.reason[1]
+    with pytest.raises(ValueError, match="no model could be probed: nowhere W4A4: no model folder"):
+        probe_all([tmp_path / "nowhere"], TEXT, progress=False, **SETTINGS)
+    with pytest.raises(ValueError, match="there is no model"):
+        probe_all([], TEXT)
+
+
+def test_loaded_modules_are_probed_with_their_tokenizer(tokenizer):
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=256, width=32, depth=1, n_heads=2))
+    found = probe_all([model], TEXT, tokenizer=tokenizer, progress=False, **SETTINGS)
+    assert found.table.model[0] == "Olmo2" and np.isnan(float(found.table.step[0] or "nan"))
+
+
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        *[("run@step1000", 1000), ("checkpoint-200", 200), ("iter_30", 30), ("pythia@143000", 143000), ("a-77", 77)],
+        *[("gpt2", None), ("Llama-3.2-1B", None), ("opt-125m", None)],
+    ],
+)
+def test_steps_are_read_off_names(name, step):
+    assert step_of(name) == step
+
+
+def test_revisions_are_fetched_by_name(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, revision):
+        asked.append((name, revision))
+        if revision == "gone":
+            raise OSError("404\nmore")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert located("org/model@step3") == str(tmp_path) and asked == [("org/model", "step3")]
+    assert located("org/model") == "org/model" and located(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match=r"cannot load 'org/model@gone': no revision 'gone' of 'org/model' \(404\)"):
+        located("org/model@gone")
+    (tmp_path / "odd@name").mkdir()
+    assert located(tmp_path / "odd@name") == tmp_path / "odd@name" and len(asked) == 2
+
+
+def test_the_estimate_counts_what_is_there(checkpoints, monkeypatch, tmp_path):
+    """Of a Llama of width 32: by hand, at a speed of one operation a second."""
+    monkeypatch.setattr(probes, "_speed", lambda: 1.0)
+    shapes = 2 * [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    parameters = 2 * 300 * 32 + sum(a * b for a, b in shapes) + 5 * 32
+    found = estimate(checkpoints[:2], [QuantSpec()], context=8, sequences=5)
+    assert found.gigabytes == pytest.approx(4 * 3 * parameters / 1e9)
+    products = 2 * 8 * 5 * sum(a * b for a, b in shapes)
+    assert found.minutes == pytest.approx(2 * 16 * products / 60)
+    assert estimate(checkpoints[:1], [GPTQ], 8, 5).minutes > estimate(checkpoints[:1], [QuantSpec()], 8, 5).minutes
+    lost = estimate([checkpoints[0], tmp_path / "nowhere"], [QuantSpec()], 8, 5)
+    assert lost.gigabytes == found.gigabytes and len(lost.unknown) == 1 and "nowhere" in str(lost)
+
+
+@pytest.mark.slow
+def test_the_estimate_is_of_the_right_order():
+    """A model large enough that its products count: between a tenth and ten times of what it takes."""
+    torch.manual_seed(0)
+    model = Olmo2(Olmo2Config(vocab_size=256, width=256, depth=4, n_heads=4))
+    ids = torch.randint(256, (16, 128))
+    guess = estimate([model], [QuantSpec()], context=128, sequences=16)
+    import time
+
+    from beyond_outliers.metrics import activation_metrics
+    from beyond_outliers.propagation import decompose, relative_error
+
+    clock = time.perf_counter()
+    quantized, batches = quantize_model(model, QuantSpec()), ids.split(8)
+    activation_metrics(model, batches, QuantSpec())
+    decompose(model, quantized, batches, attention="open")
+    relative_error(model, quantized, batches)
+    minutes = (time.perf_counter() - clock) / 60
+    assert minutes / 10 < guess.minutes < 10 * minutes
+
+
+def test_it_says_first_what_it_will_take(checkpoints, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe_all(checkpoints[:1], TEXT, **SETTINGS)
+    assert re.match(r"about \d+\.\d minutes, and \S+ GB of memory for the largest model\n", capsys.readouterr().out)
+
+
+def test_curves_stand_at_the_steps_where_all_have_one():
+    rows = [(f"c-{s}" if s else "plain", s, spec, "", 0.1, 0.08, 0.13, 5.0, 9.0) for s in (100, 1000) for spec in "ab"]
+    columns = ["model", "step", "spec", "reason", "R_L", "R_L_low", "R_L_high", "mmr", "kurtosis"]
+    table = pd.DataFrame([*rows, ("c-5", 5, "a", "too short", *[np.nan] * 5)], columns=columns)
+    figure = plots.checkpoint_curves(table)
+    assert list(figure.axes[0].lines[0].get_xdata()) == [100, 1000]
+    assert figure.axes[0].get_xlabel() == "training step" and len(figure.axes[1].lines) == 2
+    table.loc[table.model == "c-100", "step"] = None
+    figure = plots.checkpoint_curves(table)
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["c-100", "c-1000"]
+    plt.close("all")
+
+
+def test_models_are_told_apart_by_as_little_of_their_paths_as_it_takes():
+    assert probes.short_names(["/a/gpt2", "org/muon@step1", torch.nn.Linear(1, 1)]) == ["gpt2", "muon@step1", "Linear"]
+    assert probes.short_names(["/runs/adamw/last", "/runs/muon/last/"]) == ["adamw/last", "muon/last"]
+    assert probes.short_names(["/a/b", "/a/b"]) == ["b", "b"]
