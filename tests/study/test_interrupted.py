@@ -16,7 +16,7 @@ from beyond_outliers.study import Study
 from beyond_outliers.train import machine
 from checkouts import lend_wheels, same_tables, tables, tiny_study
 
-pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning", "ignore:left out")
+pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.rates.EdgeWarning", "ignore:left out")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from beyond_outliers.cli import main
-from beyond_outliers.config.learning_rates import Rates
+from beyond_outliers.config.rates import Rates
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study import runner
 from beyond_outliers.study.study import Study

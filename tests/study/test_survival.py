@@ -17,7 +17,7 @@ from beyond_outliers.study.mend import mend
 from beyond_outliers.train import machine
 from checkouts import tiny_study
 
-pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.learning_rates.EdgeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.rates.EdgeWarning")
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from beyond_outliers.train import (
     evaluation_steps,
     load_result,
     machine,
+    rate_factor,
     run_folder,
-    schedule,
     train,
     weights_path,
 )
@@ -42,11 +42,11 @@ def assert_same_weights(one, two):
 
 
 def test_the_schedule_is_a_trapezoid():
-    factors = [schedule(step, 100, 0.05, 0.20) for step in range(100)]
+    factors = [rate_factor(step, 100, 0.05, 0.20) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5:81] == [1.0] * 76
     assert factors[80:] == pytest.approx([1 - i / 20 for i in range(20)])
-    assert schedule(3, 10, 0, 0) == 1.0
+    assert rate_factor(3, 10, 0, 0) == 1.0
 
 
 def test_evaluations_are_spread_and_end_at_the_end(run_config):

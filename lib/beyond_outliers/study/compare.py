@@ -13,12 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.config.learning_rates import EdgeWarning
 from beyond_outliers.config.loading import is_own, load_own
 from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
-from beyond_outliers.config.tuning import line_search
+from beyond_outliers.config.rates import EdgeWarning, line_search
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 

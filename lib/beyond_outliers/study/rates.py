@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from beyond_outliers import checksums
-from beyond_outliers.config.learning_rates import EdgeWarning, choose_learning_rate
 from beyond_outliers.config.protocol import Planned
+from beyond_outliers.config.rates import EdgeWarning, choose_learning_rate, tune
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.config.tuning import tune
 from beyond_outliers.study import own
 from beyond_outliers.study.tables import check_table, read_table
 

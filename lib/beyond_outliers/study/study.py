@@ -14,11 +14,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import Rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
-from beyond_outliers.config.tuning import tune
+from beyond_outliers.config.rates import Rates, tune
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import common_loss, given_beside
 from beyond_outliers.study.mend import mend_aloud

@@ -45,7 +45,7 @@ from beyond_outliers.train.machine import (
     should_compile,
 )
 from beyond_outliers.train.resume import read_state, states, write_state
-from beyond_outliers.train.timetable import evaluation_steps, schedule
+from beyond_outliers.train.schedule import evaluation_steps, rate_factor
 from beyond_outliers.train.workers import Workers, place
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
@@ -205,7 +205,7 @@ class _Run:
             torch.from_numpy(part) for part in self.batches(self.step, self.workers.rank, self.workers.count)
         )
         parts = max(1, len(ids) // config.micro_batch)
-        factor = schedule(self.step, config.steps, config.warmup, config.decay)
+        factor = rate_factor(self.step, config.steps, config.warmup, config.decay)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
