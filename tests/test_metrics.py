@@ -211,14 +211,3 @@ def test_a_layer_without_tokens_and_a_head_without_blocks():
     assert blocks.loc["all", "input_error"] > 0
     with pytest.raises(ValueError, match=r"layer 'lm_head': mxfp4: blocks of 32 do not divide the width 33"):
         activation_metrics(model, x, QuantSpec("mxfp4", "mxfp4", head=True))
-
-
-def test_conv1d_is_the_linear_layer_that_it_is():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    conv, x = transformers.pytorch_utils.Conv1D(12, 16), torch.randn(20, 16)
-    linear = nn.Linear(16, 12)
-    linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
-    ours, expected = (activation_metrics(nn.Sequential(layer), x) for layer in (conv, linear))
-    for column in expected.columns.drop(["name", "kind"]):
-        assert ours[column][0] == pytest.approx(expected[column][0], rel=1e-5)

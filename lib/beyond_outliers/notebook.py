@@ -1,4 +1,4 @@
-"""What every notebook does first: check its parameters, say what it runs with, set the theme."""
+"""What every notebook calls: check its parameters, say what it runs with and what it found, show tables."""
 
 import importlib.metadata
 import json
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, entry
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol, scales
 from beyond_outliers.paths import git_commit
+from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -34,10 +37,7 @@ def begin(namespace: dict, study: bool = True):
     of the parameter `scale` (None: study=False), trained and measured first where the parameter `build` asks for it.
     MissingResults where it does not and there is nothing to read.
     """
-    from beyond_outliers.plots.theme import set_theme
-
     parameters = check_parameters(namespace)
-    set_theme()
     _show(parameters)
     return opened(Study(parameters["scale"]), parameters.get("build", False)) if study else None
 
@@ -45,7 +45,7 @@ def begin(namespace: dict, study: bool = True):
 def opened(study: Study, build: bool) -> Study:
     """The study with everything that it plans (build), or as far as its tables go; MissingResults without tables."""
     if build:
-        return study.ensure()
+        return workflow.build(study)
     if not (study.results / "runs.csv").exists():
         raise MissingResults(
             f"Scale {study.scale} has no tables to read in {study.results}. To build them, which takes "
@@ -120,7 +120,7 @@ def check_parameters(namespace: dict) -> dict:
     declared, injected = list(kinds), []
     if place is not None:
         declared = [name for name, typed in _assigned(cells[place]).items() if typed]
-        after = cells[place + 1]
+        after = "".join(cells[place + 1 : place + 2])
         injected = list(_assigned(after)) if after.startswith("# Parameters\n") else []
     if unknown := sorted(set(injected) - set(declared)):
         valid = ", ".join(f"{name} ({kinds[name].__name__})" for name in declared)
@@ -155,11 +155,13 @@ def setting(study: Study) -> "Markdown":
 
     protocol = study.protocol
     head = {True: "rounded", False: "not rounded"}
+    source = protocol.settings.rates_from
+    carried = f", or from scale `{source}` where a size has none" if source else ""
     parts = [
         f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
         f"{head['+head' in protocol.measure.primary]}.",
         f"In QAT the head is {head[protocol.settings.plan.qat.head]}." if protocol.settings.plan.qat else "",
-        f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}.",
+        f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}{carried}.",
     ]
     return Markdown(" ".join(filter(None, parts)))
 
@@ -189,18 +191,24 @@ def table(
         return Markdown(f"*No rows yet ({', '.join(frame.columns)}): nothing of this has been measured.*")
     usual, formats = digits if isinstance(digits, str) else f"{{:.{digits}f}}", formats or {}
     texts = {head: [_cell(value, formats.get(head), usual) for value in frame[head]] for head in frame.columns}
-    body = pd.DataFrame(texts).to_markdown(index=False, disable_numparse=True)
+    align = ["right" if is_numeric_dtype(frame[head]) else "left" for head in frame.columns]
+    body = pd.DataFrame(texts).to_markdown(index=False, disable_numparse=True, colalign=align)
     body = f"*{caption}*\n\n{body}" if caption else body
     return Markdown(f"<details><summary>{folded}</summary>\n\n{body}\n\n</details>" if folded else body)
 
 
 def _head(level: str | None, label: object) -> str:
-    return f"{level} {label}" if level and isinstance(label, numbers.Number) else str(label)
+    return f"{level} {label}" if level and isinstance(label, numbers.Number) else _named(str(label))
+
+
+def _named(text: str) -> str:
+    """Optimizers as they are written in text: AdamW for adamw; a run's name stays."""
+    return re.sub(rf"(?<![-\w])({'|'.join(OPTIMIZER_NAMES)})(?![-\w])", lambda found: entry(found[1]).label, text)
 
 
 def _cell(value: Any, form: str | None, usual: str) -> str:
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return _named(value.replace("|", "\\|"))
     if pd.isna(value):
         return "-"
     return (form or usual).format(value) if form or isinstance(value, float) else str(value)

@@ -15,7 +15,7 @@ import torch
 from beyond_outliers import paths
 from beyond_outliers.claims import low_rate
 from beyond_outliers.config import RunConfig
-from beyond_outliers.config.tuning import tuned_config
+from beyond_outliers.config.rates import tuned_config
 from beyond_outliers.study import Study
 from beyond_outliers.train import train
 

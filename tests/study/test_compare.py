@@ -1,5 +1,7 @@
 """An optimizer from outside beside a scale: its definition, its rates, its Common Loss, and the tables of both."""
 
+import tomllib
+from datetime import date
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.claims import beside
 from beyond_outliers.claims.compare import Comparison
-from beyond_outliers.config import OPTIMIZER_NAMES, Protocol
+from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
 from beyond_outliers.config.optimizers import entry
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
 from beyond_outliers.study import MissingResults, Study
@@ -71,7 +73,7 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
         tried.append(planned)
         return SimpleNamespace(row={"val_loss": 3 + np.log(planned.config.lr / 0.05) ** 2})
 
-    monkeypatch.setattr(Study, "train", trained)
+    monkeypatch.setattr(Study, "run", trained)
     rates = search_rates(Study(name), one)
     assert rates == tuple(sorted({p.config.lr for p in tried})) and len(tried) == len(rates)
     best = min(rates, key=lambda lr: abs(np.log(lr / 0.05)))
@@ -98,6 +100,33 @@ def test_what_cannot_be_is_refused(call, words):
     with pytest.raises(ValueError) as refusal:
         call()
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "label"),
+    [
+        ("growth_rate = inf, floor = -inf, eps = 1e-30", "Prodigy"),
+        ("inner = {lr = 0.1, flags = [true, false]}", "Wrapped, 'once' and \"twice\""),
+        ('"my key" = 1, "a.b" = "c = 2", "" = 0', "X\t\\n"),
+        ("groups = {matrix = {use_muon = true}}, betas = [0.9, 1]", "Lion \U0001f981"),
+        ("number = 3, real = 3.0, yes = true", "größer"),
+    ],
+)
+def test_a_definition_comes_back_as_it_was_written(hyper, label):
+    given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
+    name, one = written(hyper=given, label=label)
+    found = read_outside(name)
+    assert found == one and found.label == label
+    assert {key: type(value) for key, value in found.hyper.items()} == {k: type(v) for k, v in given.items()}
+    # and every later step goes by it: the scale with it, its runs, their JSON
+    config = Study(name).planned()[0].config
+    assert config.hyper == given and RunConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("hyper", [{"a": float("nan")}, {"a": {"b": [None]}}, {"a": date(2026, 1, 1)}])
+def test_values_that_no_file_gives_back_are_refused_before_one_is_written(hyper):
+    with pytest.raises(ValueError, match=r"hyper\.a.* must be true or false, a number, .*not "):
+        written(hyper=hyper)
 
 
 def test_hyperparameters_are_checked_before_anything_is_trained():

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -70,3 +72,20 @@ def test_a_figure_at_the_end_of_a_cell_is_shown_once(shell):
         shell, "import pandas as pd\nstaircases(pd.DataFrame(columns=['scheme', 'x', 'y', 'gradient']), {'ste': 'STE'})"
     )
     assert shell.user_ns["plt"].get_fignums() == []
+
+
+def test_the_study_appears_before_torch_and_what_draws_are_loaded():
+    """A notebook that reads tables answers in a second and a half; the rest is loaded by the cells that need it."""
+    code = """
+import resource, sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+shell.run_cell('scale: str = "pocket"\\nbuild: bool = False', store_history=True)
+shell.run_cell('from beyond_outliers import notebook\\nstudy = notebook.begin(globals())').raise_error()
+ours = [name for name in sys.modules if name.startswith("beyond_outliers")]
+print(len(ours), "torch" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_utime - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules, torch, seconds = done.stdout.split()[-3:]
+    assert int(modules) <= 40 and torch == "False" and float(seconds) < 1.5

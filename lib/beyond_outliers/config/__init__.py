@@ -1,51 +1,13 @@
 """What a run and a scale are: frozen settings, scale files, learning rates, the list of optimizers. No torch here."""
 
-from beyond_outliers.config.learning_rates import (
-    EdgeWarning,
-    Rates,
-    choose_learning_rate,
-    read_learning_rates,
-    read_rates,
-)
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
-from beyond_outliers.config.protocol import Planned, Protocol
-from beyond_outliers.config.run import (
-    CorpusConfig,
-    LlamaConfig,
-    ModelConfig,
-    Olmo2Config,
-    RunConfig,
-    Training,
-    model_config,
-)
-from beyond_outliers.config.scale import PURPOSES, Measure, Plan, Scale, Tuning, scales
-from beyond_outliers.config.tuning import Pending, auxiliary_rates, line_search, tune, tuned_config
+from beyond_outliers import lazily
 
-__all__ = [
-    "OPTIMIZER_NAMES",
-    "PURPOSES",
-    "CorpusConfig",
-    "EdgeWarning",
-    "LlamaConfig",
-    "Measure",
-    "ModelConfig",
-    "Olmo2Config",
-    "Pending",
-    "Plan",
-    "Planned",
-    "Protocol",
-    "Rates",
-    "RunConfig",
-    "Scale",
-    "Training",
-    "Tuning",
-    "auxiliary_rates",
-    "choose_learning_rate",
-    "line_search",
-    "model_config",
-    "read_learning_rates",
-    "read_rates",
-    "scales",
-    "tune",
-    "tuned_config",
-]
+__getattr__, __all__ = lazily(
+    __name__,
+    optimizers="OPTIMIZER_NAMES",
+    protocol="Planned Protocol",
+    rates="EdgeWarning Pending Rates auxiliary_rates choose_learning_rate line_search read_learning_rates read_rates "
+    "tune tuned_config",
+    run="CorpusConfig LlamaConfig ModelConfig Olmo2Config RunConfig Training model_config",
+    scale="PURPOSES Measure Plan Scale Tuning scales",
+)

@@ -5,7 +5,6 @@ lie under that name, so that nothing of the scale's own changes.
 """
 
 import dataclasses
-import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.parsing import Different, Range, parse
+from beyond_outliers.config.parsing import Different, Range, check_values, parse
 from beyond_outliers.config.run import Rate
 
 
@@ -34,16 +33,14 @@ class Outside:
     def __post_init__(self) -> None:
         if not is_own(self.source):
             raise ValueError(f"source must be module:Class, for instance torch.optim:SGD, not {self.source!r}")
+        check_values(self.hyper, "hyper")
 
     def write(self, file: Path) -> None:
-        lines = [
-            f"{name} = {json.dumps(value)}"  # these values are written alike in TOML
-            for name, value in dataclasses.asdict(self).items()
-            if name != "hyper" and value is not None
-        ]
-        lines += ["", "[hyper]", *(f"{name} = {json.dumps(value)}" for name, value in self.hyper.items())]
+        import tomli_w  # not on every machine that trains
+
+        text = tomli_w.dumps({name: v for name, v in dataclasses.asdict(self).items() if v is not None})
         file.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(file, "\n".join(lines) + "\n")
+        paths.write_whole(file, text)
 
 
 def parted(scale: str) -> tuple[str, str]:

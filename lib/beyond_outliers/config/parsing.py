@@ -122,6 +122,18 @@ def parse(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+def check_values(value: Any, where: str) -> None:
+    """ValueError unless TOML and JSON can both hold a value and everything in it, and NaN is nowhere."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            check_values(entry, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, entry in enumerate(value):
+            check_values(entry, f"{where}[{place}]")
+    elif not isinstance(value, bool | int | float | str) or value != value:
+        raise ValueError(f"{where} must be true or false, a number, a text, a list or a table of such, not {value!r}")
+
+
 def check_fields(instance: Any) -> None:
     """ValueError unless every field of a dataclass object fits its annotation."""
     its_class: Any = type(instance)

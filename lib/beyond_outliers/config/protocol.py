@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beyond_outliers import paths
-from beyond_outliers.config.learning_rates import Rates, read_rates
 from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, call, entry
 from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.rates import Rates, auxiliary_rates, read_rates, runs_of_search
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
 from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
-from beyond_outliers.config.tuning import auxiliary_rates, runs_of_search
 
 __all__ = ["OPTIMIZER_NAMES", "PURPOSES", "Planned", "Protocol", "scales"]
 

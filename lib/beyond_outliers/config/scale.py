@@ -9,7 +9,7 @@ from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES, ordered
 from beyond_outliers.config.outside import beside, optimizer_file, parted
-from beyond_outliers.config.parsing import Different, Name, Range, check_keys, choose, parse
+from beyond_outliers.config.parsing import Different, Name, Range, check_keys, check_values, choose, parse
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
 
 PURPOSES = ("sweep", "full_precision", "qat", "schemes")
@@ -174,7 +174,7 @@ class Scale:
     plan: Plan
     measure: Measure
     learning_rates: dict[str, Annotated[tuple[Rate, ...], Different()]] = field(default_factory=dict)
-    hyper: dict[str, dict[str, Hyperparameter]] = field(default_factory=dict)
+    hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: Tuning | None = None
     rates_from: Name | None = None
     labels: dict[str, str] = field(default_factory=dict)  # of optimizers from outside, in figures and sentences
@@ -183,6 +183,7 @@ class Scale:
         """ValueError where sections do not fit each other."""
         self._check_learning_rates()
         for name, given in self.hyper.items():
+            check_values(given, f"hyper.{name}")
             if not is_own(name):  # of one from outside only importing it would tell: `study.check` does
                 self._check_hyper(name, given)
         self._check_models()
@@ -193,7 +194,7 @@ class Scale:
             if tokens < least:
                 raise ValueError(f"measure.{key} must be {least} (training.context) or more, not {tokens}")
 
-    def _check_hyper(self, name: str, given: dict[str, Hyperparameter]) -> None:
+    def _check_hyper(self, name: str, given: dict[str, Any]) -> None:
         tuned = ROLE_RATES if self.tuning else ()
         kinds = REGISTRY[name].annotations
         check_keys(f"hyper.{name}", given, [k for k, kind in kinds.items() if k not in tuned and "dtype" not in kind])

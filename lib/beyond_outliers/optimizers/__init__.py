@@ -3,29 +3,17 @@
 `build_optimizer(model, "muon", lr=1e-2)` sorts a model's parameters into hidden matrices, embeddings and vectors.
 """
 
-from beyond_outliers.optimizers.adamw import SGD, AdamW
-from beyond_outliers.optimizers.groups import NonFiniteGradientError, parameter_groups
-from beyond_outliers.optimizers.muon import Muon
-from beyond_outliers.optimizers.outside import Outside
-from beyond_outliers.optimizers.psgd import PSGD
-from beyond_outliers.optimizers.registry import OPTIMIZERS, REGISTRY, Entry, build_optimizer
-from beyond_outliers.optimizers.scion import Scion
-from beyond_outliers.optimizers.shampoo import Shampoo
-from beyond_outliers.optimizers.soap import SOAP
+from beyond_outliers import lazily
 
-__all__ = [
-    "OPTIMIZERS",
-    "PSGD",
-    "REGISTRY",
-    "SGD",
-    "SOAP",
-    "AdamW",
-    "Entry",
-    "Muon",
-    "NonFiniteGradientError",
-    "Outside",
-    "Scion",
-    "Shampoo",
-    "build_optimizer",
-    "parameter_groups",
-]
+__getattr__, __all__ = lazily(
+    __name__,
+    adamw="SGD AdamW",
+    groups="NonFiniteGradientError parameter_groups",
+    muon="Muon",
+    outside="Outside",
+    psgd="PSGD",
+    registry="OPTIMIZERS REGISTRY Entry build_optimizer",
+    scion="Scion",
+    shampoo="Shampoo",
+    soap="SOAP",
+)

@@ -84,7 +84,8 @@ def save(figure: Figure, scale: str, name: str, caption: str = "") -> SavedFigur
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options):
-    """Like `plt.subplots`, but pyplot does not know the figure: a notebook shows a cell's last line once."""
+    """Like `plt.subplots`, in our theme; pyplot does not know the figure, so a cell's last line is shown once."""
+    set_theme()
     figure = Figure(figsize=figsize)
     return figure, figure.subplots(*shape, **options)
 

@@ -20,14 +20,15 @@ FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text
 
 
-def text_sequences(output: Tensor, text: Tensor | None) -> list[int]:
-    """Places of the sequences of a batch that are not padding alone; text: see `text_tokens`."""
-    return [i for i in range(len(output)) if text is None or bool(text[i].any())]
+def text_sequences(batch, values: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors (B, ...), sequence by sequence, without padding where they have a row for each token.
 
-
-def text_of(x: Tensor, i: int, text: Tensor | None) -> Tensor:
-    """The i-th sequence of x (B, ...) without its padding, where x has a row for each token."""
-    return x[i] if text is None or x.shape[:2] != text.shape else x[i][text[i].to(x.device)]
+    Sequences of padding alone are left out.
+    """
+    text = text_tokens(batch)
+    for i in range(len(values[0])):
+        if text is None or text[i].any():
+            yield [x[i] if text is None or x.shape[:2] != text.shape else x[i][text[i].to(x.device)] for x in values]
 
 
 @dataclass(frozen=True)
@@ -103,51 +104,45 @@ def relative_error(
             raise ValueError(f"tolerance must be a positive share of R, not {tolerance}")
         listed = list(batches)
         batches = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed))]
-    errors, signals, n_tokens = [], [], 0
-    runs = Runs(quantized)
+    sums: list[list[float]] = []  # squares of the output and of its error, or tokens and their ratios
+    n_tokens, runs = 0, Runs(quantized)
     with evaluating(model, quantized), runs.counted():
         for batch in batches:
-            answers = main_output(forward(model, batch)), main_output(forward(quantized, batch))
-            pairs = list(zip(*answers, strict=True))
-            if not pairs:
+            answers = [main_output(forward(one, batch)) for one in (model, quantized)]
+            if not answers[0]:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
-            text = text_tokens(batch)
-            for i in text_sequences(pairs[0][0], text):
-                ratio = Ratios(reduction)
-                for pair in pairs:
-                    for h, hq in pieces(tuple(text_of(x, i, text) for x in pair), reduction, centred):
+            for values in text_sequences(batch, [*answers[0], *answers[1]]):
+                ratio, places = Ratios(reduction), len(answers[0])
+                for pair in zip(values[:places], values[places:], strict=True):
+                    for h, hq in pieces(pair, reduction, centred):
                         ratio.add(dot(h, h), dot(hq - h, hq - h))
-                n_tokens += text_of(pairs[0][0], i, text)[..., 0].numel()
-                signal, error = ratio.sums.tolist() if ratio.sums.ndim else (0.0, 0.0)
-                errors.append(error)
-                signals.append(signal)
-            if tolerance is not None and len(errors) >= FEWEST:
-                *_, half = ratio_of_sums(errors, signals, confidence)
-                if half <= tolerance:
-                    break
-    if not errors:
+                sums.append(ratio.sums.tolist() if ratio.sums.ndim else [0.0, 0.0])
+                n_tokens += values[0][..., 0].numel()
+            if tolerance is not None and len(sums) >= FEWEST and ratio_of_sums(sums, confidence)[3] <= tolerance:
+                break
+    if not sums:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
-    value, low, high, half = ratio_of_sums(errors, signals, confidence)
-    quantiles = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, len(errors) - 1)
-    needed = n_tokens * (quantiles * half / 0.05) ** 2
-    return RelativeError(value, low, high, confidence, len(errors), n_tokens, float(needed))
+    value, low, high, half = ratio_of_sums(sums, confidence)
+    quantiles = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, len(sums) - 1)
+    needed = float(n_tokens * (quantiles * half / 0.05) ** 2)
+    return RelativeError(value, low, high, confidence, len(sums), n_tokens, needed)
 
 
 def ratio_of_sums(
-    numerators: Sequence[float] | np.ndarray,
-    denominators: Sequence[float] | np.ndarray,
-    confidence: float,
-    log: bool = True,
+    sums: Sequence[Sequence[float]], confidence: float, log: bool = True
 ) -> tuple[float, float, float, float]:
-    """Ratio of two sums over sequences, the ends of its interval, and half its width: of the logarithm with `log`."""
+    """Ratio of two sums over sequences, the ends of its interval, and half its width: of the logarithm with `log`.
+
+    sums: (denominator, numerator) of each sequence.
+    """
     from scipy import stats  # half a second that a process which only trains does not need
 
-    d, n, m = np.array(numerators), np.array(denominators), len(numerators)
+    n, d = np.array(sums).T
     ratio = quotient(d.sum(), n.sum())
-    if m < 2:
+    if len(d) < 2:
         return ratio, np.nan, np.nan, np.nan
-    half = float(stats.t.ppf((1 + confidence) / 2, m - 1) * np.std(d - ratio * n, ddof=1) / np.sqrt(m) / n.mean())
+    half = stats.t.ppf((1 + confidence) / 2, len(d) - 1) * np.std(d - ratio * n, ddof=1) / len(d) ** 0.5 / n.mean()
     if not log:
         return ratio, ratio - half, ratio + half, half
     half = half / ratio if ratio else 0.0
@@ -188,29 +183,27 @@ def rounding_floor(
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
     """`sample` sequences drawn from all batches, still in batches."""
 
-    def take(value, rows, size: int):
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
     sizes = [_sequences(batch) for batch in batches]
     total = sum(sizes)
     drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
     for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
         rows = torch.from_numpy(drawn[(drawn >= start) & (drawn < start + size)] - start)
-        if not len(rows):
-            continue
-        if isinstance(batch, Mapping):
-            yield {key: take(value, rows, size) for key, value in batch.items()}
-        else:
-            yield tuple(take(value, rows, size) for value in batch) if isinstance(batch, (tuple, list)) else batch[rows]
+
+        def take(value, rows=rows, size=size):
+            return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+        if len(rows):
+            if isinstance(batch, Mapping):
+                yield {key: take(value) for key, value in batch.items()}
+            else:
+                yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
 
 
 def _sequences(batch) -> int:
-    """How many sequences a batch has: those of its token ids, by name or as the integers (B, T) with most rows.
+    """How many sequences a batch has: those of its token ids (B, T) or embeddings (B, T, n).
 
-    Positions, masks and rotary tables beside them may be shared by all sequences.
+    Positions, masks and rotary tables beside them may be shared by all sequences: the most rows count.
     """
-    named = [batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch, Mapping) and key in batch]
-    given = [x for x in tensors(batch) if x.ndim]
-    tables = [x for x in given if x.ndim > 1]
-    ids = [x for x in tables if not x.is_floating_point() and x.dtype != torch.bool]
-    return max(map(len, next(filter(None, ([x for x in named if x is not None], ids, tables, given)))))
+    given = list(tensors(batch))
+    rows = [x for x in given if x.ndim > 1 + x.is_floating_point() and x.dtype != torch.bool]
+    return max(map(len, rows or given[:1]))

@@ -14,9 +14,8 @@ up to `confirm` hold the raw ratio of sums. A row added to all rows of the head'
 moves raw R; the centred and the softmax-weighted readings stay.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pandas as pd
@@ -24,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward
-from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
+from beyond_outliers.passes import main_output, plain_settings, tensors
 from beyond_outliers.propagation.norms import dot, pieces
-from beyond_outliers.propagation.output_error import ratio_of_sums, text_of, text_sequences
+from beyond_outliers.propagation.output_error import ratio_of_sums, text_sequences
 from beyond_outliers.quantizers.record import Runs
 
 RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
@@ -72,83 +71,77 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     with evaluating(model, quantized), runs.counted(), _inputs_of(head, model, quantized) as inputs:
         for batch in as_batches(batches):
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
-            tokens, text = _tokens(batch, answers[0][0]), text_tokens(batch)
-            for i in text_sequences(answers[0][0], text):
-                read = tuple(text_of(inputs[place], i, text) for place in (0, 1)) if len(inputs) == 2 else None
-                pairs = [(text_of(x, i, text), text_of(xq, i, text)) for x, xq in zip(*answers, strict=True)]
-                targets = None if tokens is None else text_of(tokens, i, text)
-                sequences.append(_of_sequence(pairs, read, head is not None, targets))
+            read = list(inputs.values()) if len(inputs) == 2 else []
+            tokens, places = _tokens(batch, answers[0][0]), len(answers[0])
+            for values in text_sequences(batch, [*answers[0], *answers[1], *tokens, *read]):
+                sums = _Sums()
+                for pair in zip(values[:places], values[places : 2 * places], strict=True):
+                    sums.add_relative("R_L", pair)
+                if read:
+                    sums.add_relative("R_final_norm", values[-2:])
+                if head is not None:
+                    sums.add_logits(values[0], values[places], values[2 * places] if tokens else None)
+                sequences.append(sums)
     if not sequences:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
     rows = {}
     for name in READINGS:
-        sums = [sums[name].tolist() if name in sums else (0.0, np.nan) for sums in sequences]
-        denominators, numerators = map(list, zip(*sums, strict=True))
-        rows[name] = ratio_of_sums(numerators, denominators, confidence, log=name not in SIGNED)[:3]
+        of_name = [sums[name].tolist() if name in sums else (0.0, np.nan) for sums in sequences]
+        rows[name] = ratio_of_sums(of_name, confidence, log=name not in SIGNED)[:3]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
     return table.assign(n=len(sequences)).rename_axis("reading")
 
 
-def _of_sequence(pairs: list, read: tuple | None, logits: bool, tokens: Tensor | None) -> dict[str, Tensor]:
-    """Reading -> (denominator, numerator), float64, of one sequence: outputs and head inputs of both models."""
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+class _Sums(dict[str, Tensor]):
+    """Reading -> (denominator, numerator), float64, of one sequence."""
 
-    def add(name: str, denominators: Tensor, numerators: Tensor):
-        sums[name] = sums[name] + torch.stack([denominators.sum(), numerators.sum()]).cpu()
+    def add(self, name: str, denominators: Tensor, numerators: Tensor):
+        self[name] = self.get(name, 0) + torch.stack([denominators.sum(), numerators.sum()])
 
-    def add_relative(name: str, signal: Tensor, error: Tensor):
-        add(name, signal, error)
+    def add_ratios(self, name: str, signal: Tensor, error: Tensor):
+        self.add(name, signal, error)
         kept = signal != 0  # a row of zeros has no relative error
-        add(name + "_token", kept.double(), error[kept] / signal[kept])
+        self.add(name + "_token", kept.double(), error[kept] / signal[kept])
 
-    compared = [("R_L", pair, False) for pair in pairs]
-    compared += [("R_L_centred", pairs[0], True)] if logits else []
-    compared += [("R_final_norm", read, False)] if read else []
-    for name, pair, centred in compared:
-        for x, xq in pieces(pair, "token", centred):
-            add_relative(name, dot(x, x), dot(xq - x, xq - x))
-    first = 0
-    for z, zq in pieces(pairs[0], "token") if logits else ():
-        log_p, log_q = z.log_softmax(-1), zq.log_softmax(-1)
-        p, one = log_p.exp(), torch.ones_like(z[:, 0])
-        change = _variance(p, zq - z)
-        add_relative("R_softmax", _variance(p, z), change)
-        add("kl", one, (p * (log_p - log_q)).sum(-1))
-        add("kl_second_order", one, change / 2)
-        add("top1_agreement", one, (z.argmax(-1) == zq.argmax(-1)).double())
-        if tokens is not None:
-            targets = tokens[first + 1 : first + len(z) + 1, None].to(z.device)
-            loss, loss_q = (-x[: len(targets)].gather(1, targets)[:, 0] for x in (log_p, log_q))
-            for name, values in (("loss", loss), ("loss_quantized", loss_q), ("increase", loss_q - loss)):
-                add(name, torch.ones_like(values), values)
-        first += len(z)
-    return sums
+    def add_relative(self, name: str, pair: Sequence[Tensor], centred: bool = False):
+        for x, xq in pieces(tuple(pair), "token", centred):
+            self.add_ratios(name, dot(x, x), dot(xq - x, xq - x))
+
+    def add_logits(self, logits: Tensor, logits_q: Tensor, tokens: Tensor | None):
+        self.add_relative("R_L_centred", (logits, logits_q), centred=True)
+        first = 0
+        for z, zq in pieces((logits, logits_q), "token"):
+            log_p, log_q = z.log_softmax(-1), zq.log_softmax(-1)
+            p, one = log_p.exp(), torch.ones_like(z[:, 0])
+            change = _variance(p, zq - z)
+            self.add_ratios("R_softmax", _variance(p, z), change)
+            self.add("kl", one, (p * (log_p - log_q)).sum(-1))
+            self.add("kl_second_order", one, change / 2)
+            self.add("top1_agreement", one, (z.argmax(-1) == zq.argmax(-1)).double())
+            if tokens is not None:
+                targets = tokens[first + 1 : first + len(z) + 1, None].to(z.device)
+                loss, loss_q = (-x[: len(targets)].gather(1, targets)[:, 0] for x in (log_p, log_q))
+                for name, values in (("loss", loss), ("loss_quantized", loss_q), ("increase", loss_q - loss)):
+                    self.add(name, one[: len(targets)], values)
+            first += len(z)
 
 
-def _tokens(batch, output: Tensor) -> Tensor | None:
-    """(B, T) token ids of a batch, where the output has a row for each; None where they are not there."""
-    given = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else next(tensors(batch), None)
-    if given is None or given.is_floating_point() or given.shape != output.shape[:-1]:
-        return None
-    return given.long()
+def _tokens(batch, output: Tensor) -> list[Tensor]:
+    """The token ids (B, T) of a batch, where the output has a row for each; nothing where they are not there."""
+    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else next(tensors(batch), output)
+    return [] if ids.is_floating_point() or ids.shape != output.shape[:-1] else [ids.long()]
 
 
 @contextmanager
 def _inputs_of(head: str | None, *models: nn.Module) -> Iterator[dict[int, Tensor]]:
     """Place of the model -> what its head was given last; empty where there is no head, or nothing calls it."""
     inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, model in enumerate(models if head else ()):
 
-    def keep(place: int):
-        def hook(module, args, kwargs):
-            inputs[place] = next(tensors(args, kwargs))
+            def keep(module, args, kwargs, place=place):
+                inputs[place] = next(tensors(args, kwargs))
 
-        return hook
-
-    modules = [model.get_submodule(head) for model in models] if head else []
-    handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-    try:
+            stack.enter_context(model.get_submodule(head or "").register_forward_pre_hook(keep, with_kwargs=True))
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()

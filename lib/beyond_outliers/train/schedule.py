@@ -3,7 +3,7 @@
 from beyond_outliers.config.run import RunConfig
 
 
-def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+def rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     """Trapezoidal factor of the learning rate at `step` (from 0): linear up, constant, linear down to 0 at the end."""
     up = (step + 1) / (warmup * steps) if warmup else 1.0
     down = (steps - step) / (decay * steps) if decay else 1.0
