@@ -238,9 +238,9 @@ def decompose(
     that runs several times has a row a call, named "name#2" and so on. Dropout and Identity have none. The model's
     answer (see `passes.main_output`: logits, not a pooled state beside them) has the last row, whatever ran last.
 
-    Checked as it goes, see `invariants`: A = 0 where the input has no error, B = 0 where the function has not changed,
-    modules of other libraries give the same again for the same input. Experts that get other tokens in the quantized
-    model have no row; a CoverageWarning names them.
+    Checked as it goes (`anymodel.invariants`): A = 0 where the input has no error, B = 0 where the function has not
+    changed, modules of other libraries give the same again for the same input. Experts that get other tokens in the
+    quantized model have no row; a CoverageWarning names them.
 
     Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
     quantity is not defined (gain of a module whose input has no error; ratios of what is not linear; R_in where the
@@ -263,7 +263,7 @@ def decompose(
         raise ValueError(f"{type(model).__name__} has no output head whose logits could be centred")
     kind_of_watch = Ours
     if not all(_known(module) for one in (model, quantized) for module in one.modules()):
-        from beyond_outliers.propagation.tracing import Foreign as kind_of_watch
+        from beyond_outliers.anymodel.tracing import Foreign as kind_of_watch
     calls: dict[tuple[str, int], Call] = {}
     rows: dict[tuple[str, int], Row] = {}
     watch: Any = None  # an `Ours`, once there is a batch

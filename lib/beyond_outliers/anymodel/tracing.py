@@ -4,17 +4,17 @@ Functions between modules, tensors that are changed in place, pooled states besi
 tokens, modules that keep a state: what `decompose` must look after in a model of which it knows nothing.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from beyond_outliers.anymodel.invariants import check_repeated, check_unchanged, repeats, unchanged
+from beyond_outliers.anymodel.routing import Watch, other_tokens
 from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
 from beyond_outliers.propagation.decomposition import FUNCTIONAL, Ours, Row, kind_of, units
 from beyond_outliers.propagation.hooks import Call, Tape
-from beyond_outliers.propagation.invariants import check_repeated, check_unchanged, repeats, unchanged
-from beyond_outliers.propagation.selection import Watch, other_tokens
 
 # aten operators that only move, copy or recast numbers: between modules they are no function of their own
 # fmt: off
@@ -65,19 +65,9 @@ class _Trace(Watch):
         return {(x.numel(), float(x.sum())) for x in answer} <= {(x.numel(), float(x.sum())) for x in last}
 
 
-def clones(value):
+def clones(values: Any) -> Any:
     """The same nested structure with every tensor copied."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list)):
-        copies = [clones(item) for item in value]
-        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # of the same class, with what it has beside its items
-        for key, item in value.items():
-            copied[key] = clones(item)
-        return copied
-    return value
+    return tree_map_only(Tensor, Tensor.clone, values)
 
 
 class CarefulTape(Tape):
@@ -97,7 +87,7 @@ class Foreign(Ours):
     """Rows are units that touch activations, and what computes around them.
 
     Where the model's answer is not what the last unit gave, such as beside a pooler, the model itself has the last row.
-    picking: names of those whose inputs are rows that the model picks (see `selection`).
+    picking: names of those whose inputs are rows that the model picks (see `routing`).
     """
 
     def __init__(self, model: nn.Module, quantized: nn.Module, batch: Any, granularity: str, attention: str):

@@ -4,6 +4,7 @@ A quantized model may pick others. What an expert then does to them is no counte
 even where their number is the same.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +91,14 @@ class Watch(TorchDispatchMode):
 
     def run(self):
         """One pass; returns what the model gave."""
-        handles = [module.register_forward_pre_hook(self.enter, with_kwargs=True) for module in self.names]
-        handles += [module.register_forward_hook(self.leave, with_kwargs=True) for module in self.names]
         for x in floats(self.batch):
             self.activations[x] = True
-        try:
-            with self:
-                return forward(self.model, self.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for module in self.names:
+                stack.enter_context(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(self.leave, with_kwargs=True))
+            stack.enter_context(self)
+            return forward(self.model, self.batch)
 
 
 @dataclass(frozen=True, eq=False)  # hashable by identity
