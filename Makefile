@@ -20,7 +20,7 @@ PYTHON ?= python3
 VENV   := .venv
 JOBS    = $(if $(CORES),--jobs $(CORES))
 # What may be said on the command line; another word there is misspelt, and would mean nothing.
-VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR OPTIONS OPTIMIZER HYPER RATES NAME ONLY PYTHON \
+VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR GPUS OPTIONS OPTIMIZER HYPER RATES NAME ONLY PYTHON \
 	OMP_NUM_THREADS TOKENIZERS_PARALLELISM SHELL
 GIVEN  := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq ($(filter-out $(VALID),$(GIVEN)),)
@@ -60,7 +60,7 @@ $(READY): environment.yml pyproject.toml
 
 reproduce: $(READY)
 	@$(BIN)/beyond-outliers reproduce --scale $(SCALE) $(JOBS) \
-		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(OPTIONS),--options="$(OPTIONS)")
+		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(GPUS),--gpus $(GPUS)) $(if $(OPTIONS),--options="$(OPTIONS)")
 
 figures: $(READY)
 	$(BIN)/beyond-outliers figures --scale $(SCALE) $(JOBS)

@@ -1,70 +1,116 @@
-# The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> measurements -> tables; then verdicts, notebooks.
+# The study as a graph, size by size: corpus -> sweep -> learning rates -> runs -> Common Loss -> tables; verdicts, notebooks.
 #
-# All that is made, and every file that decides what is done, lies in data/runs/SCALE (git-ignored); committed tables and
-# pages stay as they are. So a fresh clone computes everything, a second call nothing, and Ctrl-C costs at most the
-# minutes since the last evaluation of a run. Priorities finish a size, tables included, before the next one starts, so that a study
-# which was stopped early is a smaller study.
+# One job a run: it trains and measures. All that is made, and every file that says what is done, lies in data/runs/SCALE
+# (git-ignored); committed tables and pages stay as they are. So a fresh clone computes everything, a second call nothing,
+# and Ctrl-C costs at most the minutes since the last evaluation of a run. Priorities finish a size, tables included, before
+# the next one starts, so that a study which was stopped early is a smaller study.
+#
+# --config scale=SCALE  rows=1: runs that the tables have are done (make continue)  shard=1/3: a part of the runs  gpus=N: of a run
 import re
 import sys
 
 from beyond_outliers import paths
 from beyond_outliers.config import PURPOSES
 from beyond_outliers.notebook import notebooks
-from beyond_outliers.study import Study
-from beyond_outliers.study.steps import OUTPUTS, Step, choices, main_runs, needs, sweep
+from beyond_outliers.study.collect import adopted
+from beyond_outliers.study.study import Study
 from beyond_outliers.train.forecast import memory as training_memory
 
 SCALE = str(config.get("scale", "pocket"))  # a number on the command line arrives as one
+ROWS = bool(config.get("rows"))
+PART, PARTS = map(int, str(config.get("shard", "1/1")).split("/"))
+GPUS = int(config.get("gpus", 0))  # of one run in training; all else takes one
 STUDY = Study(SCALE)
 PROTOCOL = STUDY.protocol
 SIZES = PROTOCOL.sizes
-SWEPT = [size for size in SIZES if "sweep" in PROTOCOL.purposes(size)]
+SWEPT = STUDY.sizes_of("sweep")
 WORK = paths.RUNS / SCALE
-DRAWN = f"{WORK}/notebooks/{{notebook}}.done"  # figures and pages lie where `paths.figures` says
 PYTHON = sys.executable
+ADOPTED = adopted(STUDY) if ROWS else {}
+TAKEN = "--rows" if ROWS else "--no-rows"  # of the searches
 
 
 wildcard_constraints:
     run="[^/]+",
+    level="light|full",
     size="|".join(map(re.escape, SIZES)),
-    optimizer="|".join(PROTOCOL.optimizers),
-    purpose="|".join(PURPOSES),
+    seed="all|[0-9]+",
+    optimizer="|".join(map(re.escape, PROTOCOL.optimizers)),
 
 
-def output(kind):
-    """The file that says that a step of a kind is done, with its wildcards."""
-    return f"{WORK}/{OUTPUTS[kind]}"
+def known(size):
+    """Whether the learning rates of a size are in the tables."""
+    rates = STUDY.rates
+    return all((size, name) in rates for name in PROTOCOL.optimizers)
 
 
-def outputs(steps):
-    return [f"{WORK}/{step.output}" for step in steps]
+def chosen(size):
+    """Waits for the learning rates of a size, where this part of the study chooses them; else whether they are known."""
+    at = PROTOCOL.tuning_size(size)
+    if at not in SWEPT or (ROWS and known(at)):
+        return True
+    return PART == 1 and bool(checkpoints.choose.get(size=at))
 
 
-def inputs(kind):
-    """What the steps of a kind need, as an input function; study/steps.py has the order."""
-
-    def of(wildcards):
-        step = Step(kind, **dict(wildcards.items()))
-        for choice in choices(PROTOCOL, step):
-            checkpoints.choose.get(size=choice.size)  # waits: only with its rates can main runs be named
-        return outputs(needs(PROTOCOL, step))
-
-    return of
+def here(planned):
+    """Whether a run is made here: it is of this part, which has a size and seed whole, and no row of it counts as done."""
+    part = 1 if planned.purpose == "sweep" else 1 + (SIZES.index(planned.config.size) + planned.config.seed) % PARTS
+    return part == PART and planned.config.name not in ADOPTED.get(planned.purpose, ())
 
 
-def all_main_runs(_):
-    for size in SWEPT:
-        checkpoints.choose.get(size=size)
-    return [file for size in SIZES for file in outputs(main_runs(PROTOCOL, size))]
+def done(runs):
+    """The files that say that runs are trained and measured."""
+    levels = {(p.config.name, "light" if p.purpose == "sweep" else "full") for p in runs if here(p)}
+    return [f"{WORK}/{run}/{level}.done" for run, level in sorted(levels)]
 
 
-def priority(size, run=None, purpose=None):
-    """Sizes in turn, smallest first; within one, the runs in the protocol's order, each purpose's measured at its end."""
+def sweep(size):
+    """What the learning rates of a size are chosen from: runs, or, of a tuned scale, searches of an optimizer each."""
+    if not PROTOCOL.tuned:
+        return done(PROTOCOL.sweep_runs(size))
+    return [f"{WORK}/tuned-{name}-{size}" for name in PROTOCOL.optimizers if PART == 1 and not (ROWS and known(size))]
+
+
+def main_runs(size):
+    """The main runs of a size, as soon as its learning rates are known."""
+    return PROTOCOL.runs(STUDY.rates, size) if chosen(size) else []
+
+
+def group(size, seed):
+    """The runs that a Common Loss is taken over."""
+    runs = [p for p in main_runs(size) if p.purpose == "full_precision"]
+    return runs if seed == "all" else [p for p in runs if p.config.seed == int(seed)]
+
+
+def common(size):
+    """The measurements at the Common Loss of the groups of a size that have runs here."""
+    groups = STUDY.groups() if chosen(size) else []
+    seeds = ["all" if seed is None else seed for at, seed in groups if at == size]
+    return [f"{WORK}/common-{size}-{seed}.done" for seed in seeds if any(map(here, group(size, seed)))]
+
+
+def before(size, step):
+    """The same step of the swept size before this one, whose rates are taken, and whose table is written, in turn."""
+    earlier = SWEPT[: SWEPT.index(size)][-1:]
+    return [f"{WORK}/{step}-{at}" for at in earlier if not (ROWS and known(at))]
+
+
+def tables(size):
+    """All that the tables of a size are made of."""
+    return [*(sweep(size) if size in SWEPT else []), *done(main_runs(size)), *common(size)]
+
+
+def everything(_):
+    """Asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it."""
+    return [file for size in SIZES for file in tables(size)]
+
+
+def priority(size, run=None):
+    """Sizes in turn, smallest first; within one, the runs in the protocol's order. `make continue`: QAT behind all else."""
     planned = STUDY.planned(size)
-    places = [(p, 2 * (len(planned) - place)) for place, p in enumerate(planned)]
-    left = {p.config.name: place for p, place in reversed(places)}  # a sweep run that is a main run, too: its first place
-    last = {p.purpose: place - 1 for p, place in places}
-    return 1000 * (len(SIZES) - SIZES.index(size)) + left.get(run, last.get(purpose, 0))
+    place = next((place for place, p in enumerate(planned) if p.config.name == run), len(planned))
+    late = ROWS and any(p.config.name == run and p.purpose in ("qat", "schemes") for p in planned)
+    return 10_000 * ((1 - late) * len(SIZES) + len(SIZES) - SIZES.index(size)) + 2 * (len(planned) - place)
 
 
 def size_of(run):
@@ -72,63 +118,62 @@ def size_of(run):
 
 
 # What a cluster is asked for, on the safe side; a run that its time cuts off is saved and goes on (retries).
-GPUS = int(config.get("gpus", 0))  # of one run in training; all else takes one
-ON_GPUS = {"gpu": 1} if GPUS else {}
 LIGHT = {"mem_mb": 4000, "runtime": 120}  # of jobs that read and write tables and pages
+ON_GPUS = {"gpu": 1} if GPUS else {}
 
 
 def memory(model):
-    """Megabytes: Python with torch, and the run."""
+    """Megabytes: Python with torch, and the run: weights, gradients, optimizer, activations and logits of a micro-batch."""
     training = PROTOCOL.settings.training
     scheme = "none" if {"qat", "schemes"}.isdisjoint(PROTOCOL.purposes()) else "lsq"  # the one that keeps most
     return 1500 + round(1.5 * training_memory(model, training.micro_batch, training.context, scheme)["peak"] / 1e6)
 
 
 def minutes(model):
-    """At 3 GFLOP/s a CPU thread, a tenth of what idle cores do here, or 50 TFLOP/s a GPU; half an hour to three days."""
+    """At 3 GFLOP/s a CPU thread, a tenth of what idle cores do here, or 50 TFLOP/s a GPU; an hour and a half to three days."""
     operations = 6 * PROTOCOL.settings.training.tokens_per_parameter * model.n_parameters**2
-    return min(3 * 1440, 30 + round(operations / (5e13 * GPUS or 3e9 * PROTOCOL.threads) / 60))
-
-
-def tokenizing(_):
-    """Minutes: an hour, and one more for every 100 MB of text."""
-    return 60 + round((PROTOCOL.corpus.limit_mb or 0) / 100)
+    return min(3 * 1440, 90 + round(operations / (5e13 * GPUS or 3e9 * PROTOCOL.threads) / 60))
 
 
 def asked(of):
-    """A resource of a job: of its size's model, of the run's, or of the largest."""
-
-    def resource(wildcards):
-        size = wildcards.get("size") or (size_of(wildcards.run) if "run" in wildcards.keys() else SIZES[-1])
-        return of(PROTOCOL.model(size))
-
-    return resource
+    """A resource of a job: of its size's model, or of its run's."""
+    return lambda wildcards: of(PROTOCOL.model(wildcards.get("size") or size_of(wildcards.run)))
 
 
 rule all:
     input:
         f"{WORK}/index.done",
-        # asked for by name, so that a run whose folder was deleted is made again, and all that hangs on it
-        [file for size in SWEPT for file in outputs(sweep(PROTOCOL, size))],
-        all_main_runs,
+        [file for size in SWEPT for file in sweep(size)],
+        everything,
+
+
+rule tables:
+    input:
+        f"{WORK}/collected-{SIZES[-1]}",
+        [file for size in SWEPT for file in sweep(size)],
+        everything,
 
 
 rule corpus:
     output:
-        output("corpus"),
+        touch(f"{WORK}/corpus.done"),
+    log:
+        f"{WORK}/logs/corpus.log",
     threads: 2 # beside it nothing runs: everything needs it
     resources:
         mem_mb=8000,
-        runtime=tokenizing,
+        runtime=60 + round((PROTOCOL.corpus.limit_mb or 0) / 100),
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback corpus --scale {SCALE:q} > {output:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback corpus --scale {SCALE:q} > {log:q} 2>&1"
 
 
 rule train:
     input:
-        inputs("train"),
+        rules.corpus.output,
     output:
-        output("train"),
+        touch(f"{WORK}/{{run}}/{{level}}.done"),
+    log:
+        f"{WORK}/logs/{{run}}-{{level}}.log",
     threads: PROTOCOL.threads
     priority: lambda wildcards: priority(size_of(wildcards.run), wildcards.run)
     retries: 2
@@ -137,65 +182,73 @@ rule train:
         runtime=asked(minutes),
         **{"gpu": GPUS} if GPUS else {},
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback run --scale {SCALE:q} --run {wildcards.run:q} --quiet --processes {GPUS:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback run --scale {SCALE:q} --run {wildcards.run:q} --level {wildcards.level:q} --processes {GPUS:q} > {log:q} 2>&1"
 
 
 # of scales whose learning rates are searched for: all runs of a search, which decides from run to run
 rule tune:
     input:
-        inputs("tune"),
+        rules.corpus.output,
+        lambda wildcards: before(wildcards.size, f"tuned-{wildcards.optimizer}"),
     output:
-        output("tune"),
+        touch(f"{WORK}/tuned-{{optimizer}}-{{size}}"),
+    log:
+        f"{WORK}/logs/tuned-{{optimizer}}-{{size}}.log",
     threads: PROTOCOL.threads
-    priority: lambda wildcards: priority(wildcards.size, purpose="sweep")
+    priority: lambda wildcards: priority(wildcards.size)
     retries: 2
     resources:
         mem_mb=asked(memory),
         runtime=3 * 1440,
         **ON_GPUS,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback tune --scale {SCALE:q} --size {wildcards.size:q} "
-        "--optimizer {wildcards.optimizer:q} --quiet > {output:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback tune --scale {SCALE:q} --size {wildcards.size:q} --optimizer {wildcards.optimizer:q} {TAKEN:q} > {log:q} 2>&1"
 
 
 checkpoint choose:
     input:
-        inputs("choose"),
+        lambda wildcards: sweep(wildcards.size) + before(wildcards.size, "chosen"),
     output:
-        output("choose"),
+        touch(f"{WORK}/chosen-{{size}}"),
+    log:
+        f"{WORK}/logs/chosen-{{size}}.log",
     priority: lambda wildcards: priority(wildcards.size)
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback choose --scale {SCALE:q} --size {wildcards.size:q} > {output:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback choose --scale {SCALE:q} --size {wildcards.size:q} > {log:q} 2>&1"
 
 
-rule measure:
+rule common:
     input:
-        inputs("measure"),
+        lambda wildcards: done(group(wildcards.size, wildcards.seed)),
     output:
-        touch(output("measure")),
+        touch(f"{WORK}/common-{{size}}-{{seed}}.done"),
+    log:
+        f"{WORK}/logs/common-{{size}}-{{seed}}.log",
     threads: PROTOCOL.threads
-    priority: lambda wildcards: priority(wildcards.size, purpose=wildcards.purpose)
+    priority: lambda wildcards: priority(wildcards.size)
     resources:
         mem_mb=asked(memory),
         runtime=1440,
         **ON_GPUS,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback measure --scale {SCALE:q} --purpose {wildcards.purpose:q} "
-        "--size {wildcards.size:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback common --scale {SCALE:q} --size {wildcards.size:q} --seed {wildcards.seed:q} > {log:q} 2>&1"
 
 
 rule collect:
     input:
-        inputs("collect"),
+        lambda wildcards: tables(wildcards.size),
+        lambda wildcards: [f"{WORK}/collected-{at}" for at in SIZES[: SIZES.index(wildcards.size)][-1:]],
     output:
-        touch(output("collect")),
+        touch(f"{WORK}/collected-{{size}}"),
+    log:
+        f"{WORK}/logs/collected-{{size}}.log",
     priority: lambda wildcards: priority(wildcards.size)
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback collect --scale {SCALE:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback collect --scale {SCALE:q} > {log:q} 2>&1"
 
 
 rule claims:
@@ -203,31 +256,37 @@ rule claims:
         f"{WORK}/collected-{SIZES[-1]}",
     output:
         touch(f"{WORK}/claims.done"),
+    log:
+        f"{WORK}/logs/claims.log",
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback claims --scale {SCALE:q} --checked"
+        "{PYTHON:q} -m beyond_outliers --traceback claims --scale {SCALE:q} --checked > {log:q} 2>&1"
 
 
 rule notebook:
     input:
-        outputs([Step("collect", size=SIZES[-1])]),
+        f"{WORK}/collected-{SIZES[-1]}",
         f"{paths.NOTEBOOKS}/{{notebook}}.ipynb",
         lambda wildcards: rules.claims.output if wildcards.notebook == "07_claims" else [],
     output:
-        touch(DRAWN),
+        touch(f"{WORK}/notebooks/{{notebook}}.done"),
+    log:
+        f"{WORK}/logs/{{notebook}}.log",
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only"
+        "{PYTHON:q} -m beyond_outliers --traceback notebook --scale {SCALE:q} --name {wildcards.notebook:q} --tables-only > {log:q} 2>&1"
 
 
 rule index:
     input:
-        expand(DRAWN, notebook=notebooks(PROTOCOL)),
+        expand(f"{WORK}/notebooks/{{notebook}}.done", notebook=notebooks(PROTOCOL)),
     output:
         touch(f"{WORK}/index.done"),
+    log:
+        f"{WORK}/logs/index.log",
     resources:
         **LIGHT,
     shell:
-        "{PYTHON:q} -m beyond_outliers --traceback pages index --scale {SCALE:q}"
+        "{PYTHON:q} -m beyond_outliers --traceback pages index --scale {SCALE:q} > {log:q} 2>&1"

@@ -11,6 +11,7 @@ import pytest
 
 from beyond_outliers import cli, paths
 from beyond_outliers.cli import main
+from beyond_outliers.study.workflow import processors
 
 REFUSED = {
     "tarin --scale pocket": "did you mean train?",
@@ -45,6 +46,7 @@ ALL_OF_THEM = """
 import contextlib, io, json, sys
 sys.modules["torch"] = None  # whoever imports it now fails
 from beyond_outliers.cli import main
+from beyond_outliers.study.workflow import processors
 found = {}
 for words in json.loads(sys.argv[1]):
     said, code = io.StringIO(), 0
@@ -138,14 +140,14 @@ def test_as_many_jobs_as_processors_are_allowed(monkeypatch):
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert cli.processors() == 1
+        assert processors() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    assert cli.processors() == len(allowed)
+    assert processors() == len(allowed)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    assert cli.processors() == 1
+    assert processors() == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
-    assert cli.processors() == len(allowed)
+    assert processors() == len(allowed)
 
 
 def said_by_make(*words):
@@ -170,7 +172,7 @@ def test_a_misspelt_variable_of_make_is_refused_with_the_valid_ones(word):
         (["reproduce", "CORES=0"], "reproduce --scale pocket --jobs 0"),
         (["reproduce"], "reproduce --scale pocket"),
         (["lab", "OPTIONS=--x"], "--allow-root --x" if os.getuid() == 0 else "config.py --x"),
-        (["reproduce", "OPTIONS=--config gpus=1"], 'reproduce --scale pocket --options="--config gpus=1"'),
+        (["reproduce", "GPUS=8", "OPTIONS=--quiet all"], 'reproduce --scale pocket --gpus 8 --options="--quiet all"'),
     ],
 )
 def test_make_hands_over_what_it_is_told(words, wanted):

@@ -8,6 +8,7 @@ Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file i
 """
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -68,18 +70,10 @@ def shard(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is no part of a plan; valid: 1/5, 2/5, ..., 5/5")
 
 
-def processors() -> int:
-    """As many as this process may use: by its affinity, and by what Slurm gave it."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(allowed, int(slurm)) if slurm.isdigit() and int(slurm) else allowed
-
-
 COUNT = number(int, 1, "a whole number of at least 1")
 SCALE = option("--scale", required=True, help="a study of data/scales, for instance pocket")
 SIZE = option("--size", required=True, help="a size of the scale")
-JOBS = option("--jobs", type=COUNT, default=processors(), help="jobs side by side; default: the processors allowed")
-QUIET = option("--quiet", action="store_true", help="no progress bar")
+JOBS = option("--jobs", type=COUNT, help="jobs side by side; default: the processors that may be used")
 
 
 def study_of(given: Given) -> Any:
@@ -192,16 +186,19 @@ def probe(given: Given) -> None:
     JOBS,
     option("--executor", default="local", choices=("local", "slurm")),
     option("--options", default="", help="more options of Snakemake, as one text"),
+    option("--gpus", type=COUNT, help="of one run in training, for clusters; default: none"),
+    option("--target", default="all", help="a rule or a file of the Snakefile; tables: without verdicts and pages"),
 )
 def reproduce(given: Given) -> int:
     """Train, quantize, measure, run the notebooks and compare; what is done already is left alone."""
     study = study_of(given)
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
-    if status := run_workflow(study, given.jobs, given.executor, shlex.split(given.options)):
-        return status
-    say_where(study_of(given))
-    return 0
+    settings: dict[str, Any] = {"gpus": given.gpus} if given.gpus else {}
+    status = run_workflow(study, given.jobs, given.executor, shlex.split(given.options), given.target, **settings)
+    if not status and given.target == "all":
+        say_where(study)
+    return status
 
 
 @command(
@@ -211,23 +208,31 @@ def reproduce(given: Given) -> int:
     option("--hours", type=number(float, 0, "a positive number of hours"), help="default: until all is done"),
     option("--shard", type=shard, default=(1, 1), metavar="I/N", help="part I of N, for N machines"),
 )
-def continue_(given: Given) -> None:
+def continue_(given: Given) -> int:
     """Train and measure as far as the time reaches; rows that are committed count as done."""
     study = study_of(given)
-    from beyond_outliers.study.runner import StudyFailed, continue_study
+    from beyond_outliers.study.collect import merge as merge_tables
+    from beyond_outliers.study.own import take_up
+    from beyond_outliers.study.tables import MissingResults
+    from beyond_outliers.study.workflow import reproduce as run_workflow
 
-    study.check()
-    study.prepare_corpus()
-    try:
-        n = continue_study(study, given.jobs, given.hours, given.shard)
-    except KeyboardInterrupt:  # or SIGTERM: runs in training are saved
-        ended(75, f"interrupted. To go on: make continue SCALE={study.scale}")
-    except StudyFailed as failed:
-        ended(1, f"{failed}\nnext: make continue SCALE={study.scale} tries them again")
-    print(f"{n} runs finished; their tables are in {study.results}")
+    take_up(study)
+    if (paths.RESULTS / study.scale / "runs.csv").exists():
+        merge_tables(study, paths.RESULTS / study.scale)  # what others have committed since
+    before = len(study.table("runs")) if study.has("runs") else 0
+    settings: dict[str, Any] = {"rows": 1, "shard": "{}/{}".format(*given.shard)}
+    status = run_workflow(study, given.jobs, options=["--keep-going"], target="tables", hours=given.hours, **settings)
+    with contextlib.suppress(MissingResults):  # nothing has ended
+        study.collect()
+        print(f"{len(study.table('runs')) - before} runs finished; all tables are in {study.results}")
+    return status
 
 
-@command("beyond-outliers plan --scale laptop", SCALE, option("--cores", type=COUNT, default=processors()))
+@command(
+    "beyond-outliers plan --scale laptop",
+    SCALE,
+    option("--cores", type=COUNT, help="default: the processors that may be used"),
+)
 def plan(given: Given) -> None:
     """Say what a scale runs, how much is done, and how long the rest takes."""
     study = study_of(given)
@@ -432,17 +437,23 @@ def corpus(given: Given) -> None:
     "beyond-outliers run --scale pocket --run 0.03M-adamw-lr0.01-s0-0123456789",
     SCALE,
     option("--run", required=True, help="the name of a planned run"),
+    option("--level", choices=("light", "full"), default="full", help="how much is measured; light: of a sweep's run"),
     option("--processes", type=number(int, 0, "a whole number of at least 0"), default=0, help="one a GPU"),
-    QUIET,
 )
-def run(given: Given) -> None:
-    """Train one run of the plan (a step of the workflow)."""
+def run(given: Given) -> int:
+    """Train and measure one run of the plan (a step of the workflow)."""
     study = study_of(given)
-    planned = study.find(given.run)
-    if given.processes > 1 and "RANK" not in os.environ:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes)]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "beyond_outliers", *sys.argv[1:]])
-    study.train(planned, progress=not given.quiet)
+    planned = study.find(given.run, main=given.level == "full")
+    if "RANK" in os.environ:  # one of several processes that train
+        study.train(planned, progress=False)
+    elif given.processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        words = ["run", "--scale", given.scale, "--run", given.run]
+        if code := subprocess.run([*torchrun, str(given.processes), "-m", "beyond_outliers", *words]).returncode:
+            return code
+    if "RANK" not in os.environ:
+        study.run(planned, progress=False)
+    return 0
 
 
 @command(
@@ -450,11 +461,11 @@ def run(given: Given) -> None:
     SCALE,
     SIZE,
     option("--optimizer", required=True),
-    QUIET,
+    option("--rows", action=argparse.BooleanOptionalAction, default=False, help="what the tables have is done"),
 )
 def tune(given: Given) -> None:
     """Search the learning rates of an optimizer (a step of the workflow)."""
-    print(json.dumps(study_of(given).tune(given.size, given.optimizer, progress=not given.quiet)))
+    print(json.dumps(study_of(given).tune(given.size, given.optimizer, given.rows, progress=False)))
 
 
 @command("beyond-outliers choose --scale pocket --size 0.03M", SCALE, SIZE)
@@ -464,11 +475,14 @@ def choose_(given: Given) -> None:
 
 
 @command(
-    "beyond-outliers measure --scale pocket --size 0.03M --purpose qat", SCALE, SIZE, option("--purpose", required=True)
+    "beyond-outliers common --scale pocket --size 0.03M",
+    SCALE,
+    SIZE,
+    option("--seed", default="all", help="of scales whose Common Loss is taken by seed"),
 )
-def measure(given: Given) -> None:
-    """Measure the runs of a size (a step of the workflow)."""
-    study_of(given).measure(given.purpose, given.size)
+def common(given: Given) -> None:
+    """Measure the runs of a size where they reach their Common Loss (a step of the workflow)."""
+    study_of(given).measure_common(given.size, None if given.seed == "all" else int(given.seed))
 
 
 # ----------------------------------------------------------------------------------------------------- the entry point
@@ -491,7 +505,7 @@ def parse(arguments: list[str]) -> Given:
         one = commands.add_parser(name, help=first, description=first, epilog=f"example: {example}", allow_abbrev=False)
         for names, settings in options:
             one.add_argument(*names, **settings)
-        valid[name] = [*(n for names, _ in options for n in names), "--help"]
+        valid[name] = [*one._option_string_actions]
     words = [word for word in arguments if word != "--traceback"]
     try:
         if words and not words[0].startswith("-"):

@@ -22,6 +22,7 @@ from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol, scales
 from beyond_outliers.paths import git_commit
+from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -44,7 +45,7 @@ def begin(namespace: dict, study: bool = True):
 def opened(study: Study, build: bool) -> Study:
     """The study with everything that it plans (build), or as far as its tables go; MissingResults without tables."""
     if build:
-        return study.ensure()
+        return workflow.build(study)
     if not (study.results / "runs.csv").exists():
         raise MissingResults(
             f"Scale {study.scale} has no tables to read in {study.results}. To build them, which takes "

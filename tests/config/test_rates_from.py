@@ -11,7 +11,6 @@ from beyond_outliers import paths
 from beyond_outliers.config import Protocol, Rates
 from beyond_outliers.study import Study
 from beyond_outliers.study import rates as study_rates
-from beyond_outliers.study.steps import Step, choices
 from scale_files import toml
 
 POCKET, CONFIRM = (tomllib.loads((paths.SCALES / f"{name}.toml").read_text()) for name in ("pocket", "confirm"))
@@ -64,8 +63,8 @@ def test_a_swept_size_keeps_its_own_rates_and_lends_them_to_nobody(load, tmp_pat
     assert rates["0.03M", "soap"] == Rates(1e-3) and rates["0.08M", "soap"] == Rates(0.01, 0.02)
     assert protocol.config("0.08M", "soap").lr == 0.01
     # and only the swept size waits for a choice
-    assert choices(protocol, Step("collect", size="0.03M")) == [Step("choose", size="0.03M")]
-    assert choices(protocol, Step("collect", size="0.08M")) == []
+    assert [protocol.tuning_size(size) for size in ("0.03M", "0.08M")] == ["0.03M", "0.08M"]
+    assert "sweep" in protocol.purposes("0.03M") and "sweep" not in protocol.purposes("0.08M")
 
 
 def test_the_table_that_is_written_comes_back_with_and_without_an_auxiliary_rate(load, monkeypatch):

@@ -136,6 +136,8 @@ def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
         ("scion", {"constrained": "no"}),
         ("adamw", {"betas": 0.9}),
         ("psgd", {"update_probability": "often"}),
+        ("psgd", {"update_probability": 0.0}),
+        ("scion", {"weight_decay": 0.1, "constrained": True}),
         ("soap", {"lr": "0.1"}),
     ],
 )

@@ -15,21 +15,7 @@ from beyond_outliers.quantizers import (
     quantize_tensor,
     table,
 )
-
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-
-E4M3 = sorted({m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)})[:-1]
-
-
-def nearest(x, levels):
-    """float64 reference: nearest of the non-negative `levels`, ties to the one with an even index (even mantissa)."""
-    levels, x = np.asarray(levels, float), np.asarray(x, float)
-    distance = np.abs(np.abs(x)[..., None] - levels)
-    best = distance.min(-1, keepdims=True)
-    candidates = distance == best
-    even = candidates & (np.arange(len(levels)) % 2 == 0)
-    index = np.where(even.any(-1), even.argmax(-1), candidates.argmax(-1))
-    return np.sign(x) * levels[index]
+from grids import BLOCKS, LEVELS, nearest, rounded
 
 
 @pytest.fixture
@@ -37,35 +23,29 @@ def normal():
     return torch.randn(24, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("granularity, axis", [("row", -1), ("tensor", None)])
-def test_integer_grids_against_numpy(normal, bits, granularity, axis):
-    top = 2 ** (bits - 1) - 1
-    x = normal.numpy()
-    scale = np.abs(x).max(axis=axis, keepdims=True) / top
-    expected = np.rint(x / scale) * scale
-    np.testing.assert_allclose(quantize_tensor(normal, f"int{bits}", granularity).numpy(), expected, rtol=1e-15)
+@pytest.mark.parametrize("format, axis", [*((name, -1) for name in LEVELS), ("int3", None), ("fp4", None)])
+def test_formats_against_their_levels(normal, format, axis):
+    assert LEVELS[format][-1] == FORMATS[format].largest and FORMATS[format].block == BLOCKS.get(format)
+    x = normal.numpy() * np.logspace(0, -3, 64)  # into the subnormals of small floats
+    found = quantize_tensor(torch.from_numpy(x), format, "row" if axis else "tensor")
+    np.testing.assert_allclose(found.numpy(), rounded(x, format, axis), rtol=1e-14)
+
+
+@pytest.mark.parametrize("format", [name for name in LEVELS if name != "nvfp4"])  # whose scale depends on all blocks
+def test_every_level_and_every_tie_between_two(format):
+    """Under the scale 1, which the first entry of a group sets."""
+    levels = LEVELS[format]
+    points = np.unique(levels + [(a + b) / 2 for a, b in itertools.pairwise(levels)])
+    first = 2.0 ** np.floor(np.log2(levels[-1])) if format in BLOCKS else levels[-1]
+    points = np.concatenate([points, -points, np.zeros(-2 * len(points) % 31)]).reshape(-1, 31)
+    x = np.concatenate([np.full((len(points), 1), float(first)), points], axis=1)
+    assert quantize_tensor(torch.from_numpy(x).float(), format).tolist() == nearest(x, levels).tolist()
 
 
 def test_int4_by_hand():
     x = torch.tensor([[7.0, 3.4, -3.6, 0.5, 1.5, -7.0], [-14.0, 1.0, 3.0, -0.9, 13.1, 0.0]])
     expected = torch.tensor([[7.0, 3, -4, 0, 2, -7], [-14, 0, 4, 0, 14, 0]])  # 0.5, 1.5: ties to even
     assert torch.equal(quantize_tensor(x, "int4"), expected)
-
-
-@pytest.mark.parametrize("format, levels", [("fp4", E2M1), ("fp8", E4M3)])
-def test_float_formats_against_their_tables(normal, format, levels):
-    assert levels[-1] == FORMATS[format].largest
-    x = normal.numpy() * np.logspace(0, -4, 64)  # into the subnormals
-    scale = np.abs(x).max(-1, keepdims=True) / levels[-1]
-    expected = nearest(x / scale, levels) * scale
-    np.testing.assert_allclose(quantize_tensor(torch.from_numpy(x), format).numpy(), expected, rtol=1e-14)
-
-
-def test_fp4_ties_go_to_the_even_mantissa():
-    x = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    assert quantize_tensor(x, "fp4").tolist() == [6, 0, 1, 1, 2, 2, 4, 4]
-    assert quantize_tensor(-x, "fp4").tolist() == [-6, 0, -1, -1, -2, -2, -4, -4]
 
 
 def test_fp8_is_torchs_e4m3():
@@ -99,15 +79,6 @@ def test_mxfp4_is_torchaos(normal):
     assert torch.equal(quantize_tensor(x, "mxfp4"), theirs)
 
 
-def test_nvfp4_against_numpy(normal):
-    x = normal.numpy() * np.logspace(0, -3, 64)
-    tensor_scale = np.abs(x).max() / (448 * 6)
-    blocks = x.reshape(-1, 16)
-    scale = nearest(np.abs(blocks).max(-1, keepdims=True) / 6 / tensor_scale, E4M3) * tensor_scale
-    expected = (nearest(np.clip(blocks / scale, -6, 6), E2M1) * scale).reshape(x.shape)
-    np.testing.assert_allclose(quantize_tensor(torch.from_numpy(x), "nvfp4").numpy(), expected, rtol=1e-14)
-
-
 def test_nvfp4_is_torchaos(normal):
     nv = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
     x = normal.float().contiguous()
@@ -115,69 +86,6 @@ def test_nvfp4_is_torchaos(normal):
     scale = nv.per_tensor_amax_to_scale(x.abs().amax())
     theirs = nv.NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(torch.float32)
     assert torch.equal(quantize_tensor(x, "nvfp4"), theirs)
-
-
-def every_code(exponent_bits, mantissa_bits, bias, special=0):
-    """Non-negative values of a small float, code by code, as OCP Microscaling Formats 1.0 (5.3) defines them.
-
-    special: how many of the last codes are infinities or NaN.
-    """
-    values = []
-    for code in range(2 ** (exponent_bits + mantissa_bits) - special):
-        exponent, mantissa = divmod(code, 2**mantissa_bits)
-        fraction = mantissa / 2**mantissa_bits
-        values.append(fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
-    return values
-
-
-MX = {  # element format -> its values, exponent of the largest power of two among them
-    "mxfp4": (every_code(2, 1, 1), 2),
-    "mxfp6_e2m3": (every_code(2, 3, 1), 2),
-    "mxfp6_e3m2": (every_code(3, 2, 3), 4),
-    "mxfp8_e4m3": (every_code(4, 3, 7, special=1), 8),
-    "mxfp8_e5m2": (every_code(5, 2, 15, special=4), 15),
-}
-
-
-@pytest.mark.parametrize("format", MX)
-def test_microscaling_formats_against_the_codes_of_the_standard(normal, format):
-    levels, emax = MX[format]
-    assert levels[-1] == FORMATS[format].largest and 2**emax <= levels[-1] < 2 ** (emax + 1)
-    blocks = (normal.numpy() * np.logspace(0, -4, 64)).reshape(-1, 32)
-    scale = 2.0 ** (np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - emax)
-    expected = (nearest(blocks / scale, levels) * scale).reshape(24, 64)
-    x = torch.from_numpy(blocks.reshape(24, 64).copy())
-    assert torch.equal(quantize_tensor(x, format), torch.from_numpy(expected))
-    # every level, and every tie between two of them, under the scale 1 that the largest power of two sets
-    points = np.unique(levels + [(a + b) / 2 for a, b in itertools.pairwise(levels)])
-    points = np.concatenate([points, np.zeros(-len(points) % 31)]).reshape(-1, 31)
-    x = np.concatenate([np.full((len(points), 1), 2.0**emax), points], axis=1).ravel()
-    rounded = quantize_tensor(torch.from_numpy(x).float(), format)
-    assert rounded.tolist() == nearest(x, levels).tolist()
-
-
-@pytest.mark.parametrize(
-    "format, dtype, emax", [("mxfp8_e4m3", torch.float8_e4m3fn, 8), ("mxfp8_e5m2", torch.float8_e5m2, 15)]
-)
-def test_mxfp8_elements_are_torchs(normal, format, dtype, emax):
-    x = normal.float()
-    x[:, ::32] = 3.99  # the largest of its block: under the scale 2^(1 - emax), near the largest element
-    scale = 2.0 ** (1 - emax)
-    largest = torch.finfo(dtype).max
-    expected = (x / scale).clamp(-largest, largest).to(dtype).float() * scale
-    assert torch.equal(quantize_tensor(x, format), expected)
-
-
-def test_fp4_e3m0_against_its_codes(normal):
-    levels = every_code(3, 0, 3)
-    assert levels == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
-    x = normal.numpy() * np.logspace(0, -4, 64)
-    scale = np.abs(x).max(-1, keepdims=True) / 16
-    np.testing.assert_allclose(
-        quantize_tensor(torch.from_numpy(x), "fp4_e3m0").numpy(), nearest(x / scale, levels) * scale, rtol=1e-14
-    )
-    ties = torch.tensor([16.0, 0.125, 0.375, 0.75, 1.5, 3.0, 6.0, 12.0, -0.375, -0.75])  # to the even code
-    assert quantize_tensor(ties, "fp4_e3m0").tolist() == [16, 0, 0.5, 0.5, 2, 2, 8, 8, -0.5, -0.5]
 
 
 def test_nf4_is_made_of_normal_quantiles(normal):

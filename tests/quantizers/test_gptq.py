@@ -13,15 +13,13 @@ from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import QuantizedLinear, QuantSpec, gptq, prepare_qat, quantize_model, quantize_tensor
 from beyond_outliers.quantizers.gptq import Hessian, gptq_weight
 from beyond_outliers.quantizers.hadamard import hadamard_transform
+from grids import LEVELS, nearest, scale_of
 
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-E4M3 = sorted({m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)})[:-1]
-LEVELS = {f"int{bits}": list(range(2 ** (bits - 1))) for bits in range(2, 9)}
-LEVELS |= {"fp4": E2M1, "mxfp4": E2M1, "nvfp4": E2M1, "fp8": E4M3}
-FORMATS = [(name, "row", None) for name in LEVELS]
+NAMES = [*(f"int{bits}" for bits in range(2, 9)), "fp4", "fp8", "mxfp4", "nvfp4"]
+FORMATS = [(name, "row", None) for name in NAMES]
 FORMATS += [(name, "tensor", None) for name in ("int4", "fp4", "nvfp4")]
 FORMATS += [(name, "block", 16) for name in ("int2", "int4", "fp8", "mxfp4")]
-OTHERS = [name for name in quantizers.FORMATS if name not in (*LEVELS, "none", "int4g128")]  # widths here are 64
+OTHERS = [name for name in quantizers.FORMATS if name not in (*NAMES, "none", "int4g128")]  # widths here are 64
 ALL = FORMATS + [(name, "row", None) for name in OTHERS] + [("uint4", "tensor", None), ("nf4", "block", 16)]
 
 
@@ -65,22 +63,6 @@ def test_between_the_optimum_and_rounding_to_nearest(bits, width):
     assert excess["gptq"] < 0.5 * excess["rtn"]  # of the way from the optimum to rounding, more than half is gone
 
 
-def nearest(x, levels):
-    levels = np.asarray(levels, float)
-    return np.sign(x) * levels[np.abs(np.abs(x)[..., None] - levels).argmin(-1)]
-
-
-def reference_scale(group, format, whole):
-    """(rows, group) -> (rows,)."""
-    top = np.abs(group).max(1)
-    if format == "mxfp4":
-        return 2.0 ** (np.floor(np.log2(top)) - 2)
-    if format == "nvfp4":
-        tensor_scale = whole / (6 * 448)
-        return np.minimum(nearest(top / 6 / tensor_scale, E4M3), 448) * tensor_scale
-    return top / max(LEVELS[format])
-
-
 def reference(weight, hessian, format, granularity, block, damping, order):
     """Column by column, the Hessian of the columns that are still free inverted anew for each."""
     w, h = weight.numpy().copy(), hessian.numpy().copy()
@@ -99,7 +81,7 @@ def reference(weight, hessian, format, granularity, block, damping, order):
     rounded = np.zeros_like(w)
     for position, c in enumerate(columns):
         if size and position % size == 0:
-            scale = reference_scale(w[:, columns[position : position + size]], format, whole)
+            scale = scale_of(np.abs(w[:, columns[position : position + size]]).max(1), format, whole)
         rounded[:, c] = nearest(w[:, c] / scale, LEVELS[format]) * scale
         free = columns[position:]
         inverse = np.linalg.inv(h[np.ix_(free, free)])

@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.config import PURPOSES
 from beyond_outliers.study import collect
 from beyond_outliers.study.study import Study
+from beyond_outliers.study.tables import MEASURED
 
 
 @pytest.fixture
@@ -73,16 +75,31 @@ def test_other_scales_and_folders_without_runs_are_refused(study, tmp_path):
         collect.merge(study, tmp_path / "laptop")
 
 
-def test_a_committed_run_is_adopted_when_every_table_has_it(study):
-    ptq = {"run": ["a", "a", "b"], "checkpoint": ["final", "common", "final"]}
-    write(study.results, {"a": 3.0, "b": 2.0, "c": 1.0}, ptq=ptq)
-    assert collect.adopted(study, ("ptq",)) == {"a", "b"}
-    assert collect.adopted(study, ("ptq",), at_common_loss=True) == {"a"}
-    assert collect.adopted(study, ("ptq", "outliers")) == set()
+def rows_of(study, **tables):
+    """Tables of measurements with rows of the given runs, each finished and at the Common Loss unless it says other."""
+    for name in MEASURED:
+        rows = [(run, place) for run, places in tables.get(name, tables["rest"]).items() for place in places]
+        pd.DataFrame(rows, columns=["run", "checkpoint"]).to_csv(study.results / f"{name}.csv", index=False)
+
+
+def test_a_run_counts_as_done_when_the_tables_have_all_of_its_rows(study):
+    write(study.results, {"a": 3.0, "b": 2.0, "c": 1.0, "d": 4.0})
+    both, final = ("final", "common"), ("final",)
+    rows_of(study, rest={"a": both, "b": both, "c": final}, outliers={"a": both, "b": final, "c": final})
+    pd.DataFrame({"run": ["a", "b", "c"]}).to_csv(study.results / "trajectory.csv", index=False)
+    found = collect.adopted(study)
+    assert found["full_precision"] == {"a"}, "b lacks a row at the Common Loss, c all of them, d all rows"
+    assert found["sweep"] == found["qat"] == {"a", "b", "c"}
+    (study.results / "trajectory.csv").unlink()  # which this scale asks for
+    assert collect.adopted(study)["full_precision"] == set()
 
 
 def test_diverged_runs_need_no_measurements(study):
     write(study.results, {"a": 3.0})
     runs = pd.read_csv(study.results / "runs.csv").assign(status="diverged", val_loss=float("nan"))
     runs.to_csv(study.results / "runs.csv", index=False)
-    assert collect.adopted(study, ("ptq",)) == {"a"}
+    assert collect.adopted(study) == {purpose: {"a"} for purpose in PURPOSES}
+
+
+def test_without_tables_nothing_is_done(study):
+    assert collect.adopted(study) == {purpose: set() for purpose in PURPOSES}

@@ -73,7 +73,7 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
         tried.append(planned)
         return SimpleNamespace(row={"val_loss": 3 + np.log(planned.config.lr / 0.05) ** 2})
 
-    monkeypatch.setattr(Study, "train", trained)
+    monkeypatch.setattr(Study, "run", trained)
     rates = search_rates(Study(name), one)
     assert rates == tuple(sorted({p.config.lr for p in tried})) and len(tried) == len(rates)
     best = min(rates, key=lambda lr: abs(np.log(lr / 0.05)))

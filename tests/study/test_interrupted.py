@@ -14,7 +14,7 @@ from beyond_outliers import paths
 from beyond_outliers.corpus import tokens
 from beyond_outliers.study import Study
 from beyond_outliers.train import machine
-from checkouts import lend_wheels, same_tables, tables, tiny_study
+from checkouts import lend_wheels, made, same_tables, tables, tiny_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.rates.EdgeWarning", "ignore:left out")
 
@@ -39,8 +39,8 @@ def study(text_file):
 
 
 def make():
-    """The command, in a process of its own: makes what is missing."""
-    Study("own").ensure(progress=False)
+    """The steps, in a process of their own: make what is missing."""
+    made(Study("own"))
 
 
 def results(root):

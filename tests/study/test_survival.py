@@ -1,6 +1,7 @@
 """The steps of a study under faults: what they write comes out as undisturbed, or damage is named."""
 
 import random
+import re
 import shutil
 import warnings
 
@@ -13,9 +14,8 @@ from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.config import EdgeWarning
 from beyond_outliers.corpus import tokens
 from beyond_outliers.study import Study, measure, verify
-from beyond_outliers.study.mend import mend
 from beyond_outliers.train import machine
-from checkouts import tiny_study
+from checkouts import made, tiny_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.config.rates.EdgeWarning")
 
@@ -47,14 +47,7 @@ def whole(tmp_path_factory, scale_file):
         patch.setattr(measure, "measure_model", made_up)
         patch.setattr(machine, "git_commit", lambda: "test")
         study = at(root, patch, scale_file)
-        for planned in study.protocol.sweep_runs():
-            study.train(planned, progress=False)
-        study.choose_learning_rates("tiny")
-        for planned in study.planned():
-            study.train(planned, progress=False)
-        study.measure("sweep", "tiny")
-        study.measure("full_precision", "tiny")
-        study.collect()
+        made(study)
         yield root
 
 
@@ -66,7 +59,7 @@ def tables(root, kind="*.csv"):
 OWN = "runs/own/results"  # the study's own tables
 STEPS = {
     "measuring": (
-        lambda study: [study.measure(purpose, "tiny") for purpose in ("sweep", "full_precision")],
+        lambda study: [*(study.run(p, progress=False) for p in study.planned()), study.measure_common("tiny")],
         "runs/own/*/measure-*",
     ),
     "choosing": (lambda study: study.choose_learning_rates("tiny"), f"{OWN}/learning_rates.csv"),
@@ -142,9 +135,10 @@ def test_a_flipped_bit_in_what_tables_are_made_of_is_never_silent(whole, tmp_pat
             if file.name != "learning_rates.csv":
                 file.unlink()
         (root / OWN / "SHA256SUMS").unlink()
-        with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match=f"left out.*{run}"):
+        with pytest.MonkeyPatch.context() as patch:
             study = at(root, patch, scale_file)
-            study.collect()
+            with pytest.raises(DamagedFile, match=f"left out(.|\\n)*{run}"):
+                study.collect()
             assert set(study.table("runs").run) == {p.config.name for p in study.planned()} - {run}
         assert undisturbed.keys() >= tables(root / OWN).keys()
         faults.TALLY["collecting: flipped bit in a run", "left out and named"] += 1
@@ -169,45 +163,43 @@ def test_a_flipped_bit_in_a_table_is_never_silent(whole, tmp_path, scale_file, t
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.csv", "ptq.csv", "SHA256SUMS"])
-def test_what_has_ended_and_is_damaged_is_made_again(whole, tmp_path, scale_file, name):
-    """Of a run or a measurement; and Snakemake is to see that it is not done."""
+def test_what_has_ended_and_is_damaged_is_named_and_made_again_as_it_is_told(whole, tmp_path, scale_file, name):
+    """Of a run or a measurement: whoever deletes what the message names gets the same tables by the same steps."""
     undisturbed, rng = tables(whole / OWN), random.Random(name)
     for number, hit in enumerate(sorted((whole / "runs").glob(f"*/*/**/{name}"))):
         root = tmp_path / f"{number}"
-        shutil.copytree(whole, root)
         hit = root / hit.relative_to(whole)
         if hit.parent == root / OWN:
             continue
+        shutil.copytree(whole, root)
         faults.flip_a_bit(hit, rng)
-        markers = [
-            root / "runs" / "own" / marker for marker in ("measured-sweep-tiny", "collected-tiny", "chosen-tiny.txt")
-        ]
-        for marker in markers:
-            marker.touch()
         with pytest.MonkeyPatch.context() as patch:
             study = at(root, patch, scale_file)
-            (said,) = mend(study)
-            assert f"{hit} is damaged" in said and ("made again" in said or "measured again" in said)
-            assert [marker.exists() for marker in markers] == [False, False, True]
+            with pytest.raises(
+                DamagedFile, match=f"{re.escape(str(hit))} is damaged.*(delete the folder|delete it)"
+            ) as said:
+                study.collect()
+            (folder,) = re.findall(r"delete the folder (/\S+)", str(said.value)) or [hit.parent]
+            shutil.rmtree(folder)
             for planned in study.planned():
-                study.train(planned, progress=False)
-            for purpose in ("sweep", "full_precision"):
-                study.measure(purpose, "tiny")
+                study.run(planned, progress=False)
+            study.measure_common("tiny")
             study.collect()
-            assert mend(study) == [] and tables(root / OWN).keys() == undisturbed.keys()
-            assert len(study.table("ptq")) == undisturbed["ptq.csv"].count(b"\n") - 1
-        faults.TALLY["run that has ended: flipped bit", "named and made again"] += 1
+            found = tables(root / OWN)
+            assert found.keys() == undisturbed.keys() and len(found["ptq.csv"]) == len(undisturbed["ptq.csv"])
+        faults.TALLY["run that has ended: flipped bit", "named"] += 1
 
 
-def test_damaged_rates_are_chosen_again(whole, tmp_path, scale_file):
+def test_damaged_rates_are_named_and_chosen_again(whole, tmp_path, scale_file):
     shutil.copytree(whole / "runs", tmp_path / "runs")
-    rates, marker = tmp_path / OWN / "learning_rates.csv", tmp_path / "runs" / "own" / "chosen-tiny.txt"
-    marker.touch()
+    rates = tmp_path / OWN / "learning_rates.csv"
     before = rates.read_bytes()
     faults.flip_a_bit(rates, random.Random(0))
     with pytest.MonkeyPatch.context() as patch:
         study = at(tmp_path, patch, scale_file)
-        assert len(mend(study)) == 1 and not marker.exists()
+        with pytest.raises(DamagedFile, match=f"{re.escape(str(rates))} is damaged.*choose them again"):
+            study.planned()
+        rates.unlink()
         study.choose_learning_rates("tiny")
     assert rates.read_bytes() == before
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from beyond_outliers import paths
+from beyond_outliers.study.study import Study
 from scale_files import WHOLE, toml
 
 VARYING = ("seconds", "tokens_per_second", "finished_at")  # columns that tell of the making, not of what is made
@@ -31,6 +32,22 @@ def tiny_study(text_file: Path, **plan: list[int]) -> str:
         table["plan"]["qat"]["scheme"] = "quest"
     table["measure"] |= {"validation_tokens": 256, "propagation_tokens": 64, "trajectory": False, "questions": 4}
     return toml(table)
+
+
+def made(study: Study) -> Study:
+    """The study with everything that it plans, step by step in this process, as the Snakefile does it in many."""
+    study.prepare_corpus()
+    for size in study.sizes_of("sweep"):
+        for planned in study.protocol.sweep_runs(size):
+            study.run(planned, progress=False)
+        study.choose_learning_rates(size)
+    for planned in study.planned():
+        if planned.purpose != "sweep":
+            study.run(planned, progress=False)
+    for group in study.groups():
+        study.measure_common(*group)
+    study.collect()
+    return study
 
 
 def lend_wheels(cache: Path, wheels: Path = paths.CACHE / "wheels") -> None:

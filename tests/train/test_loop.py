@@ -3,12 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pandas as pd
@@ -139,31 +133,6 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run_config, tmp_path, mo
     pd.testing.assert_frame_equal(whole.metrics[columns], resumed.metrics[columns])
 
 
-@pytest.mark.slow
-def test_a_run_killed_by_the_system_resumes(run_config, tmp_path):
-    """SIGKILL at a random moment, from outside, until the run is done."""
-    config = run_config.replace(tokens_per_parameter=3, evaluations=12)
-    whole = train(config, root=tmp_path / "whole", threads=1, progress=False)
-    code = (
-        "import sys, pathlib; from beyond_outliers.config import RunConfig; from beyond_outliers.train import train;"
-        "train(RunConfig.from_json(sys.argv[1]), root=pathlib.Path(sys.argv[2]), threads=1, progress=False)"
-    )
-    folder, kills = run_folder(config, tmp_path / "killed"), 0
-    while load_result(folder) is None:
-        process = subprocess.Popen([sys.executable, "-c", code, config.to_json(), str(tmp_path / "killed")])
-        before = list(folder.glob("state-*.pt"))
-        while process.poll() is None and kills < 2:
-            if sorted(folder.glob("state-*.pt")) != sorted(before):
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        process.wait()
-    assert kills == 2
-    killed = load_result(folder)
-    assert_same_weights(final_weights(whole), final_weights(killed))
-
-
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e4), ("sgd", 1e6)])
 def test_a_diverged_run_ends_cleanly(run_config, tmp_path, optimizer, lr):
     result = train(run_config.replace(optimizer=optimizer, lr=lr), root=tmp_path, progress=False)
@@ -228,39 +197,6 @@ def test_clipping_bounds_the_update(run_config, tmp_path):
     # the lr-weighted number of steps times clip, momentum 0.9 on top, is as far as clipping lets it go
     assert moved[1] <= 0.1 * run_config.steps * 1e-3 / (1 - 0.9)
     assert moved[0] > 3 * moved[1]
-
-
-@pytest.mark.slow
-def test_two_workers_train_as_one(run_config, tmp_path):
-    """The same global batches on two processes (gloo) give the same run up to rounding."""
-    alone = train(run_config, root=tmp_path / "one", progress=False)
-    code = (
-        "import sys, pathlib; from beyond_outliers.config import RunConfig; from beyond_outliers.train import train;"
-        "train(RunConfig.from_json(sys.argv[1]), root=pathlib.Path(sys.argv[2]), compile=False, progress=False)"
-    )
-    script = tmp_path / "worker.py"
-    script.write_text(code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={port}",
-        str(script),
-    ]
-    done = subprocess.run(
-        [*command, run_config.to_json(), str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    together = load_result(run_folder(run_config, tmp_path / "two"))
-    assert together.row["val_loss"] == pytest.approx(alone.row["val_loss"], abs=1e-3)
-    assert together.metrics.train_loss.iloc[1] == pytest.approx(alone.metrics.train_loss.iloc[1], abs=1e-4)
 
 
 def test_the_command_line_refuses_unknown_names(capsys):

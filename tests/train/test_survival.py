@@ -269,10 +269,10 @@ def test_a_state_that_claims_an_impossible_step_is_refused(tiny, whole, tmp_path
     for file in folder.glob("state-*.pt"):
         file.unlink()
     (folder / "SHA256SUMS").unlink()  # as of a version that wrote none
-    state = {"step": step, "rows": [], "seconds": 0.0, "optimizer": {}}
-    torch.save(state, folder / "state.pt")
+    state = {"step": step, "run_id": tiny.run_id, "rows": [], "seconds": 0.0, "optimizer": {}}
+    torch.save(state, folder / "state-000009.pt")
     goes_on(tiny, tmp_path, whole, "state of an impossible step")
-    assert "state.pt" in (said := capfd.readouterr().err) and "begins again" in said
+    assert "state-000009.pt" in (said := capfd.readouterr().err) and "begins again" in said
 
 
 def test_nothing_unpickles(tiny, whole, tmp_path, capfd):
@@ -286,25 +286,9 @@ def test_nothing_unpickles(tiny, whole, tmp_path, capfd):
     for file in folder.glob("state-*.pt"):
         file.unlink()
     (folder / "SHA256SUMS").unlink()
-    (folder / "state.pt").write_bytes(pickle.dumps(Harmful()))
+    (folder / "state-000009.pt").write_bytes(pickle.dumps(Harmful()))
     goes_on(tiny, tmp_path, whole, "state that runs code")
-    assert "state.pt cannot be read" in capfd.readouterr().err and not (tmp_path / "PWNED").exists()
-
-
-def test_a_folder_of_an_older_version_goes_on_without_an_alarm(tiny, whole, tmp_path, capfd):
-    """state.pt without weights, and no sums: what the first versions left."""
-    import torch
-
-    folder = interrupted(tiny, tmp_path)
-    newest = sorted(folder.glob("state-*.pt"))[-1]
-    state = torch.load(newest, weights_only=True)
-    old = {key: state[key] for key in ("step", "rows", "seconds", "optimizer")}
-    for file in [*folder.glob("state-*.pt"), folder / "SHA256SUMS"]:
-        file.unlink()
-    torch.save(old, folder / "state.pt")
-    capfd.readouterr()
-    goes_on(tiny, tmp_path, whole, "folder of an older version")
-    assert capfd.readouterr().err == ""
+    assert "state-000009.pt cannot be read" in capfd.readouterr().err and not (tmp_path / "PWNED").exists()
 
 
 def test_the_second_of_two_processes_waits_and_says_for_whom(tiny, whole, tmp_path, capfd):
@@ -317,7 +301,7 @@ def test_the_second_of_two_processes_waits_and_says_for_whom(tiny, whole, tmp_pa
 
 
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path, capfd):
-    from beyond_outliers.train.holding import RunHeld, held
+    from beyond_outliers.train.lock import RunHeld, held
 
     def work():
         with held(tmp_path / ".lock"):

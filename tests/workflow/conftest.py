@@ -7,6 +7,7 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.config import EdgeWarning
 from beyond_outliers.study import Study
+from checkouts import made
 
 
 @pytest.fixture(scope="session")
@@ -34,4 +35,4 @@ def study(output):
     """The first module that asks for it trains and measures; the others find everything there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EdgeWarning)  # two-point grids have nothing but edges
-        return Study("smoke").ensure(progress=False)
+        return made(Study("smoke"))

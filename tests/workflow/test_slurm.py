@@ -28,13 +28,14 @@ def slurm(tmp_path_factory):
 def test_a_study_is_made_by_slurm(slurm, text_file, tmp_path, monkeypatch):
     checkout = Checkout(tmp_path, tiny_study(text_file, full_precision=[1]))
     target = checkout.results.parent / "collected-tiny"
-    options = f"--slurm-init-seconds-before-status-checks 3 {target}"
-    process = checkout.start("reproduce", "--executor", "slurm", "--jobs", "2", "--options", options, SLURM_CONF=slurm)
+    words = ["--executor", "slurm", "--jobs", "2", "--target", str(target)]
+    words += ["--options", "--slurm-init-seconds-before-status-checks 3"]
+    process = checkout.start("reproduce", *words, SLURM_CONF=slurm)
     said, log = process.communicate()[0], (target.parent / "reproduce.log").read_text()
     assert process.returncode == 0, said + log[-3000:]
     assert len(tables(checkout.results)["runs.csv"]) == 3
     submitted = re.findall(r"has been submitted with SLURM jobid (\d+)", log)
-    assert len(submitted) == 8  # corpus, two of the sweep, choose, a main run, two measurements, collect
+    assert len(submitted) == 7  # corpus, two of the sweep, choose, a main run, its Common Loss, collect
     assert "No wall time information" not in log and "No job memory information" not in log
     monkeypatch.setenv("SLURM_CONF", slurm)
     asked = subprocess.run(["scontrol", "show", "jobs"], capture_output=True, text=True)
@@ -44,6 +45,6 @@ def test_a_study_is_made_by_slurm(slurm, text_file, tmp_path, monkeypatch):
 
 def test_where_slurm_keeps_no_accounts_the_queue_is_asked(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", slurm)
-    assert workflow.how_to_ask() == ["--slurm-status-command", "squeue"]
+    assert workflow.executed("slurm")[-2:] == ["--slurm-status-command", "squeue"]
     monkeypatch.setenv("PATH", "")
-    assert workflow.how_to_ask() == []
+    assert "squeue" not in workflow.executed("slurm")

@@ -2,22 +2,25 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.config import OPTIMIZER_NAMES
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
+from beyond_outliers.study.tables import read_table
 
 pytestmark = pytest.mark.slow
 
 
-def dry_run(scale, folder):
+def dry_run(scale, folder, *settings, target="all"):
     """What Snakemake would do for a scale whose results, runs and figures lie in `folder`."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"scale={scale}", "--dry-run"]
+    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", "--config", f"scale={scale}", *settings]
+    command += ["--dry-run", "--rerun-triggers", "mtime"]
     command += ["--directory", str(folder), "--snakefile", str(paths.ROOT / "Snakefile")]
     environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(folder)}
     plan = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
@@ -59,41 +62,88 @@ def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
 def test_the_workflow_prefers_the_order_of_the_protocol(tmp_path):
     """Snakemake starts the job of highest priority first: sizes in turn, their runs as the protocol lists them."""
     text = dry_run("laptop", tmp_path)
-    found = re.findall(r"^rule train:\n(?:    .*\n)*?    wildcards: run=(\S+)\n    priority: (\d+)", text, re.M)
+    found = re.findall(
+        r"^rule train:\n(?:    .*\n)*?    wildcards: run=(\S+), level=light\n    priority: (\d+)", text, re.M
+    )
     planned = [p.config.name for p in Study("laptop").protocol.sweep_runs()]
     assert [run for run, _ in sorted(found, key=lambda job: -int(job[1]))] == planned
     assert len({priority for _, priority in found}) == len(planned) > 0
 
 
-def test_the_workflow_does_a_deleted_run_again(study, tmp_path):
+def trained(text):
+    """(run, priority) of the jobs that train, highest priority first."""
+    found = re.findall(
+        r"^rule train:\n(?:    .*\n)*?    wildcards: run=(\S+), level=full\n    priority: (\d+)", text, re.M
+    )
+    return [run for run, _ in sorted(found, key=lambda job: -int(job[1]))]
+
+
+def with_tables(folder, scale, *names):
+    """The committed tables of these names as the study's own."""
+    results = folder / "data" / "runs" / scale / "results"
+    results.mkdir(parents=True)
+    for name in names:
+        (results / f"{name}.csv").write_bytes((paths.RESULTS / scale / f"{name}.csv").read_bytes())
+    return results
+
+
+def test_parts_of_a_plan_are_disjoint_complete_and_keep_blocks_together(tmp_path):
+    with_tables(tmp_path, "llama", "learning_rates")
+    study = Study("llama", paths.RESULTS / "llama")
+    planned = {p.config.name: p for p in study.planned() if p.purpose != "sweep"}
+    parts = [trained(dry_run("llama", tmp_path, "rows=1", f"shard={i}/2", target="tables")) for i in (1, 2)]
+    assert sorted(parts[0] + parts[1]) == sorted(planned) and all(parts)
+    for part in parts:
+        blocks = [planned[name].config.seed for name in part if planned[name].purpose == "full_precision"]
+        assert all(blocks.count(seed) == len(study.protocol.optimizers) for seed in blocks)
+        quantized = [planned[name].purpose == "qat" for name in part]
+        assert quantized == sorted(quantized), "with rows that count, quantized runs come last"
+
+
+def test_rows_that_are_committed_count_as_done_and_lost_ones_are_made_again(tmp_path):
+    results = with_tables(tmp_path, "llama", *(f.stem for f in (paths.RESULTS / "llama").glob("*.csv")))
+    jobs = jobs_of(dry_run("llama", tmp_path, "rows=1", target="tables"))
+    assert not {"train", "tune", "choose", "common"} & set(jobs)
+    assert jobs_of(dry_run("llama", tmp_path, target="tables"))["tune"] > 0, "make reproduce computes everything"
+    table = read_table(results / "ptq.csv")
+    lost = next(p.config.name for p in Study("llama").planned() if p.purpose == "full_precision")
+    checksums.write_text(
+        results / "ptq.csv", table[(table.run != lost) | (table.checkpoint == "final")].to_csv(index=False)
+    )
+    text = dry_run("llama", tmp_path, "rows=1", target="tables")
+    assert trained(text) == [lost] and jobs_of(text)["common"] == 1, "it lacks its row at the Common Loss"
+
+
+def test_the_workflow_does_a_deleted_run_again(tmp_path):
     """With everything there nothing is done; without one run's folder that run, and all that hangs on it."""
-    rates = tmp_path / "data" / "runs" / "smoke" / "results" / "learning_rates.csv"
-    rates.parent.mkdir(parents=True)
-    rates.write_bytes((study.results / "learning_rates.csv").read_bytes())
-    work, sizes = tmp_path / "data" / "runs" / "smoke", study.protocol.sizes
-    purposes = [f"measured-{purpose}-{size}" for size in sizes for purpose in study.protocol.purposes(size)]
-    for files in (  # from what is needed to what needs it
-        [work / "corpus.json"],
-        [work / p.config.name / "result.json" for p in study.protocol.sweep_runs()],
-        [work / f"chosen-{size}.txt" for size in sizes if "sweep" in study.protocol.purposes(size)],
-        [work / p.config.name / "result.json" for p in study.planned() if p.purpose != "sweep"],
-        [work / name for name in purposes],
-        [work / f"collected-{size}" for size in sizes],
-        [work / "claims.done"],
-        [work / "notebooks" / f"{name}.done" for name in notebooks()],
-        [work / "index.done"],
+    study, work = Study("pocket", paths.RESULTS / "pocket"), tmp_path / "data" / "runs" / "pocket"
+    with_tables(tmp_path, "pocket", "learning_rates")
+    sweep = {p.config.name for p in study.planned() if p.purpose == "sweep"}
+    main = [p.config.name for p in study.planned() if p.purpose != "sweep"]
+    swept = [size for size in study.protocol.sizes if "sweep" in study.protocol.purposes(size)]
+    for number, files in enumerate(
+        [  # from what is needed to what needs it
+            ["corpus.done"],
+            [f"{name}/light.done" for name in sweep],
+            [f"chosen-{size}" for size in swept],
+            [f"{name}/full.done" for name in main],
+            [f"common-{size}-all.done" for size in study.sizes_of("full_precision")],
+            [f"collected-{size}" for size in study.protocol.sizes],
+            ["claims.done", *(f"notebooks/{name}.done" for name in notebooks(study.protocol))],
+            ["index.done"],
+        ]
     ):
         for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                file.touch()
-    assert "Nothing to be done" in dry_run("smoke", tmp_path)
-    lost = next(p.config.name for p in study.planned("small") if p.purpose == "full_precision")
-    (work / lost / "result.json").unlink()
-    text = dry_run("smoke", tmp_path)
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            (work / file).touch()
+            os.utime(work / file, (2e9 + number, 2e9 + number))
+    assert "Nothing to be done" in dry_run("pocket", tmp_path)
+    lost = next(p.config.name for p in study.planned(study.protocol.sizes[-1]) if p.purpose == "full_precision")
+    shutil.rmtree(work / lost)
+    text = dry_run("pocket", tmp_path)
     jobs = jobs_of(text)
-    assert f"run={lost}" in text and jobs["train"] == jobs["index"] == 1 and jobs["notebook"] == len(notebooks())
-    assert "choose" not in jobs and jobs["measure"] == jobs["claims"] == 1
+    assert trained(text) == [lost] and jobs["train"] == jobs["common"] == jobs["collect"] == jobs["claims"] == 1
+    assert "choose" not in jobs and jobs["notebook"] == len(notebooks(study.protocol)) and jobs["index"] == 1
 
 
 def test_every_word_that_goes_to_the_shell_is_quoted():
@@ -111,5 +161,5 @@ def test_a_folder_with_spaces_quotes_and_umlauts_will_do(tmp_path):
     environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "tokens" in (folder / "data" / "runs" / "smoke" / "corpus.json").read_text()
+    assert "tokens" in (folder / "data" / "runs" / "smoke" / "logs" / "corpus.log").read_text()
     assert not list(paths.ROOT.glob("**/PWNED")) and not list(folder.glob("**/PWNED"))

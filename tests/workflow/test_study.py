@@ -1,6 +1,7 @@
 """A whole study at scale smoke: every run, measurement and table, and what they say."""
 
 import dataclasses
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from beyond_outliers import checksums, paths
 from beyond_outliers.config import OPTIMIZER_NAMES, read_learning_rates
 from beyond_outliers.quantizers import quantize_model
-from beyond_outliers.study import TABLES, MissingResults, Study, measure
+from beyond_outliers.study import TABLES, MissingResults, Study, measure, workflow
 from beyond_outliers.study.tables import OPTIONAL
 
 pytestmark = pytest.mark.slow
@@ -110,7 +111,8 @@ def test_zero_shot_rows_carry_chance_and_error(study):
 
 def test_a_complete_study_does_nothing(study, monkeypatch):
     monkeypatch.setattr(Study, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert study.ensure() is study
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ran Snakemake"))
+    assert workflow.build(study).scale == study.scale
 
 
 def test_tables_that_are_not_there_say_what_to_do(study, tmp_path, monkeypatch):
@@ -133,7 +135,7 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
     checksums.write_text(study.results / "common_loss.csv", more.to_csv(index=False))
     result = Study.result
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
-    monkeypatch.setattr(Study, "common_loss", lambda self, size: before_common[before_common["size"] == size])
+    monkeypatch.setattr(Study, "common_loss", lambda self, size, seed: before_common[before_common["size"] == size])
     study.collect()
     assert set(study.table("runs").run) == set(before.run)
     assert set(study.table("common_loss").run) == set(before_common.run)

@@ -30,15 +30,19 @@ def shape_alone(parameter: Tensor) -> Tensor:
 
 
 class Sharing:
-    """Who updates which parameters: the heaviest first, each part to the worker that has least to do so far."""
+    """Who updates which parameters: the heaviest first, each part to the worker that has least to do so far.
 
-    def __init__(self, rank: int | None = None, workers: int | None = None) -> None:
-        self.rank = dist.get_rank() if rank is None else rank
-        self.workers = workers or dist.get_world_size()
+    Of one worker, everything.
+    """
+
+    def __init__(self, rank: int = 0, workers: int = 1) -> None:
+        self.rank, self.workers = rank, workers
         self.loads: dict[int, list[int]] = {}  # by group: what it gives every worker to do
 
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
         """The worker that updates a part, None for all of them. Every worker comes to the same."""
+        if self.workers == 1:
+            return [None] * len(parts)
         self.loads[id(group)] = load = [0] * self.workers
         costs = [cost(group["role"], part, states[part[0]]) for part in parts]
         owners: list[int | None] = [None] * len(parts)
@@ -50,8 +54,8 @@ class Sharing:
         return owners
 
     def unowned(self, parameter: Tensor) -> Tensor:
-        """What a new state is made for until it is known whose it is: a shape alone."""
-        return shape_alone(parameter)
+        """What a new state is made for until it is known whose it is: of several workers, a shape alone."""
+        return parameter if self.workers == 1 else shape_alone(parameter)
 
     def mine(self, owner: int | None) -> bool:
         return owner in (None, self.rank)
@@ -88,22 +92,3 @@ class Sharing:
                         dist.recv(received, stack.owner)
                         whole[p] = {**whole[p], key: received.cpu()}
         return whole
-
-
-class Alone(Sharing):
-    """One worker, to whom everything belongs."""
-
-    def __init__(self) -> None:
-        super().__init__(rank=0, workers=1)
-
-    def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
-        return [None] * len(parts)
-
-    def unowned(self, parameter: Tensor) -> Tensor:
-        return parameter
-
-    def exchange(self, stacks: list["Stack"]) -> None:
-        """Nobody is there."""
-
-    def gather(self, stacks: list["Stack"], states: Mapping[Tensor, dict]) -> Mapping[Tensor, dict]:
-        return states

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import RoleGroups
-from beyond_outliers.optimizers.sharing import Alone, Sharing, shape_alone
+from beyond_outliers.optimizers.sharing import Sharing, shape_alone
 
 CPU_STACK_ELEMENTS = 2**18  # of the largest stacked tensor: 1 MiB in float32
 
@@ -78,13 +79,13 @@ class StackedOptimizer(RoleGroups):
     def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
         self.role_defaults = role_defaults or {}
         self._stacks: dict[int, tuple[list[tuple[int, int]], list[Stack]]] = {}
-        self._sharing: Sharing = Alone()
+        self._sharing = Sharing()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._stacks = {}  # their views are stale: loading (and copying) gives every parameter new tensors
-        self.__dict__.setdefault("_sharing", Alone())  # of a copy
+        self.__dict__.setdefault("_sharing", Sharing())  # of a copy
 
     def share(self) -> None:
         """From now on the workers of torch.distributed divide the stacks among them, and each keeps its own's state.
@@ -93,7 +94,7 @@ class StackedOptimizer(RoleGroups):
         together, with the same gradients; the first one's state_dict is the whole state, the same for any number of
         workers, and what each of them loads.
         """
-        self._sharing = Sharing()
+        self._sharing = Sharing(dist.get_rank(), dist.get_world_size())
         self._stacks = {}
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:

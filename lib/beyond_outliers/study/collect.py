@@ -1,7 +1,5 @@
 """From the folders of runs to the tidy tables of a study, and from another machine's tables into them."""
 
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,26 +8,32 @@ import pandas as pd
 from beyond_outliers import checksums
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss, given_beside
-from beyond_outliers.study.measure import measure_folder
 from beyond_outliers.study.own import take_up
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table, read_table
-from beyond_outliers.study.trajectory import trajectory_file
-from beyond_outliers.train.folder import RunResult, check
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
+    from beyond_outliers.train.folder import RunResult
 
 
 def collect(study: "Study") -> None:
     """Writes a study's own tables, of the runs that have ended; rows of planned runs that ended elsewhere stay.
 
-    MissingResults when there is nothing to write.
+    MissingResults when there is nothing to write. Runs that are damaged are left out, and named by a DamagedFile after
+    all others are written.
     """
     purposes: dict[str, list[str]] = {}
     for planned in study.planned():
         purposes.setdefault(planned.config.name, []).append(planned.purpose)
-    results = {p.config.name: r for p in study.planned() if (r := study.result(p)) is not None and is_whole(r)}
-    if not results and not (study.results / "runs.csv").exists():
+    results, damages = {}, []
+    for planned in {planned.config.name: planned for planned in study.planned()}.values():
+        try:
+            if (result := study.result(planned)) is not None:
+                check_whole(result)
+                results[planned.config.name] = result
+        except checksums.DamagedFile as damage:
+            damages.append(str(damage))
+    if not results and not damages and not (study.results / "runs.csv").exists():
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
     by_seed = study.protocol.measure.trajectory
     take_up(study)
@@ -41,17 +45,26 @@ def collect(study: "Study") -> None:
     if by_seed:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
         curves = [curve.dropna(subset="val_loss") for curve in curves]
     _write(study, "curves", curves, kept)
-    common = _common_by_seed(study) if by_seed else study.common_losses(set(results))
+    common = (
+        _common_by_seed(study)
+        if by_seed
+        else [
+            study.common_loss(*group)
+            for group in study.groups()
+            if {planned.config.name for planned in study.group(*group)} <= set(results)
+        ]
+    )
+    common = [table for table in common if len(table)]
     checkpoints = [(name, "final", r.row["steps"]) for name, r in results.items()]
     checkpoints += [
         (row.run, "common", row.step) for table in common for row in table.itertuples() if row.run in results
     ]
     parts: dict[str, list[pd.DataFrame]] = {}
     for name in MEASURED:
-        files = [(c, measure_folder(results[run].folder, step) / f"{name}.csv") for run, c, step in checkpoints]
+        files = [(c, results[run].folder / f"measure-{step:06d}" / f"{name}.csv") for run, c, step in checkpoints]
         parts[name] = [read_table(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
     if by_seed:
-        along = [trajectory_file(result) for result in results.values()]
+        along = [result.folder / "trajectory.csv" for result in results.values()]
         parts["trajectory"] = [read_table(file) for file in along if file.exists()]
     for name, tables in parts.items():
         _write(study, name, tables, kept)
@@ -59,6 +72,20 @@ def collect(study: "Study") -> None:
         checksums.write_text(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
     elif common:
         _write(study, "common_loss", common, {run for run, of in purposes.items() if "full_precision" in of})
+    if damages:
+        raise checksums.DamagedFile("left out of the tables:\n" + "\n".join(damages))
+
+
+def check_whole(result: "RunResult") -> None:
+    """DamagedFile, with the remedy, unless all that the tables take from a run is what was written."""
+    from beyond_outliers.train.folder import check
+
+    check(result.folder, "metrics.csv")
+    again = f"delete it and {result.folder}/*.done, and run the same command again, which measures it again"
+    for folder in result.folder.glob("measure-*"):
+        checksums.check(folder, remedy=again)
+    for along in result.folder.glob("trajectory.csv"):
+        checksums.check(result.folder, along.name, remedy=again)
 
 
 def _common_by_seed(study: "Study") -> list[pd.DataFrame]:
@@ -86,69 +113,27 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
     checksums.write_text(file, table.to_csv(index=False))
 
 
-def adopted(study: "Study", wanted: Iterable[str], at_common_loss: bool = False) -> set[str]:
-    """Runs of the tables that are complete there: diverged, or with rows in every table of `wanted`.
+def adopted(study: "Study") -> dict[str, set[str]]:
+    """Purpose -> runs that the tables have all rows of, so that they need not be run for it; a diverged run has none.
 
-    at_common_loss: also rows measured at the Common Loss, which its whole size and seed must have reached.
+    Of runs in full precision these are rows at the Common Loss, too, which their whole group must have reached.
     """
-    if not (study.results / "runs.csv").exists():
-        return set()
+    if not study.has("runs"):
+        return {purpose: set() for purpose in PURPOSES}
     runs = study.table("runs")
-    names = set(runs.run)
-    for name in wanted:
-        file = study.results / f"{name}.csv"
-        check_table(study.results, name)
-        rows = (
-            read_table(file, usecols=lambda c: c in ("run", "checkpoint"))
-            if file.exists()
-            else pd.DataFrame(columns=["run", "checkpoint"])
-        )
-        if at_common_loss and "checkpoint" in rows:
-            rows = rows[rows.checkpoint == "common"]
-        names &= set(rows.run)
-    return names | set(runs.run[runs.status == "diverged"])
-
-
-def done(study: "Study") -> set[str]:
-    """Names of the planned runs that are trained and measured: here, or complete in the tables."""
+    tables = {name: study.table(name) for name in (*MEASURED, "trajectory") if study.has(name)}
     along = ("trajectory",) if study.protocol.measure.trajectory else ()
     wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
-    complete = {
-        purpose: adopted(study, wanted.get(purpose, ("zero_shot",)), bool(along) and purpose == "full_precision")
-        for purpose in PURPOSES
-    }
-    found = set()
-    for planned in study.planned():
-        result = study.result(planned)
-        here = result is not None and is_measured(study, result, planned.purpose)
-        if here or planned.config.name in complete[planned.purpose]:
-            found.add(planned.config.name)
+    found = {}
+    for purpose in PURPOSES:
+        names = set(runs.run)
+        for name in wanted.get(purpose, ("zero_shot",)):
+            rows = tables.get(name, runs[:0])
+            if purpose == "full_precision" and "checkpoint" in rows:
+                rows = rows[rows.checkpoint == "common"]
+            names &= set(rows.run)
+        found[purpose] = names | set(runs.run[runs.status == "diverged"])
     return found
-
-
-def is_whole(result: RunResult) -> bool:
-    """Whether all that the tables take from a run is what was written; a warning says what is not."""
-    along = trajectory_file(result)
-    try:
-        check(result.folder, "metrics.csv", *([along.name] if along.exists() else []))
-        for folder in result.folder.glob("measure-*"):
-            check(folder)
-    except checksums.DamagedFile as damage:
-        warnings.warn(f"left out of the tables: {damage}", stacklevel=2)
-        return False
-    return True
-
-
-def is_measured(study: "Study", result: RunResult, purpose: str) -> bool:
-    """Whether everything that a purpose asks for has been measured on a run that ended here."""
-    if result.row["status"] != "finished":
-        return True
-    folder = measure_folder(result.folder, result.row["steps"])
-    full = (folder / "full.done").exists()
-    if purpose == "sweep":
-        return full or (folder / "light.done").exists()
-    along = purpose == "full_precision" and study.protocol.measure.trajectory
-    return full and (not along or trajectory_file(result).exists())
 
 
 def merge(study: "Study", folder: Path) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import EdgeWarning, line_search
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
+from beyond_outliers.study.workflow import build
 
 FACTOR = 3.0
 START = 1e-3  # for a class whose lr has no default
@@ -101,7 +102,7 @@ def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
     first = study.protocol.sweep_runs(study.sizes_of("sweep")[0])[0].config
 
     def loss(lr: float) -> float:
-        return study.train(Planned("sweep", first.replace(lr=lr))).row["val_loss"]
+        return study.run(Planned("sweep", first.replace(lr=lr))).row["val_loss"]
 
     return tuple(line_search(loss, one.learning_rates[0], FACTOR, 0.0)["tried"])
 
@@ -122,4 +123,4 @@ def compare(scale: str, beside: str, one: Outside) -> Study:
         study = Study(beside)
     with warnings.catch_warnings():
         warnings.simplefilter("default", EdgeWarning)
-        return study.ensure()
+        return build(study)

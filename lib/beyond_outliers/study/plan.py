@@ -6,19 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
-
-
-def all_runs(study: Study) -> list[Planned]:
-    """Every run of the plan; main runs whose sweep is not done yet at the learning rates in the middle of the grids."""
-    protocol = study.protocol
-    swept = [size for size in protocol.sizes if "sweep" in protocol.purposes(size)]
-    rates = {(size, name): protocol.guess(name) for size in swept for name in protocol.optimizers}
-    return protocol.sweep_runs(losses=study.loss) + protocol.runs(rates | study.rates)
+from beyond_outliers.study.workflow import processors
 
 
 def plan_table(study: Study) -> pd.DataFrame:
@@ -26,13 +18,13 @@ def plan_table(study: Study) -> pd.DataFrame:
 
     Throughput is the median of the runs of that size and scheme that have ended, else of a few steps timed here.
     """
-    ended = study.table("runs").to_dict("records") if (study.results / "runs.csv").exists() else []
+    ended = study.table("runs").to_dict("records") if study.has("runs") else []
     ended += [result.row for planned in study.planned() if (result := study.result(planned))]
     done = {row["run"] for row in ended}
     known = pd.DataFrame(ended, columns=["run", "size", "scheme", "tokens_per_second"])
     speeds = known.groupby(["size", "scheme"]).tokens_per_second.median().dropna().to_dict()
     rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
-    for planned in all_runs(study):
+    for planned in study.all_runs():
         config = planned.config
         kind = (config.size, (config.quantization or {}).get("scheme", "none"))
         if kind not in speeds:
@@ -47,14 +39,17 @@ def plan_table(study: Study) -> pd.DataFrame:
     return table.groupby(["purpose", "size"], sort=False).agg(**summary).reset_index()
 
 
-def print_plan(study: Study, cores: int) -> None:
+def print_plan(study: Study, cores: int | None = None) -> None:
+    cores = cores or processors()
     table = plan_table(study)
     formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
     print(table.to_string(index=False, formatters=formats))
     side_by_side = max(1, cores // study.protocol.threads)
+    names = {planned.config.name for planned in study.all_runs()}  # a sweep run that serves as a main run is one run
+    ended = sum(study.loss(name) is not None for name in names)
     print(
-        f"{table.done.sum()} of {table.runs.sum()} runs done; about {table.hours.sum() / side_by_side:.1f} hours of "
-        f"training left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
+        f"{ended} of {len(names)} runs done; about {table.hours.sum() / side_by_side:.1f} hours of training "
+        f" left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
     )
     if study.protocol.tuned:
         print("Of the search for learning rates, only the runs that it has asked for so far are counted.")

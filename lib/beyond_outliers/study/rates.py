@@ -40,7 +40,9 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
 def _swept(study: "Study", size: str) -> list[dict[str, Any]]:
     """Rows of `learning_rates` from grids: losses averaged over seeds, a diverged seed makes a rate diverged."""
     rows = []
-    found = pd.DataFrame([study.required(planned).row for planned in study.protocol.sweep_runs(size)])
+    runs = study.protocol.sweep_runs(size)
+    keys = [(p.config.optimizer, p.config.lr, study.ended_loss(p)) for p in runs]
+    found = pd.DataFrame(keys, columns=["optimizer", "lr", "val_loss"])
     for optimizer, runs in found.groupby("optimizer", sort=False):
         losses = runs.groupby("lr").val_loss.apply(lambda values: values.mean(skipna=False))
         lr, edge = choose_learning_rate(list(losses.index), list(losses))
@@ -59,8 +61,7 @@ def _searched(study: "Study", size: str) -> list[dict[str, Any]]:
     """Rows of `learning_rates` from the search of a tuned scale, which never ends at an edge."""
 
     def val_loss(config: RunConfig) -> float:
-        found = study.loss(config.name)  # also of runs that another machine made
-        return study.required(Planned("sweep", config)).row["val_loss"] if found is None else found
+        return study.ended_loss(Planned("sweep", config))
 
     rows = []
     for optimizer in study.protocol.optimizers:

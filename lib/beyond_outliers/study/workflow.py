@@ -1,162 +1,122 @@
-"""`make reproduce`: Snakemake does the work, its log goes to a file, and the terminal shows one line.
+"""`make reproduce` and `make continue`: Snakemake runs the graph of the Snakefile, and the terminal shows one line.
 
-A failure ends with what failed, why, and the command that goes on. Whatever ends this process ends its jobs, too, which
-save what they have; only SIGKILL leaves them at work, and the lock then names them.
+What Snakemake and its jobs print goes to files below data/runs/SCALE. A failure ends with what failed, why, and the
+command that goes on. Whatever ends this process ends its jobs, which save what they have; only SIGKILL leaves them at
+work, and the lock then names them.
 """
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from types import SimpleNamespace
+from typing import Any
 
 from beyond_outliers import paths
-from beyond_outliers.study.mend import mend
-from beyond_outliers.study.plan import all_runs
-from beyond_outliers.study.progress import Line, left, sentence, shortened, work
+from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.holding import TRY_AGAIN, RunHeld, held, sign
 
-POLL = 1.0  # seconds
-# what Snakemake is told before the number of jobs
-EXECUTORS = {
-    "local": ["--cores"],
-    "slurm": ["--executor", "slurm", "--retries", "3", "--latency-wait", "60", "--jobs"],
-}
-JOB = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):$")
-WILDCARDS = re.compile(r"^ +wildcards: (.+)$")
-JOBID = re.compile(r"^ +jobid: (\d+)$")
-FINISHED = re.compile(r"^Finished jobid: (\d+) ")
-STEPS = re.compile(r"^(\d+) of (\d+) steps \(")
-FAILED = re.compile(r"^Error in rule (\w+):$")
-REASON = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Results|Failed|File|Held|Exit|Interrupt)(?:: .*)?$")
-
-KILLED = re.compile(r"died with <Signals\.(\w+)")
+TRY_AGAIN = 75  # EX_TEMPFAIL: what was asked to end has saved; the same command goes on
+EVERY = 180  # seconds between two lines where there is no terminal to write one line over and over
+# What a step takes however small the model, without and with quantization-aware training: fitted to lower quartiles of
+# the committed runs (milliseconds a step, pocket: 0.03M 12, 0.08M 14, QAT 21 and 26; confirm: 0.08M 21, 0.26M 34).
+STEP, QAT_STEP = 1e8, 2e8  # parameters times tokens
 
 
-class Log:
-    """What Snakemake's log says: the jobs that run, how many steps are done of how many, what failed and why."""
+class StudyFailed(RuntimeError):
+    """The workflow did not end well; what it printed says why."""
 
-    def __init__(self):
-        self.running: dict[str, str] = {}  # job id -> "train run=..."
-        self.done, self.total = 0, 0
-        self.failed: list[tuple[str, str]] = []  # (job, reason)
-        self._names: dict[str, str] = {}
-        self._rule = self._wildcards = self._broken = ""
-        self._reason = ""  # the last line of a traceback so far
 
-    def feed(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self._one(line.rstrip())
+def processors() -> int:
+    """As many as this process may use: by its affinity, and by what Slurm gave it."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(allowed, int(slurm)) if slurm.isdigit() and int(slurm) else allowed
 
-    def _one(self, line: str) -> None:
-        if found := JOB.match(line):
-            self._rule, self._wildcards, self._broken = found[1], "", ""
-        elif found := FAILED.match(line):
-            self._rule, self._broken = "", found[1]
-        elif found := JOBID.match(line):
-            if self._rule:
-                self._start(found[1])
-            elif self._broken:
-                self.failed.append((self._names.get(found[1], self._broken), self._reason))
-                self.running.pop(found[1], None)
-                self._broken = self._reason = ""
-        elif found := WILDCARDS.match(line):  # they stand behind the job's id
-            self._wildcards = found[1]
-            if self._rule and self.running:
-                self._start(next(reversed(self.running)))
-        elif found := FINISHED.match(line):
-            self.running.pop(found[1], None)
-        elif found := STEPS.match(line):
-            self.done, self.total = int(found[1]), int(found[2])
-        elif found := KILLED.search(line):
-            self._reason = f"killed by {found[1]}"
-        elif REASON.match(line):
-            self._reason = line
 
-    def said(self) -> str:
-        steps = f"step {self.done} of {self.total}" if self.total else ""
-        return sentence(steps, f"now {shortened(self.running.values())}" if self.running else "")
-
-    def _start(self, job: str) -> None:
-        values = [part.partition("=")[2] for part in self._wildcards.split(", ") if part]
-        self.running[job] = self._names[job] = " ".join([self._rule, *values])
+def build(study: Study, jobs: int | None = None) -> Study:
+    """The study with every run that it plans trained and measured, and the tables of them. StudyFailed where not."""
+    if not study.complete() and (status := reproduce(study, jobs, target="tables")):
+        raise StudyFailed(f"make reproduce SCALE={study.scale} ended with exit code {status}")
+    return type(study)(study.scale)
 
 
 def reproduce(
-    study: Study, jobs: int, executor: str = "local", options: Sequence[str] = (), line: Line | None = None
+    study: Study,
+    jobs: int | None = None,
+    executor: str = "local",
+    options: Sequence[str] = (),
+    target: str = "all",
+    hours: float | None = None,
+    **settings: object,
 ) -> int:
-    """Runs the workflow of a scale, as the only one at work on it; returns Snakemake's exit status.
+    """Runs the workflow of a scale as the only process at work on it; returns the exit code.
 
-    Writes data/runs/SCALE/reproduce.log. jobs: cores, or jobs of a cluster, side by side. executor: a key of EXECUTORS;
-    options: more for Snakemake. Its own lock outlives a process that was killed; this one ends with its holder.
+    jobs: processors, or jobs of a cluster, side by side; None: as many as this process may use. executor: "local" or
+    "slurm". options: more of Snakemake's. target: "all", or "tables" without verdicts and pages. hours: the time after
+    which it ends, with exit code 0. settings: `config` of the Snakefile.
     """
+    from beyond_outliers.train.lock import RunHeld, held, sign
+
     study.check()
-    line = line or Line()
+    log = study.runs_folder / "reproduce.log"
+    command = [target, "--snakefile", str(paths.ROOT / "Snakefile"), "--directory", str(paths.OUTPUT), "--nolock"]
+    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "--workflow-profile", "none", "--logger", "line"]
+    command += ["--runtime-source-cache-path", str(paths.CACHE / "snakemake"), *executed(executor)]
+    command += ["--cores" if executor == "local" else "--jobs", str(jobs or processors())]
+    command += [*options, "--config", f"scale={study.scale}", *(f"{key}={value}" for key, value in settings.items())]
+    begin = "from beyond_outliers.study.workflow import snakemake; "
+    begin += f"snakemake({study.scale!r}, {str(log)!r}, {'rows' in settings})"
+    ambient = {name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"}
+    go_on = f"To go on: make {'continue' if 'rows' in settings else 'reproduce'} SCALE={study.scale}"
     try:
-        with held(study.runs_folder / ".workflow.lock", wait=False) as lock:
-            for said in mend(study):
-                line.note(said)
-            where = [*EXECUTORS[executor], str(jobs), *(how_to_ask() if executor == "slurm" else [])]
-            return _run(study, executor, where, list(options), line, lock)
-    except RunHeld as other:
-        line.note(str(other))
-        return 1
-
-
-def _run(study: Study, executor: str, where: list[str], options: list[str], line: Line, lock: TextIO) -> int:
-    log = Log()
-    file = study.runs_folder / "reproduce.log"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), "--nolock", *where]
-    command += ["--directory", str(paths.OUTPUT), "--config", f"scale={study.scale}", "--rerun-incomplete", *options]
-    line.note(f"scale {study.scale}: what runs is logged in {file}")
-    pace = Pace(study.scale)
-    with file.open("w") as written, file.open() as read, _asked_to_end() as asked:
-        process = subprocess.Popen(
-            command,
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            cwd=paths.ROOT,
-            pass_fds=[lock.fileno()],
-            start_new_session=True,  # a group of its own, so that all of it can be told
-        )
-        sign(lock, process.pid)
-        try:
-            while (status := process.poll()) is None and not asked:
-                log.feed(read)
-                line.show(sentence(pace.said(), log.said()))
-                time.sleep(POLL)
-            if status is None:
+        with held(study.runs_folder / ".workflow.lock", wait=False) as lock, asked_to_end() as asked:
+            print(f"scale {study.scale}: what runs is logged in {log}", file=sys.stderr)
+            process = subprocess.Popen(
+                [sys.executable, "-c", begin, *command],
+                cwd=paths.ROOT,
+                env=ambient,
+                pass_fds=[lock.fileno()],  # who outlives this process goes on holding the lock
+                start_new_session=True,  # a group of its own, so that all of it can be told
+            )
+            sign(lock, process.pid)
+            until = time.monotonic() + 3600 * hours if hours else float("inf")
+            try:
+                while (status := process.poll()) is None and not asked and time.monotonic() < until:
+                    time.sleep(0.2)
+            finally:
                 end(process, executor)
                 process.wait()
-                line.note(f"interrupted by {asked[0].name}. To go on: make reproduce SCALE={study.scale}")
-                return TRY_AGAIN if asked[0] == signal.SIGTERM else 128 + asked[0]
-        finally:
-            end(process, executor)
-        log.feed(read)
-    line.close()
-    if status:
-        line.note(failure(study.scale, log, file))
-    return status
+    except RunHeld as other:
+        print(other, file=sys.stderr)
+        return 1
+    if asked:
+        print(f"interrupted by {asked[0].name}. {go_on}", file=sys.stderr)
+        return TRY_AGAIN if asked[0] == signal.SIGTERM else 128 + asked[0]
+    if status is None:
+        print(f"the {hours:g} hours are over. {go_on}", file=sys.stderr)
+    elif status:
+        print(f"log:    {log}\nnext:   {go_on.removeprefix('To go on: ')} goes on from what is done", file=sys.stderr)
+    return status or 0
 
 
-def how_to_ask() -> list[str]:
-    """How Snakemake asks Slurm after its jobs, where that keeps no accounts: then `sacct` knows nothing."""
-    try:
-        asked = subprocess.run(["sacct", "--noheader", "--allocations"], capture_output=True)
-        return ["--slurm-status-command", "squeue"] if asked.returncode else []
-    except FileNotFoundError:
-        return []  # Snakemake says that there is no Slurm, or takes squeue itself
+def executed(executor: str) -> list[str]:
+    """Options of Snakemake for an executor. Where Slurm keeps no accounts `sacct` knows nothing, and the queue does."""
+    if executor == "local":
+        return ["--executor", "local"]
+    options = ["--executor", "slurm", "--retries", "3", "--latency-wait", "60"]
+    with contextlib.suppress(FileNotFoundError):  # Snakemake says that there is no Slurm, or takes squeue itself
+        if subprocess.run(["sacct", "--noheader", "--allocations"], capture_output=True).returncode:
+            options += ["--slurm-status-command", "squeue"]
+    return options
 
 
 @contextlib.contextmanager
-def _asked_to_end() -> Iterator[list[signal.Signals]]:
+def asked_to_end() -> Iterator[list[signal.Signals]]:
     """The signals so far that ask to end: Ctrl-C, SIGTERM, a closed terminal. The second one ends at once."""
     asked: list[signal.Signals] = []
 
@@ -184,38 +144,137 @@ def end(process: subprocess.Popen, executor: str) -> None:
             process.send_signal(signal.SIGINT)
 
 
-class Pace:
-    """How many runs are trained of all, and how long the rest takes at the pace of those that ended meanwhile."""
-
-    def __init__(self, scale: str):
-        self.scale, self.start = scale, time.monotonic()
-        self.trained: set[str] = set()
-        self.costs: dict[str, float] = {}
-        self._look()
-        self.before = self.trained
-
-    def _look(self) -> None:
-        trained = {file.parent.name for file in (paths.RUNS / self.scale).glob("*/result.json")}
-        if trained != self.trained or not self.costs:
-            self.costs = {planned.config.name: work(planned.config) for planned in all_runs(Study(self.scale))}
-        self.trained = trained
-
-    def said(self) -> str:
-        self._look()
-        ended, there = self.trained & set(self.costs), set(self.costs)
-        made, rest = (sum(self.costs[name] for name in names) for names in (ended - self.before, there - ended))
-        time_left = left(time.monotonic() - self.start, made, rest)
-        return sentence(
-            f"{self.scale}: {len(ended)} of {len(there)} runs trained", time_left and f"{time_left} of training"
-        )
+# ------------------------------------------------------------------------------------------ in Snakemake's process
 
 
-def failure(scale: str, log: Log, file: Path) -> str:
-    """What failed, why, and what to do: the text with which a workflow that failed ends."""
-    lines = file.read_text().splitlines()
-    failed = log.failed or [("the workflow", next((li for li in reversed(lines) if REASON.match(li)), ""))]
-    said = []
-    for job, reason in dict.fromkeys(failed):
-        said += [f"failed: {job}", f"reason: {reason or 'see the end of the log'}"]
-    go_on = f"make reproduce SCALE={scale} goes on from what is done"
-    return "\n".join([*said, f"log:    {file}", f"next:   {go_on}"])
+def snakemake(scale: str, log: str, rows: bool) -> None:
+    """Snakemake as `sys.argv` says, all that it prints in the file `log`; its events make the line of the terminal."""
+    from snakemake import cli
+    from snakemake_interface_logger_plugins.base import LogHandlerBase
+    from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
+
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8")
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    progress = Progress(scale, rows, terminal)
+
+    class LogHandler(LogHandlerBase):
+        writes_to_stream = writes_to_file = needs_rulegraph = False
+        has_filter = has_formatter = True
+
+        def emit(self, record: Any) -> None:
+            progress.take(str(getattr(record, "event", "")), record)
+
+        def close(self) -> None:
+            progress.close()
+
+    registry = LoggerPluginRegistry()
+    registry.plugins["line"] = registry.load_plugin("line", SimpleNamespace(LogHandler=LogHandler))  # type: ignore[arg-type]
+    cli.main(sys.argv[1:])
+
+
+class Progress:
+    """What Snakemake's events say: which jobs run, how far the study is, how long the rest takes, what failed."""
+
+    def __init__(self, scale: str, rows: bool, terminal: Any):
+        """rows: runs that the tables have are done."""
+        self.scale, self.rows, self.terminal = scale, rows, terminal
+        self.names: dict[int, str] = {}  # job id -> "run NAME light"
+        self.logs: dict[int, list[str]] = {}
+        self.running: list[int] = []
+        self.steps, self.noted = "", list[str]()
+        self.start = time.monotonic()
+        self.at, self.shown = float("-inf"), ""
+        self.look()
+        self.before = self.done
+
+    def look(self) -> None:
+        """Which runs there are, as far as they can be known, and which of them are trained."""
+        study = Study(self.scale)
+        self.costs = {planned.config.name: work(planned.config) for planned in study.all_runs()}
+        known = set(study.table("runs").run) if self.rows and study.has("runs") else set()
+        ended = {name for name in self.costs if (study.runs_folder / name / "result.json").exists()}
+        self.done = ended | known & self.costs.keys()
+
+    def take(self, event: str, record: Any) -> None:
+        """An event of Snakemake, with the attributes of its log record."""
+        if event == "job_info":
+            words = [value.rpartition("-")[0] or value for value in map(str, record.wildcards.values())]  # no hashes
+            self.names[record.jobid] = " ".join([record.rule_name, *words])
+            self.logs[record.jobid] = list(record.log)
+        elif event == "job_started":
+            self.running += record.jobs
+        elif event == "job_finished":
+            self.running.remove(record.job_id)
+            self.look()
+        elif event == "job_error":
+            self.running = [job for job in self.running if job != record.jobid]
+            self.note(f"failed: {self.names.get(record.jobid, record.rule_name)}\nreason: {self.reason(record.jobid)}")
+        elif event == "progress":
+            self.steps = f"step {record.done} of {record.total}"
+        elif event == "error":
+            self.note(f"reason: {str(record.msg).strip().splitlines()[-1]}") if not self.logs else None
+        if event:
+            self.show()
+
+    def reason(self, job: int) -> str:
+        """The last line of a job's log."""
+        files = [Path(file) for file in self.logs.get(job, []) if Path(file).exists()]
+        lines = [line for file in files for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else "it ended without a word, as when it is killed"
+
+    def text(self) -> str:
+        """The line: runs done of all, the time left at the pace so far, Snakemake's steps, what runs now."""
+        ended, ahead = self.done - self.before, self.costs.keys() - self.done
+        made, rest = (sum(self.costs[name] for name in names) for names in (ended, ahead))
+        parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done"]
+        parts += [left(time.monotonic() - self.start, made, rest), self.steps]
+        now = ", ".join(self.names[job] for job in self.running if job in self.names)
+        return ", ".join(filter(None, [*parts, now and f"now {now}"]))
+
+    def show(self) -> None:
+        """One line of a terminal, as wide as that is, written anew; in a file, or a pipe, a line every few minutes."""
+        text = self.text()
+        if self.terminal.isatty():
+            width = (os.get_terminal_size(self.terminal.fileno()).columns or 80) - 1
+            if text != self.shown:
+                print(f"\r\033[K{shortened(text, width)}", end="", file=self.terminal, flush=True)
+        elif time.monotonic() - self.at >= EVERY:
+            print(text, file=self.terminal, flush=True)
+            self.at = time.monotonic()
+        self.shown = text
+
+    def note(self, text: str) -> None:
+        """Lines that stay, said once."""
+        if text in self.noted:
+            return
+        self.noted.append(text)
+        print(f"\r\033[K{text}" if self.terminal.isatty() else text, file=self.terminal, flush=True)
+
+    def close(self) -> None:
+        """How far it came stays."""
+        if not self.terminal.closed:
+            self.look()
+            self.running = []
+            self.note(self.text())
+            self.terminal.close()
+
+
+def shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+
+
+def work(config: RunConfig) -> float:
+    """What training a run takes, in parameters times tokens, with the steps of small models at what they cost."""
+    return config.steps * (
+        config.model.n_parameters * config.tokens_per_step + (QAT_STEP if config.quantization else STEP)
+    )
+
+
+def left(seconds: float, done: float, remaining: float) -> str:
+    """ "about 12 min left", as long as the rest takes at the pace so far; empty while there is no pace yet."""
+    if not done or not remaining:
+        return ""
+    rest = seconds * remaining / done
+    return f"about {max(1, round(rest / 60))} min left" if rest < 5400 else f"about {rest / 3600:.1f} hours left"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -34,9 +34,8 @@ from beyond_outliers.train.folder import (
     result_row,
     run_folder,
     weights_name,
-    weights_path,
 )
-from beyond_outliers.train.holding import TRY_AGAIN, Termination, held
+from beyond_outliers.train.lock import TRY_AGAIN, Termination, held
 from beyond_outliers.train.machine import (
     LossModule,
     check_shares,
@@ -288,14 +287,11 @@ class _Run:
     def _restore(self) -> None:
         if (state := read_state(self.folder, self.config, self.device)) is None:
             return
-        if "model" not in state:  # of a run that an older version began
-            load_model(self.model, weights_path(self.folder, state["step"]), device=str(self.device))
-            state["model"] = self.model.state_dict()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.mean, self.count = state.get("mean", self.mean), state.get("count", self.count)
-        self.clock = time.perf_counter() - state.get("taken", 0.0)
+        self.mean, self.count = state["mean"], state["count"]
+        self.clock = time.perf_counter() - state["taken"]
 
     def _finish(self, status: str, reason: str) -> None:
         epochs = self.step * self.config.batch_size / self.batches.windows

@@ -13,10 +13,13 @@ from beyond_outliers import checksums
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.train.folder import check, weights_name
 
+# what a state holds; one without is of an older version
+KEYS = ("step", "run_id", "rows", "seconds", "mean", "count", "taken", "model", "optimizer")
+
 
 def states(folder: Path) -> list[Path]:
-    """The states of a run, newest first; state.pt is of runs that an older version began."""
-    return [*sorted(folder.glob("state-*.pt"), reverse=True), *folder.glob("state.pt")]
+    """The states of a run, newest first."""
+    return sorted(folder.glob("state-*.pt"), reverse=True)
 
 
 def write_state(folder: Path, state: Mapping[str, Any], beside: Mapping[str, Callable[[Path], object]]) -> None:
@@ -70,7 +73,7 @@ def _load(file: Path, config: RunConfig, device: torch.device) -> dict[str, Any]
     """DamagedFile for what torch cannot read, or is no state of this run."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-        step, run_id = state["step"], state.get("run_id", config.run_id)
+        step, run_id, *_ = (state[key] for key in KEYS)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise checksums.DamagedFile(f"{file} cannot be read ({type(error).__name__})") from None
     if run_id != config.run_id or step not in range(1, config.steps + 1):

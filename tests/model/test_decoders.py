@@ -1,6 +1,7 @@
-"""The pre-norm decoder against Llama of `transformers`, its invariants, and its way through the rest of the study."""
+"""The two decoders: against NumPy and Llama of `transformers`, their invariants, and Llama's way through the study."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,27 +10,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from beyond_outliers.config import CorpusConfig, LlamaConfig, Olmo2Config, RunConfig, model_config
-from beyond_outliers.metrics import activation_metrics, mmr
-from beyond_outliers.model import Olmo2
-from beyond_outliers.model.decoder import _ROTARY_TABLES
-from beyond_outliers.model.llama import Llama
-from beyond_outliers.optimizers import OPTIMIZERS, build_optimizer, parameter_groups
+from beyond_outliers.model import MODELS, Decoder, Llama, Olmo2, Rotary, build_model
+from beyond_outliers.model.decoder import _ROTARY_TABLES, rotary_tables
 from beyond_outliers.propagation import decompose, output_readings, summarise
-from beyond_outliers.quantizers import QuantSpec, freeze_qat, prepare_qat, quantize_model, quantize_tensor
-from beyond_outliers.train import build_model, train
+from beyond_outliers.quantizers import QuantSpec, prepare_qat, quantize_model, weights_held
+from beyond_outliers.train import train
 
-CONFIGS = [
-    LlamaConfig(vocab_size=37, width=24, depth=2, n_heads=3),
-    LlamaConfig(vocab_size=37, width=24, depth=2, n_heads=6, n_kv_heads=2, mlp_ratio=2),
-]
+OLMO2 = [Olmo2Config(37, 24, 2, 3), Olmo2Config(37, 24, 2, 6, n_kv_heads=2)]
+LLAMA = [LlamaConfig(37, 24, 2, 3), LlamaConfig(37, 24, 2, 6, n_kv_heads=2, mlp_ratio=2)]
 BLOCKED = LlamaConfig(vocab_size=96, width=32, depth=2, n_heads=4, n_kv_heads=2)  # widths that mxfp4 divides
-both = pytest.mark.parametrize("config", CONFIGS, ids=["full", "grouped"])
+llamas = pytest.mark.parametrize("config", LLAMA, ids=["full", "grouped"])
+every = pytest.mark.parametrize("config", [*OLMO2, *LLAMA], ids=["olmo2", "olmo2 grouped", "llama", "llama grouped"])
 
 
-def shaken(config: LlamaConfig, dtype=torch.float64) -> Llama:
-    """A model whose gains are not at their initial values."""
+def made(config) -> Decoder:
     torch.manual_seed(0)
-    model = Llama(config).to(dtype)
+    return MODELS[type(config)](config)
+
+
+def shaken(config, dtype=torch.float64) -> Decoder:
+    """A model whose gains and scales are not at their initial values."""
+    model = made(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -40,7 +41,58 @@ def token_ids(*shape: int, vocab_size: int = 37) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------------------------- another library
+# ------------------------------------------------------------------------------------------------------- references
+
+
+def reference_logits(weights: dict, config: Olmo2Config, ids: np.ndarray) -> np.ndarray:
+    """PAPER.md's set-up written out in NumPy float64, one head and one position pair at a time where it matters."""
+
+    def rms_norm(x, gain):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * gain
+
+    def rotate(x):  # (T, head_size): complex pairs turned by position * base^(-2i/d)
+        positions, pairs = np.arange(len(x))[:, None], np.arange(config.head_size // 2)[None]
+        turn = np.exp(1j * positions * config.rope_base ** (-2 * pairs / config.head_size))
+        turned = (x[:, 0::2] + 1j * x[:, 1::2]) * turn
+        out = np.empty_like(x)
+        out[:, 0::2], out[:, 1::2] = turned.real, turned.imag
+        return out
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    w = {name: value.detach().double().numpy() for name, value in weights.items()}
+    logits = []
+    for sequence in ids:
+        x = w["embedding.weight"][sequence]
+        length = len(sequence)
+        for b in range(config.depth):
+            p = f"blocks.{b}."
+            q, k, v = (x @ w[f"{p}attention.{name}.weight"].T for name in "qkv")
+            heads = []
+            for h in range(config.n_heads):
+                group = h // (config.n_heads // config.n_kv_heads)
+                own = slice(h * config.head_size, (h + 1) * config.head_size)
+                shared = slice(group * config.head_size, (group + 1) * config.head_size)
+                qh, kh = unit(rotate(q[:, own])), unit(rotate(k[:, shared]))
+                scores = w[f"{p}attention.qk_norm.scale"][h] * qh @ kh.T
+                scores[np.triu_indices(length, 1)] = -np.inf
+                weights_ = np.exp(scores - scores.max(-1, keepdims=True))
+                heads.append(weights_ / weights_.sum(-1, keepdims=True) @ v[:, shared])
+            attended = np.concatenate(heads, -1) @ w[f"{p}attention.out.weight"].T
+            x = x + rms_norm(attended, w[f"{p}attention_norm.gain"])
+            up = np.maximum(x @ w[f"{p}mlp.up.weight"].T, 0) ** 2
+            x = x + rms_norm(up @ w[f"{p}mlp.down.weight"].T, w[f"{p}mlp_norm.gain"])
+        logits.append(rms_norm(x, w["final_norm.gain"]) @ w["embedding.weight"].T)
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("config", OLMO2, ids=["full", "grouped"])
+def test_logits_agree_with_the_reference(config):
+    model, ids = shaken(config), token_ids(2, 11)
+    expected = reference_logits(dict(model.named_parameters()), config, ids.numpy())
+    assert np.abs(model(ids).detach().numpy() - expected).max() < 1e-10
+    assert np.abs(model.float()(ids).detach().numpy() - expected).max() < 1e-4
 
 
 class ExactRotary(nn.Module):
@@ -85,7 +137,7 @@ def of_transformers(model: Llama) -> nn.Module:
     return reference.eval()
 
 
-@both
+@llamas
 def test_logits_agree_with_transformers_in_float32(config):
     model = shaken(config, torch.float32)
     ids = token_ids(2, 64)
@@ -95,7 +147,7 @@ def test_logits_agree_with_transformers_in_float32(config):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@both
+@llamas
 def test_logits_agree_with_transformers_in_float64(config):
     """Its norms and rotary angles are float32 in any dtype: torch's own norm and NumPy's angles stand in for them."""
     model = shaken(config)
@@ -114,19 +166,18 @@ def test_logits_agree_with_transformers_in_float64(config):
 # ------------------------------------------------------------------------------------------------------- invariants
 
 
-@both
+@every
 def test_opened_attention_is_the_same_function(config):
-    model = shaken(config)
-    ids = token_ids(2, 9)
+    model, ids = shaken(config), token_ids(2, 9)
     fused = model(ids)
     for block in model.blocks:
         block.attention.mixing.opened = True
     assert torch.allclose(model(ids), fused, atol=1e-12)
 
 
-def test_no_position_sees_the_future():
-    model = shaken(CONFIGS[1])
-    ids = token_ids(1, 12)
+@every
+def test_no_position_sees_the_future(config):
+    model, ids = shaken(config), token_ids(1, 12)
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 37
     before, after = model(ids), model(changed)
@@ -134,38 +185,61 @@ def test_no_position_sees_the_future():
     assert not torch.allclose(before[0, 7:], after[0, 7:])
 
 
-def test_initialisation():
-    model = Llama(LlamaConfig(vocab_size=512, width=64, depth=2, n_heads=4))
+@pytest.mark.parametrize("kind", [Olmo2Config, LlamaConfig])
+def test_initialisation(kind):
+    model = made(kind(vocab_size=512, width=64, depth=2, n_heads=4))
     assert model.head.weight is model.embedding.weight
     assert not any(name.endswith("bias") for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             assert abs(parameter.std().item() - 0.02) < 0.002 and abs(parameter.mean().item()) < 0.002, name
         else:
-            assert (parameter == 1).all(), name
+            assert (parameter == (math.sqrt(16) if name.endswith("scale") else 1)).all(), name
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, BLOCKED])
+@every
 def test_n_parameters_counts_the_tied_embedding_once(config):
-    assert sum(p.numel() for p in Llama(config).parameters()) == config.n_parameters
+    assert sum(p.numel() for p in made(config).parameters()) == config.n_parameters
 
 
-def test_gradients_through_head_loss_are_those_of_plain_cross_entropy():
-    model = shaken(CONFIGS[0])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_positions_are_relative(interleaved):
+    """The product of a query at position i and a key at j depends on i - j alone."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    rotary = Rotary(16, 1024.0, interleaved)
+    turned_q, turned_k = (rotary(x.expand(1, 1, 20, 16))[0, 0] for x in (q, k))
+    products = turned_q @ turned_k.T
+    for offset in range(1, 19):
+        assert torch.allclose(products.diagonal(offset), products.diagonal(offset)[:1], atol=1e-12)
+    cos, _ = rotary_tables(3, 16, 1024.0, torch.device("cpu"), torch.float64)
+    assert torch.equal(cos[0], torch.ones(8, dtype=torch.float64))
+
+
+def test_rotary_tables_are_a_constant_to_the_compiler_as_its_own_decorator_makes_one():
+    def other():
+        pass
+
+    assert vars(torch.compiler.assume_constant_result(other)).items() <= vars(rotary_tables).items()
+    assert vars(other)
+
+
+@every
+def test_the_loss_is_the_cross_entropy_of_the_logits_and_so_are_its_gradients(config):
+    model = shaken(config)
     ids, targets = token_ids(2, 2, 300)  # 600 tokens: a whole slice of the sliced loss and a rest
-    ours = model.head_loss(model.hidden(ids), targets)
-    expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
-    assert torch.allclose(ours, expected, atol=1e-13) and torch.equal(ours, model.loss(ids, targets))
+    ours, expected = model.loss(ids, targets), F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    assert torch.allclose(ours, expected, atol=1e-13)
     names, parameters = zip(*model.named_parameters(), strict=True)
     found, wanted = (torch.autograd.grad(loss, parameters) for loss in (ours, expected))
     for name, mine, theirs in zip(names, found, wanted, strict=True):
         assert theirs.abs().max() > 0 and torch.allclose(mine, theirs, atol=1e-13), name
 
 
-@pytest.mark.parametrize("make", [lambda: Llama(CONFIGS[0]), lambda: Olmo2(Olmo2Config(37, 24, 1, 3))])
-def test_a_model_that_first_ran_under_inference_mode_can_be_trained(make):
+@every
+def test_a_model_that_first_ran_under_inference_mode_can_be_trained(config):
     _ROTARY_TABLES.clear()
-    model, ids = make(), token_ids(1, 13)
+    model, ids = made(config), token_ids(1, 13)
     with torch.inference_mode():
         model(ids)
     model.loss(ids, ids).backward()
@@ -173,8 +247,9 @@ def test_a_model_that_first_ran_under_inference_mode_can_be_trained(make):
 
 
 @pytest.mark.slow
-def test_the_compiled_model_is_the_same_function():
-    model = Llama(CONFIGS[1])
+@pytest.mark.parametrize("config", [OLMO2[0], LLAMA[1]])
+def test_the_compiled_model_is_the_same_function(config):
+    model = made(config)
     ids, targets = token_ids(2, 2, 10)
     model.loss(ids, targets).backward()
     eager = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -182,6 +257,41 @@ def test_the_compiled_model_is_the_same_function():
     torch.compile(model.loss)(ids, targets).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, eager[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("config", [Olmo2Config, LlamaConfig])
+@pytest.mark.parametrize("scheme", [None, "quest", "lsq"])
+def test_recomputation_changes_no_bit_of_a_gradient(config, scheme):
+    model = made(config(vocab_size=320, width=32, depth=3, n_heads=2))
+    if scheme:
+        model = prepare_qat(model, QuantSpec(), scheme=scheme)
+    ids, targets = torch.randint(320, (2, 4, 16))
+    model(ids)  # LSQ's steps start from it
+    found = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        loss = 0.0
+        with weights_held(model):
+            for half in (slice(2), slice(2, 4)):
+                part = model.loss(ids[half], targets[half])
+                part.backward()
+                loss += part.detach()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_recomputation_keeps_no_more_than_the_inputs_of_blocks():
+    model = Olmo2(Olmo2Config(vocab_size=320, width=32, depth=3, n_heads=2))
+    ids, sizes = torch.randint(320, (2, 16)), []
+    for recompute in (False, True):
+        model.recompute = recompute
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()), lambda x: x):
+            model.hidden(ids)
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0] / 5
 
 
 # --------------------------------------------------------------------------------------------------- configurations
@@ -200,8 +310,9 @@ def test_the_shape_from_its_architecture():
         ({"architecture": "lama"}, "unknown architecture 'lama'; valid: olmo2, llama"),
         ({"deep": 2}, r"architecture 'llama' has no \['deep'\]; valid: vocab_size, width, depth"),
         ({"mlp_ratio": 2.5}, r"mlp_ratio must be a whole number in \[1, 64\], not 2.5"),
-        ({"width": 30, "n_heads": 4}, "width 30"),
-        ({"n_heads": 6, "n_kv_heads": 4}, "n_kv_heads 4"),
+        ({"depth": 0}, "depth"),
+        *(({"architecture": name, "width": 30, "n_heads": 4}, "width 30") for name in ("olmo2", "llama")),
+        *(({"architecture": name, "n_heads": 6, "n_kv_heads": 4}, "n_kv_heads 4") for name in ("olmo2", "llama")),
     ],
 )
 def test_bad_shapes_are_refused(settings, message):
@@ -231,49 +342,7 @@ def test_json_carries_the_architecture_and_the_ids_of_olmo2_runs_stay():
         assert again == config and type(again.model) is type(config.model) and again.run_id == config.run_id
 
 
-# -------------------------------------------------------------------------------- optimizers, quantizers, measurements
-
-
-def test_parameter_roles():
-    roles = {group["role"]: {name for name, _ in group["params"]} for group in parameter_groups(Llama(CONFIGS[1]))}
-    matrices = [f"attention.{name}.weight" for name in ("q", "k", "v", "out")]
-    matrices += [f"mlp.{name}.weight" for name in ("gate", "up", "down")]
-    assert roles["matrix"] == {f"blocks.{b}.{name}" for b in range(2) for name in matrices}
-    gains = {f"blocks.{b}.{name}_norm.gain" for b in range(2) for name in ("attention", "mlp")}
-    assert roles["vector"] == gains | {"final_norm.gain"} and roles["embedding"] == {"embedding.weight"}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_lowers_the_loss(name):
-    torch.manual_seed(0)
-    model, ids = Llama(BLOCKED), token_ids(4, 17, vocab_size=96)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, name, 3e-3)
-    losses = []
-    for _ in range(20):
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("form", ["int4", "mxfp4", "nvfp4"])
-def test_post_training_quantization_with_the_head(form):
-    model = shaken(BLOCKED)
-    quantized = quantize_model(model, QuantSpec(form, "none", head=True))
-    by_hand = Llama(BLOCKED).double()
-    by_hand.load_state_dict(model.state_dict())
-    by_hand.head.weight = nn.Parameter(model.head.weight.detach().clone())  # the embedding lookup stays as it is
-    with torch.no_grad():
-        for module in by_hand.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.copy_(quantize_tensor(module.weight, form))
-    ids = token_ids(2, 16, vocab_size=96)
-    assert torch.allclose(quantized(ids), by_hand(ids), atol=1e-12)
-    assert not torch.allclose(quantized(ids), model(ids), atol=1e-2)
+# ------------------------------------------------------------------------------------------- Llama through the study
 
 
 def test_decomposition_sees_every_step():
@@ -301,39 +370,6 @@ def test_decomposition_sees_every_step():
     assert output_readings(model, quantized, ids).value["R_L"] == pytest.approx(
         summarise(tables["unit"])["R_L"], rel=1e-9
     )
-
-
-def test_activation_metrics_read_every_linear_input():
-    model = shaken(BLOCKED)
-    ids = token_ids(2, 16, vocab_size=96)
-    table = activation_metrics(model, ids).set_index("name")
-    layers = [f"attention.{name}" for name in ("q", "k", "v", "out")] + [
-        f"mlp.{name}" for name in ("gate", "up", "down")
-    ]
-    assert list(table.index) == [f"blocks.{b}.{name}" for b in range(2) for name in layers] + ["head"]
-    with torch.no_grad():
-        x = model.embedding(ids)
-        x = x + model.blocks[0].attention(model.blocks[0].attention_norm(x))
-        x = F.rms_norm(x, (32,), model.blocks[0].mlp_norm.gain, BLOCKED.norm_eps)
-        gate, up = (F.linear(x, getattr(model.blocks[0].mlp, name).weight) for name in ("gate", "up"))
-    assert table.mmr["blocks.0.mlp.gate"] == table.mmr["blocks.0.mlp.up"] == pytest.approx(mmr(x).item(), rel=1e-10)
-    assert table.mmr["blocks.0.mlp.down"] == pytest.approx(mmr(F.silu(gate) * up).item(), rel=1e-10)
-
-
-def test_quantization_aware_training_keeps_names_and_ties():
-    model = Llama(BLOCKED)
-    trained = prepare_qat(model, QuantSpec(head=True))
-    trained.load_state_dict(model.state_dict())
-    assert trained.head.weight is trained.embedding.weight
-    ids, targets = token_ids(2, 2, 16, vocab_size=96)
-    trained.loss(ids, targets).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.parameters())
-    assert trained.blocks[0].mlp.gate.weight.grad.abs().max() > 0
-    table = decompose(model, freeze_qat(trained), ids)
-    assert table["R"].iloc[-1] > 1e-3
-
-
-# --------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture
