@@ -1,17 +1,14 @@
-"""Figures of findings: what predicts the damage, the claims' verdicts, quantizers' staircases, a probed model.
+"""Figures of findings: what predicts the damage, quantizers' staircases, a probed model.
 
 A figure function takes a tidy table and returns a matplotlib figure.
 """
 
-import textwrap
-
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from beyond_outliers.claims.readings import with_error
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, subplots, tidy_log
+from beyond_outliers.plots.theme import label_y, legend, panels, style_of, subplots, tidy_log
 
 CANDIDATES = {  # of `predictors`, as axes name them
     "mmr": "MMR (without down)",
@@ -30,23 +27,19 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
     large models.
     """
     found = correlations[correlations.target == target].set_index("candidate")
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
-    figure, axes = subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
+    figure, axes = panels(found.index, 2.6, 2.5, sharey=True)
     sizes = list(dict.fromkeys(table["size"]))
-    for ax, (candidate, r) in zip(axes.flat, found.iterrows(), strict=False):
+    for candidate, ax in axes.items():
         for optimizer, points in table.groupby("optimizer", sort=False):
             area = 14 + 14 * points["size"].map(sizes.index)
-            style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
-            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
+            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style_of(str(optimizer)))
+        r = found.loc[candidate]
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
         ax.set(xscale="log", xlabel=CANDIDATES[candidate])
         tidy_log(ax.xaxis)
-        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
-    for ax in axes.flat[len(found) :]:
-        ax.set_visible(False)
-    for place, size in enumerate(sizes):
-        axes[0, 0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
-    label_y(axes.flat, label)
+    for place, size in enumerate(sizes if axes else ()):
+        figure.axes[0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
+    label_y(axes.values(), label)
     legend(figure)
     return figure
 
@@ -82,30 +75,6 @@ def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> Figure:
     return figure
 
 
-def claims_ledger(table: pd.DataFrame) -> Figure:
-    """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
-    colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
-    figure, ax = subplots(figsize=(10, 0.46 * len(table) + 0.9))
-    for position, row in enumerate(table.itertuples()):
-        side, threshold = row.holds.split()
-        colour = colours[row.verdict]
-        ax.axhspan(position - 0.4, position + 0.4, color=colour, alpha=0.12, lw=0)
-        if np.isfinite(row.value):
-            low, high = (row.low, row.high) if np.isfinite(row.low) else (row.value, row.value)
-            ax.plot([np.clip(low, -1, 1), np.clip(high, -1, 1)], [position, position], color=colour, lw=2)
-            ax.plot(np.clip(row.value, -1, 1), position, "o", color=colour)
-        marker = ">" if side == "above" else "<"
-        ax.plot(float(threshold), position, marker, color="black", ms=5, mfc="none")
-        ax.text(1.08, position, f"{row.verdict}, n {row.n}", va="center", fontsize=8)
-    ax.set_yticks(
-        range(len(table)), [textwrap.fill(f"{row.id}  {row.claim}", 62) for row in table.itertuples()], fontsize=7
-    )
-    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval, cut at -1 and 1; triangle: threshold and claimed side")
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    return figure
-
-
 def checkpoint_curves(table: pd.DataFrame) -> Figure:
     """R_L (with its interval), MMR and kurtosis of `probes.probe_all`'s table along training, a line a format.
 
@@ -114,15 +83,15 @@ def checkpoint_curves(table: pd.DataFrame) -> Figure:
     rows = table[table.reason == ""]
     names = list(dict.fromkeys(rows.model))
     numbered = bool(rows.step.notna().all()) and rows.step.nunique() == len(names)
-    figure, axes = subplots(1, 3, figsize=(11, 3.2))
-    for (spec, own), colour in zip(rows.groupby("spec", sort=False), sns.color_palette("colorblind"), strict=False):
-        x = own.step.astype(float) if numbered else own.model.map(names.index)
-        arms = np.clip([own.R_L - own.R_L_low, own.R_L_high - own.R_L], 0, None)
-        axes[0].errorbar(x, own.R_L, yerr=arms, marker="o", ms=4, capsize=2, color=colour, label=spec)
-        for ax, metric in zip(axes[1:], ("mmr", "kurtosis"), strict=True):
-            ax.plot(x, own[metric], marker="o", ms=4, color=colour)
-    for ax, label in zip(axes, ("$R_L$", "MMR", "kurtosis"), strict=True):
-        ax.set(ylabel=label, yscale="log", xlabel="training step" if numbered else "")
+    rows = rows.assign(x=rows.step.astype(float) if numbered else rows.model.map(names.index))
+    metrics = {"R_L": "$R_L$", "mmr": "MMR", "kurtosis": "kurtosis"}
+    figure, axes = panels(metrics, 3.3, 3.2)
+    for metric, ax in axes.items():
+        for spec, line in rows.groupby("spec", sort=False):
+            ax.plot(line.x, line[metric], marker="o", ms=4, label=spec)
+            if metric == "R_L":
+                ax.fill_between(line.x, line.R_L_low, line.R_L_high, alpha=0.15)
+        ax.set(ylabel=metrics[metric], yscale="log", xlabel="training step" if numbered else "")
         if not numbered:
             ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     legend(figure)
@@ -134,10 +103,8 @@ def probe_profile(modules: pd.DataFrame, title: str) -> Figure:
     figure, ax = subplots(figsize=(9, 3.4))
     shown = with_error(modules)
     ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
-    for (kind, rows), colour in zip(
-        shown.groupby("kind", sort=False), sns.color_palette("colorblind", 12), strict=False
-    ):
-        ax.scatter(rows["index"], rows.R, s=14, color=colour, label=kind, zorder=2)
+    for kind, rows in shown.groupby("kind", sort=False):
+        ax.scatter(rows["index"], rows.R, s=14, label=kind, zorder=2)
     ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
     legend(figure)
     return figure
