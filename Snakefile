@@ -27,7 +27,7 @@ SWEPT = STUDY.sizes_of("sweep")
 WORK = paths.RUNS / SCALE
 PYTHON = sys.executable
 ADOPTED = adopted(STUDY) if ROWS else {}
-TAKEN = "--rows" if ROWS else "--no-rows"  # of the searches
+TAKEN = ["--rows"] if ROWS else []  # by the searches
 
 
 wildcard_constraints:

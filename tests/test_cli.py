@@ -23,9 +23,9 @@ REFUSED = {
     "reproduce --scale smoke --jobs 0": "whole number of at least 1",
     "reproduce --scale smoke --executor cloud": "'slurm'",
     "continue --scale smoke --jobs -2": "whole number of at least 1",
-    "continue --scale smoke --hours 0": "positive number of hours",
-    "continue --scale smoke --hours -1": "positive number of hours",
-    "continue --scale smoke --hours nan": "positive number of hours",
+    "continue --scale smoke --hours 0": "positive number",
+    "continue --scale smoke --hours -1": "positive number",
+    "continue --scale smoke --hours nan": "positive number",
     "continue --scale smoke --shard 3/2": "no part of a plan",
     "continue --scale smoke --shard half": "no part of a plan",
     "notebook --scale pocket --name 03": "did you mean 03_ptq?",
@@ -96,7 +96,8 @@ def test_every_subcommand_explains_itself_with_an_example_that_can_be_said(name,
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     said = capsys.readouterr().out
-    function, example, _ = cli.COMMANDS[name]
+    function = cli.COMMANDS[name]
+    example = function.__doc__.strip().splitlines()[-1].strip()
     assert stopped.value.code == 0 and example.split()[1] in said and function.__doc__.split("\n")[0][:40] in said
     given = cli.parse(example.split()[1:])
     assert given.command == name
@@ -104,19 +105,30 @@ def test_every_subcommand_explains_itself_with_an_example_that_can_be_said(name,
 
 def test_the_documents_name_subcommands_and_options_that_there_are():
     files = [paths.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "Snakefile", "data/README.md")]
-    files += [*paths.NOTEBOOKS.glob("*.ipynb"), *(paths.ROOT / "lib").rglob("*.py")]
+    files += [
+        *paths.NOTEBOOKS.glob("*.ipynb"),
+        *(paths.ROOT / "lib").rglob("*.py"),
+        *(paths.ROOT / "docs").glob("*.md"),
+    ]
     text = "\n".join(file.read_text() for file in files)
-    said = re.findall(r"(?:bin/|`|\")beyond-outliers ([a-z]+)", text)
+    said = re.findall(
+        r"(?:^|bin/|[`\"])beyond-outliers ([a-z]+)|-m beyond_outliers(?: --traceback)? ([a-z]+)", text, re.M
+    )
+    said = [name for pair in said for name in pair if name]
     assert len(said) > 20 and set(said) <= set(cli.COMMANDS), set(said) - set(cli.COMMANDS)
 
 
 def test_an_interrupt_is_one_line_and_its_own_exit_code(monkeypatch, capsys):
-    def interrupted(given):
+    def interrupted(*, scale: str):
+        """Waits.
+
+        beyond-outliers plan --scale pocket
+        """
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setitem(cli.COMMANDS, "plan", (interrupted, *cli.COMMANDS["plan"][1:]))
+        monkeypatch.setitem(cli.COMMANDS, "plan", interrupted)
         with pytest.raises(SystemExit) as stopped:
             main(["plan", "--scale", "pocket"])
     finally:
@@ -125,10 +137,14 @@ def test_an_interrupt_is_one_line_and_its_own_exit_code(monkeypatch, capsys):
 
 
 def test_a_damaged_file_has_an_exit_code_of_its_own(monkeypatch, capsys):
-    def damaged(given):
+    def damaged(*, scale: str):
+        """Reads.
+
+        beyond-outliers plan --scale pocket
+        """
         raise cli.DamagedFile("weights/000010.safetensors is damaged")
 
-    monkeypatch.setitem(cli.COMMANDS, "plan", (damaged, *cli.COMMANDS["plan"][1:]))
+    monkeypatch.setitem(cli.COMMANDS, "plan", damaged)
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--scale", "pocket"])
     assert stopped.value.code == cli.DAMAGED == 65 and "weights/000010" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import pytest
 
 from beyond_outliers import paths, reproduction
 from beyond_outliers.cli import say_where
-from beyond_outliers.study import Study, own
+from beyond_outliers.study import Study
+from beyond_outliers.study.publish import take_up
 from repository import repository_of_pocket
 
 COLUMNS = ["run", "purpose", "size", "optimizer", "seed", "scheme", "lr", "val_loss"]
@@ -62,7 +63,7 @@ def made(monkeypatch, study, losses):
 
 def test_the_comparison_is_printed_and_written_beside_ones_own_figures(repository, monkeypatch, capsys):
     study = Study("pocket")
-    own.take_up(study)
+    take_up(study)
     names = made(monkeypatch, study, {0: 0.25, 1: -0.5})
     committed = {file: file.read_bytes() for file in (repository / "results").rglob("*.csv")}
     say_where(Study("pocket"))
@@ -82,7 +83,7 @@ def test_the_comparison_is_printed_and_written_beside_ones_own_figures(repositor
 
 def test_a_verdict_that_differs_is_named(repository, monkeypatch):
     study = Study("pocket")
-    own.take_up(study)
+    take_up(study)
     made(monkeypatch, study, {})
     verdicts = pd.read_csv(repository / "results" / "pocket" / "claims.csv")
     verdicts.loc[verdicts.id == "C4", "verdict"] = "reproduced"
@@ -94,7 +95,7 @@ def test_a_verdict_that_differs_is_named(repository, monkeypatch):
 def test_without_runs_of_ones_own_it_says_so(repository, capsys):
     say_where(Study("pocket"))
     assert "make reproduce SCALE=pocket" in capsys.readouterr().out
-    own.take_up(Study("pocket"))
+    take_up(Study("pocket"))
     with pytest.raises(reproduction.NothingToCompare, match="no run of scale pocket was made here"):
         reproduction.write("pocket")
     with pytest.raises(reproduction.NothingToCompare, match="nothing is committed of scale smoke"):

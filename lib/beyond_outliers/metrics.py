@@ -19,11 +19,14 @@ nothing of the weight, of the layer's gain, or of formats with blocks. `noise_ga
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 
+from contextlib import ExitStack
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
 from beyond_outliers.passes import plain_settings, tensors, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import quantize_tensor
@@ -89,8 +92,7 @@ def mmr(x: Tensor, center: str = "median") -> Tensor:
     `x` (..., features), any real dtype -> 0-d float64 tensor. Rows whose centre is zero have no ratio: they are left
     out of the mean (`activation_metrics` counts them); NaN when no row is left. ValueError for another `center`.
     """
-    if center not in CENTERS:
-        raise ValueError(f"unknown center {center!r}; valid: {CENTERS}")
+    choose("center", center, CENTERS)
     largest, median, mean = _absolute(_rows(x))
     total, count = _mean_ratio(largest, median if center == "median" else mean)
     return total / count
@@ -127,16 +129,8 @@ def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
     x = _rows(x)
     largest, median, mean = _absolute(x)
     error = _rounding_error(x, spec.activations, spec)
-    return torch.stack(
-        [
-            torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
-            *_mean_ratio(largest, median),
-            *_mean_ratio(largest, mean),
-            *_mean_ratio(*_moments(x)),
-            x.square().sum(dtype=torch.float64),
-            error,
-        ]
-    )
+    sums = *_mean_ratio(largest, median), *_mean_ratio(largest, mean), *_mean_ratio(*_moments(x))
+    return torch.stack([error.new_tensor(len(x)), *sums, x.square().sum(dtype=torch.float64), error])
 
 
 @plain_settings()
@@ -144,10 +138,10 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
 
     `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. Padding, as a mapping's `attention_mask`
-    (B, T) tells it, does not count; autocast is off. One pass; per layer a handful of float64
-    sums are kept, whatever the number of batches. `spec` names the formats and the basis whose rounding the errors
-    describe (default W4A4); a head that `spec` leaves alone has its row all the same, with NaN for the errors where its
-    width fits no block. A layer that got no token has a row of n_tokens 0 and NaN.
+    (B, T) tells it, does not count; autocast is off. One pass; per layer a handful of float64 sums are kept, whatever
+    the number of batches. `spec` names the formats and the basis whose rounding the errors describe (default W4A4); a
+    head that `spec` leaves alone has its row all the same, with NaN for the errors where its width fits no block. A
+    layer that got no token has a row of n_tokens 0 and NaN.
 
     Columns: index, name, kind (last part of the name: q, up, ...), mmr (median), mmr_mean, kurtosis (means over
     tokens), n_tokens, skipped (tokens left out of mmr because the median of |x| is zero: ReLU leaves many), and the
@@ -178,16 +172,14 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
         name = linears[module]
         sums[name] = sums[name] + row if name in sums else row
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in linears]
-    try:
-        with evaluating(model):
-            for batch in as_batches(batches):
-                text = text_tokens(batch)
-                forward(model, batch)
-                previous[:] = None, None, None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for module in linears:
+            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        stack.enter_context(evaluating(model))
+        for batch in as_batches(batches):
+            text = text_tokens(batch)
+            forward(model, batch)
+            previous[:] = None, None, None
     if not sums:
         raise ValueError("there is no batch in batches")
     weights = {name: linear_weight(module).detach() for module, name in linears.items()}

@@ -280,6 +280,12 @@ def test_the_floor_stands_beside_the_interval(tokenizer, capsys):
     found = probe(model, TEXT, tokenizer=tokenizer, context=16, sequences=4)
     assert 0 < found.floor < found.error.value and found.summary()["R_L_floor"] == found.floor
     assert f"+- {found.floor:.2g} from ties alone" in capsys.readouterr().out
+    torch.set_default_dtype(torch.float16)
+    try:
+        again = probe(model, TEXT, tokenizer=tokenizer, context=16, sequences=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.summary().equals(found.summary())
 
 
 @pytest.mark.slow

@@ -96,27 +96,23 @@ def test_the_logits_come_back_bit_by_bit(exported, ids, name):
 @pytest.mark.parametrize("name", ["none", "W4A4", "llama"])
 @torch.no_grad()
 def test_a_cache_changes_nothing(exported, ids, name):
-    """Token by token, in pieces, and in one go; and the text that greedy search writes with the cache and without."""
-    loaded = load_exported(exported(name)[0])
+    """Token by token, in pieces, in one go; and what greedy search writes with each kind of cache and without."""
+    loaded, ids = load_exported(exported(name)[0]), ids + (ids == 0)  # 0 is padding
     whole = loaded(ids).logits
     for sizes in ([1] * 40, [7, 20, 1, 12]):
-        cache, pieces = None, []
-        for piece in ids.split(sizes, dim=1):
-            out = loaded(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            pieces.append(out.logits)
-        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
-    written = [
-        loaded.generate(
-            ids[:, :10], max_new_tokens=20, do_sample=False, use_cache=use, pad_token_id=0, eos_token_id=None
-        )
-        for use in (True, False)
-    ]
-    assert torch.equal(*written)
-    found = ids[:, :10]
+        for cache in (None, tf.StaticCache(config=loaded.config, max_cache_len=50)):
+            pieces = []
+            for piece in ids.split(sizes, dim=1):
+                out = loaded(piece, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                pieces.append(out.logits)
+            torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    found, mask = ids[:, :10], torch.ones_like(ids[:, :10])
     for _ in range(20):  # greedy search by hand
         found = torch.cat([found, exported(name)[1](found)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(written[0], found)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for kind in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
+        assert torch.equal(loaded.generate(ids[:, :10], attention_mask=mask, **kind, **settings), found)
 
 
 @torch.no_grad()
@@ -131,9 +127,10 @@ def test_padding_on_the_left_is_not_seen(exported, ids):
     torch.testing.assert_close(found[0, 25:], loaded(short).logits[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1], loaded(ids[1:2]).logits[0], rtol=1e-4, atol=1e-4)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    together = loaded.generate(batch, attention_mask=mask, **settings)
-    alone = loaded.generate(short, **settings)
-    assert torch.equal(together[0, 40:], alone[0, 15:])
+    alone = loaded.generate(short, attention_mask=torch.ones_like(short), **settings)
+    for kind in (None, "static"):
+        together = loaded.generate(batch, attention_mask=mask, cache_implementation=kind, **settings)
+        assert torch.equal(together[0, 40:], alone[0, 15:])
 
 
 def test_the_tokenizer_puts_the_boundary_first_and_reads_its_name_as_text(exported, base):
@@ -231,18 +228,8 @@ def test_embeddings_states_and_selected_logits(exported, ids, name):
 
 
 @torch.no_grad()
-def test_a_static_cache_and_packed_documents_change_nothing(exported, ids):
+def test_packed_documents_do_not_see_each_other(exported, ids):
     loaded = load_exported(exported("none")[0])
-    ids = ids + (ids == 0)  # no padding
-    whole, cache = loaded(ids).logits, tf.StaticCache(config=loaded.config, max_cache_len=50)
-    pieces = [loaded(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([25, 1, 14], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
-    mask = torch.ones_like(ids)
-    mask[0, :9] = 0
-    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for given in ({"attention_mask": torch.ones_like(ids)}, {"attention_mask": mask}):
-        written = [loaded.generate(ids, cache_implementation=kind, **given, **settings) for kind in ("static", None)]
-        assert torch.equal(*written)
     packed = torch.cat([ids[:1, :8], ids[1:2, :12]], dim=1)
     places = torch.cat([torch.arange(8), torch.arange(12)])[None]
     alone = loaded(ids[1:2, :12]).logits

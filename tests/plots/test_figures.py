@@ -22,7 +22,7 @@ def sweep():
 
 
 def draw(table):
-    return plots.optimizer_points(table, "lr", "val_loss", "size", "learning rate", "loss", joined=True, logx=True)
+    return plots.optimizer_lines(table, "lr", "val_loss", "size", "learning rate", "loss", seeds=True, logx=True)
 
 
 def shown(figure):
@@ -41,7 +41,7 @@ def test_the_legend_names_every_optimizer_of_any_panel(sweep):
 
 
 def test_seeds_are_not_joined_with_each_other(sweep):
-    curves = [bars.lines[0] for bars in shown(draw(sweep))[0].containers]
+    curves = shown(draw(sweep))[0].get_lines()
     assert len(curves) == 2 * len(OPTIMIZER_NAMES)
     assert all(len(set(line.get_xdata())) == len(line.get_xdata()) == 3 for line in curves)
 

@@ -16,7 +16,7 @@ from beyond_outliers.quantizers.convert import activation_quantizer, converted_l
 from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_transform
 from beyond_outliers.quantizers.qat import QATLinear, make_quantizer
-from beyond_outliers.quantizers.record import Quantization, rounding_layers, with_record
+from beyond_outliers.quantizers.record import Quantization, rounding_layers
 from beyond_outliers.quantizers.spec import QuantSpec
 
 
@@ -60,7 +60,8 @@ def converted(
         copied.register_forward_pre_hook(first_pass)
     if record.stage == "ptq":  # what trains keeps the names of the model: its files load
         refuse_save_pretrained(copied)
-    return with_record(copied, record)
+    vars(copied)["quantization"] = record
+    return copied
 
 
 def _linear(linear: nn.Linear, record: Quantization, round_weights: bool) -> nn.Module:

@@ -180,7 +180,7 @@ def _shell(source: str | Path) -> nn.Module:
 
 def _speed() -> float:
     """Operations a second of a float32 product here, at a size that fits the caches."""
-    a = torch.rand(384, 384)
+    a = torch.rand(384, 384, dtype=torch.float32)
     a @ a
     clock, n = time.perf_counter(), 8
     for _ in range(n):

@@ -7,6 +7,7 @@ quantized = load_quantized(Model(config), folder)      # any weights: all are ov
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,12 @@ from beyond_outliers.quantizers.spec import QuantSpec
 TENSORS, SETTINGS = "quantized.safetensors", "quantization.json"
 
 
-class _Refusal:
+def _refuse(label: str, *_args, **_kwargs):
     """Stands for `save_pretrained`, whose files would load with random weights in place of the rounded ones."""
-
-    def __init__(self, label: str):
-        self.label = label
-
-    def __call__(self, *_args, **_kwargs):
-        raise ValueError(
-            f"save_pretrained of a quantized {self.label}: what it writes would load as a model with random weights; "
-            "valid: save_quantized(model, folder), then load_quantized(model, folder)"
-        )
+    raise ValueError(
+        f"save_pretrained of a quantized {label}: what it writes would load as a model with random weights; "
+        "valid: save_quantized(model, folder), then load_quantized(model, folder)"
+    )
 
 
 def refuse_save_pretrained(model: nn.Module) -> nn.Module:
@@ -41,7 +37,7 @@ def refuse_save_pretrained(model: nn.Module) -> nn.Module:
     module: Any  # torch types the attributes of modules as Tensor or Module
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
-            module.save_pretrained = _Refusal(type(module).__name__)
+            module.save_pretrained = partial(_refuse, type(module).__name__)
             if hasattr(type(module), "push_to_hub"):
                 module.push_to_hub = module.save_pretrained
     return model

@@ -4,10 +4,10 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    by_optimizer="depth_profile dumbbells efficiencies heatmap optimizer_bars optimizer_lines optimizer_points "
+    by_optimizer="along_training depth_profile dumbbells efficiencies heatmap optimizer_bars optimizer_lines "
     "scaling_fits stacked_abc",
     findings="candidate_scatter checkpoint_curves claims_ledger correlation_forest probe_profile staircases",
-    intervals="along_training centred_points effect_forest method_lines rate_paths ratio_forest",
+    intervals="centred_points effect_forest method_lines rate_paths ratio_forest",
     theme="COLOURS LABELS MARKERS save set_theme",
     verdicts="confirm_ledger",
 )

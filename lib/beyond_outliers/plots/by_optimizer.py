@@ -1,4 +1,4 @@
-"""Figures that compare optimizers: lines, points, bars, heatmaps, profiles along the depth.
+"""Figures that compare optimizers: curves, bars, dumbbells, heatmaps, profiles along the depth.
 
 A figure function takes a tidy table and returns a matplotlib figure.
 """
@@ -7,7 +7,6 @@ import textwrap
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -15,61 +14,51 @@ from matplotlib.ticker import EngFormatter
 from beyond_outliers.claims.readings import with_error
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import ordered
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, subplots, tidy_log
+from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, style_of, subplots, tidy_log
 
 
 def optimizer_lines(
-    table: pd.DataFrame, x: str, y: str, panel: str, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False
-) -> Figure:
-    """y against x, a line an optimizer (mean over seeds, band from lowest to highest), a panel a value of `panel`.
-
-    x is a count (tokens, steps): its ticks read 200k, 1M.
-    """
-    figure, axes = panels(table[panel], sharey=True)
-    for (value, optimizer), rows in table.groupby([panel, "optimizer"], sort=False):
-        curve = rows.groupby(x)[y].agg(["mean", "min", "max"])
-        ax, colour = axes[value], COLOURS[optimizer]
-        ax.plot(curve.index, curve["mean"], color=colour, label=LABELS[optimizer], lw=1.4)
-        ax.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.15, lw=0)
-    for value, ax in axes.items():
-        ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if logx:
-            tidy_log(ax.xaxis, EngFormatter(sep=""))
-        if logy:
-            tidy_log(ax.yaxis)
-    label_y(axes.values(), ylabel)
-    legend(figure)
-    return figure
-
-
-def optimizer_points(
     table: pd.DataFrame,
     x: str,
     y: str,
     panel: str,
     xlabel: str,
     ylabel: str,
-    error: str | None = None,
-    joined: bool = False,
+    band: tuple[str, str] | None = None,
+    seeds: bool = False,
     logx: bool = False,
     logy: bool = False,
 ) -> Figure:
-    """A point a run, coloured by optimizer; `error` a column of standard errors of y; `joined` draws a line a seed."""
-    figure, axes = panels(table[panel], sharey=True)
-    by = [panel, "optimizer", *(["seed"] if joined else [])]
-    for (value, optimizer, *_), rows in table.sort_values(x).groupby(by, sort=False):
-        style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer], "ms": 5}
-        bars = rows[error] if error else None
-        axes[value].errorbar(rows[x], rows[y], yerr=bars, ls="-" if joined else "none", lw=1, capsize=2, **style)
+    """y against x, a line an optimizer, a panel a value of `panel`: the mean over seeds with a band from lowest to
+    highest, or between the columns of `band`; seeds: a line a seed instead. Ticks of x read 200k where it is tokens."""
+    figure, axes = panels(table.get(panel, []), sharey=True)
+    for (value, name), rows in table.groupby([panel, "optimizer"], sort=False) if axes else ():
+        for _, line in rows.groupby("seed") if seeds else [(0, rows)]:
+            low, high = band or (y, y)
+            curve = line.groupby(x).agg(mean=(y, "mean"), low=(low, "min"), high=(high, "max"))
+            every = 1 if seeds else max(1, len(curve) // 8)
+            axes[value].plot(curve.index, curve["mean"], lw=1.4, ms=4, markevery=every, **style_of(name))
+            axes[value].fill_between(curve.index, curve.low, curve.high, color=COLOURS[name], alpha=0.12, lw=0)
+    form = EngFormatter(sep="") if x == "tokens" else None
     for value, ax in axes.items():
         ax.set(title=str(value), xlabel=xlabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-        if logx:
-            tidy_log(ax.xaxis)
-        if logy:
-            tidy_log(ax.yaxis)
+        if form:
+            ax.xaxis.set_major_formatter(form)
+        for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
+            if log:
+                tidy_log(axis, form if axis is ax.xaxis else None)
     label_y(axes.values(), ylabel)
-    legend(figure)
+    if axes:
+        legend(figure)
+    return figure
+
+
+def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> Figure:
+    """y against the share of the run that is done, with its interval, a panel a size; the decay of the rate shaded."""
+    figure = optimizer_lines(table, "share", y, "size", "share of the run (decay shaded)", ylabel, band=("low", "high"))
+    for ax in figure.axes if len(table) else ():
+        ax.axvspan(decay_from, 1, color="grey", alpha=0.12, lw=0)
+        ax.set_ylim(0, None)
     return figure
 
 
@@ -98,8 +87,7 @@ def optimizer_bars(
                 ax.plot([position] * len(own), own[y], ".", color="grey", ms=4, zorder=3)
         if floor is not None:
             ax.axhline(floor, color="grey", ls=":", lw=1)
-        ax.set_title(str(value))
-        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set(title=str(value), xlim=(-0.6, len(names) - 0.4))
         ax.set_xticks(range(len(names)), [LABELS[name] for name in names], rotation=60)
         ax.grid(axis="x", visible=False)
     label_y(axes.values(), ylabel)
@@ -107,7 +95,7 @@ def optimizer_bars(
 
 
 def dumbbells(table: pd.DataFrame, panel: str, label: str) -> Figure:
-    """From `before` to `after`, a row per optimizer, lowest `after` first, a panel per value of `panel`."""
+    """From `before` to `after`, a row an optimizer, lowest `after` first, a panel a value of `panel`."""
     figure, axes = panels(table[panel], width=4.2, height=2.6, sharex=True)
     for value, ax in axes.items():
         rows = table[table[panel] == value].sort_values("after")
@@ -132,20 +120,21 @@ def heatmap(
     order of appearance. `norm` of the colours: "linear" (its limits leave out extremes), "log", or "root" for values
     that reach from zero over decades. ValueError for another one.
     """
+    import seaborn as sns
+
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}")
     grid = table.pivot_table(index=row, columns=column, values=value, sort=False)
     for axis in (0, 1):
         names = list(grid.axes[axis])
-        known = any(n in LABELS for n in names) and all(n in LABELS or is_own(n) for n in names)
-        order = ordered(names) if known else names
-        grid = grid.reindex(order, axis=axis).set_axis([LABELS[n] if known else n for n in order], axis=axis)
+        if any(name in LABELS for name in names) and all(name in LABELS or is_own(name) for name in names):
+            grid = grid.reindex(ordered(names), axis=axis).rename(LABELS.__getitem__, axis=axis)
     figure, ax = subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
-    shown = grid.round(digits) + 0.0  # no -0.00
     make_norm = NORMS[norm]
     limits: dict = {"robust": True}
     if make_norm is not None:
         limits = {"norm": make_norm(vmin=grid.min(axis=None), vmax=grid.max(axis=None))}
+    shown = grid.round(digits) + 0.0  # no -0.00
     sns.heatmap(grid, annot=shown, fmt=f".{digits}f", cmap="rocket_r", ax=ax, cbar_kws={"label": ""}, **limits)
     ax.set(xlabel="", ylabel="")
     ax.set_title(textwrap.fill(label, int(11 * figure.get_size_inches()[0])), fontsize=9)
@@ -155,12 +144,11 @@ def heatmap(
 
 
 def depth_profile(table: pd.DataFrame, title: str) -> Figure:
-    """R_l along the depth (log scale), a line an optimizer; RMSNorms shaded, module kinds along the axis."""
+    """R_l along the depth (log scale), a line an optimizer; RMSNorms shaded, names of modules along the axis."""
     figure, ax = subplots(figsize=(9, 3.6))
-    for optimizer, rows in table.groupby("optimizer", sort=False):
+    for optimizer, rows in with_error(table).groupby("optimizer", sort=False):
         curve = rows.groupby("index").R.mean()
-        curve = curve[curve > 0]
-        ax.plot(curve.index, curve, color=COLOURS[optimizer], label=LABELS[optimizer], marker=".", lw=1.2)
+        ax.plot(curve.index, curve, lw=1.2, ms=4, **style_of(str(optimizer)))
     modules = table.drop_duplicates("index").set_index("index")
     for index in modules.index[modules.kind == "norm"]:
         ax.axvspan(index - 0.5, index + 0.5, color="grey", alpha=0.15, lw=0)
@@ -172,22 +160,16 @@ def depth_profile(table: pd.DataFrame, title: str) -> Figure:
 
 def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
     """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
-    optimizers = ordered(table.optimizer)
-    rows = -(-len(optimizers) // 3)
-    figure, axes = subplots(rows, 3, figsize=(10, 2.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False)
-    for ax, optimizer in zip(axes.flat, optimizers, strict=False):
+    figure, axes = panels(ordered(table.optimizer), 3.0, 2.1, columns=3, sharex=True, sharey=True)
+    for optimizer, ax in axes.items():
         means = with_error(table[table.optimizer == optimizer]).groupby("index")[["R", "A", "B", "C"]].mean()
-        bottom = np.zeros(len(means))
-        for part, colour in zip("AB", ["#0072B2", "#E69F00"], strict=True):
-            ax.bar(means.index, means[part] / means.R, bottom=bottom, color=colour, width=0.9, label=part)
-            bottom = bottom + means[part] / means.R
-        ax.plot(means.index, means.C / means.R, color="#D55E00", lw=1, marker=".", ms=3, label="C")
+        shares = means.div(means.R, axis=0)
+        ax.bar(shares.index, shares.A, color="#0072B2", width=0.9, label="A")
+        ax.bar(shares.index, shares.B, bottom=shares.A, color="#E69F00", width=0.9, label="B")
+        ax.plot(shares.index, shares.C, color="#D55E00", lw=1, marker=".", ms=3, label="C")
         ax.axhline(1, color="black", lw=0.6)
-        ax.set_title(LABELS[optimizer])
-    for ax in axes[:, 0]:
-        ax.set_ylabel("share of $R_l$")
-    for ax in axes[-1]:
-        ax.set_xlabel("module $l$")
+        ax.set(title=LABELS[optimizer], xlabel="module $l$")
+    label_y(axes.values(), "share of $R_l$")
     figure.suptitle(title)
     legend(figure)
     return figure
@@ -195,26 +177,20 @@ def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
 
 def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
     """Loss against parameters, a panel an optimizer: full precision (filled) and QAT (open), with the fitted laws."""
-    figure, axes = subplots(2, 3, figsize=(9, 5), sharex=True, sharey=True)
+    figure, axes = panels(ordered(runs.optimizer), 2.7, 2.5, columns=3, sharex=True, sharey=True)
     grid = np.geomspace(runs.N.min() / 1.3, runs.N.max() * 1.3, 60)
-    for ax, optimizer in zip(axes.flat, LABELS, strict=True):
-        rows = runs[runs.optimizer == optimizer]
-        for bits, fill, style, label in (
-            (16, COLOURS[optimizer], "-", "full precision"),
-            (4, "white", "--", "4-bit QAT"),
-        ):
-            points = rows[rows.bits == bits]
-            ax.plot(points.N, points.loss, "o", color=COLOURS[optimizer], mfc=fill, ms=5, label=label)
+    for optimizer, ax in axes.items():
+        colour = COLOURS[optimizer]
+        for bits, fill, line, label in ((16, colour, "-", "full precision"), (4, "white", "--", "4-bit QAT")):
+            points = runs[(runs.optimizer == optimizer) & (runs.bits == bits)]
+            ax.plot(points.N, points.loss, "o", color=colour, mfc=fill, ms=5, label=label)
             if optimizer in laws and bits in laws[optimizer].rho:
                 fitted = np.round(laws[optimizer].predict(grid, bits=bits), 4)  # processors differ in later digits
-                ax.plot(grid, fitted, style, color=COLOURS[optimizer], lw=1)
-        ax.set(title=LABELS[optimizer], xscale="log", yscale="log")
+                ax.plot(grid, fitted, line, color=colour, lw=1)
+        ax.set(title=LABELS[optimizer], xscale="log", yscale="log", xlabel="parameters $N$")
         tidy_log(ax.xaxis, EngFormatter(sep=""))
         tidy_log(ax.yaxis)
-    for ax in axes[-1]:
-        ax.set_xlabel("parameters $N$")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("loss (nats per token)")
+    label_y(axes.values(), "loss (nats per token)")
     legend(figure)
     return figure
 
@@ -225,12 +201,11 @@ def efficiencies(table: pd.DataFrame) -> Figure:
     table = table.round(4).set_index("optimizer").reindex(ordered(table.optimizer)).reset_index()
     for position, row in enumerate(table.itertuples()):
         spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
-        colour = COLOURS[row.optimizer]
-        fill = colour if row.identified else "white"
-        ax.errorbar(position, row.rho, yerr=spread, fmt="o", color=colour, mfc=fill, capsize=3)
-        ax.plot(position, row.paper, "x", color="grey", label="paper (50M to 1.5B)")
+        style = style_of(row.optimizer) | {"label": None}
+        fill = COLOURS[row.optimizer] if row.identified else "white"
+        ax.errorbar(position, row.rho, yerr=spread, mfc=fill, capsize=3, **style)
+        ax.plot(position, row.paper, "x", color="grey", label="" if position else "paper (50M to 1.5B)")
     ax.set_xticks(range(len(table)), [LABELS[name] for name in table.optimizer], rotation=30)
     ax.set_ylabel(r"parameter efficiency $\rho_{4\,bit}$")
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles[:1], labels[:1], fontsize=8, loc="outside upper right")
+    legend(figure)
     return figure

@@ -7,11 +7,10 @@ import textwrap
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from beyond_outliers.claims.readings import with_error
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, subplots, tidy_log
+from beyond_outliers.plots.theme import label_y, legend, panels, style_of, subplots, tidy_log
 
 CANDIDATES = {  # of `predictors`, as axes name them
     "mmr": "MMR (without down)",
@@ -30,23 +29,19 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
     large models.
     """
     found = correlations[correlations.target == target].set_index("candidate")
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
-    figure, axes = subplots(rows, columns, figsize=(2.6 * columns + 1, 2.5 * rows), sharey=True, squeeze=False)
+    figure, axes = panels(found.index, 2.6, 2.5, sharey=True)
     sizes = list(dict.fromkeys(table["size"]))
-    for ax, (candidate, r) in zip(axes.flat, found.iterrows(), strict=False):
+    for candidate, ax in axes.items():
         for optimizer, points in table.groupby("optimizer", sort=False):
             area = 14 + 14 * points["size"].map(sizes.index)
-            style = {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
-            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style)
+            ax.scatter(points[candidate], points[target], s=area, alpha=0.85, lw=0, **style_of(str(optimizer)))
+        r = found.loc[candidate]
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
         ax.set(xscale="log", xlabel=CANDIDATES[candidate])
         tidy_log(ax.xaxis)
-        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
-    for ax in axes.flat[len(found) :]:
-        ax.set_visible(False)
-    for place, size in enumerate(sizes):
-        axes[0, 0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
-    label_y(axes.flat, label)
+    for place, size in enumerate(sizes if axes else ()):
+        figure.axes[0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
+    label_y(axes.values(), label)
     legend(figure)
     return figure
 
@@ -114,15 +109,15 @@ def checkpoint_curves(table: pd.DataFrame) -> Figure:
     rows = table[table.reason == ""]
     names = list(dict.fromkeys(rows.model))
     numbered = bool(rows.step.notna().all()) and rows.step.nunique() == len(names)
-    figure, axes = subplots(1, 3, figsize=(11, 3.2))
-    for (spec, own), colour in zip(rows.groupby("spec", sort=False), sns.color_palette("colorblind"), strict=False):
-        x = own.step.astype(float) if numbered else own.model.map(names.index)
-        arms = np.clip([own.R_L - own.R_L_low, own.R_L_high - own.R_L], 0, None)
-        axes[0].errorbar(x, own.R_L, yerr=arms, marker="o", ms=4, capsize=2, color=colour, label=spec)
-        for ax, metric in zip(axes[1:], ("mmr", "kurtosis"), strict=True):
-            ax.plot(x, own[metric], marker="o", ms=4, color=colour)
-    for ax, label in zip(axes, ("$R_L$", "MMR", "kurtosis"), strict=True):
-        ax.set(ylabel=label, yscale="log", xlabel="training step" if numbered else "")
+    rows = rows.assign(x=rows.step.astype(float) if numbered else rows.model.map(names.index))
+    metrics = {"R_L": "$R_L$", "mmr": "MMR", "kurtosis": "kurtosis"}
+    figure, axes = panels(metrics, 3.3, 3.2)
+    for metric, ax in axes.items():
+        for spec, line in rows.groupby("spec", sort=False):
+            ax.plot(line.x, line[metric], marker="o", ms=4, label=spec)
+            if metric == "R_L":
+                ax.fill_between(line.x, line.R_L_low, line.R_L_high, alpha=0.15)
+        ax.set(ylabel=metrics[metric], yscale="log", xlabel="training step" if numbered else "")
         if not numbered:
             ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     legend(figure)
@@ -134,10 +129,8 @@ def probe_profile(modules: pd.DataFrame, title: str) -> Figure:
     figure, ax = subplots(figsize=(9, 3.4))
     shown = with_error(modules)
     ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
-    for (kind, rows), colour in zip(
-        shown.groupby("kind", sort=False), sns.color_palette("colorblind", 12), strict=False
-    ):
-        ax.scatter(rows["index"], rows.R, s=14, color=colour, label=kind, zorder=2)
+    for kind, rows in shown.groupby("kind", sort=False):
+        ax.scatter(rows["index"], rows.R, s=14, label=kind, zorder=2)
     ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
     legend(figure)
     return figure

@@ -36,6 +36,11 @@ COLOURS = _Each(lambda one: one.colour)
 MARKERS = _Each(lambda one: one.marker)
 
 
+def style_of(optimizer: str) -> dict[str, Any]:
+    """Colour, marker and label of an optimizer's curve."""
+    return {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "label": LABELS[optimizer]}
+
+
 def set_theme() -> None:
     """Matplotlib's defaults, then ours: a matplotlibrc of the user's changes no figure."""
     plt.rcdefaults()

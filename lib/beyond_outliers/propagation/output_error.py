@@ -174,7 +174,7 @@ def rounding_floor(
         for weight in moved.parameters() if time else ():
             if weight.is_floating_point():
                 size = max(1e-6, torch.finfo(weight.dtype).eps)
-                change = size * torch.randn(weight.shape, generator=generator)
+                change = size * torch.randn(weight.shape, dtype=torch.float32, generator=generator)
                 weight.data.mul_((1 + change).to(weight.device, weight.dtype))
         found.append(relative_error(moved, quantize(moved), batches, reduction=reduction).value)
     return float(np.std(found, ddof=1))

@@ -19,7 +19,7 @@ from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
 from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, QATLinear
-from beyond_outliers.quantizers.record import HEAD, Quantization, Weight, record_of, rounding_layers, with_record
+from beyond_outliers.quantizers.record import HEAD, Quantization, Weight, record_of, rounding_layers
 from beyond_outliers.quantizers.spec import QuantSpec
 
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
@@ -130,7 +130,9 @@ def converted(
                 take_hooks(layer, made[layer])
     if not made:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
-    return with_record(substitute(copied, made), record)
+    copied = substitute(copied, made)
+    vars(copied)["quantization"] = record
+    return copied
 
 
 @plain_settings()
@@ -244,7 +246,7 @@ def freeze_qat(model: nn.Module) -> nn.Module:
     model = substitute(model, made)
     if record is not None:
         record.stage = "frozen"
-        model = with_record(model, record)
+        vars(model)["quantization"] = record
     if any(hasattr(module, "save_pretrained") for module in model.modules()):
         from beyond_outliers.anymodel.save import refuse_save_pretrained
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import pandas as pd
 from torch import nn
@@ -100,12 +99,6 @@ def record_of(quantized: nn.Module) -> Quantization:
             f"{type(quantized).__name__} has no record; valid: what quantize_model, prepare_qat, freeze_qat return"
         )
     return record
-
-
-def with_record(model: nn.Module, record: Quantization) -> nn.Module:
-    """`model`, with `record` on it."""
-    cast(Any, model).quantization = record  # torch types the attributes of modules as Tensor or Module
-    return model
 
 
 def rounding_layers(model: nn.Module) -> dict[nn.Module, str]:

@@ -8,7 +8,7 @@ import pandas as pd
 from beyond_outliers import checksums
 from beyond_outliers.config.scale import PURPOSES
 from beyond_outliers.study.common_loss import common_loss, given_beside
-from beyond_outliers.study.own import take_up
+from beyond_outliers.study.publish import take_up
 from beyond_outliers.study.tables import MEASURED, TABLES, MissingResults, check_table, read_table
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from beyond_outliers import checksums
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import EdgeWarning, choose_learning_rate, tune
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.study import own
+from beyond_outliers.study.publish import take_up
 from beyond_outliers.study.tables import check_table, read_table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     Returns the table `learning_rates` with the rows of that size replaced, and writes it.
     """
     rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
-    table, file = pd.DataFrame(rows), own.take_up(study) / "learning_rates.csv"
+    table, file = pd.DataFrame(rows), take_up(study) / "learning_rates.csv"
     if file.exists():
         check_table(file.parent, file.stem)
         old = read_table(file)

@@ -7,7 +7,8 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.cli import main
-from beyond_outliers.study import MissingResults, Study, collect, own
+from beyond_outliers.study import MissingResults, Study, collect
+from beyond_outliers.study.publish import publish, take_up
 from repository import repository_of_pocket
 
 COMMITTED = paths.RESULTS / "pocket"
@@ -45,7 +46,7 @@ def test_a_clone_reads_the_committed_tables(committed):
 def test_what_a_study_writes_goes_beside_the_committed_tables(committed):
     before = bytes_of(committed)
     study = Study("pocket")
-    folder = own.take_up(study)
+    folder = take_up(study)
     assert folder == study.results == paths.results("pocket") == paths.RUNS / "pocket" / "results"
     assert paths.pages("pocket") == paths.RUNS / "pocket" / "figures" == paths.figures("pocket")
     assert paths.way_up(paths.pages("pocket")) == "../../../.."
@@ -53,7 +54,7 @@ def test_what_a_study_writes_goes_beside_the_committed_tables(committed):
     assert bytes_of(folder) == {name: of for name, of in before.items() if name != "claims.csv"}
     change(folder)
     assert Study("pocket").table("runs").val_loss[0] != pd.read_csv(committed / "runs.csv").val_loss[0]
-    assert own.take_up(Study("pocket")) == folder and bytes_of(committed) == before  # nothing is begun a second time
+    assert take_up(Study("pocket")) == folder and bytes_of(committed) == before  # nothing is begun a second time
     assert Study("pocket").table("runs").val_loss[0] != pd.read_csv(committed / "runs.csv").val_loss[0]
 
 
@@ -67,14 +68,14 @@ def test_collecting_changes_no_committed_table(committed, monkeypatch):
 
 def test_choosing_rates_of_a_scale_without_tables_is_seen_by_the_next_process(repository):
     study = Study("smoke")
-    folder = own.take_up(study)
+    folder = take_up(study)
     (folder / "learning_rates.csv").write_text("size,optimizer,lr\ntiny,muon,0.25\n")
     assert Study("smoke").rates["tiny", "muon"].lr == 0.25 and not (repository / "results" / "smoke").exists()
 
 
 def test_rows_that_others_committed_since_are_taken_up_when_a_study_goes_on(committed):
     study = Study("pocket")
-    folder = own.take_up(study)
+    folder = take_up(study)
     mine = change(folder)
     runs = pd.read_csv(folder / "runs.csv")
     runs[runs.run != runs.run.iloc[-1]].to_csv(folder / "runs.csv", index=False)  # committed after this study began
@@ -90,12 +91,12 @@ def judged(folder):
 
 
 def test_publishing_moves_the_tables_and_says_what_it_replaces(committed, monkeypatch):
-    folder = own.take_up(Study("pocket"))
+    folder = take_up(Study("pocket"))
     change(folder, rows=3)
     judged(folder)
     mine = bytes_of(folder)
     monkeypatch.setattr(Study, "complete", lambda self: True)
-    said = own.publish(Study("pocket"))
+    said = publish(Study("pocket"))
     n = len(pd.read_csv(COMMITTED / "runs.csv"))
     assert f"{n} runs, of which {n - 3} were there with the same loss, 3 with another, 0 are new; 0 that" in said
     assert "make figures SCALE=pocket" in said
@@ -103,7 +104,7 @@ def test_publishing_moves_the_tables_and_says_what_it_replaces(committed, monkey
 
 
 def test_incomplete_tables_are_published_only_when_told(committed, capsys):
-    before, folder = bytes_of(committed), own.take_up(Study("pocket"))
+    before, folder = bytes_of(committed), take_up(Study("pocket"))
     table = pd.read_csv(folder / "runs.csv")
     gone = table[table.purpose == "qat"].run.iloc[0]
     table[table.run != gone].to_csv(folder / "runs.csv", index=False)
@@ -119,12 +120,12 @@ def test_incomplete_tables_are_published_only_when_told(committed, capsys):
 
 
 def test_tables_without_verdicts_are_not_published(committed, monkeypatch):
-    own.take_up(Study("pocket"))
+    take_up(Study("pocket"))
     monkeypatch.setattr(Study, "complete", lambda self: True)
     with pytest.raises(ValueError, match=r"lacks claims\.csv: run `beyond-outliers claims --scale pocket`"):
-        own.publish(Study("pocket"), partial=True)
+        publish(Study("pocket"), partial=True)
 
 
 def test_nothing_of_ones_own_cannot_be_published(committed):
     with pytest.raises(MissingResults, match="make reproduce SCALE=pocket"):
-        own.publish(Study("pocket"))
+        publish(Study("pocket"))
