@@ -284,7 +284,7 @@ def test_limit_takes_questions_from_the_whole_task(model, tokenizer, uneven):
 
 
 def test_bad_input_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match=r"unknown task 'boolq'; valid: piqa, hellaswag, arc_easy, cloze"):
+    with pytest.raises(ValueError, match=r"unknown task 'boolq'; valid: piqa, .*, arc_easy_test, cloze"):
         zero_shot(model, tokenizer, ("piqa", "boolq"))
     with pytest.raises(ValueError, match="limit must be at least 1 question, not 0"):
         zero_shot(model, tokenizer, ("cloze",), limit=0)

