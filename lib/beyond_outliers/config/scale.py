@@ -293,7 +293,7 @@ class Scale:
 
 def scales() -> list[str]:
     """Names of the scales that data/scales describes."""
-    return sorted(file.stem for file in paths.SCALES.glob("*.toml"))
+    return sorted(file.stem for file in paths.SCALES.glob("[!.]*.toml"))
 
 
 def read_scale(name: str) -> Scale:
