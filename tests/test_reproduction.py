@@ -85,11 +85,11 @@ def test_a_verdict_that_differs_is_named(repository, monkeypatch):
     study = Study("pocket")
     take_up(study)
     made(monkeypatch, study, {})
-    verdicts = pd.read_csv(repository / "results" / "pocket" / "claims.csv")
-    verdicts.loc[verdicts.id == "C4", "verdict"] = "reproduced"
-    verdicts.to_csv(study.results / "claims.csv", index=False)
+    verdicts = pd.read_csv(repository / "results" / "pocket" / "judged.csv")
+    verdicts.loc[verdicts.id == "C4", "verdict"] = "tie"
+    verdicts.to_csv(study.results / "judged.csv", index=False)
     said = reproduction.write("pocket")
-    assert "13 of 14 verdicts agree: not C4 (reproduced; committed undecided)" in said
+    assert "13 of 14 verdicts agree: not C4 (tie; committed reproduced)" in said
 
 
 def test_without_runs_of_ones_own_it_says_so(repository, capsys):

@@ -262,7 +262,7 @@ def collect(*, scale: str) -> None:
 def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked: bool = False) -> None:
     """Judge the claims by their rules, or show one with the rows behind it.
 
-    claim: one to show; without: judge all and write claims.csv
+    claim: one to show; without: judge all and write judged.csv
     rows: how many to show, 0: all
     checked: refuse tables that are not what was written
 

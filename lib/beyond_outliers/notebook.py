@@ -102,7 +102,7 @@ def verdicts_here(name: str, study: Study) -> "Markdown":
     """The verdicts on the claims of a notebook, each with its estimate, n, reason and a link to its rule."""
     from IPython.display import Markdown
 
-    from beyond_outliers.claims.evidence import verdict_lines
+    from beyond_outliers.claims.findings import verdict_lines
 
     return Markdown(verdict_lines(study, name))
 

@@ -37,7 +37,7 @@ def write(scale: str) -> str:
 
     NothingToCompare where no run was made here, or nothing is committed.
     """
-    from beyond_outliers.claims.evidence import judged
+    from beyond_outliers.claims.verdicts import headlines, read_verdicts
 
     study, other = Study(scale), Study(scale, paths.RESULTS / scale)
     if not (other.results / "runs.csv").exists():
@@ -60,7 +60,8 @@ def write(scale: str) -> str:
         )
     lines += [f"{counts[match]} runs are {match}." for match in (OTHER_RATE, NOT_COMMITTED) if match in counts]
     keys = ["id", "claim"]
-    verdicts = judged(study)[[*keys, "verdict"]].merge(judged(other)[[*keys, "verdict"]], on=keys)
+    yours, theirs = (headlines(read_verdicts(of))[[*keys, "verdict"]] for of in (study, other))
+    verdicts = yours.merge(theirs, on=keys)
     verdicts.columns = [*keys, "yours", "committed"]
     changed = [
         f"{row.id} ({row.yours}; committed {row.committed})" for row in verdicts.itertuples() if row[3] != row[4]

@@ -1,15 +1,20 @@
-"""Power and rates of error of the confirmatory study's rules, from simulated studies of its design.
+"""Power, rates of error and coverage of the rules in data/claims.toml, from simulated studies of `confirm2`'s design.
 
-    python tests/benchmarks/simulate_rules.py --draws 4000 --studies 30     writes data/results/rules_power.csv
+    python tests/benchmarks/simulate_rules.py     writes data/results/rules_power.csv (about ten minutes on one core)
 
-Seeds are normal with the standard deviations that scale `laptop` had within size and optimizer (pooled over its two
-sizes; three seeds each), once as they are and once doubled, since the new regime may be noisier. A cell of n seeds is
-drawn by its mean and its variance, which are independent: N(mu, s^2 / n) and s^2 chi^2(n - 1) / (n - 1). The rules are
-those of `beyond_outliers.claims.contrasts`, the very functions that judge the real study.
+Seeds are normal with the standard deviations that scale `confirm` had within size and optimizer, pooled over sizes. A
+cell of n seeds is drawn by its mean and its variance, which are independent: N(mu, s^2 / n) and s^2 chi^2(n - 1) / (n
+- 1).
+
+Tuning is simulated, too. Loss is a bowl in the two log2 rates, of a curvature as `confirm`'s searches had; damage,
+gain and MMR change by a slope per doubling. At 0.08M a grid of 8 x 4 rates is tried with one seed, the best four with
+three more; at the larger sizes a cross of five about a choice that may lie one step off, with two seeds. The smallest
+matrix rate within the tolerance of the best mean is chosen, and the main runs have its true loss and damage: an error
+that an interval must know. A contrast is covered when its interval holds the difference of the optimizers at their
+true best rates.
 """
 
 import argparse
-import tomllib
 import warnings
 from pathlib import Path
 
@@ -17,150 +22,185 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.claims.confirm_prediction import judge_prediction, leave_one_out, pearson
-from beyond_outliers.claims.confirm_qat import judge_reversal
-from beyond_outliers.claims.confirm_rules import PAPER_OPTIMIZERS, SEEDS, evaluate
-from beyond_outliers.claims.contrasts import (
+from beyond_outliers.claims import readings, rules
+from beyond_outliers.claims.compare import PAPER_OPTIMIZERS, Cells, cells, contrast, leave_one_out, pearson
+from beyond_outliers.claims.rules import (
+    CLAIMS,
     NOT_REPRODUCED,
     REPRODUCED,
-    STRICT,
-    USUAL,
     VERDICTS,
-    Cells,
-    common_slope,
-    contrast,
+    Evidence,
+    Finding,
     decide,
-    judge_extreme,
-    sign_of,
-    whole,
+    judge_half,
+    judge_prediction,
+    judge_reversal,
 )
+from beyond_outliers.claims.verdicts import READ, read_rules, rule_file
 from beyond_outliers.scaling import IdentificationWarning
+from beyond_outliers.study import Study
 
-FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # true differences, in margins
-NOISE = (1.0, 2.0)
-COUNTS = np.array([[len(seeds) for seeds in SEEDS.values()]] * len(PAPER_OPTIMIZERS))
-FLOOR = 2.0  # nats; E of C14's simulated law, which two sizes cannot tell
+SEEDS = {"0.08M": 12, "0.26M": 8, "0.54M": 4}  # of confirm2
+SIZES = {"0.08M": 82_000, "0.26M": 262_000, "0.54M": 541_000}
+COUNTS = np.array([list(SEEDS.values())] * len(PAPER_OPTIMIZERS))
+FACTORS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0)  # true differences, in margins
+CURVATURE, VARIES = 0.036, 0.4  # nats per squared doubling of a rate (mean of confirm's lines), its spread in log
+SLOPES = {"increase": 0.05, "gain": 0.03, "mmr": 0.04}  # of a logarithm per doubling of a rate: standard deviation
+FLOOR = 2.0  # nats; E of C14's simulated law
 
 
-# --------------------------------------------------------------------------------------------------- noise of laptop
-
-
-def laptop_values(folder: Path = paths.RESULTS / "laptop") -> dict[str, pd.DataFrame]:
-    """What the rules read, from the tables of the exploratory study: size, optimizer, seed and `value` of each."""
-    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("runs", "ptq", "outliers", "propagation")}
-    runs, keys = tables["runs"], ["size", "optimizer", "seed"]
-    runs = runs[runs["status"] == "finished"]
-    main = runs[runs["purpose"].str.contains("full_precision")]
-    qat = runs[runs["purpose"] == "qat"]
-    pairs = main.merge(qat, on=keys, suffixes=("", "_qat"))
-
-    def measured(name: str, query: str, column: str) -> pd.DataFrame:
-        values = tables[name].query(query).groupby("run")[column].mean()
-        return main.assign(value=np.log(main["run"].map(values)))
-
-    return {
-        "loss": main.assign(value=main["val_loss"]),
-        "qat_loss": qat.assign(value=qat["val_loss"]),
-        "drop": pairs.assign(value=100 * (pairs["val_loss_qat"] - pairs["val_loss"]) / pairs["val_loss"]),
-        # the format with the head was measured at few checkpoints; without it the spread is known at all
-        "increase": measured("ptq", "checkpoint == 'common' and spec == 'W4A4'", "increase"),
-        "mmr": measured("outliers", "checkpoint == 'final' and kind != 'down'", "mmr"),
-        "gain": measured(
-            "propagation",
-            "checkpoint == 'common' and attention == 'open' and kind == 'linear' and name != 'head'",
-            "gain",
-        ),
+def spreads() -> dict[str, np.ndarray]:
+    """Standard deviation over seeds of every optimizer (O,) in scale `confirm`, of what the rules read."""
+    study = Study("confirm")
+    tables = {name: READ[name](study) for name in ("runs", "final", "common")}
+    runs, common = tables["runs"], tables["common"].query("condition == 'with head'")
+    drop = 100 * (runs.qat_loss - runs.loss) / runs.loss
+    values = {
+        "loss": runs.assign(value=runs.loss),
+        "qat_loss": runs.assign(value=runs.qat_loss),
+        "drop": runs.assign(value=drop),
+        "mmr": tables["final"].assign(value=np.log(tables["final"].mmr)),
+        **{name: common.assign(value=np.log(common[name])) for name in ("increase", "gain")},
     }
+    sizes = list(study.protocol.sizes)
+    found = {}
+    for name, table in values.items():
+        of = rules._pooled(cells(table, "value", PAPER_OPTIMIZERS, sizes))
+        found[name] = np.sqrt([of[optimizer] for optimizer in PAPER_OPTIMIZERS])
+    return found
 
 
-def spreads(values: pd.DataFrame) -> np.ndarray:
-    """Standard deviation over seeds of every optimizer (O,), pooled over sizes."""
-    groups = values.dropna(subset=["value"]).groupby(["optimizer", "size"])["value"].agg(["var", "count"]).dropna()
-    squares = (groups["var"] * (groups["count"] - 1)).groupby("optimizer").sum()
-    return np.sqrt(squares / (groups["count"] - 1).groupby("optimizer").sum())[list(PAPER_OPTIMIZERS)].to_numpy()
+# ------------------------------------------------------------------------------------------------------------ tuning
 
 
-def sweep_residual(folder: Path = paths.RESULTS / "laptop") -> float:
-    """Spread of log MMR about its line on log rate, the median over optimizers of the exploratory sweep."""
-    runs, inputs = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "outliers.csv")
-    mmr = inputs.query("checkpoint == 'final' and kind != 'down'").groupby("run").mmr.mean()
-    swept = runs[runs["purpose"].str.contains("sweep") & (runs["status"] == "finished")]
-    swept = swept.assign(y=np.log(swept["run"].map(mmr)), x=np.log(swept["lr"])).dropna(subset=["y"])
-    found = []
-    for _, rows in swept.groupby("optimizer"):
-        groups = [(part.x, part.y) for _, part in rows.groupby(["size", "seed"])]
-        slope, rest = common_slope(groups)[0], 0.0
-        for x, y in groups:
-            rest += (((y - y.mean()) - slope * (x - x.mean())) ** 2).sum()
-        found.append(np.sqrt(rest / (len(rows) - len(groups) - 1)))
-    return float(np.median(found))
+def tuned_study(noise: dict[str, np.ndarray], tolerance: float, rng) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The tuning runs of one study as the rules read them, and what the chosen rates cost: quantity -> (O, S)."""
+    rows, cost = [], {name: np.zeros(COUNTS.shape) for name in ("loss", *SLOPES)}
+    for o, optimizer in enumerate(PAPER_OPTIMIZERS):
+        for s, size in enumerate(SIZES):
+            curvature = CURVATURE * np.exp(VARIES * rng.standard_normal())
+            slopes = {name: sd * rng.standard_normal(2) for name, sd in SLOPES.items()}
+            best = rng.uniform([2.5, 1.0], [4.5, 2.0])  # where the bowl's bottom lies, in steps of the grid
+            if s == 0:
+                tried = [(x, y) for x in range(8) for y in range(4)]
+            else:
+                x, y = np.rint(best).astype(int) + rng.choice([-1, 0, 0, 0, 1], 2)
+                tried = [(x, y), (x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)]
+
+            def run(at, seed, o=o, size=size, optimizer=optimizer, curvature=curvature, slopes=slopes, best=best):
+                away = np.array(at) - best
+                true = {"loss": curvature * (away**2).sum()} | {n: slope @ away for n, slope in slopes.items()}
+                seen = {n: value + noise[n][o] * rng.standard_normal() for n, value in true.items()}
+                seen |= {n: np.exp(seen[n]) for n in SLOPES}
+                names = {"size": size, "optimizer": optimizer, "seed": seed}
+                return {**names, "lr": 2.0 ** at[0], "auxiliary": 2.0 ** at[1], **seen}, true
+
+            found = {at: [run(at, seed) for seed in (300,) if s == 0] for at in tried}
+            if s == 0:
+                for at in sorted(tried, key=lambda at: found[at][0][0]["loss"])[:4]:
+                    found[at] += [run(at, seed) for seed in (301, 302, 303)]
+            else:
+                found = {at: [run(at, seed) for seed in (300, 301)] for at in tried}
+            means = {at: np.mean([seen["loss"] for seen, _ in runs]) for at, runs in found.items()}
+            chosen = min(at for at, mean in means.items() if mean <= min(means.values()) + tolerance)
+            for name, value in found[chosen][0][1].items():
+                cost[name][o, s] = value
+            rows += [seen for runs in found.values() for seen, _ in runs]
+    return pd.DataFrame(rows), cost
 
 
-# ------------------------------------------------------------------------------------------------------ the drawing
+def tunings(noise: dict, tolerance: float, studies: int, rng) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Quantity -> what the chosen rates cost, and the variance that the rules add for it; both (studies, O, S)."""
+    costs, added = ({name: [] for name in ("loss", *SLOPES)} for _ in range(2))
+    for _ in range(studies):
+        sweep, cost = tuned_study(noise, tolerance, rng)
+        losses = pd.DataFrame()
+        for name in costs:  # the loss first
+            log = name != "loss"
+            main = [
+                (size, optimizer, seed, np.exp(value) if log else value)
+                for o, optimizer in enumerate(PAPER_OPTIMIZERS)
+                for s, size in enumerate(SIZES)
+                for seed, value in enumerate(cost[name][o, s] + noise[name][o] * rng.standard_normal(COUNTS[o, s]))
+            ]
+            runs = pd.DataFrame(main, columns=["size", "optimizer", "seed", name])
+            losses = losses if log else runs
+            data = Evidence({"runs": losses, "sweep": sweep}, PAPER_OPTIMIZERS, SIZES, tolerance=tolerance)
+            costs[name].append(cost[name])
+            added[name].append(data.cells(runs, name, log=log, tuning=name).tuning)
+    return tuple({name: np.stack(parts) for name, parts in of.items()} for of in (costs, added))
 
 
-def draw(means: np.ndarray, spread: np.ndarray, draws: int, rng: np.random.Generator) -> Cells:
-    """`draws` studies: means (O,), the same at all sizes, or (O, S), and standard deviations (O,)."""
-    means = np.broadcast_to(means if means.ndim == 2 else means[:, None], COUNTS.shape)
-    deviation = np.broadcast_to(spread[:, None], COUNTS.shape)
-    mean = means + deviation / np.sqrt(COUNTS) * rng.standard_normal((draws, *COUNTS.shape))
-    variance = deviation**2 * rng.chisquare(COUNTS - 1, (draws, *COUNTS.shape)) / (COUNTS - 1)
-    return Cells(PAPER_OPTIMIZERS, tuple(SEEDS), mean, variance, COUNTS)
+# -------------------------------------------------------------------------------------------------------- draws, rates
+
+
+def draw(means: np.ndarray, spread: np.ndarray, draws: int, rng, cost=None, added=None) -> Cells:
+    """Studies with true means (O,) at every size; cost, added: of `tunings`, drawn with replacement."""
+    n, s = COUNTS, spread[:, None]
+    at = rng.integers(len(cost), size=draws) if cost is not None else None
+    mean = means[:, None] + (0 if at is None else cost[at]) + s / np.sqrt(n) * rng.standard_normal((draws, *n.shape))
+    variance = s**2 * rng.chisquare(n - 1, (draws, *n.shape)) / (n - 1)
+    return Cells(PAPER_OPTIMIZERS, tuple(SIZES), mean, variance, n, 0.0 if added is None else added[at])
 
 
 def rates(verdicts: np.ndarray) -> dict[str, float]:
-    return {verdict.replace(" ", "_"): float((verdicts == verdict).mean()) for verdict in VERDICTS} | {
-        "draws": len(verdicts)
-    }
+    shares = {verdict.replace(" ", "_"): float((verdicts == verdict).mean()) for verdict in VERDICTS[:4]}
+    return shares | {"draws": len(verdicts)}
 
 
-def extreme_rows(claim: str, unit: str, half: dict, spread: np.ndarray, draws: int, rng, factors=FACTORS) -> list[dict]:
-    """One row a configuration of true means; "far" rivals lie where no seed brings them back."""
-    sign, who = sign_of(half["side"]), [PAPER_OPTIMIZERS.index(name) for name in half["who"]]
-    rivals = [i for i in range(len(PAPER_OPTIMIZERS)) if i not in who]
-    pairs = [(PAPER_OPTIMIZERS[i], PAPER_OPTIMIZERS[j]) for i in who for j in rivals]
-    noisy, far = max(rivals, key=lambda i: spread[i]), 50 * spread.max() + 10 * half["margin"]
+def coverage(found: Cells, means: np.ndarray) -> float:
+    """Share of all contrasts, over sizes and at each, whose 95 % interval holds the truth."""
+    pairs = [(a, b) for i, a in enumerate(PAPER_OPTIMIZERS) for b in PAPER_OPTIMIZERS[i + 1 :]]
+    truth = np.array([means[PAPER_OPTIMIZERS.index(a)] - means[PAPER_OPTIMIZERS.index(b)] for a, b in pairs])
+    shares = []
+    for of in (found, *(found.at(size) for size in found.sizes)):
+        low, high = contrast(of, pairs).interval()
+        shares.append(((low <= truth) & (truth <= high)).mean())
+    return float(min(shares))
 
-    def row(configuration: str, behind: np.ndarray, difference: float) -> dict:
-        found = contrast(draw(sign * behind, spread, draws, rng), pairs)
-        truth = np.array([sign * (behind[i] - behind[j]) for i in who for j in rivals])
-        low, high = found.interval(USUAL)
-        said = {
-            "configuration": configuration,
-            "difference": difference,
-            "coverage": ((low <= truth) & (truth <= high)).mean(),
-        }
-        return {"claim": claim, "part": half["name"], "unit": unit, **said} | rates(
-            judge_extreme(found, half["side"], half["margin"])[0]
-        )
 
-    def tied(rival: int, by: float) -> np.ndarray:
-        behind = np.full(len(PAPER_OPTIMIZERS), far)
-        behind[who], behind[who[0]], behind[rival] = -far * (len(who) > 1), 0.0, by
-        return behind
-
-    rows = [row("all equal", np.zeros(len(PAPER_OPTIMIZERS)), 0.0)]
-    # the rival most often passed in error; drawn anew, since the largest of five rates is too large
-    worst = max(rivals, key=lambda j: row("", tied(j, 0.0), 0.0)["reproduced"])
-    rows.append(row("tied with one, others far", tied(worst, 0.0), 0.0))
-    for factor in factors:
-        ahead = np.where(np.isin(np.arange(len(PAPER_OPTIMIZERS)), who), 0.0, factor * half["margin"])
-        rows.append(row("ahead of all", ahead, factor * half["margin"]))
-        rows.append(row("behind one, others far", tied(noisy, -factor * half["margin"]), -factor * half["margin"]))
+def extreme_rows(claim: str, unit: str, half: dict, spread, draws: int, rng, cost, added) -> list[dict]:
+    """One half of C1, C3, C4, C5, C11 or C13: X lies beyond all rivals by d, or behind one of them by d."""
+    sign, margin = {"lowest": -1, "highest": 1}[half["side"]], half["margin"]
+    x = np.isin(PAPER_OPTIMIZERS, half["who"])
+    one = np.zeros(len(x))
+    one[np.flatnonzero(~x)[0]] = 1.0
+    shapes = {"all equal": ([0.0], lambda d: np.zeros(len(x))), "ahead of all": (FACTORS, lambda d: sign * d * x)}
+    shapes["tied with one, others far"] = ([0.0], lambda d: sign * 12 * margin * (x + one))
+    shapes["behind one, others far"] = (FACTORS, lambda d: sign * (12 * margin * (x + one) + d * one))
+    rows = []
+    for configuration, (factors, means) in shapes.items():
+        for factor in factors:
+            truth = means(factor * margin)
+            found = draw(truth, spread, draws, rng, cost, added)
+            said = {"claim": claim, "part": half["name"], "unit": unit, "configuration": configuration}
+            rows.append(said | {"difference": factor * margin} | rates(judge_half(found, half)[0]))
+            rows[-1] |= {"coverage": coverage(found, truth)}
+            if configuration == "all equal":  # what intervals would cover that know seeds alone
+                bare = Cells(found.optimizers, found.sizes, found.mean, found.variance, found.n)
+                rows[-1] |= {"coverage_of_seeds_alone": coverage(bare, truth)}
     return rows
 
 
-def reversal_rows(full: np.ndarray, qat: np.ndarray, draws: int, rng, differences=(0.01, 0.02, 0.04)) -> list[dict]:
-    """C12: the first optimizer leads in full precision; a rival is behind by d there and ahead by d under QAT."""
-    count, comparisons = len(PAPER_OPTIMIZERS), (len(PAPER_OPTIMIZERS) - 1) * len(SEEDS)
+def reversal_rows(noise: dict, cost, added, draws: int, rng, differences=(0.02, 0.04, 0.06, 0.1)) -> list[dict]:
+    """C12: the best in full precision leads by d there; under QAT all are equal, the order stays, or it turns."""
+    count = len(PAPER_OPTIMIZERS)
+    comparisons = (count - 1) * len(SEEDS)
 
-    def row(configuration: str, means: tuple[np.ndarray, np.ndarray], difference: float) -> dict:
-        studies = [draw(m, s, draws, rng) for m, s in zip(means, (full, qat), strict=True)]
-        parts = np.stack([judge_reversal(*(s.one_size(size) for s in studies), comparisons)[0] for size in SEEDS])
+    def row(configuration: str, means, difference: float) -> dict:
+        studies = [
+            draw(m, noise[of], draws, rng, cost, added) for m, of in zip(means, ("loss", "qat_loss"), strict=True)
+        ]
+        parts = np.stack([judge_reversal(*(s.at(size) for s in studies), comparisons)[0] for size in SEEDS])
         verdicts = decide((parts == REPRODUCED).any(0), (parts == NOT_REPRODUCED).all(0))
-        return {
-            "claim": "C12", "part": "whole", "unit": "nats", "configuration": configuration, "difference": difference
-        } | rates(verdicts)  # fmt: skip
+        said = {
+            "claim": "C12",
+            "part": "whole",
+            "unit": "nats",
+            "configuration": configuration,
+            "difference": difference,
+        }
+        return said | rates(verdicts)
 
     one = np.eye(count)[0]
     rows = [row("all equal", (np.zeros(count), np.zeros(count)), 0.0)]
@@ -171,109 +211,119 @@ def reversal_rows(full: np.ndarray, qat: np.ndarray, draws: int, rng, difference
     return rows
 
 
-def prediction_rows(rules: dict, draws: int, rng, truths=(-0.9, -0.6, 0.0, 0.3, 0.6, 0.8, 0.9, 0.95)) -> list[dict]:
-    """C6 (one metric) and C7: six optimizers from a bivariate normal population, spread over seeds negligible."""
+def prediction_rows(book: dict, draws: int, rng, truths=(-0.6, 0.0, 0.3, 0.6, 0.8, 0.9, 0.95)) -> list[dict]:
+    """C6 (one metric) and C7, of six points and of twelve: a bivariate normal population, seeds negligible."""
     rows = []
-    for claim in ("C6", "C7"):
+    for claim, points in (("C6", 6), ("C7", 6), ("C7", 12)):
         for truth in truths:
-            x, rest = rng.standard_normal((2, draws, len(PAPER_OPTIMIZERS)))
+            x, rest = rng.standard_normal((2, draws, points))
             y = truth * x + np.sqrt(1 - truth**2) * rest
             r = pearson(x, y)
-            verdicts = judge_prediction(r, leave_one_out(x, y), r, r, rules[claim])
-            said = {"claim": claim, "part": "one metric", "unit": "population correlation", "difference": truth}
-            rows.append(said | {"configuration": "correlated"} | rates(verdicts))
+            verdicts = judge_prediction(r, leave_one_out(x, y), r, r, book[claim])
+            said = {"claim": claim, "part": f"one metric, {points} points", "unit": "population correlation"}
+            rows.append(said | {"configuration": "correlated", "difference": truth} | rates(verdicts))
     return rows
 
 
-def slope_rows(
-    residual: float, draws: int, rng, slopes=(0.0, 0.05, 0.1, 0.2, 0.3), rates_a_line: int = 5
-) -> list[dict]:
-    """C2: all optimizers with the same slope, five rates at every size."""
-    x, rows = np.log(2.0) * np.arange(rates_a_line), []
+def slope_rows(book: dict, residual: float, studies: int, rng, slopes=(0.0, 0.02, 0.03, 0.05, 0.1)) -> list[dict]:
+    """C2: all optimizers with one slope; 8 rates x 4 auxiliary rates at 0.08M, three rates with two seeds beyond."""
+    lines = [("0.08M", 300, j, i) for j in range(4) for i in range(8)]
+    lines += [(size, seed, 0, i) for size in ("0.26M", "0.54M") for seed in (300, 301) for i in range(3)]
+    table = pd.DataFrame(
+        [(name, *line) for name in PAPER_OPTIMIZERS for line in lines],
+        columns=["optimizer", "size", "seed", "auxiliary", "step"],
+    ).assign(lr=lambda t: 2.0**t.step)
+    rows = []
     for slope in slopes:
         verdicts = []
-        for _ in range(draws):
-            parts = []
-            for _ in PAPER_OPTIMIZERS:
-                groups = [(x, slope * x + residual * rng.standard_normal(len(x))) for _ in SEEDS]
-                parts.append(str(decide(common_slope(groups)[1] > 0, common_slope(groups, STRICT)[2] < 0)))
-            verdicts.append(whole(parts))
-        said = {"claim": "C2", "part": "whole", "unit": "log MMR per log rate", "difference": slope}
+        for _ in range(studies):
+            noisy = table.assign(mmr=np.exp(slope * np.log(table.lr) + residual * rng.standard_normal(len(table))))
+            data = Evidence({"sweep": noisy}, PAPER_OPTIMIZERS, SIZES)
+            verdicts.append(CLAIMS["C2"](data, book["C2"])[0].verdict)
+        said = {"claim": "C2", "part": "whole", "unit": book["C2"]["unit"], "difference": slope}
         rows.append(said | {"configuration": "all slopes equal"} | rates(np.array(verdicts)))
     return rows
 
 
-def efficiency_rows(values: dict, rules: dict, noise: float, studies: int, rng, draws: int = 200) -> list[dict]:
-    """C14 by the whole fit, on fewer studies; the law goes through laptop's mean losses with E = FLOOR."""
-    runs, qat = values["loss"], values["qat_loss"]
-    mean, after = (table.groupby("n_parameters")["value"].mean() for table in (runs, qat))
+def efficiency_rows(noise: dict, book: dict, studies: int, rng, draws: int = 200) -> list[dict]:
+    """C14 by the whole fit, on fewer studies; the law goes through confirm's mean losses with E = FLOOR."""
+    runs = readings.scaling_runs(Study("confirm"))
+    mean, after = (runs[runs.bits == bits].groupby("N").loss.mean() for bits in (16, 4))
     alpha = -np.polyfit(np.log(mean.index), np.log(mean - FLOOR), 1)[0]
     scale = float(np.exp((np.log(mean - FLOOR) + alpha * np.log(mean.index)).mean()))
     rho = float(np.exp((np.log(scale / (after - FLOOR)) / alpha - np.log(after.index)).mean()))
-    spread = {16: noise * spreads(runs), 4: noise * spreads(qat)}
-    n_parameters = dict(zip(SEEDS, [*mean.index, mean.index[-1] ** 2 / mean.index[0] * 0.84], strict=True))
-    margin = rules["C14"]["half"][0]["margin"]
-    rule, rows = {"C14": {**rules["C14"], "draws": draws}}, []
+
+    def loss(n: float) -> float:
+        return scale / n**alpha + FLOOR
+
+    margin, rule, rows = book["C14"]["half"][0]["margin"], {**book["C14"], "draws": draws}, []
     others = [name for name in PAPER_OPTIMIZERS if name != "shampoo"]
     configurations = [  # effects on log rho
         ("all equal", 0.0, {}),
         ("tied with one, others far", 0.0, {name: -0.4 for name in others[1:]}),
-        ("ahead of all", margin, {"shampoo": margin}),
-        ("ahead of all", 2 * margin, {"shampoo": 2 * margin}),
+        *(("ahead of all", factor * margin, {"shampoo": factor * margin}) for factor in (1, 2, 4)),
     ]
     for configuration, difference, effects in configurations:
         verdicts = []
+        worth = {bits: {name: 1.0 if bits == 16 else rho * np.exp(effects.get(name, 0.0)) for name in PAPER_OPTIMIZERS}
+                 for bits in (16, 4)}  # fmt: skip
         for _ in range(studies):
             table = [
-                (size, name, seed, count, bits, scale / (count * (1.0 if bits == 16 else own)) ** alpha + FLOOR + error)
+                (size, name, seed, n, bits, loss(n * worth[bits][name]) + sd[i] * rng.standard_normal())
+                for bits, sd in ((16, noise["loss"]), (4, noise["qat_loss"]))
                 for i, name in enumerate(PAPER_OPTIMIZERS)
-                for own in [rho * np.exp(effects.get(name, 0.0))]
-                for size, count in n_parameters.items()
-                for seed in SEEDS[size]
-                for bits in (16, 4)
-                for error in [spread[bits][i] * rng.standard_normal()]
+                for size, n in SIZES.items()
+                for seed in range(SEEDS[size])
             ]
             table = pd.DataFrame(table, columns=["size", "optimizer", "seed", "N", "bits", "loss"])
-            verdicts.append(evaluate({"scaling": table}, rule, PAPER_OPTIMIZERS)["verdict"].iloc[0])
+            try:
+                found = CLAIMS["C14"](Evidence({"scaling": table}, PAPER_OPTIMIZERS, SIZES), rule)
+            except rules.Open as reason:
+                found = [Finding(reason.verdict, str(reason))]
+            verdicts.append(found[0].verdict)
         said = {"claim": "C14", "part": "Shampoo highest", "unit": "log rho", "difference": difference}
         rows.append(said | {"configuration": configuration} | rates(np.array(verdicts)))
     return rows
 
 
-def simulate(draws: int, studies: int, noises=NOISE, seed: int = 0) -> pd.DataFrame:
-    """One row a claim, part, noise (1: as at laptop) and configuration, with the share of every verdict."""
-    rules = tomllib.loads((paths.DATA / "claims-confirm.toml").read_text())
-    values, rng, rows = laptop_values(), np.random.default_rng(seed), []
-    for noise in noises:
-        of_noise = []
-        for claim, rule in rules.items():
-            if rule["kind"] == "extreme":
-                for half in rule["half"]:
-                    of_noise += extreme_rows(
-                        claim, rule["unit"], half, noise * spreads(values[rule["value"]]), draws, rng
-                    )
-        of_noise += slope_rows(noise * sweep_residual(), max(1, draws // 10), rng)
-        of_noise += reversal_rows(noise * spreads(values["loss"]), noise * spreads(values["qat_loss"]), draws, rng)
-        if studies and noise == 1.0:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", IdentificationWarning)
-                of_noise += efficiency_rows(values, rules, noise, studies, rng)
-        rows += [{**row, "noise": noise} for row in of_noise]
-    rows += [{**row, "noise": np.nan} for row in prediction_rows(rules, draws, rng)]
-    order = ["claim", "part", "noise", "configuration", "difference", "unit", *rates(np.array([""])), "coverage"]
-    table = pd.DataFrame(rows)[order]
+QUANTITIES = {"C1": "loss", "C3": "mmr", "C4": "increase", "C5": "increase", "C11": "gain", "C13": "drop"}
+
+
+def simulate(draws: int, studies: int, fits: int, seed: int = 0) -> pd.DataFrame:
+    """One row a claim, part, tuning (none: every rate is the best one and nothing is added) and configuration."""
+    book, tolerance = read_rules(), rule_file()["study"]["tolerance"]
+    noise, rng, rows = spreads(), np.random.default_rng(seed), []
+    costs, added = tunings(noise, tolerance, studies, rng)
+    percent = 100 / 3.0  # of a loss of 3 nats
+    costs["drop"], added["drop"] = percent * costs["loss"], percent**2 * added["loss"]
+    for tuning in (True, False):
+        of_tuning = []
+        for claim, name in QUANTITIES.items():
+            cost, more = (costs[name], added[name]) if tuning else (None, None)
+            for half in book[claim]["half"]:
+                of_tuning += extreme_rows(claim, book[claim]["unit"], half, noise[name], draws, rng, cost, more)
+        cost, more = (costs["loss"], added["loss"]) if tuning else (None, None)
+        of_tuning += reversal_rows(noise, cost, more, draws, rng)
+        rows += [{**row, "tuning": "searched" if tuning else "none"} for row in of_tuning]
+    other = [*slope_rows(book, 0.05, max(1, draws // 20), rng), *prediction_rows(book, draws, rng)]
+    if fits:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IdentificationWarning)
+            other += efficiency_rows(noise, book, fits, rng)
+    rows += [{**row, "tuning": ""} for row in other]
+    order = ["claim", "part", "tuning", "configuration", "difference", "unit", *rates(np.array([""]))]
+    table = pd.DataFrame(rows)[[*order, "coverage", "coverage_of_seeds_alone"]]
     return table.sort_values("claim", key=lambda names: names.str[1:].astype(int), kind="stable", ignore_index=True)
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=4000, help="simulated studies a configuration")
-    parser.add_argument(
-        "--studies", type=int, default=30, help="the same for C14, which needs fits, at the plain noise alone; 0: none"
-    )
+    parser.add_argument("--studies", type=int, default=300, help="simulated tunings that these draw from")
+    parser.add_argument("--fits", type=int, default=30, help="simulated studies of C14, which needs fits; 0: none")
     parser.add_argument("--output", type=Path, default=paths.RESULTS / "rules_power.csv")
     given = parser.parse_args(arguments)
-    table = simulate(given.draws, given.studies)
+    table = simulate(given.draws, given.studies, given.fits)
     table.to_csv(given.output, index=False, float_format="%.4g")
     return table
 

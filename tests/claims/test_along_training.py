@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from beyond_outliers.claims import along_training as along
+from beyond_outliers.claims import readings
 from beyond_outliers.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -114,11 +115,11 @@ def test_a_scale_whose_runs_are_not_followed():
 
 def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
     table = pd.DataFrame({"step": [1, 2, 3], "base_loss": [4.0, 3.0, 2.0], "increase": [0.1, 0.2, 0.6]})
-    assert along.at_loss(table, 2.5) == pytest.approx({"step": 2.5, "base_loss": 2.5, "increase": 0.4})
-    assert along.at_loss(table, 3.0)["increase"] == pytest.approx(0.2)
-    assert along.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
+    assert readings.at_loss(table, 2.5) == pytest.approx({"step": 2.5, "base_loss": 2.5, "increase": 0.4})
+    assert readings.at_loss(table, 3.0)["increase"] == pytest.approx(0.2)
+    assert readings.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
     with pytest.raises(ValueError, match=r"1\.5.*lowest is 2\.0"):
-        along.at_loss(table, 1.5)
+        readings.at_loss(table, 1.5)
 
 
 def test_damage_at_the_common_loss_lies_between_two_checkpoints():

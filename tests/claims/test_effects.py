@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers.claims import PAPER_OPTIMIZERS, effects
-from beyond_outliers.study import MissingResults, Study
+from beyond_outliers.claims import PAPER_OPTIMIZERS, decisions, effects
+from beyond_outliers.study import MissingResults
 
 LEVELS = {"adamw": 3.0, "muon": 2.8, "psgd": 3.1, "scion": 2.85, "shampoo": 2.9, "soap": 2.95}
 ADDED = {"adamw": 0.2, "muon": 0.5, "psgd": 0.2, "scion": 0.3, "shampoo": 0.1, "soap": 0.3}  # by rounding
@@ -104,35 +104,17 @@ def test_the_table_names_what_is_not_measured_yet():
         assert set(table[missing]) == {"not measured yet"}
 
 
-def test_the_choice_is_by_the_loss_that_one_ends_with():
+def test_the_decision_is_by_the_loss_that_one_ends_with():
     """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
-    table = effects.choices(Made(qat=True)).set_index("if you want to")
-    assert list(table["train with"]) == ["Muon", "Shampoo", "Muon"]
-    after = table.loc["round to W4A4 after training"]
-    assert after["loss (nats a token)"].startswith("8.0")  # 2.9 + 0.1, and half of ten
-    assert after["the others lie above it by"].startswith("Scion 0.150 [") and "Muon 0.300 [" in after.iloc[2]
-    assert after.confidence == "lower than 5 of 5 others at 95 %" and after["on"] == "over s and l, n 6 each"
+    table = decisions.decisions(Made(qat=True)).set_index("if you will")
+    assert table["train with"]["leave the model in full precision"] == table["train with"][decisions.QAT] == "**Muon**"
+    after = table.loc["round to nearest, W4A4 without head"]
+    assert after["train with"] == "**Shampoo**" and after["runs each"] == "6 in 2 sizes"
+    assert after["runner-up, its loss above (nats)"].startswith("Scion +0.150 [")
+    assert table["train with"]["round weights alone, W4 with head"] == decisions.NOT_MEASURED
 
 
 def test_who_cannot_be_told_from_the_best_is_named_beside_it():
-    row = effects.choices(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you want to").loc["leave it as it is"]
-    assert row["train with"] == "Muon (or Scion)" and row.confidence == "lower than 4 of 5 others at 95 %"
-
-
-def test_the_answer_says_its_confidence_and_what_is_missing():
-    text = effects.answer(Made())
-    assert "To round to W4A4 after training: **Shampoo**, which ends at 8.0" in text
-    assert "with Scion 0.150 [" in text and "To train in 4 bits (QAT): not measured yet." in text
-    assert text.endswith(" Confidence: lower than 5 of 5 others at 95 % (over s and l, n 6 each).")  # said once
-    apart = effects.answer(Made(levels=LEVELS | {"scion": 2.801}))
-    assert "above it (lower than 4 of 5 others at 95 %; over s and l, n 6 each)." in apart
-    alone = effects.answer(Made(seeds=1))
-    assert "[" not in alone and "with Scion 0.150 above it." in alone
-    assert alone.endswith("Confidence: too few seeds for an interval (over s and l, n 2 each).")
-
-
-@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
-def test_every_committed_study_has_an_answer(scale):
-    text = effects.answer(Study(scale))
-    assert text.count("To ") == 3 and "nan" not in text and text.endswith(".")
-    assert "[" in text  # one sentence at least has three seeds an optimizer behind it
+    table = decisions.decisions(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you will")
+    assert table["train with"]["leave the model in full precision"] == "**Muon (or Scion)**"
+    assert table["train with"][decisions.QAT] == decisions.NOT_MEASURED

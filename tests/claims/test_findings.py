@@ -6,15 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, rules
-from beyond_outliers.claims import evidence as evidence_module
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, listed, written
-from beyond_outliers.claims.confirm_readings import confirm_rules
-from beyond_outliers.claims.evidence import FIGURES, evidence, judged, rule_place, verdict_lines, would_change
-from beyond_outliers.claims.findings import FINDINGS
+from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules
+from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
+from beyond_outliers.claims.verdicts import COLUMNS, FROZEN, frozen, ledger, read_verdicts, rule_place, then_and_now
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 
@@ -51,62 +47,6 @@ class Made:
         right = self.damage.rename(columns={"value": "increase"}).assign(spec="W4A4+head", checkpoint="common")
         wrong = right.assign(spec="W4A4", increase=99.0)
         return pd.concat([right, wrong, right.assign(checkpoint="final", increase=77.0)], ignore_index=True)
-
-
-def test_a_mean_of_one_size_has_the_t_interval():
-    table = runs(sizes=("small",))
-    values = table.value[table.optimizer == "muon"]
-    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert Comparison(table, "value").mean("muon") == pytest.approx((values.mean(), low, high))
-
-
-def test_a_difference_of_one_size_has_the_interval_of_welchs_test():
-    table = runs(sizes=("small",))
-    table.loc[table.optimizer == "muon", "value"] *= 3  # another spread
-    first, second = (table.value[table.optimizer == name] for name in ("muon", "shampoo"))
-    expected = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    found = Comparison(table, "value").difference("muon", "shampoo")
-    assert found == pytest.approx((first.mean() - second.mean(), expected.low, expected.high))
-
-
-def test_a_mean_over_sizes_does_not_take_the_spread_between_sizes_for_noise():
-    compared = Comparison(runs(), "value")
-    value, low, high = compared.mean("muon")
-    assert value == pytest.approx(0.8)  # sizes 1 apart
-    errors = [np.std(NOISE[:3], ddof=1) / 3**0.5] * 2
-    half = np.hypot(*errors) / 2 * stats.t.ppf(0.975, 4)  # equal variances: both samples' degrees of freedom
-    assert (high - low) / 2 == pytest.approx(half)
-    assert (compared.over, compared.n()) == ("over small and large", "n 6 each")
-    assert compared.order == ["shampoo", "muon", "scion", "soap", "adamw", "psgd"]
-
-
-def test_sizes_with_enough_seeds_are_preferred_to_those_without():
-    table = pd.concat([runs(sizes=("small",)), runs(seeds=1, sizes=("large",))], ignore_index=True)
-    compared = Comparison(table, "value")
-    assert compared.sizes == ["small"] and compared.certain and compared.caveat == ""
-
-
-@pytest.mark.parametrize(("seeds", "reason"), [(1, "One seed:"), (2, "Fewer than 3 seeds of some optimizer:")])
-def test_too_few_seeds_have_no_interval_and_say_why(seeds, reason):
-    compared = Comparison(runs(seeds=seeds), "value")
-    assert np.isnan(compared.mean("muon")[1:]).all() and np.isnan(compared.difference("muon", "soap")[1:]).all()
-    assert compared.caveat.strip().startswith(reason) and "no interval" in compared.caveat
-
-
-def test_an_optimizer_that_is_missing_leaves_nothing_to_compare():
-    table = runs()
-    with pytest.raises(NothingToCompare, match=r"Shampoo and SOAP yet \(so far: AdamW, Muon, PSGD, Scion and SOAP\)"):
-        Comparison(table[table.optimizer != "shampoo"], "value")
-
-
-def test_words():
-    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
-        "none",
-        "a",
-        "a and b",
-        "a, b and c",
-    ]
-    assert written((0.1234, 0.1, 0.2)) == "0.123 [0.100, 0.200]" and written((0.1234, np.nan, np.nan), 1) == "0.1"
 
 
 def test_the_finding_of_ptq_is_of_the_primary_format_at_the_common_loss():
@@ -190,10 +130,13 @@ def test_every_committed_study_has_its_findings(scale, name):
 # ------------------------------------------------------------------------------------------------------------ evidence
 
 
-def test_every_claim_has_a_figure_and_its_rule_a_place():
-    assert list(FIGURES) == list(rules())
-    for scale, file in (("laptop", "claims.toml"), ("confirm", "claims-confirm.toml")):
-        for claim in rules():
+def test_every_rule_has_a_place():
+    for scale, file in (
+        ("laptop", "claims-laptop.toml"),
+        ("confirm", "claims-confirm.toml"),
+        ("pocket", "claims.toml"),
+    ):
+        for claim in read_rules():
             path, _, line = rule_place(scale, claim).partition("#L")
             assert (paths.ROOT / path).name == file
             assert (paths.ROOT / path).read_text().splitlines()[int(line) - 1] == f"[{claim}]"
@@ -203,72 +146,78 @@ def test_every_claim_has_a_figure_and_its_rule_a_place():
 
 def test_the_evidence_links_rule_figure_notebook_and_command():
     table = evidence(Study("laptop")).set_index("its rows")
-    row = table.loc["<code>beyond-outliers claims C4 --scale laptop</code>"]
+    row = table.loc["`beyond-outliers claims C4 --scale laptop`"]
     verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
     assert (
         row.verdict == verdict.verdict
         and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
     )
-    targets = re.findall(r'href="([^"]+)"', row.evidence)
+    targets = re.findall(r"\]\(([^)]+)\)", row.evidence)
     assert targets == [f"../{rule_place('laptop', 'C4')}", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
 
-def test_scale_confirm_is_judged_by_its_own_rules(monkeypatch, tmp_path):
-    study = SimpleNamespace(scale="confirm", results=tmp_path)
-    columns = ["spec", "optimizers", "id", "part", "verdict", "estimate", "low", "high", "n", "unit", "comment"]
-    rows = [
-        ("W4A4", "six", "C4", "whole", "reproduced", 9.0, 8.0, 10.0, "9/9/9", "log nats", "another format"),
-        ("W4A4+head", "three", "C4", "whole", "reproduced", 9.0, 8.0, 10.0, "9/9/9", "log nats", "three optimizers"),
-        ("W4A4+head", "six", "C3", "Muon lowest", "reproduced", 9.0, 8.0, 10.0, "9/9/9", "log MMR", "a part"),
-        ("W4A4+head", "six", "C4", "whole", "tie", -0.02, -0.05, 0.01, "9/9/6", "log nats", "Within 0.1 of 0."),
-    ]
-    table = pd.DataFrame(rows, columns=columns).assign(rival="adamw")  # as every verdicts.csv has it
-    table.to_csv(tmp_path / "verdicts.csv", index=False)
-    assert list(judged(study).id) == ["C4"] and "1 tie (C4)" in FINDINGS["07_claims"](study)
-    text = verdict_lines(study, "03_ptq")
-    assert text.endswith("*Would change it:* " + confirm_rules()["C4"]["changes"])
-    assert "- C4, **tie**." in text and "-0.02 [-0.05, 0.01] (n 9/9/6, log nats). Within 0.1 of 0." in text
-    assert "](../data/claims-confirm.toml#L" in text and verdict_lines(study, "01_full_precision") == ""
+@pytest.mark.parametrize("scale", list(FROZEN))
+def test_what_was_said_at_the_time_is_read_as_it_stands(scale):
+    """Every verdict, number and reason of the frozen tables; none is made again."""
+    said, table = frozen(Study(scale)), pd.read_csv(paths.RESULTS / scale / f"{FROZEN[scale][0]}.csv")
+    if scale == "confirm":
+        table = table[(table.spec == "W4A4+head") & (table.optimizers == "six")]
+        parts, shown = table, ledger(Study(scale))
+        assert shown.part.tolist() == parts.part.tolist() and shown.verdict.tolist() == parts.verdict.tolist()
+        assert shown.value.tolist() == pytest.approx(parts.estimate.tolist(), nan_ok=True)
+        table = table[table.part == "whole"].rename(columns={"estimate": "value"})
+    assert list(said.columns) == COLUMNS and said.id.tolist() == list(read_rules())
+    for column in ("id", "verdict", "value", "low", "high", "unit", "comment"):
+        assert said[column].tolist() == pytest.approx(table[column].tolist(), nan_ok=True), column
+    pd.testing.assert_frame_equal(judged(Study(scale)), said)
+    text = how_judged(Study(scale))
+    assert f"{FROZEN[scale][1]}](../data/{FROZEN[scale][1]})" in text and FROZEN[scale][2] in text
+    assert (paths.DATA / FROZEN[scale][1]).exists()
 
 
-def test_cells_without_runs_are_named_by_their_sizes(monkeypatch):
-    row = {"id": "C1", "claim": "c", "statistic": "s", "paper": "p", "value": np.nan, "low": np.nan, "high": np.nan}
-    row |= {"n": "0", "unit": "nats", "verdict": "undecided", "notebook": "01_full_precision", "changes": "x"}
-    row |= {"comment": "Undecided, fewer than 3 runs: adamw at 0.16M has 0, muon at 0.16M has 0, soap at 0.26M has 0."}
-    monkeypatch.setattr(evidence_module, "judged", lambda study: pd.DataFrame([row]))
-    text = verdict_lines(SimpleNamespace(scale="confirm"), "01_full_precision")
-    assert "fewer than 3 runs of some optimizer at 0.16M, 0.26M." in text and "adamw" not in text
+def test_the_ledger_of_laptop_has_the_thresholds_of_its_rules():
+    shown = ledger(Study("laptop")).set_index("id")
+    holds = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").holds
+    told = [f"{'above' if row.side > 0 else 'below'} {row.threshold:g}" for row in shown.itertuples()]
+    assert told == holds.tolist()
+
+
+def test_where_nothing_is_frozen_the_rules_of_today_judge(tmp_path):
+    """A reader's own tables of scale confirm are not what was frozen."""
+    study = Study("pocket")
+    table = judged(study).set_index("id")
+    assert (
+        table.verdict.to_dict()
+        == read_verdicts(study)
+        .query("optimizers == 'six' and part == 'whole'")
+        .drop_duplicates("id")
+        .set_index("id")
+        .verdict.to_dict()
+    )
+    assert frozen(study) is None and "at the time" not in how_judged(study)
+    assert frozen(Study("confirm", tmp_path)) is None
+    shown = then_and_now(study).set_index("id")
+    assert shown.now.to_dict() == table.verdict.to_dict()
+    for scale, (name, *_) in FROZEN.items():
+        assert shown[scale].to_dict() == frozen(Study(scale)).set_index("id").verdict.to_dict(), name
+    assert shown.why.str.len().min() > 40
+
+
+def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
+    text = verdict_lines(Study("confirm"), "03_ptq")
+    assert "- C4, **reproduced**." in text and "-0.35 [-0.38, -0.31] (n 10/10/6, log nats)" in text
+    assert "](../data/claims-confirm.toml#L" in text and verdict_lines(Study("confirm"), "09_real_quantizers") == ""
+    assert "*Would change it:*" in text and "*Would change it:*" not in verdict_lines(Study("laptop"), "03_ptq")
 
 
 def test_a_long_reason_is_cut(monkeypatch):
     row = {"id": "C1", "claim": "c", "statistic": "s. More", "paper": "p", "value": 1.0, "low": np.nan, "high": np.nan}
     row |= {"n": 3, "unit": "runs", "verdict": "undecided", "comment": "word " * 100, "notebook": "01_full_precision"}
     row |= {"changes": "more " * 100}
-    monkeypatch.setattr(evidence_module, "judged", lambda study: pd.DataFrame([row]))
+    monkeypatch.setattr(findings, "judged", lambda study: pd.DataFrame([row]))
     text = verdict_lines(SimpleNamespace(scale="laptop"), "01_full_precision")
     assert text.endswith("more ...") and "word ... *Would" in text and len(text) < 550
-    assert "[s](../data/claims.toml#L" in text and ": 1.00 (n 3" in text
-
-
-def numbers(value, low, high, n=6, holds="above 0.5", verdict="undecided"):
-    return {"value": value, "low": low, "high": high, "n": n, "unit": "runs", "holds": holds, "verdict": verdict}
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        (numbers(1.0, 0.3, 1.0, n=2), "1 more of what is counted (runs)"),
-        (numbers(np.nan, np.nan, np.nan), "Data that identify the number"),
-        (numbers(0.6, 0.4, 0.8), "About 24 in place of 6"),  # half as near: four times as many
-        (numbers(-0.3, -0.5, 0.1, n=10, holds="below 0"), "About 18 in place of 10"),  # (4/3)^2 of 10
-        (numbers(0.5, 0.2, 0.8), "the number is 0.5 itself"),
-        (numbers(0.9, 0.8, 0.95), "A third size or seed: the interval is clear of 0.5"),
-        (numbers(0.9, 0.8, 0.95, verdict="reproduced"), "reaches 0.5; this one ends 0.3 away"),
-        (numbers(0.1, 0.0, 0.25, verdict="not reproduced"), "reaches 0.5; this one ends 0.25 away"),
-    ],
-)
-def test_what_would_change_a_verdict_is_read_off_its_numbers(row, said):
-    assert said in would_change(row)
+    assert "[s](../data/claims-laptop.toml#L" in text and ": 1.00 (n 3" in text
 
 
 def test_the_six_are_in_the_made_up_tables():

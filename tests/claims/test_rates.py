@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from beyond_outliers.claims import rates
-from beyond_outliers.claims.confirm_readings import tables
 from beyond_outliers.study import Study
 
 
@@ -24,18 +23,19 @@ def test_how_rates_are_chosen_is_read_off_the_scale_file(scale, said):
 
 
 def test_main_runs_stand_beside_the_tuned_ones_of_their_seeds_if_there_are_any():
-    columns = ["size", "optimizer", "lr", "seed", "val_loss"]
+    columns = ["size", "optimizer", "lr", "hyper", "seed", "val_loss"]
     swept = [
-        ("s", "muon", 0.1, 0, 3.0),
-        ("s", "muon", 0.1, 1, 3.2),
-        ("s", "muon", 0.2, 0, 4.0),
-        ("s", "soap", 1.0, 0, 2.5),
+        ("s", "muon", 0.1, "{}", 0, 3.0),
+        ("s", "muon", 0.1, "{}", 1, 3.2),
+        ("s", "muon", 0.1, "{'embedding_lr': 1}", 0, 9.0),  # another auxiliary rate is another choice
+        ("s", "muon", 0.2, "{}", 0, 4.0),
+        ("s", "soap", 1.0, "{}", 0, 2.5),
     ]
     main = [
-        ("s", "muon", 0.1, 0, 3.3),
-        ("s", "muon", 0.1, 7, 9.0),
-        ("s", "soap", 1.0, 7, 2.0),
-        ("s", "soap", 1.0, 8, 3.0),
+        ("s", "muon", 0.1, "{}", 0, 3.3),
+        ("s", "muon", 0.1, "{}", 7, 9.0),
+        ("s", "soap", 1.0, "{}", 7, 2.0),
+        ("s", "soap", 1.0, "{}", 8, 3.0),
     ]
     runs = {"sweep": pd.DataFrame(swept, columns=columns), "full_precision": pd.DataFrame(main, columns=columns)}
     table = rates.tuned_and_main(SimpleNamespace(runs=runs.get)).set_index("optimizer")
@@ -109,11 +109,3 @@ def test_a_tuned_scale_has_the_line_at_the_chosen_auxiliary_rate():
 
 def test_a_scale_without_tuning_runs_says_so():
     assert rates.finding(Sweep([])) == "No tuning run of scale made up has been measured yet."
-
-
-def test_the_line_is_the_one_whose_slopes_are_judged():
-    study = Study("confirm")
-    judged, line = tables(study)["sweep"], rates.line(study)
-    assert sorted(zip(judged["size"], judged.optimizer, judged.lr, strict=True)) == sorted(
-        zip(line["size"], line.optimizer, line.lr, strict=True)
-    )

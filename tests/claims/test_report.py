@@ -4,15 +4,14 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims import verdicts
-from beyond_outliers.claims.confirm_readings import confirm_rules
+from beyond_outliers.claims import judge, read_rules
 from beyond_outliers.cli import main
 from beyond_outliers.study import TABLES, Study
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """The tables of scale pocket in a folder of their own, without claims.csv."""
+    """The tables of scale pocket in a folder of their own, without verdicts."""
     folder = tmp_path / "pocket"
     folder.mkdir()
     for file in (paths.RESULTS / "pocket").glob("*.csv"):
@@ -23,18 +22,29 @@ def results(tmp_path, monkeypatch):
 
 
 def test_the_verdicts_are_written_by_the_command_alone(results, capsys):
-    table = verdicts(Study("pocket"))
-    assert not (results / "claims.csv").exists()
+    table = judge(Study("pocket"))
+    assert not (results / "judged.csv").exists()
     assert main(["claims", "--scale", "pocket"]) == 0
-    assert capsys.readouterr().out.strip() == str(results / "claims.csv")
-    pd.testing.assert_frame_equal(pd.read_csv(results / "claims.csv"), table, check_dtype=False)
+    assert capsys.readouterr().out.strip() == str(results / "judged.csv")
+    read = pd.read_csv(results / "judged.csv", dtype={"runs": str}, keep_default_na=False, na_values={"value": ""})
+    for column in ("optimizers", "id", "condition", "part", "verdict", "runs", "comment"):
+        assert read[column].tolist() == table[column].tolist()
+    assert read.value.tolist() == pytest.approx(table.value.tolist(), nan_ok=True)
 
 
 def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results, capsys):
     assert main(["claims", "C4", "--scale", "pocket"]) == 0
     said = capsys.readouterr().out
-    row = verdicts(Study("pocket")).set_index("id").loc["C4"]
-    for text in (row.statistic, row.paper, row.verdict, row.comment, "above 0.5", "03_ptq", f"n {row.n}", row.claim):
+    row, rule = judge(Study("pocket"), ("C4",)).iloc[0], read_rules()["C4"]
+    for text in (
+        rule["statistic"],
+        rule["paper"],
+        row.verdict,
+        row.comment,
+        "03_ptq",
+        f"n {row.runs}",
+        rule["changes"],
+    ):
         assert text in said
     for text in ("data/claims.toml#L", "pocket/03_w4a4_increase.png", "changes    "):
         assert text in said
@@ -43,15 +53,16 @@ def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results,
     assert {file.stem for file in results.iterdir()} <= set(TABLES)
 
 
-def test_scale_confirm_shows_the_verdict_of_its_own_rules(capsys):
-    assert main(["claims", "C1", "--scale", "confirm", "--rows", "1"]) == 0
+def test_a_frozen_verdict_stands_below_the_one_of_today(capsys):
+    assert main(["claims", "C1", "--scale", "laptop", "--rows", "1"]) == 0
     said = capsys.readouterr().out
-    assert "data/claims-confirm.toml#L" in said and f"changes    {confirm_rules()['C1']['changes']}" in said
+    assert "rule       data/claims.toml#L" in said and "data/claims-laptop.toml#L" in said
+    assert "then       undecided, 0.8333 [0.4365, 0.9699], n 6" in said
 
 
 def test_rows_are_cut_and_it_says_so(results, capsys):
     main(["claims", "C4", "--scale", "pocket", "--rows", "5"])
-    assert "... and 19 rows more" in capsys.readouterr().out
+    assert "... and 43 rows more" in capsys.readouterr().out
     main(["claims", "C4", "--scale", "pocket", "--rows", "0"])
     assert "rows more" not in capsys.readouterr().out
 

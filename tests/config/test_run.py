@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims import LEAST_UNITS
+from beyond_outliers.claims.compare import LEAST_SEEDS
 from beyond_outliers.cli import main
 from beyond_outliers.config import (
     OPTIMIZER_NAMES,
@@ -136,14 +136,14 @@ def test_a_study_proper_can_decide_every_claim(scale):
     main = protocol.runs(rates)
     purposes = [[p for p in main if p.purpose == purpose] for purpose in ("full_precision", "qat")]
     if protocol.tuned:  # one seed and every size, but what is tried at a size is known when the one before has ended
-        assert sum("sweep" in protocol.purposes(size) for size in protocol.sizes) >= LEAST_UNITS
+        assert sum("sweep" in protocol.purposes(size) for size in protocol.sizes) >= LEAST_SEEDS
     else:
         purposes.append(protocol.sweep_runs())
     for planned in purposes:
         for optimizer in OPTIMIZER_NAMES:
             units = {(p.config.size, p.config.seed) for p in planned if p.config.optimizer == optimizer}
-            assert len(units) >= LEAST_UNITS
-    assert len(protocol.sizes) >= LEAST_UNITS
+            assert len(units) >= LEAST_SEEDS
+    assert len(protocol.sizes) >= LEAST_SEEDS
 
 
 def test_the_paper_sizes_count_what_they_say():

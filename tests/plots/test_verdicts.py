@@ -1,4 +1,4 @@
-"""The ledger of the confirmatory rules, as it is drawn."""
+"""The ledger of the claims, as it is drawn."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,12 @@ ROWS = [
     ("C2", "muon", "not reproduced", -0.2, -0.4, -0.1, "slope", "3", 0.0, 1),
     ("C8", "whole", "undecided", 0.85, 0.7, 0.9, "share", "3", 0.8, 1),
 ]
-COLUMNS = ["id", "part", "verdict", "estimate", "low", "high", "unit", "n", "threshold", "side"]
+COLUMNS = ["id", "part", "verdict", "value", "low", "high", "unit", "n", "threshold", "side"]
 CLAIMS = pd.Series({"C1": "First", "C2": "Second " * 30, "C8": "Third"})
 
 
 def test_the_claimed_side_is_right_and_numbers_are_written_out():
-    (ax,) = plots.confirm_ledger(pd.DataFrame(ROWS, columns=COLUMNS), CLAIMS).axes
+    (ax,) = plots.verdict_ledger(pd.DataFrame(ROWS, columns=COLUMNS), CLAIMS).axes
     spans = [list(line.get_xdata()) for line in ax.get_lines() if len(line.get_xdata()) == 2][:-1]
     assert spans == [pytest.approx(ends) for ends in ([1, 0.6], [-1, -0.25], [-1, 1])]
     texts = [text.get_text() for text in ax.texts]
@@ -32,4 +32,4 @@ def test_the_claimed_side_is_right_and_numbers_are_written_out():
 def test_an_unknown_verdict_is_refused():
     table = pd.DataFrame(ROWS, columns=COLUMNS).assign(verdict="perhaps")
     with pytest.raises(ValueError, match="unknown verdicts \\['perhaps'\\]; valid: reproduced"):
-        plots.confirm_ledger(table, CLAIMS)
+        plots.verdict_ledger(table, CLAIMS)

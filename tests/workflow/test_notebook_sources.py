@@ -9,7 +9,7 @@ import pytest
 from traitlets.config import Config
 
 from beyond_outliers import paths
-from beyond_outliers.claims import rules
+from beyond_outliers.claims import read_rules
 from beyond_outliers.config import Protocol
 from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of, run_notebook, setting
 from beyond_outliers.study import MissingResults, Study
@@ -99,7 +99,7 @@ def test_a_scale_says_what_its_pages_take_for_granted(scale, head, rates):
 
 
 def test_the_verdicts_of_its_claims_follow_where_a_notebook_has_claims():
-    judged = {rule["notebook"] for rule in rules().values()}
+    judged = {rule["notebook"] for rule in read_rules().values()}
     for name in notebooks():
         called = [source for _, source in cells_of(name) if "verdicts_here" in source]
         assert called == ([f'notebook.verdicts_here("{name}", study)'] if name in judged else []), name

@@ -8,9 +8,8 @@ convergence (arXiv 2604.15167).
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims import readings, relative
-from beyond_outliers.claims.confirm_kinds import with_zero
-from beyond_outliers.claims.contrasts import LEAST_SEEDS, USUAL, cells, contrast
+from beyond_outliers.claims import compare, readings
+from beyond_outliers.claims.compare import LEAST_SEEDS, Estimate, cells, contrast
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.tables import MissingResults
 
@@ -40,26 +39,6 @@ def trajectory(study) -> pd.DataFrame:
     return rows.assign(share=rows.step / rows.steps).drop(columns="steps").reset_index(drop=True)
 
 
-def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
-    """A run's rows of one format at the validation loss `threshold` (nats), by linear interpolation in that loss.
-
-    `trajectory`: step, base_loss (unquantized), increase, ... in the order of steps. Between the first checkpoint at or
-    below the threshold and the one before it; at that checkpoint itself where it is the first of the run. Returns every
-    numeric column at that point. ValueError when no checkpoint reaches the threshold.
-    """
-    reached = np.flatnonzero(trajectory.base_loss.to_numpy() <= threshold)
-    if not len(reached):
-        raise ValueError(
-            f"no checkpoint reaches the loss {threshold:.4f}; the lowest is {trajectory.base_loss.min():.4f}"
-        )
-    after = trajectory.iloc[reached[0]]
-    before = trajectory.iloc[max(reached[0] - 1, 0)]
-    gap = before.base_loss - after.base_loss
-    share = (before.base_loss - threshold) / gap if gap > 0 else 1.0
-    numeric = trajectory.select_dtypes("number").columns
-    return {name: float(before[name] + share * (after[name] - before[name])) for name in numeric}
-
-
 def at_common_loss(study) -> pd.DataFrame:
     """Damage at exactly the Common Loss, by interpolation, beside that of the first checkpoint that reaches it.
 
@@ -78,7 +57,7 @@ def at_common_loss(study) -> pd.DataFrame:
         [*readings.CELL, "common_loss", "reached"], sort=False
     ):
         own = own.sort_values("step")
-        exact = at_loss(own[["base_loss", "increase", "share"]], threshold)
+        exact = readings.at_loss(own[["base_loss", "increase", "share"]], threshold)
         found.append((*cell, own.set_index("step").increase[reached], exact["increase"], exact["share"]))
     return pd.DataFrame(found, columns=columns)
 
@@ -87,16 +66,16 @@ def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
     """`at_common_loss` as means over seeds, and as ratios to AdamW's: a row a size and optimizer."""
     keys, parts = ["size", "optimizer"], []
     for column in ("at_checkpoint", "interpolated"):
-        mean = relative.means(exact, column).set_index(keys)["mean"].rename(column)
-        ratio = relative.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
-        text = [relative.interval(row[0], row[1], row[2], 2) for row in ratio.reindex(mean.index).to_numpy()]
+        mean = compare.means(exact, column).set_index(keys)["mean"].rename(column)
+        ratio = compare.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
+        text = [Estimate(*row).text(2) for row in ratio.reindex(mean.index).to_numpy()]
         parts += [mean, pd.Series(text, mean.index, name=f"{column}, ratio")]
     return pd.concat(parts, axis=1).reset_index()
 
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean damage of the checkpoints themselves, with interval: size, optimizer, share, mean, low, high, n."""
-    return relative.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
+    return compare.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -127,7 +106,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     Behind the optimizers of a size stands EVERY: their unweighted mean, with Welch's interval from the spread over runs
     within optimizers (an estimate alone where one of them has fewer than three runs).
     """
-    each = relative.means(table, "value", ("quantity",))
+    each = compare.means(table, "value", ("quantity",))
     parts = []
     for quantity in QUANTITIES:
         for size, own in table[table.quantity == quantity].groupby("size", sort=False):
@@ -139,7 +118,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
 def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFrame:
     names = list(dict.fromkeys(own.optimizer))
     strata = cells(own.assign(size=own.optimizer, optimizer="one"), "value", ("one",), names)  # optimizers as strata
-    low, high = contrast(with_zero(strata), [("one", "zero")]).interval(USUAL)
+    low, high = contrast(strata.with_zero(), [("one", "zero")]).interval()
     mean, n = strata.mean.mean(), int(strata.n.min())
     ends = (low[0], high[0]) if n >= LEAST_SEEDS else (np.nan, np.nan)
     row = (quantity, size, EVERY, mean, *ends, n)
@@ -148,7 +127,7 @@ def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFram
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
     """`differences`, a row a size and optimizer, a column a quantity in words, cells like "0.123 [0.110, 0.136]"."""
-    text = [relative.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    text = [Estimate(*values).text() for values in table[["mean", "low", "high"]].to_numpy()]
     wide = table.assign(text=text).pivot_table(
         index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
     )
@@ -161,7 +140,7 @@ def finding(study) -> str:
     lines = []
     for size, own in table[table.optimizer == EVERY].groupby("size", sort=False):
         by = own.set_index("quantity")
-        told = {name: relative.interval(*by.loc[name, ["mean", "low", "high"]]) for name in by.index}
+        told = {name: Estimate(*by.loc[name, ["mean", "low", "high"]]).text() for name in by.index}
         text = f"- {size}, mean of the optimizers (n {by.n.min()}): damage changes by {told['decay']} nats in the decay"
         if "before" in told:
             text += f" and by {told['before']} over as long a stretch before it"

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, listed
+from beyond_outliers.claims.compare import Comparison, Estimate, NothingToCompare, label, listed
 from beyond_outliers.claims.effects import NATS, QUANTITIES, at_size, scaled, titles
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
@@ -34,11 +34,11 @@ def _compared(study, size: str, quantity: str, optimizers: Sequence[str]) -> Com
         return None
 
 
-def _carries(found: dict[str, tuple[float, float, float]]) -> str:
+def _carries(found: dict[str, Estimate]) -> str:
     """`found`: architecture -> a pair's difference there."""
-    told = [name for name, difference in found.items() if excludes_zero(difference)]
+    told = [name for name, difference in found.items() if difference.excludes_zero]
     if len(told) == len(found):
-        return YES if len({difference[0] > 0 for difference in found.values()}) == 1 else REVERSED
+        return YES if len({difference.value > 0 for difference in found.values()}) == 1 else REVERSED
     return f"seen in {listed(told)} alone" if told else NEITHER
 
 

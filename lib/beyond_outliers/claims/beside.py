@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, label, written
-from beyond_outliers.claims.readings import PAPER_OPTIMIZERS
+from beyond_outliers.claims.compare import PAPER_OPTIMIZERS, Comparison, NothingToCompare, label
 
 LOSS, DAMAGE, QAT = "loss in full precision", "damage at the Common Loss", "loss after QAT"
 
@@ -48,11 +47,11 @@ def _row(study, rows: pd.DataFrame, value: str) -> dict[str, str]:
     others = [name for name in found.order if name != study.yours]
     lowest, highest = others[0], others[-1]
     return {
-        "yours": written(found.mean(study.yours)),
+        "yours": found.mean(study.yours).text(),
         "place": place(study, found),
-        "lowest of the six": f"{label(lowest)} {written(found.mean(lowest))}",
-        "yours less it": written(found.difference(study.yours, lowest)),
-        "highest of the six": f"{label(highest)} {written(found.mean(highest))}",
+        "lowest of the six": f"{label(lowest)} {found.mean(lowest).text()}",
+        "yours less it": found.difference(study.yours, lowest).text(),
+        "highest of the six": f"{label(highest)} {found.mean(highest).text()}",
         "runs": f"{found.over}, {found.n(study.yours)}",
     }
 
@@ -92,11 +91,11 @@ def finding(study) -> str:
         except NothingToCompare:
             parts.append(f"has no {name} at a size where all the others have one")
             continue
-        said = words.format(written(found.mean(study.yours)), primary=study.protocol.measure.primary)
+        said = words.format(found.mean(study.yours).text(), primary=study.protocol.measure.primary)
         best = next(other for other in found.order if other != study.yours)
         against = found.difference(study.yours, best)
         parts.append(
-            f"{said}, place {place(study, found)} from the lowest ({written(against)} against "
+            f"{said}, place {place(study, found)} from the lowest ({against.text()} against "
             f"{label(best)}; {found.over}, {found.n(study.yours)})"
         )
     caveat = compared(study, quantities()[LOSS][0](study), "val_loss").caveat

@@ -7,8 +7,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import low_rate, readings
-from beyond_outliers.claims.comparison import Comparison, NothingToCompare, excludes_zero, label, listed, written
-from beyond_outliers.claims.eligibility import eligible
+from beyond_outliers.claims.compare import Comparison, NothingToCompare, label, listed, of_the_paper
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -47,7 +46,7 @@ def losses(study, spec: str | None) -> pd.DataFrame:
         rows, value = readings.finished(study), "val_loss"
     else:
         rows, value = readings.damage(study, checkpoint="final", spec=spec), "val_loss"
-    return eligible(study, rows).rename(columns={value: "loss"})[["size", "optimizer", "seed", "loss"]]
+    return of_the_paper(rows).rename(columns={value: "loss"})[["size", "optimizer", "seed", "loss"]]
 
 
 def ranked(rows: pd.DataFrame, optimizers: list[str]) -> Comparison | None:
@@ -61,7 +60,7 @@ def ranked(rows: pd.DataFrame, optimizers: list[str]) -> Comparison | None:
 def winner(compared: Comparison) -> str:
     """Whose loss is lowest, and in brackets whose is not told apart from it at 95 %."""
     best, *rivals = compared.order
-    near = [label(rival) for rival in rivals if not excludes_zero(compared.difference(rival, best))]
+    near = [label(rival) for rival in rivals if not compared.difference(rival, best).excludes_zero]
     return f"{label(best)} (or {listed(near)})" if near else label(best)
 
 
@@ -79,7 +78,7 @@ def decisions(study: Study, other: Study | None = None, found: pd.DataFrame | No
             rows.append((intention, NOT_MEASURED, "", "", "", ""))
             continue
         best, second, *_ = compared.order
-        gap = written(compared.difference(second, best))
+        gap = compared.difference(second, best).text()
         n = f"{int(compared.cells.n[0].sum())} in {len(compared.sizes)} sizes"
         further = _there(here, other, spec), _found(here, found, spec)
         rows.append((intention, f"**{winner(compared)}**", f"{label(second)} +{gap}", n, *further))
@@ -136,7 +135,7 @@ def before_and_after(study, specs: dict[str, str]) -> pd.DataFrame:
     """
     rows = []
     for quantizer, spec in specs.items():
-        runs = eligible(study, readings.damage(study, checkpoint="final", spec=spec))
+        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec))
         runs = runs.assign(quantizer=quantizer, after=runs.val_loss, before=runs.val_loss - runs.increase)
         means = runs.groupby(["quantizer", "optimizer", "size"], sort=False)[["before", "after"]].mean()
         rows.append(means.groupby(["quantizer", "optimizer"], sort=False).mean().reset_index())

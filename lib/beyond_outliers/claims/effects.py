@@ -1,4 +1,4 @@
-"""How large the differences are: every optimizer against AdamW at equal size and seed, and whom to train with.
+"""How large the differences are: every optimizer against AdamW at equal size and seed.
 
 A pair is a run and AdamW's of the same size and seed, which saw the same batches; effects are differences within pairs,
 averaged over seeds, then over sizes (intervals as in `comparison`: sizes are strata, pairs replicates).
@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.comparison import (
+from beyond_outliers.claims.compare import (
+    PAPER_OPTIMIZERS,
+    REFERENCE,
     Comparison,
-    Interval,
+    Estimate,
     NothingToCompare,
-    excludes_zero,
     label,
     listed,
-    written,
+    of_the_paper,
 )
-from beyond_outliers.claims.eligibility import compare, eligible
-from beyond_outliers.claims.readings import CELL, PAPER_OPTIMIZERS
-from beyond_outliers.claims.relative import REFERENCE
+from beyond_outliers.claims.readings import CELL
 from beyond_outliers.study.tables import MissingResults
 
 NATS, TIMES = "nats", "times"  # how an effect is measured: a difference, or a ratio
@@ -38,9 +37,9 @@ class Quantity:
     rows: Callable
     value: str
 
-    def told(self, difference: Interval) -> str:
+    def told(self, difference: Estimate) -> str:
         """A difference of scaled values in words: "-0.076 [-0.094, -0.057]" in nats, or "0.81 [0.76, 0.87]" times."""
-        return written(difference) if self.unit == NATS else written(tuple(np.exp(difference)), 2)
+        return difference.text() if self.unit == NATS else difference.map(np.exp).text(2)
 
 
 def scaled(values: pd.Series, unit: str) -> pd.Series:
@@ -50,7 +49,7 @@ def scaled(values: pd.Series, unit: str) -> pd.Series:
 
 def at_size(study, quantity: Quantity, size: str) -> pd.DataFrame:
     """The eligible rows of a quantity at one size."""
-    rows = eligible(study, quantity.rows(study))
+    rows = of_the_paper(quantity.rows(study))
     return rows[rows["size"] == size]
 
 
@@ -92,7 +91,7 @@ def effects(study) -> pd.DataFrame:
     found = []
     for name, quantity in QUANTITIES.items():
         try:
-            rows = eligible(study, quantity.rows(study))
+            rows = of_the_paper(quantity.rows(study))
         except MissingResults:
             continue
         pairs = against(rows, quantity.value, quantity.unit)
@@ -102,10 +101,9 @@ def effects(study) -> pd.DataFrame:
         except NothingToCompare:
             continue
         for one in optimizers:
-            ends = np.exp(compared.mean(one)) if quantity.unit == TIMES else compared.mean(one)
-            found.append(
-                (name, one, *ends, int(compared.cells.n[compared.cells.of([one])].sum()), listed(compared.sizes))
-            )
+            mean = compared.mean(one)
+            ends = mean.map(np.exp) if quantity.unit == TIMES else mean
+            found.append((name, one, *ends.interval, mean.n, listed(compared.sizes)))
     return pd.DataFrame(found, columns=["quantity", "optimizer", "effect", "low", "high", "n", "over"])
 
 
@@ -117,65 +115,9 @@ def effect_table(study) -> pd.DataFrame:
     for name, (title, unit) in named.items():
         of = table[table.quantity == name].set_index("optimizer")
         texts = {
-            one: f"{written((row.effect, row.low, row.high), 3 if unit == NATS else 2)}, n {row.n}"
+            one: f"{Estimate(row.effect, row.low, row.high).text(3 if unit == NATS else 2)}, n {row.n}"
             for one, row in of.iterrows()
         }
         head = f"{title} ({unit if unit == NATS else 'times AdamW'})"
         columns[head] = [texts.get(one, NOT_YET) for one in others]
     return pd.DataFrame({"optimizer": [label(one) for one in others]} | columns)
-
-
-CHOICES = ["if you want to", "train with", "loss (nats a token)", "the others lie above it by", "confidence", "on"]
-# what a reader may be about to do -> the losses that they will end with
-SITUATIONS: dict[str, tuple[Callable, str]] = {
-    "leave it as it is": (readings.finished, "val_loss"),
-    "round to {spec} after training": (lambda study: readings.damage(study, checkpoint="final"), "val_loss"),
-    "train in 4 bits (QAT)": (readings.finished_qat, "val_loss_qat"),
-}
-
-
-def choices(study) -> pd.DataFrame:
-    """Which optimizer to train with, a row a situation: the lowest loss that a reader ends with, and whose it is.
-
-    Columns: if you want to, train with, loss (nats a token), the others lie above it by, confidence, on (sizes, runs).
-    Distances from the best are unpaired, as in the findings; those whose interval reaches 0 are named beside the best.
-    """
-    rows = []
-    for situation, (read, value) in SITUATIONS.items():
-        name = situation.format(spec=readings.primary(study))
-        try:
-            compared = compare(study, read(study), value)
-        except (NothingToCompare, MissingResults):
-            rows.append((name, NOT_YET, "", "", "", ""))
-            continue
-        best, *rivals = compared.order
-        above = {rival: compared.difference(rival, best) for rival in rivals}
-        near = [label(rival) for rival in rivals if not excludes_zero(above[rival])] if compared.certain else []
-        told = f"lower than {len(rivals) - len(near)} of {len(rivals)} others at 95 %"
-        rows.append(
-            (
-                name,
-                f"{label(best)}{f' (or {listed(near)})' if near else ''}",
-                written(compared.mean(best)),
-                ", ".join(f"{label(rival)} {written(above[rival])}" for rival in rivals),
-                told if compared.certain else "too few seeds for an interval",
-                f"{compared.over}, {compared.n()}",
-            )
-        )
-    return pd.DataFrame(rows, columns=CHOICES)
-
-
-def answer(study) -> str:
-    """Which optimizer to train with if the model will be quantized, in a sentence a situation, with its confidence."""
-    rows = choices(study)
-    stands_on = [f"{row.confidence} ({row.on})" for row in rows.itertuples() if row.on]
-    shared = len(set(stands_on)) == 1  # then it is said once
-    said = []
-    for will, best, loss, above, confidence, on in rows.itertuples(index=False):
-        if best == NOT_YET:
-            said.append(f"To {will}: {NOT_YET}.")
-            continue
-        nearest = above.partition("],")[0].rstrip("]") + "]" if "]" in above else above.partition(",")[0]
-        behind = "" if shared else f" ({confidence}; {on})"
-        said.append(f"To {will}: **{best}**, which ends at {loss} nats a token, with {nearest} above it{behind}.")
-    return " ".join([*said, *([f"Confidence: {stands_on[0]}."] if shared else [])])

@@ -8,8 +8,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import rates, readings
-from beyond_outliers.claims.comparison import label, listed
-from beyond_outliers.claims.contrasts import t_interval
+from beyond_outliers.claims.compare import label, listed, t_interval
 from beyond_outliers.claims.effects import NATS, QUANTITIES, Quantity, at_size, scaled
 
 SCALE, SIZE = "confirm", "0.08M"

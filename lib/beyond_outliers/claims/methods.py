@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from beyond_outliers.claims import readings, relative
-from beyond_outliers.claims.contrasts import LEAST_SEEDS, t_interval
+from beyond_outliers.claims import compare, readings
+from beyond_outliers.claims.compare import ALL_SIZES, LEAST_SEEDS, Estimate, label, t_interval
 
 FORMATS = {"W4A4": "int4", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}  # first part of a spec's name: weights and activations
 RTN = "RTN"
@@ -64,8 +64,8 @@ def missing(study) -> str:
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
     """Mean of `value` over seeds with its interval, as text ("0.123 [0.110, 0.136]"), methods as columns in order."""
-    table = relative.means(rows, value, ("format", "method"))
-    text = [relative.interval(*values) for values in table[["mean", "low", "high"]].to_numpy()]
+    table = compare.means(rows, value, ("format", "method"))
+    text = [Estimate(*values).text() for values in table[["mean", "low", "high"]].to_numpy()]
     keys = ["format", "size", "optimizer"]
     table = table.assign(text=text, key=list(zip(*(table[key] for key in keys), strict=True)))
     wide = table.pivot_table(index=keys, columns="method", values="text", aggfunc="first", sort=False)
@@ -84,7 +84,7 @@ def left(rows: pd.DataFrame) -> pd.DataFrame:
     others = rows[rows.method != RTN]
     both = others.assign(rtn=others.set_index(keys).index.map(base))
     both = both[(both.increase > 0) & (both.rtn > 0)]
-    found = relative.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
+    found = compare.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
     found[["mean", "low", "high"]] = np.exp(found[["mean", "low", "high"]])
     return found.rename(columns={"mean": "left"})
 
@@ -93,7 +93,7 @@ def left_over_optimizers(table: pd.DataFrame) -> pd.DataFrame:
     """`left` as one number a format, method and size: geometric mean over optimizers, t interval over them."""
     found = []
     for key, own in table.groupby(["format", "method", "size"], sort=False).left:
-        found.append((*key, *np.exp(t_interval(np.log(own.to_numpy()))), len(own)))
+        found.append((*key, *t_interval(np.log(own.to_numpy())).map(np.exp).interval, len(own)))
     return pd.DataFrame(found, columns=["format", "method", "size", "left", "low", "high", "optimizers"])
 
 
@@ -151,8 +151,8 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     """What the tables say of int4, in Markdown: one optimizer beside another, does the order survive, what lacks."""
     rows = measured(study)
     rows = rows[rows.format == "int4"]
-    table = relative.ratios(rows, "increase", ("method",), reference)
-    who, whose = f"the damage of {relative.label(optimizer)}", f"that of {relative.label(reference)}"
+    table = compare.ratios(rows, "increase", ("method",), reference)
+    who, whose = f"the damage of {label(optimizer)}", f"that of {label(reference)}"
     lines = []
     for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):
         by = own.set_index("method")
@@ -162,8 +162,8 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
         told = []
         for method in (RTN, last):
             ratio, low, high = by.loc[method, ["ratio", "low", "high"]]
-            told.append(f"{relative.interval(ratio, low, high, 2)} times {whose} under {method}")
-        at = "over the sizes" if size == relative.ALL_SIZES else f"at {size}"
+            told.append(f"{Estimate(ratio, low, high).text(2)} times {whose} under {method}")
+        at = "over the sizes" if size == ALL_SIZES else f"at {size}"
         lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
     lines += _survival(agreement(rows))
     listed = ["What is left of RTN's picture, size by size:", "", *lines, ""] if lines else []
@@ -174,7 +174,7 @@ def _survival(table: pd.DataFrame) -> list[str]:
     """Sentences on the order of the optimizers, one a size, of the last method of each."""
     lines = []
     for row in table.drop_duplicates("size", keep="last").to_dict("records"):
-        tau = relative.interval(row["kendall"], row["kendall_low"], row["kendall_high"], 2)
+        tau = Estimate(row["kendall"], row["kendall_low"], row["kendall_high"]).text(2)
         lines.append(
             f"- int4, at {row['size']}: {row['method']} and RTN put {(1 + row['kendall']) / 2:.0%} of the pairs of "
             f"{row['optimizers']} optimizers in the same order (Kendall's tau {tau}, n {row['n']})."

@@ -7,7 +7,8 @@ import json
 
 import pandas as pd
 
-from beyond_outliers.claims import readings, relative
+from beyond_outliers.claims import readings
+from beyond_outliers.claims.compare import label
 
 
 def how_chosen(study) -> str:
@@ -16,7 +17,8 @@ def how_chosen(study) -> str:
     if protocol.tuned:
         rule = protocol.tuning
         return (
-            f"Every optimizer was tuned at every size, on seed {rule.seed}, over rates a factor {rule.factor:g} apart: "
+            f"Every optimizer was tuned at every size, on seed {rule.seeds[0]}, over rates a factor {rule.factor:g} "
+            "apart: "
             "first the auxiliary rate (embedding and vectors), then the rate of the hidden matrices at the chosen "
             f"auxiliary one, which the figure shows. The choice is the smallest rate within {rule.tolerance:g} nats of "
             "the best, never one beside a diverged rate; the line is extended until the choice lies inside it. `grid` "
@@ -35,13 +37,15 @@ def how_chosen(study) -> str:
 
 
 def tuned_and_main(study) -> pd.DataFrame:
-    """The best run of the tuning (loss `best_tuned`) beside the mean of the main runs, a row a size and optimizer.
+    """The best rates of the tuning (`best_tuned`, the lowest mean over seeds) beside the mean of the main runs.
+
+    One row a size and optimizer.
 
     main: over the seeds that were tuned on (`seeds` "the same"), else over all ("others").
     """
     keys = ["size", "optimizer"]
     swept, main = study.runs("sweep"), readings.full_precision(study)
-    best = swept.groupby([*keys, "lr"], sort=False).val_loss.mean().groupby(keys, sort=False).min()
+    best = swept.groupby([*keys, "lr", "hyper"], sort=False).val_loss.mean().groupby(keys, sort=False).min()
     same = main.merge(swept[[*keys, "seed"]].drop_duplicates())
     own, every = (runs.groupby(keys, sort=False).val_loss.mean() for runs in (same, main))
     table = best.to_frame("best_tuned").join(own.combine_first(every).rename("main"), how="inner")
@@ -104,7 +108,7 @@ def finding(study) -> str:
         moved = own[own.lr_after != own.lr_before]
         smaller = int((moved.lr_after < moved.lr_before).sum())
         at = table[table["size"] == size].groupby("optimizer")
-        full, quantized = (relative.label(at[column].min().idxmin()) for column in ("before", "after"))
+        full, quantized = (label(at[column].min().idxmin()) for column in ("before", "after"))
         lines.append(
             f"- {size}: lowest loss in full precision {full}, after quantization {quantized}; for {len(moved)} of "
             f"{len(own)} optimizers another learning rate is best after quantization ({smaller} smaller), by at most "

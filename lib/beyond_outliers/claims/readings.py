@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from beyond_outliers.claims.contrasts import t_interval
+from beyond_outliers.claims.compare import t_interval
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import fit_scaling_law
 from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
 
-PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # whom the paper's claims are about
 CHECKPOINTS = ("final", "common")
 RUN = ["run", "size", "optimizer", "lr", "seed"]
 CELL = ["size", "optimizer", "seed"]
@@ -85,7 +84,7 @@ def machine_shift(study) -> pd.DataFrame:
     """
     rows = []
     for key, runs in _made_twice(study).groupby(MACHINES, sort=False):
-        rows.append((*key, len(runs), *t_interval(runs.signed.to_numpy())))
+        rows.append((*key, len(runs), *t_interval(runs.signed.to_numpy()).interval))
     return pd.DataFrame(rows, columns=[*MACHINES, "n", "mean", "low", "high"])
 
 
@@ -197,10 +196,12 @@ def new_error(study, purpose: str = "full_precision", checkpoint: str = "final")
     return _run_means(modules(study, purpose, checkpoint), "B").rename(columns={"B": "mean_B"})
 
 
-def block_linears(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
-    """Linear layers of the blocks that have a gain, attention opened up: no head, and none whose input is exact."""
+def block_linears(
+    study, purpose: str = "full_precision", checkpoint: str = "final", head: bool = False
+) -> pd.DataFrame:
+    """Linear layers of the blocks that have a gain, attention opened up; none whose input is exact. head: that, too."""
     rows = modules(study, purpose, checkpoint, attention="open")
-    return rows[(rows.kind == "linear") & (rows.name != "head")].dropna(subset="gain")
+    return rows[(rows.kind == "linear") & (head | (rows.name != "head"))].dropna(subset="gain")
 
 
 def linear_gain(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
@@ -282,15 +283,75 @@ def qat_accuracies(study) -> pd.DataFrame:
     return both.assign(relative_drop=drop, drop_error=both.accuracy_qat / both.accuracy_fp * errors**0.5)
 
 
+# ------------------------------------------------------------------------------------------- what predicts the damage
+
+# candidate -> where it comes from; all of them in every table, none picked after the fact
+CANDIDATES = {
+    "mmr": "mean over linear inputs of max / median, without `down`, whose median is near zero (paper)",
+    "mmr_all": "the same with `down`",
+    "kurtosis": "mean over linear inputs (paper)",
+    "mean_B": "mean over modules of the new error B (paper)",
+    "R_L": "relative error at the network's end (paper's proposal)",
+    "mean_gain": "mean gain of the linear layers, attention opened up (paper)",
+    "noise_gain": "what linear layers do to undirected noise, full precision alone (this project)",
+    "expected_error": "noise_gain times the rounding errors of input and weight (this project)",
+}
+TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy after W4A4"}
+
+
+def predictor_table(
+    study, purpose: str = "full_precision", checkpoint: str = "final", spec: str | None = None
+) -> pd.DataFrame:
+    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the format `spec`.
+
+    spec: None for the scale's primary format.
+    """
+    where = {"purpose": purpose, "checkpoint": checkpoint}
+    inputs = measured(study, "outliers", **where)
+    averages = inputs.groupby(RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
+    columns = {
+        "mmr": mmr(study, **where).set_index("run").mmr,
+        "mean_B": new_error(study, **where).set_index("run").mean_B,
+        "R_L": output_error(study, **where).set_index("run").R_L,
+        "mean_gain": linear_gain(study, **where).set_index("run").gain,
+        "increase": damage(study, spec=spec, **where).set_index("run").increase,
+        "accuracy": cloze(study, spec or primary(study), **where).set_index("run").accuracy,
+    }
+    table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
+    for name, values in columns.items():
+        table[name] = table.run.map(values)
+    return table[[*RUN, *CANDIDATES, *TARGETS]]
+
+
+def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """A run's rows of one format at the validation loss `threshold` (nats), by linear interpolation in that loss.
+
+    `trajectory`: step, base_loss (unquantized), increase, ... in the order of steps. Between the first checkpoint at or
+    below the threshold and the one before it; at that checkpoint itself where it is the first of the run. Returns every
+    numeric column at that point. ValueError when no checkpoint reaches the threshold.
+    """
+    reached = np.flatnonzero(trajectory.base_loss.to_numpy() <= threshold)
+    if not len(reached):
+        raise ValueError(
+            f"no checkpoint reaches the loss {threshold:.4f}; the lowest is {trajectory.base_loss.min():.4f}"
+        )
+    after = trajectory.iloc[reached[0]]
+    before = trajectory.iloc[max(reached[0] - 1, 0)]
+    gap = before.base_loss - after.base_loss
+    share = (before.base_loss - threshold) / gap if gap > 0 else 1.0
+    numeric = trajectory.select_dtypes("number").columns
+    return {name: float(before[name] + share * (after[name] - before[name])) for name in numeric}
+
+
 # --------------------------------------------------------------------------------------------------------- scaling law
 
 
 def scaling_runs(study) -> pd.DataFrame:
-    """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed."""
+    """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed, run."""
     parts = [full_precision(study).assign(bits=16), study.runs("qat").assign(bits=4)]
     runs = pd.concat(parts, ignore_index=True).query("status == 'finished'")
     runs = runs.rename(columns={"n_parameters": "N", "tokens": "D", "val_loss": "loss"})
-    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed"]].reset_index(drop=True)
+    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed", "run"]].reset_index(drop=True)
 
 
 def scaling_laws(runs: pd.DataFrame) -> dict[str, ScalingLaw]:

@@ -1,9 +1,7 @@
-"""Figures of findings: what predicts the damage, the claims' verdicts, quantizers' staircases, a probed model.
+"""Figures of findings: what predicts the damage, quantizers' staircases, a probed model.
 
 A figure function takes a tidy table and returns a matplotlib figure.
 """
-
-import textwrap
 
 import numpy as np
 import pandas as pd
@@ -74,30 +72,6 @@ def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> Figure:
         axes[1, column].set_xlabel("x")
     axes[0, 0].set_ylabel("quantized x")
     axes[1, 0].set_ylabel("gradient passed on")
-    return figure
-
-
-def claims_ledger(table: pd.DataFrame) -> Figure:
-    """Every claim's number and interval on its own axis, coloured by verdict, the threshold as a tick."""
-    colours = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#999999"}
-    figure, ax = subplots(figsize=(10, 0.46 * len(table) + 0.9))
-    for position, row in enumerate(table.itertuples()):
-        side, threshold = row.holds.split()
-        colour = colours[row.verdict]
-        ax.axhspan(position - 0.4, position + 0.4, color=colour, alpha=0.12, lw=0)
-        if np.isfinite(row.value):
-            low, high = (row.low, row.high) if np.isfinite(row.low) else (row.value, row.value)
-            ax.plot([np.clip(low, -1, 1), np.clip(high, -1, 1)], [position, position], color=colour, lw=2)
-            ax.plot(np.clip(row.value, -1, 1), position, "o", color=colour)
-        marker = ">" if side == "above" else "<"
-        ax.plot(float(threshold), position, marker, color="black", ms=5, mfc="none")
-        ax.text(1.08, position, f"{row.verdict}, n {row.n}", va="center", fontsize=8)
-    ax.set_yticks(
-        range(len(table)), [textwrap.fill(f"{row.id}  {row.claim}", 62) for row in table.itertuples()], fontsize=7
-    )
-    ax.set(xlim=(-1.05, 1.05), xlabel="statistic, 95 % interval, cut at -1 and 1; triangle: threshold and claimed side")
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The ledger of the confirmatory rules: one row a claim and part, its estimate, interval and verdict."""
+"""The ledger of the claims: one row a claim and part, its estimate, interval and verdict."""
 
 from typing import Any
 
@@ -13,11 +13,12 @@ VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
     "not reproduced": "#D55E00",
     "tie": "#0072B2",
     "undecided": "#999999",
+    "not measured": "#DDDDDD",
 }
 
 
-def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
-    """`confirm_ledger.figure_rows`: each row on a scale of its own, the claimed side to the right of the line.
+def verdict_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
+    """`claims.verdicts.ledger`: each row on a scale of its own, the claimed side to the right of the line.
 
     The farthest end of an interval lies at the edge; the numbers stand beside it. The verdict is the row's colour, and
     written out. ValueError for a verdict that has no colour.
@@ -28,7 +29,7 @@ def confirm_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
     for place, row in enumerate(table.itertuples()):
         colour = VERDICT_COLOURS[row.verdict]
         ax.axhspan(place - 0.46, place + 0.46, color=colour, alpha=0.14, lw=0)
-        ends = np.array([row.low, row.estimate, row.high], dtype=float)
+        ends = np.array([row.low, row.value, row.high], dtype=float)
         if np.isfinite(ends[1]):
             away = row.side * (ends - row.threshold)
             reach = np.nanmax(np.abs(away)) or 1.0
@@ -55,8 +56,8 @@ def _cut(claim: str, longest: int = 78) -> str:
 
 
 def _numbers(row) -> str:
-    if not np.isfinite(row.estimate):
+    if not np.isfinite(row.value):
         return ""
     ends = f" [{row.low:.3g}, {row.high:.3g}]" if np.isfinite(row.low) else ""
     threshold = f", threshold {row.threshold:g}" if row.threshold else ""
-    return f"{row.estimate:.3g}{ends} {row.unit}{threshold}{f', n {row.n}' if row.n else ''}"
+    return f"{row.value:.3g}{ends} {row.unit}{threshold}{f', n {row.n}' if row.n else ''}"

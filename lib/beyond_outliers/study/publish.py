@@ -56,9 +56,7 @@ def publish(study: "Study", partial: bool = False) -> str:
             f"{f', but not {missing[0]}' if missing else ', but not all tables or learning rates'}: run "
             f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
         )
-    judged = [file.name for file in committed.glob("*.csv") if file.stem not in TABLES] or (
-        [] if parted(study.scale)[1] else ["claims.csv"]
-    )
+    judged = [] if parted(study.scale)[1] else ["judged.csv"]
     if unjudged := [name for name in judged if not (own / name).exists()]:
         raise ValueError(f"{own} lacks {', '.join(unjudged)}: run `beyond-outliers claims --scale {study.scale}`")
     checksums.check(own, remedy="collect it again: `beyond-outliers collect`, then the claims")

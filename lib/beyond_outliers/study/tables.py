@@ -66,6 +66,9 @@ TEXT = [
     "checkpoint",
     "id",
     "rival",
+    "runs",
+    "part",
+    "condition",
 ]
 
 

@@ -1,0 +1,439 @@
+"""Optimizers compared: estimates with 95 % intervals, in one vocabulary for rules, sentences and figures.
+
+Sizes are strata, seeds replicates. A contrast of two optimizers is the weighted sum over sizes of the differences of
+their means over seeds. With w_s the weight of a size and v = w_s^2 s^2 / n for each of the 2 S samples behind it, its
+squared standard error is sum(v) and its degrees of freedom are sum(v)^2 / sum(v^2 / (n - 1)) (Welch 1947, Satterthwaite
+1946); for one size this is the usual Welch interval. Seeds are not paired, although one seed gives all optimizers the
+same batches: where that makes runs of one seed alike, intervals are too wide, never too narrow.
+
+Leading axes of `Cells` are free: simulated studies are judged by the thousand, by the code that judges the real one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, rankdata
+from scipy.stats import f as f_distribution
+from scipy.stats import t as student
+
+from beyond_outliers.config.loading import is_own
+from beyond_outliers.config.optimizers import REGISTRY, entry
+
+PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # whom the paper's claims are about
+LEAST_SEEDS = 3  # of an optimizer at a size; fewer tell too little of their spread
+USUAL, STRICT = 0.95, 0.99
+REFERENCE = "adamw"
+ALL_SIZES = "mean over sizes"
+DRAWS = 2000  # of a bootstrap
+
+
+class NothingToCompare(ValueError):
+    """No size has a run of every optimizer yet; the message says what is there."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its interval (NaN where there is none), the runs behind it, and its unit."""
+
+    value: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    n: int = 0
+    unit: str = ""
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        return self.value, self.low, self.high
+
+    @property
+    def certain(self) -> bool:
+        """Whether there is an interval."""
+        return bool(np.isfinite([self.low, self.high]).all())
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0; False where there is none."""
+        return self.low > 0 or self.high < 0
+
+    def map(self, function: Callable) -> "Estimate":
+        """The estimate of an increasing function of the number, for instance `numpy.exp`."""
+        value, low, high = (float(function(number)) for number in self.interval)
+        return Estimate(value, low, high, self.n, self.unit)
+
+    def text(self, digits: int = 3, scale: float = 1.0) -> str:
+        """ "0.163 [0.150, 0.176]", or the number alone where it has no interval."""
+        value, low, high = (f"{scale * number:.{digits}f}" for number in self.interval)
+        return f"{value} [{low}, {high}]" if self.certain else value
+
+
+def label(name: str) -> str:
+    """An optimizer's name in figures and sentences."""
+    return entry(name).label if name in REGISTRY or is_own(name) else name
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"; "none" of nothing."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "none"
+
+
+# --------------------------------------------------------------------------------------------------------- contrasts
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Seeds summed up: `mean` and `variance` (..., O, S) of O optimizers at S sizes, `n` (O, S) seeds.
+
+    tuning: variance (O, S) of a mean that comes with the choice of its learning rates; 0 where it is not counted.
+    """
+
+    optimizers: tuple[str, ...]
+    sizes: tuple[str, ...]
+    mean: np.ndarray
+    variance: np.ndarray
+    n: np.ndarray
+    tuning: Any = 0.0
+
+    def of(self, names: Sequence[str]) -> list[int]:
+        """Places of optimizers on the axis O."""
+        return [self.optimizers.index(name) for name in names]
+
+    def at(self, *sizes: str) -> "Cells":
+        """Those of some sizes alone."""
+        places = [self.sizes.index(size) for size in sizes]
+        tuning = self.tuning if np.isscalar(self.tuning) else self.tuning[..., places]
+        mean, variance, n = (values[..., places] for values in (self.mean, self.variance, self.n))
+        return Cells(self.optimizers, sizes, mean, variance, n, tuning)
+
+    def with_zero(self) -> "Cells":
+        """The optimizers beside one that is a constant 0 ("zero"), so that a contrast with it is a mean over sizes."""
+        mean, variance = (np.concatenate([of, np.zeros_like(of[..., :1, :])], -2) for of in (self.mean, self.variance))
+        n = np.concatenate([self.n, self.n.max(0, keepdims=True)])
+        tuning = 0.0 if np.isscalar(self.tuning) else np.concatenate([self.tuning, np.zeros((1, len(self.sizes)))])
+        return Cells((*self.optimizers, "zero"), self.sizes, mean, variance, n, tuning)
+
+    @property
+    def thin(self) -> str:
+        """Which cells have too few runs for a contrast, in words; empty when none."""
+        few = [
+            f"{label(name)} at {size} has {n}"
+            for name, row in zip(self.optimizers, self.n, strict=True)
+            for size, n in zip(self.sizes, row, strict=True)
+            if n < LEAST_SEEDS
+        ]
+        return f"fewer than {LEAST_SEEDS} runs: {', '.join(few)}" if few else ""
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Differences first - second of R pairs: `estimate`, `error` (standard) and `dof`, all (..., R); NaN where a cell
+    has fewer than LEAST_SEEDS seeds."""
+
+    pairs: tuple[tuple[str, str], ...]
+    estimate: np.ndarray
+    error: np.ndarray
+    dof: np.ndarray
+
+    def interval(self, confidence: float = USUAL) -> tuple[np.ndarray, np.ndarray]:
+        half = self.error * student.ppf((1 + confidence) / 2, self.dof)
+        return self.estimate - half, self.estimate + half
+
+    def one(self, place: int = 0, n: int = 0, unit: str = "") -> Estimate:
+        """That of one pair, of contrasts without leading axes."""
+        low, high = self.interval()
+        return Estimate(float(self.estimate[place]), float(low[place]), float(high[place]), n, unit)
+
+
+def cells(table: pd.DataFrame, value: str, optimizers: Sequence[str], sizes: Sequence[str]) -> Cells:
+    """Sums up a tidy table with the columns size, optimizer, seed and `value`, one row a run.
+
+    Other optimizers and sizes are left out, and rows without a value (diverged runs). ValueError for missing columns
+    and for a seed that stands twice in a cell.
+    """
+    missing = sorted({"size", "optimizer", "seed", value} - set(table.columns))
+    if missing:
+        raise ValueError(f"the table lacks the columns {missing}; there are: {list(table.columns)}")
+    kept = table[table["optimizer"].isin(optimizers) & table["size"].isin(sizes)].dropna(subset=[value])
+    twice = kept[kept.duplicated(["size", "optimizer", "seed"])]
+    if len(twice):
+        raise ValueError(f"two rows for {twice[['size', 'optimizer', 'seed']].iloc[0].tolist()}, one is needed")
+    grouped = kept.groupby(["optimizer", "size"])[value].agg(["mean", "var", "count"])
+    whole = grouped.reindex(pd.MultiIndex.from_product([optimizers, sizes]))
+    mean, variance, n = (whole[c].to_numpy(float).reshape(len(optimizers), -1) for c in ("mean", "var", "count"))
+    return Cells(tuple(optimizers), tuple(sizes), mean, variance, np.nan_to_num(n).astype(int))
+
+
+def contrast(cells: Cells, pairs: Sequence[tuple[str, str]], weights: np.ndarray | None = None) -> Contrasts:
+    """First minus second optimizer of every pair, over all sizes of `cells`.
+
+    weights: one a size, for instance those of a slope; without them the mean over sizes.
+    """
+    first, second = (cells.of([pair[i] for pair in pairs]) for i in (0, 1))
+    n = np.where(cells.n >= LEAST_SEEDS, cells.n, np.nan)
+    known = np.where(cells.n >= LEAST_SEEDS, cells.mean, np.nan)
+    if weights is None:
+        share, means = np.array(1 / len(cells.sizes) ** 2), known.mean(-1)
+        parts = cells.variance / (n * len(cells.sizes) ** 2)  # (..., O, S)
+    else:
+        share, means = weights**2, (known * weights).sum(-1)
+        parts = cells.variance / n * share
+    squares = (parts**2 / (n - 1)).sum(-1)
+    squared_error = parts.sum(-1)[..., first] + parts.sum(-1)[..., second]
+    both = squares[..., first] + squares[..., second]
+    tuning = np.broadcast_to(cells.tuning * share, parts.shape).sum(-1)  # known, so without degrees of freedom
+    squared_error = squared_error + (tuning[..., first] + tuning[..., second])
+    # no spread at all: the interval is the estimate, whatever the degrees of freedom
+    dof = np.divide(squared_error**2, both, out=np.where(np.isnan(both), np.nan, 1.0), where=both > 0)
+    return Contrasts(tuple(pairs), means[..., first] - means[..., second], np.sqrt(squared_error), dof)
+
+
+def slope_weights(x: Any) -> np.ndarray:
+    """Weights of the least-squares slope of values on x, one each."""
+    away = np.asarray(x, dtype=float) - np.mean(x)
+    return away / (away**2).sum()
+
+
+def heterogeneity(estimate: np.ndarray, error: np.ndarray, dof: np.ndarray) -> np.ndarray:
+    """p of Welch's test (1951) that independent estimates (..., S) are all of one number; NaN for fewer than two."""
+    if (k := estimate.shape[-1]) < 2:
+        return np.full(estimate.shape[:-1], np.nan)
+    with np.errstate(all="ignore"):
+        weights = 1 / error**2
+        parts = weights / weights.sum(-1, keepdims=True)
+        centre = (parts * estimate).sum(-1, keepdims=True)
+        lack = ((1 - parts) ** 2 / dof).sum(-1)
+        statistic = (weights * (estimate - centre) ** 2).sum(-1) / (k - 1) / (1 + 2 * (k - 2) / (k**2 - 1) * lack)
+        return f_distribution.sf(statistic, k - 1, (k**2 - 1) / (3 * lack))
+
+
+def t_interval(values: Any, confidence: float = USUAL, unit: str = "") -> Estimate:
+    """Mean of independent values (n,) and its t interval; NaN for fewer than two."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return Estimate(float(values.mean()) if n else np.nan, n=n, unit=unit)
+    half = values.std(ddof=1) / np.sqrt(n) * student.ppf((1 + confidence) / 2, n - 1)
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, unit)
+
+
+def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL, unit: str = "") -> Estimate:
+    """Least-squares slope common to several groups (x, y), each with an intercept of its own, and its t interval from
+    the residuals, with n - groups - 1 degrees of freedom. NaN when nothing is left for a spread."""
+    x = np.concatenate([np.asarray(x, float) - np.mean(x) for x, _ in groups]) if len(groups) else np.zeros(0)
+    y = np.concatenate([np.asarray(y, float) - np.mean(y) for _, y in groups]) if len(groups) else np.zeros(0)
+    dof, spread = len(x) - len(groups) - 1, float((x * x).sum())
+    if dof < 1 or spread == 0:
+        return Estimate(n=len(x), unit=unit)
+    slope = float((x * y).sum() / spread)
+    half = np.sqrt(((y - slope * x) ** 2).sum() / dof / spread) * student.ppf((1 + confidence) / 2, dof)
+    return Estimate(slope, float(slope - half), float(slope + half), len(x), unit)
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+
+
+class Comparison:
+    """Optimizers by one value, over the sizes at which all of them have runs, or enough runs for an interval."""
+
+    def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS, unit: str = ""):
+        """`rows`: size, optimizer, seed and `value`, one row a run; NaN for a run that diverged.
+
+        Raises NothingToCompare where no size has a run of each optimizer.
+        """
+        sizes = list(dict.fromkeys(rows["size"]))
+        least = cells(rows, value, optimizers, sizes).n.min(0) if sizes else np.zeros(0, int)
+        wanted = next((n for n in (LEAST_SEEDS, 1) if (least >= n).any()), None)
+        if wanted is None:
+            there = [label(name) for name in optimizers if name in set(rows.optimizer)]
+            raise NothingToCompare(
+                f"no size has runs of {listed([label(name) for name in optimizers])} yet (so far: {listed(there)})"
+            )
+        self.unit = unit
+        self.sizes = [size for size, n in zip(sizes, least, strict=True) if n >= wanted]
+        self.cells = cells(rows, value, optimizers, self.sizes)
+        self.certain = wanted == LEAST_SEEDS
+        self.order = [optimizers[place] for place in self.cells.mean.mean(-1).argsort(kind="stable")]  # lowest first
+
+    def mean(self, name: str) -> Estimate:
+        """Mean over sizes of the means over seeds, with its interval."""
+        return self._estimate(self.cells.with_zero(), name, "zero", float(self._means([name])[0]), [name])
+
+    def difference(self, first: str, second: str) -> Estimate:
+        """First minus second."""
+        one, two = self._means([first, second])
+        return self._estimate(self.cells, first, second, float(one - two), [first, second])
+
+    def _means(self, names: Sequence[str]) -> np.ndarray:
+        return self.cells.mean[self.cells.of(names)].mean(-1)
+
+    def _estimate(self, of: Cells, first: str, second: str, value: float, names: list[str]) -> Estimate:
+        n = int(self.cells.n.sum(-1)[self.cells.of(names)].min())
+        return replace(contrast(of, [(first, second)]).one(n=n, unit=self.unit), value=value)
+
+    def n(self, *names: str) -> str:
+        """ "n 6 each", or "n 6 and 5": runs behind the numbers of these optimizers (default: all)."""
+        counts = [int(n) for n in self.cells.n.sum(-1)[self.cells.of(names or self.cells.optimizers)]]
+        if len(set(counts)) == 1:
+            return f"n {counts[0]}{' each' if len(counts) > 1 else ''}"
+        return f"n {listed([str(count) for count in counts])}"
+
+    @property
+    def over(self) -> str:
+        """ "at 0.08M", or "over 0.08M and 0.16M"."""
+        return f"{'over' if len(self.sizes) > 1 else 'at'} {listed(self.sizes)}"
+
+    @property
+    def caveat(self) -> str:
+        """Why there is no interval, as a sentence with a space before it; empty where there is one."""
+        if self.certain:
+            return ""
+        seeds = "One seed" if self.cells.n.max() == 1 else f"Fewer than {LEAST_SEEDS} seeds of some optimizer"
+        return f" {seeds}: no interval, so differences may be luck."
+
+
+def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the paper's six optimizers."""
+    return rows[rows.optimizer.isin(PAPER_OPTIMIZERS)].reset_index(drop=True)
+
+
+def compare(study, rows: pd.DataFrame, value: str, unit: str = "") -> Comparison:
+    """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`."""
+    return Comparison(
+        of_the_paper(rows), value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers], unit
+    )
+
+
+def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Mean over seeds and its t interval: one row a size, optimizer and value of `by`, with mean, low, high, n.
+
+    Two runs have no interval here, as in a contrast.
+    """
+    keys = [*by, "size", "optimizer"]
+    found = []
+    for key, own in rows.groupby(keys, sort=False)[value]:
+        of = t_interval(own.to_numpy())
+        found.append((*key, *(of if of.n >= LEAST_SEEDS else Estimate(of.value)).interval, of.n))
+    return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n"])
+
+
+def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: str = REFERENCE) -> pd.DataFrame:
+    """How many times the reference's `value` an optimizer has: ratio (of geometric means over seeds), low, high, n.
+
+    One row a value of `by`, size and optimizer; the reference's own rows are 1, without an interval. Behind them, where
+    two sizes or more have three seeds of both, the row ALL_SIZES: the unweighted mean over those sizes, in logarithms.
+    n: the fewer runs of the two. Sizes without the reference are left out, and so are values that are not positive,
+    which have no logarithm (n says how many are left).
+    """
+    keys = [*by, "size"]
+    logs = rows.assign(log=np.log(rows[value].where(rows[value] > 0))).dropna(subset="log")
+    found = []
+    for key, group in logs.groupby(list(by), sort=False) if by else [((), logs)]:
+        sizes = list(dict.fromkeys(group["size"]))
+        optimizers = list(dict.fromkeys(group.optimizer))
+        if reference not in optimizers:
+            continue
+        every = cells(group, "log", optimizers, sizes)
+        n = np.minimum(every.n, every.n[every.of([reference])])
+        for name, counts in zip(optimizers, n, strict=True):
+            there = [(size, int(k)) for size, k in zip(sizes, counts, strict=True) if k]
+            strata = [size for size, k in there if k >= LEAST_SEEDS]
+            parts = [([size], size, k) for size, k in there]
+            if len(strata) > 1:
+                parts.append((strata, ALL_SIZES, min(k for size, k in there if size in strata)))
+            for over, at, k in parts:
+                found.append((*key, at, name, *_ratio(group, name, reference, over), k))
+    table = pd.DataFrame(found, columns=[*keys, "optimizer", "ratio", "low", "high", "n"])
+    order = {size: place for place, size in enumerate([*dict.fromkeys(rows["size"]), ALL_SIZES])}
+    return table.sort_values("size", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+
+
+def _ratio(logs: pd.DataFrame, name: str, reference: str, sizes: Sequence[str]) -> tuple[float, float, float]:
+    if name == reference:
+        return 1.0, np.nan, np.nan
+    some = cells(logs, "log", (name, reference), sizes)
+    estimate = some.mean[0].mean() - some.mean[1].mean()  # a contrast of two runs is NaN; the difference itself is not
+    return replace(contrast(some, [(name, reference)]).one(), value=estimate).map(np.exp).interval
+
+
+def centred(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Logarithms of `columns` less their mean at a size (of optimizers, each a mean over seeds), averaged over sizes.
+
+    One row an optimizer: optimizer, n ("2/3": runs at each size), and for every column its value, and half the width of
+    its 95 % interval as NAME_half, from the spread over seeds alone. Only sizes that have every optimizer are taken, so
+    that what is subtracted is the same for all; without one the table is empty.
+    """
+    optimizers = list(dict.fromkeys(rows.optimizer))
+    sizes = [size for size, own in rows.groupby("size", sort=False) if set(own.optimizer) == set(optimizers)]
+    if not sizes:
+        return pd.DataFrame(columns=["optimizer", "n", *(c + end for c in columns for end in ("", "_half"))])
+    table: dict = {"optimizer": optimizers}
+    for column in columns:
+        every = cells(rows.assign(log=np.log(rows[column].where(rows[column] > 0))), "log", optimizers, sizes)
+        table["n"] = ["/".join(map(str, counts)) for counts in every.n]
+        table[column] = points(every.mean)
+        over = contrast(every.with_zero(), [(name, "zero") for name in optimizers])
+        table[column + "_half"] = over.error * student.ppf((1 + USUAL) / 2, over.dof)
+    return pd.DataFrame(table)
+
+
+# ------------------------------------------------------------------------------------------------------ correlations
+
+
+def points(means: np.ndarray) -> np.ndarray:
+    """Means (..., O, S) of optimizers at sizes -> size-centred points (..., O)."""
+    return (means - means.mean(-2, keepdims=True)).mean(-1)
+
+
+def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Correlation along an axis; NaN where one side is constant. scipy's `pearsonr` warns at each of those."""
+    x, y = (values - values.mean(axis, keepdims=True) for values in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+
+
+def leave_one_out(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The correlations without each point in turn, (..., n) -> (..., n)."""
+    rest = [[j for j in range(x.shape[-1]) if j != i] for i in range(x.shape[-1])]
+    return pearson(x[..., rest], y[..., rest])
+
+
+def correlations(
+    table: pd.DataFrame,
+    within: str | None = None,
+    candidates: Sequence[str] = (),
+    targets: Sequence[str] = ("increase", "accuracy"),
+    draws: int = DRAWS,
+    confidence: float = USUAL,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Pearson and Spearman correlation of every candidate with every target, with percentile bootstrap intervals.
+
+    One row a (target, candidate): n points, pearson, pearson_low, pearson_high, spearman, ... `within` names a column
+    whose group means are taken out first (of ranks, for Spearman), so that pooled sizes do not correlate by their size
+    alone. Rows where the candidate or the target is missing are left out. Fewer than four points give NaN intervals.
+    Every pair is resampled from `seed` anew: its interval does not depend on what else is asked for.
+    """
+    rows, tail = [], 100 * (1 - confidence) / 2
+    for target in targets:
+        for candidate in candidates:
+            kept = table.dropna(subset=[candidate, target])
+            groups = kept[within].to_numpy() if within else np.zeros(len(kept))
+            x, y = kept[candidate].to_numpy(float), kept[target].to_numpy(float)
+            row, rng = {"target": target, "candidate": candidate, "n": len(kept)}, np.random.default_rng(seed)
+            for name, transform in (("pearson", lambda v: v), ("spearman", rankdata)):
+                u, v = (_without_group_means(transform(values), groups) for values in (x, y))
+                low = high = np.nan
+                if len(kept) > 3:
+                    drawn = bootstrap((u, v), pearson, paired=True, n_resamples=draws, method="percentile", rng=rng)
+                    # a resample of one point over and over has no correlation: scipy's own interval would be NaN
+                    low, high = np.nanpercentile(drawn.bootstrap_distribution, [tail, 100 - tail])
+                value = pearson(u, v) if len(kept) > 1 else np.nan
+                row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _without_group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return values - pd.Series(values).groupby(groups).transform("mean").to_numpy()
