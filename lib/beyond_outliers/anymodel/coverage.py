@@ -27,6 +27,7 @@ from beyond_outliers.quantizers.spec import QuantSpec
 EXPERTS = "fused experts"
 OUTSIDE = "the module multiplies by a parameter of its own"
 UNSEEN = "parameter outside of a layer: only a forward pass shows whether it is multiplied by; pass example="
+NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 NO_HEAD = "no head was found to round: this table may be multiplied by without a layer; pass example="
 
 
@@ -58,6 +59,8 @@ def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Col
     head: the name of its head. past: names of weights that are known to be read past their layers.
     """
     rows = [weight for weight, _, _ in treated_weights(model)]
+    if spec.method == "gptq":
+        rows = [row if row.kind == "linear" else replace(row, reason=NEAREST) for row in rows]
     handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
     modules = every_module(model)
     for module, name in modules.items():
