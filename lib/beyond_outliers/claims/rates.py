@@ -17,7 +17,8 @@ def how_chosen(study) -> str:
     if protocol.tuned:
         rule = protocol.tuning
         return (
-            f"Every optimizer was tuned at every size, on seed {rule.seed}, over rates a factor {rule.factor:g} apart: "
+            f"Every optimizer was tuned at every size, on seed {rule.seeds[0]}, over rates a factor {rule.factor:g} "
+            "apart: "
             "first the auxiliary rate (embedding and vectors), then the rate of the hidden matrices at the chosen "
             f"auxiliary one, which the figure shows. The choice is the smallest rate within {rule.tolerance:g} nats of "
             "the best, never one beside a diverged rate; the line is extended until the choice lies inside it. `grid` "
