@@ -1,8 +1,12 @@
 """Executed notebooks as Markdown pages: outputs rewritten, deterministic bytes, stale pages named."""
 
+import json
+import sys
+
 import nbformat
 import pandas as pd
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
@@ -230,3 +234,14 @@ def test_decisions_are_put_between_their_marks(tmp_path, monkeypatch):
     assert readme.read_text() == f"before\n{pages.BEGIN.format(scale='laptop')}\n- new\n{pages.END}\nafter\n"
     with pytest.raises(ValueError, match="lacks the lines"):
         pages.write_decisions(readme, "pocket")
+
+
+def test_kernels_are_of_this_python_whatever_jupyter_finds_first(tmp_path, monkeypatch):
+    """A cluster's JUPYTER_PATH often has a python3 of another environment."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["/usr/bin/false", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert AsyncKernelManager(kernel_name="python3").kernel_spec.argv[0] == "/usr/bin/false"
+    assert pages.ThisPython(kernel_name="python3").format_kernel_cmd()[0] == sys.executable

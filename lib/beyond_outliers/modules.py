@@ -95,8 +95,8 @@ def forward(model: nn.Module, batch):
 
 def random_states(device: torch.device) -> list[Tensor]:
     """What torch's generators will draw next."""
-    own = [torch.get_rng_state()]
-    return [*own, torch.cuda.get_rng_state(device)] if device.type == "cuda" else own
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def as_batches(batches) -> Iterable:

@@ -9,6 +9,8 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune, tuned_config
+from beyond_outliers.config.rates import pair_search
+from beyond_outliers.config.scale import Tuning
 
 QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
 
@@ -145,3 +147,42 @@ def test_a_rate_without_effect_ends_the_search_after_three_runs():
     with pytest.raises(ValueError, match=r"0\.05, 0\.1, 0\.2.* loss 5\.25: the learning rate has no effect"):
         line_search(loss, 0.1, 2, 0.0)
     assert len(tried) == 3
+
+
+GRID = Tuning(seeds=(1, 2, 3), factor=2, tolerance=0.05, start={}, shape=(5, 3), finalists=4)
+
+
+def bowl(lr: float, auxiliary: float, seed: int, bottom=(3.0, 1.0)) -> float:
+    """Lowest at 2^bottom; a seed shifts all pairs alike; the matrix rates from 2^9 on diverge."""
+    x, y = math.log2(lr) - bottom[0], math.log2(auxiliary) - bottom[1]
+    return math.nan if lr >= 2**9 else 0.04 * (x * x + x * y + y * y) + 0.01 * seed
+
+
+@pytest.mark.parametrize("bottom", [(2.2, 1.1), (6.4, 1.0), (1.0, -4.3), (-3.1, 5.05), (8.7, 2.0)])
+@pytest.mark.parametrize("cross_seeds", [0, 2])
+def test_a_search_over_pairs_chooses_by_the_rule_wherever_the_lowest_loss_lies(bottom, cross_seeds):
+    asked = []
+
+    def loss(lr, auxiliary, seed):
+        asked.append((lr, auxiliary, seed))
+        return bowl(lr, auxiliary, seed, bottom)
+
+    found = pair_search(loss, Rates(1.0, 1.0), GRID, cross_seeds)
+    assert len(asked) == len(set(asked)) == found["n_runs"]
+    safe = {(x, y) for x in range(-10, 8) for y in range(-10, 10)}  # 2^8 stands beside a diverged rate
+    every = {pair: bowl(2.0 ** pair[0], 2.0 ** pair[1], 0, bottom) for pair in safe}
+    best = min(every, key=every.get)
+    last = cross_seeds or len(GRID.seeds)
+    first, trained = ({(math.log2(x), math.log2(y)) for x, y, seed in asked if seed == n} for n in (1, last))
+    if not cross_seeds:
+        assert trained == set(sorted(first & safe, key=every.get)[:4])
+    assert best in trained
+    within = [pair for pair in trained & safe if every[pair] <= every[best] + GRID.tolerance]
+    assert (math.log2(found["lr"]), math.log2(found["auxiliary"])) == min(within)
+
+
+def test_a_search_over_pairs_that_never_ends_or_has_no_number_says_so():
+    with pytest.raises(ValueError, match="another start"):
+        pair_search(lambda lr, auxiliary, seed: lr, Rates(1.0, 1.0), GRID)
+    with pytest.raises(ValueError, match="diverged"):
+        pair_search(lambda lr, auxiliary, seed: math.nan, Rates(1.0, 1.0), GRID, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from beyond_outliers.optimizers import REGISTRY
+from beyond_outliers.optimizers import REGISTRY, build_optimizer
 from beyond_outliers.optimizers.outside import Outside
 
 SHAPES = [(6, 4), (6, 4), (9, 5), (7,)]
@@ -144,3 +144,24 @@ def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
 def test_values_of_another_kind_are_refused_by_name(name, hyper):
     with pytest.raises(ValueError, match=f"{next(iter(hyper))} must be"):
         REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], **hyper)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_sparse_gradient_is_refused_in_words(name):
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = build_optimizer(table, name, 0.01)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="gradient is sparse; valid: dense"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_rate_may_be_a_tensor_as_in_torch(name):
+    """What a compiled step, or a scheduler of a captured graph, writes into."""
+    found = [torch.ones(4, 4).requires_grad_() for _ in range(2)]
+    for p, lr in zip(found, (0.01, torch.tensor(0.01, dtype=torch.float64)), strict=True):
+        optimizer = REGISTRY[name].optimizer([p], lr=lr)
+        for step in range(3):
+            p.grad = torch.full((4, 4), 1.0 + step)
+            optimizer.step()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)

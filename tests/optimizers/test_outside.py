@@ -222,6 +222,8 @@ def test_states_that_do_not_fit_are_refused():
         ("optimizers_of_mine:regrouping", {}, ["groups of its own"]),
         ("optimizers_of_mine:TwoFaced", {}, ["train, eval"]),
         ("optimizers_of_mine:nothing", {}, ["NoneType", "torch.optim.Optimizer"]),
+        ("math:pi", {}, ["math:pi is no optimizer", "callable"]),
+        ("builtins:dict", {}, ["builtins:dict is no optimizer"]),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(name, hyper, words):

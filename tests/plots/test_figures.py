@@ -1,10 +1,12 @@
 """Figures of studies that are larger, or less complete, than pocket."""
 
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from beyond_outliers import plots
+from beyond_outliers import paths, plots
 from beyond_outliers.config import OPTIMIZER_NAMES
 
 
@@ -52,3 +54,35 @@ def test_the_size_of_points_is_explained():
     (legend,) = plots.candidate_scatter(table, pd.DataFrame([row]), "increase", "loss").legends
     plt.close("all")
     assert [text.get_text() for text in legend.get_texts()] == ["AdamW", "s", "m"]
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The bytes of a figure, as `plots.save` writes it."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    return lambda figure: plots.save(figure, "smoke", "a_figure").path.read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"text.usetex": True}, {"axes.titlesize": 30, "lines.linestyle": "--"}])
+def test_a_matplotlibrc_changes_no_figure(sweep, drawn, settings):
+    ours = drawn(draw(sweep))
+    plt.rcParams.update(settings)
+    assert drawn(draw(sweep)) == ours
+
+
+def test_fits_of_another_processor_draw_the_same_curves(drawn):
+    """Their last digits differ; committed figures must not."""
+
+    def fits(difference):
+        law = SimpleNamespace(rho={16: 1.0, 4: 0.8}, predict=lambda n, bits: 40 * n**-0.2 + difference)
+        runs = pd.DataFrame({"optimizer": "muon", "N": [1e5, 2e5], "bits": [16, 4], "loss": [3.0, 2.9]})
+        return drawn(plots.scaling_fits(runs, {"muon": law}))
+
+    assert fits(0.0) == fits(1e-9) != fits(0.1)
+
+
+def test_two_runs_alike_are_labelled_by_colour_and_marker(sweep):
+    """Colour alone would not do in print, nor for everybody."""
+    lines = shown(draw(sweep))[0].get_lines()
+    styles = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(styles) == len(OPTIMIZER_NAMES) == len({marker for _, marker in styles})

@@ -207,13 +207,13 @@ def test_the_status_of_a_failure_is_handed_on_with_the_log_and_the_next_command(
 
 
 def test_what_is_not_asked_for_is_not_taken_from_the_environment(snakemake, monkeypatch):
-    """Neither a profile that submits to a cluster, nor the cache of a HOME that cannot be written."""
+    """A profile for other work would submit to a cluster."""
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "/of/other/work")
     commands = snakemake(0)
     assert workflow.reproduce(Study("smoke"), 1) == 0
     ((command, rest),) = commands
     assert "SNAKEMAKE_PROFILE" not in rest["env"] and rest["env"]["PATH"] == os.environ["PATH"]
-    assert str(paths.CACHE / "snakemake") in command and command[command.index("--workflow-profile") + 1] == "none"
+    assert command[command.index("--workflow-profile") + 1] == "none"
 
 
 def test_jobs_are_as_many_as_processors_may_be_used(snakemake, monkeypatch):

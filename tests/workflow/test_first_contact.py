@@ -50,6 +50,16 @@ def test_without_a_home_a_scale_is_planned(tmp_path):
     assert done.returncode == 0 and "verdict" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
+def test_with_a_home_that_cannot_be_written_the_workflow_begins(tmp_path):
+    """The superuser may write everywhere, but not below a file."""
+    words = ["reproduce", "--scale", "smoke", "--target", "corpus", "--options=--dry-run"]
+    home = {"HOME": "/dev/null/none", "XDG_CACHE_HOME": None, "BEYOND_OUTLIERS_OUTPUT": str(tmp_path)}
+    done = run("-m", "beyond_outliers", *words, **home)
+    assert done.returncode == 0, done.stderr
+    assert "This was a dry-run" in (tmp_path / "data" / "runs" / "smoke" / "reproduce.log").read_text()
+
+
 @pytest.mark.parametrize(
     "command",
     [

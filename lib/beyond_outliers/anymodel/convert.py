@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from beyond_outliers.anymodel.coverage import first_pass, known_weights, path, watched_weights
 from beyond_outliers.anymodel.linears import UNCALLED, is_plain, why_not_replaced
 from beyond_outliers.anymodel.open import open_layers
-from beyond_outliers.anymodel.operands import Rounding, along, as_buffer, own_products
+from beyond_outliers.anymodel.operands import Rounding, along, as_buffer, products_of
 from beyond_outliers.anymodel.save import refuse_save_pretrained
 from beyond_outliers.modules import copy_of, every_module, find_head, substitute, take_hooks
 from beyond_outliers.quantizers.convert import activation_quantizer, converted_linear
@@ -41,8 +41,8 @@ def converted(
                 made[module] = _linear(module.eval(), record, round_weights).train(training)
                 take_hooks(module, made[module])
                 continue
-            sums = own_products(module) if record.scheme != "lsq" else None
-            if sums and not any(path(name, own) in past for own in sums):
+            sums = products_of(module) if record.scheme != "lsq" else None
+            if sums and not any(path(name, attribute) in past for attribute in sums):
                 _round_products(module, sums, record)
         except ValueError as error:
             kind = "layer" if isinstance(module, nn.Linear) else "module"
@@ -118,7 +118,7 @@ def _round_products(module: nn.Module, sums: dict[str, int], record: Quantizatio
         rotate = record.scheme == "quest" or spec.rotate
         quantizers = (make_quantizer(record.scheme, format, spec) for format in (spec.activations, spec.weights))
         parts = [_rotated(quantizer, rotate) for quantizer in quantizers]
-    module.operand_rounding = Rounding(sums, *parts)  # where `own_rounding` finds it
+    module.operand_rounding = Rounding(sums, *parts)  # where `rounding_of` finds it
     module.operand_rounding.attach(module)
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beyond_outliers.anymodel.linears import COMPLEX, UNCALLED, why_not_replaced
-from beyond_outliers.anymodel.operands import own_rounding
+from beyond_outliers.anymodel.operands import rounding_of
 from beyond_outliers.modules import evaluating, every_module, forward, linear_weight
 from beyond_outliers.passes import floats, plain_settings
 from beyond_outliers.quantizers.convert import QuantizedLinear, rounding_layers
@@ -27,6 +27,7 @@ from beyond_outliers.quantizers.spec import QuantSpec
 EXPERTS = "fused experts"
 OUTSIDE = "the module multiplies by a parameter of its own"
 UNSEEN = "parameter outside of a layer: only a forward pass shows whether it is multiplied by; pass example="
+NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 NO_HEAD = "no head was found to round: this table may be multiplied by without a layer; pass example="
 
 
@@ -38,13 +39,13 @@ def treated_weights(model: nn.Module) -> list[tuple[Weight, Tensor | None, nn.Mo
     """Rounded weights with their tensors (None for computed ones) and owners."""
     found: list[tuple[Weight, Tensor | None, nn.Module]] = []
     for module, name in rounding_layers(model).items():
-        if (rounding := own_rounding(module)) is not None:
-            for own in rounding.sums:
-                tensor = getattr(module, own)
+        if (rounding := rounding_of(module)) is not None:
+            for attribute in rounding.sums:
+                tensor = getattr(module, attribute)
                 kind = (
                     "experts" if tensor.ndim > 2 else "linear subclass" if isinstance(module, nn.Linear) else "router"
                 )
-                found.append((Weight(path(name, own), kind, tensor.numel(), True), tensor, module))
+                found.append((Weight(path(name, attribute), kind, tensor.numel(), True), tensor, module))
         elif isinstance(module, (QuantizedLinear, QATLinear)):
             tensor = module.rounded if isinstance(module, QuantizedLinear) else module._parameters.get("weight")
             entries = module.in_features * module.out_features
@@ -58,6 +59,8 @@ def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Col
     head: the name of its head. past: names of weights that are known to be read past their layers.
     """
     rows = [weight for weight, _, _ in treated_weights(model)]
+    if spec.method == "gptq":
+        rows = [row if row.kind == "linear" else replace(row, reason=NEAREST) for row in rows]
     handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
     modules = every_module(model)
     for module, name in modules.items():
@@ -86,8 +89,10 @@ def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
     """Rows for the matrices that a module which does not round holds itself."""
     if isinstance(module, (*_QUIET, nn.utils.parametrize.ParametrizationList)):
         return
-    for own, tensor in _matrices(module).items():
-        row = Weight(name if own == "weight" else path(name, own), "parameter", tensor.numel(), False, UNSEEN)
+    for attribute, tensor in _matrices(module).items():
+        row = Weight(
+            name if attribute == "weight" else path(name, attribute), "parameter", tensor.numel(), False, UNSEEN
+        )
         known = next((value for kind, value in _KNOWN.items() if isinstance(module, kind)), None)
         if tensor.is_complex():
             yield replace(row, kind="linear" if isinstance(module, nn.Linear) else "parameter", reason=COMPLEX)
@@ -96,13 +101,13 @@ def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
         elif isinstance(module, nn.Linear):
             reason = why_not_replaced(module) or "subclass with its own forward"
             yield replace(
-                row, kind="linear", reason=reason if own.startswith("weight") else "subclass with its own forward"
+                row, kind="linear", reason=reason if attribute.startswith("weight") else "subclass with its own forward"
             )
         elif known:
             yield replace(row, kind=known[0], reason=known[1])
-        elif tensor.ndim == 3 and "expert" in (name + type(module).__name__).lower() and "bias" not in own:
+        elif tensor.ndim == 3 and "expert" in (name + type(module).__name__).lower() and "bias" not in attribute:
             yield replace(row, kind="experts", reason=EXPERTS)
-        elif "bias" not in own:
+        elif "bias" not in attribute:
             yield row
     if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "in_features"):
         entries = cast(int, module.in_features) * cast(int, module.out_features)
@@ -111,13 +116,13 @@ def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
     """Parameters of at least two dimensions longer than 1, parametrized ones by the largest of their originals."""
-    own: dict[str, Tensor] = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    weights: dict[str, Tensor] = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     for name, parts in getattr(module, "parametrizations", {}).items():
-        own[name] = max(parts.parameters(recurse=False), key=Tensor.numel, default=torch.empty(0))
+        weights[name] = max(parts.parameters(recurse=False), key=Tensor.numel, default=torch.empty(0))
     if "Linear" in type(module).__name__:  # packed weights are often buffers
-        own |= {n: b for n, b in module._buffers.items() if b is not None and not b.is_floating_point()}
-    own = {name: tensor for name, tensor in own.items() if not nn.parameter.is_lazy(tensor)}
-    return {name: tensor for name, tensor in own.items() if sum(length > 1 for length in tensor.shape) > 1}
+        weights |= {n: b for n, b in module._buffers.items() if b is not None and not b.is_floating_point()}
+    weights = {name: tensor for name, tensor in weights.items() if not nn.parameter.is_lazy(tensor)}
+    return {name: tensor for name, tensor in weights.items() if sum(length > 1 for length in tensor.shape) > 1}
 
 
 # ------------------------------------------------------------------------------------------------------ a watched pass
@@ -214,9 +219,9 @@ def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weigh
     modules, tables, owner = every_module(model), set(), {}
     for module, name in modules.items():
         is_table = isinstance(module, nn.Embedding)
-        for own, tensor in _candidates(module).items():
+        for attribute, tensor in _candidates(module).items():
             if id(tensor) not in names:
-                label = name if own == "weight" and not is_table else path(name, own)
+                label = name if attribute == "weight" and not is_table else path(name, attribute)
                 names[id(tensor)], candidates[id(tensor)], owner[label] = label, tensor, module
             if is_table:
                 tables.add(id(tensor))

@@ -10,7 +10,7 @@ COMPLEX = "complex numbers"
 UNCALLED = "parent reads .weight without calling the layer"
 
 
-def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+def overrides_forward(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether `module`'s forward is another than `base`'s: a subclass's, or one set on the module itself."""
     return type(module).forward is not base.forward or "forward" in vars(module)
 
@@ -21,10 +21,10 @@ def computes_linear(linear: nn.Linear) -> bool:
 
     A forward of its own is tried on a few rows, in both modes, and only for layers that hold weight and bias alone.
     """
-    if not has_own_forward(linear, nn.Linear):
+    if not overrides_forward(linear, nn.Linear):
         return True
-    own = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
-    if own - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
+    names = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
+    if names - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
         return False
     training, weight = linear.training, linear.weight
     rows = torch.arange(2 * 2 * linear.in_features, dtype=torch.float32, device=weight.device).add(1).sin()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond_outliers.anymodel.linears import has_own_forward
+from beyond_outliers.anymodel.linears import overrides_forward
 from beyond_outliers.modules import every_module, is_conv1d, substitute, take_hooks
 
 
@@ -56,7 +56,7 @@ def _can_open(attention: nn.MultiheadAttention) -> bool:
     plain = type(attention.out_proj).forward is nn.Linear.forward and "weight" in attention.out_proj._parameters
     stored = attention._parameters.get("in_proj_weight", None) is not None or not attention._qkv_same_embed_dim
     parametrized = nn.utils.parametrize.is_parametrized(attention)
-    return plain and stored and not parametrized and not has_own_forward(attention, nn.MultiheadAttention)
+    return plain and stored and not parametrized and not overrides_forward(attention, nn.MultiheadAttention)
 
 
 class OpenAttention(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from beyond_outliers.anymodel.linears import has_own_forward
+from beyond_outliers.anymodel.linears import overrides_forward
 from beyond_outliers.passes import tensors
 
 # fmt: off
@@ -171,7 +171,7 @@ def as_buffer(module: nn.Module, name: str, value: Tensor):
     module.register_buffer(name, value.detach().contiguous().clone())
 
 
-def own_rounding(module: nn.Module) -> Rounding | None:
+def rounding_of(module: nn.Module) -> Rounding | None:
     """What `module` carries where its own products are rounded; None for other modules."""
     rounding = module._modules.get("operand_rounding")
     return rounding if isinstance(rounding, Rounding) else None
@@ -191,13 +191,13 @@ _EXPERTS = {
 _TRANSPOSED_EXPERTS = {"Llama4TextExperts": ("gate_up_proj", "down_proj")}  # (experts, in, out)
 
 
-def own_products(module: nn.Module) -> dict[str, int] | None:
+def products_of(module: nn.Module) -> dict[str, int] | None:
     """Weights of `module` that its forward multiplies by, name -> dimension summed over; None where it is not known.
 
     Known are the fused experts of `transformers` and their routers, by what their classes say, and subclasses of
     nn.Linear, if their forward on a few rows makes products with the weight and does nothing else with it.
     """
-    label, own = type(module).__name__, {n: p for n, p in module._parameters.items() if p is not None}
+    label, weights = type(module).__name__, {n: p for n, p in module._parameters.items() if p is not None}
     if isinstance(module, nn.Linear):
         return {"weight": -1} if _multiplies(module) else None
     if isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "has_gate"):
@@ -207,13 +207,13 @@ def own_products(module: nn.Module) -> dict[str, int] | None:
         found = dict.fromkeys(_EXPERTS[label], -1)
     elif label in _TRANSPOSED_EXPERTS:
         found = dict.fromkeys(_TRANSPOSED_EXPERTS[label], -2)
-    elif label.lower().endswith(("router", "gate")) and "weight" in own and own["weight"].ndim == 2:
-        if _has_layers(module) or _refuses(module, own["weight"]):
+    elif label.lower().endswith(("router", "gate")) and "weight" in weights and weights["weight"].ndim == 2:
+        if _has_layers(module) or _refuses(module, weights["weight"]):
             return None
         found = {"weight": -1}
     else:
         return None
-    return found if all(name in own and own[name].ndim > 1 for name in found) else None
+    return found if all(name in weights and weights[name].ndim > 1 for name in found) else None
 
 
 def _has_layers(module: nn.Module) -> bool:
@@ -222,8 +222,8 @@ def _has_layers(module: nn.Module) -> bool:
 
 def _multiplies(linear: nn.Linear) -> bool:
     """Whether a forward of its own makes nothing but products with `weight`, as far as a few rows show."""
-    own = {name for name, _ in linear.named_parameters()}
-    if not has_own_forward(linear, nn.Linear) or own - {"weight", "bias"} or any(True for _ in linear.children()):
+    names = {name for name, _ in linear.named_parameters()}
+    if not overrides_forward(linear, nn.Linear) or names - {"weight", "bias"} or any(True for _ in linear.children()):
         return False
     return (
         "forward" not in vars(linear)

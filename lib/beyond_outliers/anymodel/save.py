@@ -86,10 +86,12 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     record = Quantization(spec, "ptq" if stage == "ptq" else "qat", scheme)
     loaded = converted(model, record, round_weights=False, past=past)
     loaded = freeze_qat(loaded) if stage == "frozen" else loaded
-    tensors, own = load_file(folder / TENSORS), loaded.state_dict()
-    wrong = sorted(tensors.keys() ^ own.keys())
+    tensors, state = load_file(folder / TENSORS), loaded.state_dict()
+    wrong = sorted(tensors.keys() ^ state.keys())
     wrong += [
-        n for n in tensors.keys() & own.keys() if (tensors[n].shape, tensors[n].dtype) != (own[n].shape, own[n].dtype)
+        n
+        for n in tensors.keys() & state.keys()
+        if (tensors[n].shape, tensors[n].dtype) != (state[n].shape, state[n].dtype)
     ]
     if wrong:
         raise ValueError(f"{type(model).__name__} does not fit {settings['model']}, saved: {', '.join(wrong[:8])}")

@@ -14,8 +14,9 @@ embedding is divided by its width, vector_lr = embedding_lr / width.
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from beyond_outliers.config.run import RunConfig
 
 if TYPE_CHECKING:
     from beyond_outliers.config.protocol import Protocol
+    from beyond_outliers.config.scale import Tuning
 
 MOST_RATES = 12  # on a line; a search that wants more has gone astray
 
@@ -75,11 +77,6 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     rows = pd.read_csv(file, dtype={"size": str, "optimizer": str}, converters=exact).to_dict("records")
     rates = ((row, row.get("auxiliary")) for row in rows)
     return {(row["size"], row["optimizer"]): Rates(row["lr"], None if pd.isna(rate) else rate) for row, rate in rates}
-
-
-def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
-    """(swept size, optimizer) -> chosen learning rate of the hidden matrices; empty before the sweep is done."""
-    return {of: rates.lr for of, rates in read_rates(scale).items()}
 
 
 class Pending(Exception):
@@ -137,9 +134,74 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
         found(choice - 1)
 
 
-def tuned_config(protocol: "Protocol", size: str, optimizer: str, lr: float, auxiliary: float) -> RunConfig:
+Pair = tuple[int, int]  # factor^i times the matrix rate of the start, factor^j times the auxiliary one
+CROSS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+def pair_search(
+    loss: Callable[[float, float, int], float], start: Rates, rule: "Tuning", cross_seeds: int = 0
+) -> dict[str, Any]:
+    """Chooses a pair of rates by the rule above; `loss(lr, auxiliary, seed)` is NaN where the run diverged.
+
+    cross_seeds: 0 for the grid, else how many seeds every pair of the cross about `start` is trained from. Returns
+    {"lr", "auxiliary", "lines": the rates tried of each, ascending, "n_runs"}. ValueError where every pair
+    diverged, and where more than MOST_RATES rates of a kind are asked for.
+    """
+    tried: dict[tuple[Pair, int], float] = {}
+
+    def rate(kind: int, k: int) -> float:
+        return float(f"{((start.lr, start.auxiliary)[kind] or 0.0) * rule.factor**k:.6g}")
+
+    def means(pairs: Iterable[Pair], seeds: Sequence[int]) -> dict[Pair, float]:
+        """Mean losses over seeds, of the pairs of which none diverged, neither at the next larger matrix rate."""
+        for seed, pair in itertools.product(seeds, pairs):
+            if (pair, seed) not in tried:
+                tried[pair, seed] = loss(rate(0, pair[0]), rate(1, pair[1]), seed)
+        mean = {pair: sum(tried[pair, seed] for seed in seeds) / len(seeds) for pair in pairs}
+        above = {(i, j): tried.get(((i + 1, j), seeds[0]), 0.0) for i, j in mean}
+        finite = {pair: value for pair, value in mean.items() if math.isfinite(value + above[pair])}
+        if not finite:
+            raise ValueError(f"every pair of rates about {start} diverged: another start is needed")
+        return finite
+
+    def lines(pairs: Iterable[Pair]) -> list[list[int]]:
+        found = [sorted(set(places)) for places in zip(*pairs, strict=True)]
+        if max(map(len, found)) > MOST_RATES:
+            raise ValueError(f"no lowest loss inside {len(found[0])} x {len(found[1])} rates: another start is needed")
+        return found
+
+    if not cross_seeds:
+        pairs = {(i, j) for i in range(rule.shape[0]) for j in range(rule.shape[1])}
+        while True:
+            losses = means(sorted(pairs), rule.seeds[:1])
+            i, j = min(losses, key=lambda pair: losses[pair])
+            rows, columns = lines(pairs)
+            grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
+            grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
+            if not grown:
+                break
+            pairs |= grown
+        losses = means(sorted(losses, key=lambda pair: losses[pair])[: rule.finalists], rule.seeds)
+    else:
+        centre, best, pairs = (1, 1), (0, 0), set()
+        while centre != best:
+            centre = best
+            pairs |= {(centre[0] + i, centre[1] + j) for i, j in CROSS}
+            lines(pairs)
+            losses = means(sorted(pairs), rule.seeds[:cross_seeds])
+            best = min(losses, key=lambda pair: losses[pair])
+    i, j = min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance)
+    found = dict(zip(("lr", "auxiliary"), lines({pair for pair, _ in tried}), strict=True))
+    shown = {name: [rate(kind, k) for k in places] for kind, (name, places) in enumerate(found.items())}
+    return {"lr": rate(0, i), "auxiliary": rate(1, j), "lines": shown, "n_runs": len(tried)}
+
+
+def tuned_config(
+    protocol: "Protocol", size: str, optimizer: str, lr: float, auxiliary: float, seed: int | None = None
+) -> RunConfig:
     """The tuning run of one pair of rates. ValueError for a scale that does not tune."""
-    return protocol.config(size, optimizer, lr=lr, auxiliary=auxiliary, seed=protocol.tuning.seed)
+    seed = protocol.tuning.seeds[0] if seed is None else seed
+    return protocol.config(size, optimizer, lr=lr, auxiliary=auxiliary, seed=seed)
 
 
 def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, float]:
@@ -149,7 +211,7 @@ def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, f
 
 
 def tune(protocol: "Protocol", size: str, optimizer: str, val_loss: Callable[[RunConfig], float]) -> dict[str, Any]:
-    """Both rates of an optimizer at a size: {"lr", "auxiliary", "lines": {"auxiliary": ..., "lr": ...}}.
+    """Both rates of an optimizer at a size: {"lr", "auxiliary", "lines": {"auxiliary": rates, "lr": rates}, "n_runs"}.
 
     `val_loss(config)`: the final validation loss of a tuning run, NaN when it diverged; it may raise `Pending`.
     """
@@ -160,11 +222,18 @@ def tune(protocol: "Protocol", size: str, optimizer: str, val_loss: Callable[[Ru
         lr, auxiliary = before["lr"], before["auxiliary"]
     else:
         lr, auxiliary = rule.start[optimizer].lr, rule.start[optimizer].auxiliary
+    if rule.shape:
+        return pair_search(
+            lambda r, a, seed: val_loss(tuned_config(protocol, size, optimizer, r, a, seed)),
+            Rates(lr, auxiliary), rule, rule.cross_seeds.get(size, 0),
+        )  # fmt: skip
     step = rule.factor, rule.tolerance
     first = line_search(lambda a: val_loss(tuned_config(protocol, size, optimizer, lr, a)), auxiliary, *step)
     chosen = first["rate"]
     second = line_search(lambda r: val_loss(tuned_config(protocol, size, optimizer, r, chosen)), lr, *step)
-    return {"lr": second["rate"], "auxiliary": chosen, "lines": {"auxiliary": first, "lr": second}}
+    lines = {"auxiliary": list(first["tried"]), "lr": list(second["tried"])}
+    n_runs = len(first["tried"]) + len(second["tried"]) - 1  # both lines share the run at which the second one starts
+    return {"lr": second["rate"], "auxiliary": chosen, "lines": lines, "n_runs": n_runs}
 
 
 def runs_of_search(

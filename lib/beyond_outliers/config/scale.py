@@ -133,12 +133,24 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """[tuning]: every size is tuned, by the rule of the module `tuning`."""
+    """[tuning]: every size is tuned, by the rule of the module `rates`: along lines, or with `shape` over pairs."""
 
-    seed: Seed
+    seeds: Seeds  # a search along lines has one
     factor: Annotated[float, Range(1.1, 10)]  # between neighbouring rates
     tolerance: Annotated[float, Range(0, 1)]  # nats
     start: dict[str, Start]
+    shape: tuple[Annotated[int, Range(3, 12)], ...] = ()  # of the grid: matrix rates, auxiliary rates
+    finalists: Annotated[int, Range(1, 100)] = 4
+    cross_seeds: dict[str, Annotated[int, Range(1, 100)]] = field(default_factory=dict)  # by size: all but the smallest
+
+    def __post_init__(self) -> None:
+        if self.shape and (len(self.shape) != 2 or max(self.cross_seeds.values(), default=1) > len(self.seeds)):
+            raise ValueError(
+                f"tuning.shape must be two numbers and tuning.cross_seeds at most the {len(self.seeds)} seeds, "
+                f"not {list(self.shape)} and {self.cross_seeds}"
+            )
+        if not self.shape and len(self.seeds) > 1:
+            raise ValueError(f"a search along lines has one seed, not {list(self.seeds)}; valid: one, or a shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +247,11 @@ class Scale:
             raise ValueError("the file must have learning rates in either [learning_rates] or [tuning.start]")
         if (self.plan.sweep is None) != (self.tuning is not None):
             raise ValueError("[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none")
+        if self.tuning and self.tuning.shape and list(self.tuning.cross_seeds) != list(self.sizes)[1:]:
+            raise ValueError(
+                f"tuning.cross_seeds must be of every size but the smallest, {list(self.sizes)[1:]}, "
+                f"not of {list(self.tuning.cross_seeds)}"
+            )
         if self.rates_from and self.tuning:
             raise ValueError(
                 f"rates_from = {self.rates_from!r} in a scale that tunes every size itself; valid: no rates_from"
@@ -270,13 +287,13 @@ class Scale:
         """What is run for a purpose, None for nothing; the sweep of a tuned scale is of all its sizes."""
         choose("purpose", purpose, PURPOSES)
         if purpose == "sweep" and self.tuning:
-            return Runs(sizes=tuple(self.sizes), seeds=(self.tuning.seed,))
+            return Runs(sizes=tuple(self.sizes), seeds=self.tuning.seeds[:1])
         return dict(self.plan).get(purpose)
 
 
 def scales() -> list[str]:
     """Names of the scales that data/scales describes."""
-    return sorted(file.stem for file in paths.SCALES.glob("*.toml"))
+    return sorted(file.stem for file in paths.SCALES.glob("[!.]*.toml"))
 
 
 def read_scale(name: str) -> Scale:

@@ -178,6 +178,8 @@ class RoleGroups(torch.optim.Optimizer):
         One reduction for all parameters; they are looked at one by one only where it is not small.
         """
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise ValueError("a gradient is sparse; valid: dense ones, as of nn.Embedding(sparse=False)")
         if not gradients or torch.stack(torch._foreach_norm(gradients)).sum() < LARGE:
             return
         guilty = [

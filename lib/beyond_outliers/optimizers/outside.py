@@ -22,9 +22,17 @@ from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like
 KEYS = ("roles", "rest_lr", "groups")  # hyperparameters of `Outside` itself
 
 
-def check_hyperparameters(source: str, factory: Callable, given: Sequence[str]) -> None:
+def load_optimizer(source: str) -> tuple[Callable, Mapping[str, inspect.Parameter]]:
+    """The class (or function) that `source` names, and its arguments; ValueError for what cannot be called."""
+    factory = load_own(source, "optimizer")
+    try:
+        return factory, inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} is no optimizer ({error}); valid: a class of torch.optim's form") from None
+
+
+def check_hyperparameters(source: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> None:
     """ValueError for hyperparameters that the class does not take, naming those that it does."""
-    parameters = inspect.signature(factory).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return  # it takes everything, and says itself what it cannot use
     valid = [name for name in list(parameters)[1:] if name not in ("lr", "weight_decay")]
@@ -55,8 +63,10 @@ class Outside(RoleGroups):
     ):
         for role in (*roles, *groups):
             choose("role", role, ROLES)
-        factory = load_own(source, "optimizer")
-        check_hyperparameters(source, factory, list(hyper))
+        factory, arguments = load_optimizer(source)
+        check_hyperparameters(source, arguments, list(hyper))
+        if weight_decay and "weight_decay" not in arguments:
+            raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
         self.source, self.roles = source, tuple(roles)
         missing = float("nan")
         rest = {"lr": missing if rest_lr is None else rest_lr}
@@ -68,10 +78,9 @@ class Outside(RoleGroups):
             raise ValueError(f"no parameter has a role of {', '.join(roles)}, which {source} is to train")
         before = [p.detach().clone() for group in ours for p in group["params"]]
         try:
-            given = _plain(ours, _decays(source, factory, weight_decay), groups)
-            # a class without the argument reads the rate in its groups
-            rate = {"lr": lr} if {"lr", "kwargs"} & set(inspect.signature(factory).parameters) else {}
-            made = factory(given, **rate, **hyper)
+            # a class without the argument lr reads the rate in its groups
+            rate = {"lr": lr} if {"lr", "kwargs"} & set(arguments) else {}
+            made = factory(_plain(ours, "weight_decay" in arguments, groups), **rate, **hyper)
         except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{source} cannot be made of parameters and lr ({reason}); valid: an optimizer") from error
@@ -138,13 +147,6 @@ class Outside(RoleGroups):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
-
-
-def _decays(source: str, factory: Callable, weight_decay: float) -> bool:
-    takes = "weight_decay" in inspect.signature(factory).parameters
-    if weight_decay and not takes:
-        raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
-    return takes
 
 
 def _plain(groups: list[dict], decays: bool, settings: Mapping[str, Mapping[str, Any]]) -> list[dict]:

@@ -7,7 +7,6 @@ norms and this project's blocks are converted here, all others by `anymodel.conv
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transfo
 from beyond_outliers.quantizers.qat import SCHEMES, AbsMaxQuantizer, QATLinear
 from beyond_outliers.quantizers.record import HEAD, Quantization, Weight, record_of, rounding_layers
 from beyond_outliers.quantizers.spec import QuantSpec
-
-NEAREST = "rounded to nearest: GPTQ takes linear layers only"
 
 
 class QuantizedLinear(nn.Module):
@@ -168,22 +165,17 @@ def quantize_model(
     batches = None if calibration is None else list(as_batches(calibration))
     example = next(iter(batches or ()), None) if example is None else example
     quantized = converted(model, Quantization(spec), batches is None, example)
-    record = record_of(quantized)
     if batches is not None:
-        _round_by_gptq(quantized, spec, batches)
-        record.weights = [
-            w if w.kind == "linear" or not w.rounded else replace(w, reason=NEAREST) for w in record.weights
-        ]
-    record.report(strict)
+
+        def round_layer(layer: QuantizedLinear, hessian: Tensor):
+            layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
+
+        layers: dict[nn.Module, str] = {
+            layer: name for layer, name in rounding_layers(quantized).items() if isinstance(layer, QuantizedLinear)
+        }
+        round_in_order(quantized, layers, batches, round_layer)
+    record_of(quantized).report(strict)
     return quantized
-
-
-def _round_by_gptq(quantized: nn.Module, spec: QuantSpec, batches: list):
-    def round_layer(layer: QuantizedLinear, hessian: Tensor):
-        layer.rounded.copy_(gptq_weight(layer.rounded, hessian, spec.weights, spec.granularity, spec.block))
-
-    layers = rounding_layers(quantized)
-    round_in_order(quantized, {m: layers[m] for m in layers if isinstance(m, QuantizedLinear)}, batches, round_layer)
 
 
 @plain_settings()

@@ -168,7 +168,7 @@ FORMATS = {
 
 
 @cache
-def _own(name: str) -> Format:
+def _loaded(name: str) -> Format:
     found = load_own(name, "format")
     if not isinstance(found, Format):
         raise ValueError(f"format {name!r} is a {type(found).__name__}; valid: a beyond_outliers.quantizers.Format")
@@ -181,7 +181,7 @@ def format_named(name: str, kind: str = "format") -> Format:
         return FORMATS[name]
     if not is_own(name):
         choose(kind, name, [*FORMATS, "module:name of your own"])
-    return _own(name)
+    return _loaded(name)
 
 
 def group_scale(x: Tensor, format: str, group: int = 1, whole: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -219,11 +219,11 @@ def round_to_scale(x: Tensor, format: str, scale: Tensor, top: Tensor, zero: Ten
 
 def check_width(width: int, format: str, granularity: str = "row", block: int | None = None) -> None:
     """ValueError unless rows of `width` entries divide into the blocks that the format or the granularity asks for."""
-    own = format_named(format).block
-    size = own or (block if granularity == "block" and format != "none" else None)
+    block_size = format_named(format).block
+    size = block_size or (block if granularity == "block" and format != "none" else None)
     if size is not None and width % size:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
-        valid = f"widths that are multiples of {own}" if own else f"blocks of {divisors}"
+        valid = f"widths that are multiples of {block_size}" if block_size else f"blocks of {divisors}"
         raise ValueError(f"{format}: blocks of {size} do not divide the width {width}; valid: {valid}")
 
 
@@ -245,7 +245,7 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
 
     Raises ValueError for an unknown format or granularity, a block that does not divide the width, integers, scalars.
     """
-    own = format_named(format).block
+    block_size = format_named(format).block
     check_block(granularity, block)
     if not x.is_floating_point() or x.ndim == 0:
         raise ValueError(f"x must be a floating-point tensor of rows, not {x.dtype} of shape {tuple(x.shape)}")
@@ -254,7 +254,7 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.contiguous()  # the exponent bits are read through a view of another dtype
-    size = own or block
+    size = block_size or block
     grouped = wide.unflatten(-1, (-1, size)) if size else wide
     whole_tensor = granularity == "tensor" and not size
     rounded = round_to_scale(grouped, format, *group_scale(grouped, format, x.ndim if whole_tensor else 1))

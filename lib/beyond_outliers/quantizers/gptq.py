@@ -67,7 +67,7 @@ def gptq_weight(
     Raises ValueError for unknown names, blocks that do not divide the width, a Hessian of another shape, anything that
     is not finite, and a Hessian that is not positive definite after damping.
     """
-    own = format_named(format).block
+    block_size = format_named(format).block
     if format == "none":
         choose("format", format, [name for name in FORMATS if name != "none"])
     choose("order", order, ORDERS)
@@ -82,7 +82,7 @@ def gptq_weight(
         raise ValueError(f"damping must be a share from 0, not {damping}")
 
     hessian = hessian.double()
-    size = own or block
+    size = block_size or block
     columns = _column_order(hessian.diagonal(), size) if order else torch.arange(width, device=weight.device)
     factor = _inverse_factor(hessian[columns][:, columns], damping)
     compensated = torch.empty_like(weight)

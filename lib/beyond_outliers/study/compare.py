@@ -6,18 +6,18 @@ It is trained and measured as the scale's own are: sizes, seeds, formats, rule o
 given, they are looked for from the class's own default, a factor of 3 apart, until the best lies between two others.
 """
 
-import inspect
 import re
 import warnings
 from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.config.loading import is_own, load_own
+from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import EdgeWarning, line_search
+from beyond_outliers.optimizers.outside import load_optimizer
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 from beyond_outliers.study.workflow import build
@@ -74,7 +74,7 @@ def define(
     label = label or source.partition(":")[2]
     beside = f"{scale}+{name or re.sub('[^a-z0-9._-]', '', label.lower())}"
     hyper = hyper or {}
-    default = inspect.signature(load_own(source, "optimizer")).parameters.get("lr")
+    default = load_optimizer(source)[1].get("lr")
     start = default.default if default and isinstance(default.default, (int, float)) else START
     known = read_outside(beside) if optimizer_file(beside).exists() else None
     if known and (known.source, known.hyper) != (source, hyper):

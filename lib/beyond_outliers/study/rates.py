@@ -66,10 +66,8 @@ def _searched(study: "Study", size: str) -> list[dict[str, Any]]:
     rows = []
     for optimizer in study.protocol.optimizers:
         found = tune(study.protocol, size, optimizer, val_loss)
-        tried = {line: " ".join(f"{rate:g}" for rate in of["tried"]) for line, of in found["lines"].items()}
-        rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"]}
-        # the two lines share the run at which the second one starts
-        rates["n_runs"] = sum(len(of["tried"]) for of in found["lines"].values()) - 1
+        tried = {line: " ".join(f"{rate:g}" for rate in rates) for line, rates in found["lines"].items()}
+        rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"], "n_runs": found["n_runs"]}
         auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
         rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
     return rows

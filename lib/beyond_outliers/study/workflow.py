@@ -66,8 +66,7 @@ def reproduce(
     log = study.runs_folder / "reproduce.log"
     command = [target, "--snakefile", str(paths.ROOT / "Snakefile"), "--directory", str(paths.OUTPUT), "--nolock"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "--workflow-profile", "none", "--logger", "line"]
-    command += ["--runtime-source-cache-path", str(paths.CACHE / "snakemake"), *executed(executor)]
-    command += ["--cores" if executor == "local" else "--jobs", str(jobs or processors())]
+    command += [*executed(executor), "--cores" if executor == "local" else "--jobs", str(jobs or processors())]
     command += [*options, "--config", f"scale={study.scale}", *(f"{key}={value}" for key, value in settings.items())]
     begin = "from beyond_outliers.study.workflow import snakemake; "
     begin += f"snakemake({study.scale!r}, {str(log)!r}, {'rows' in settings})"
@@ -149,7 +148,8 @@ def end(process: subprocess.Popen, executor: str) -> None:
 
 def snakemake(scale: str, log: str, rows: bool) -> None:
     """Snakemake as `sys.argv` says, all that it prints in the file `log`; its events make the line of the terminal."""
-    from snakemake import cli
+    from platformdirs import PlatformDirs
+    from snakemake import cli, common
     from snakemake_interface_logger_plugins.base import LogHandlerBase
     from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
@@ -169,6 +169,8 @@ def snakemake(scale: str, log: str, rows: bool) -> None:
         def close(self) -> None:
             progress.close()
 
+    folders = type("Folders", (PlatformDirs,), {"user_cache_dir": str(paths.CACHE)})  # HOME may not be writable
+    common.APPDIRS = folders("snakemake", "snakemake")
     registry = LoggerPluginRegistry()
     registry.plugins["line"] = registry.load_plugin("line", SimpleNamespace(LogHandler=LogHandler))  # type: ignore[arg-type]
     cli.main(sys.argv[1:])
