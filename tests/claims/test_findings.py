@@ -10,7 +10,16 @@ import pytest
 from beyond_outliers import paths
 from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules
 from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
-from beyond_outliers.claims.verdicts import COLUMNS, FROZEN, frozen, ledger, read_verdicts, rule_place, then_and_now
+from beyond_outliers.claims.verdicts import (
+    COLUMNS,
+    FROZEN,
+    counted,
+    frozen,
+    ledger,
+    read_verdicts,
+    rule_place,
+    then_and_now,
+)
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import Study
 
@@ -201,6 +210,19 @@ def test_where_nothing_is_frozen_the_rules_of_today_judge(tmp_path):
     for scale, (name, *_) in FROZEN.items():
         assert shown[scale].to_dict() == frozen(Study(scale)).set_index("id").verdict.to_dict(), name
     assert shown.why.str.len().min() > 40
+
+
+def test_runs_that_ended_before_the_rules_do_not_count():
+    ends = {
+        "early": "2026-12-01T11:19:59+00:00",
+        "late": "2026-12-01T11:20:01+00:00",
+        "far": "2026-12-01T12:30:00+02:00",
+    }
+    runs = pd.DataFrame({"run": list(ends), "finished_at": list(ends.values())})
+    rows = pd.DataFrame({"run": list(ends), "seed": [400, 401, 402]})
+    judged_by_them, other = (SimpleNamespace(scale=scale, table=lambda _: runs) for scale in ("confirm2", "pocket"))
+    assert counted(judged_by_them, rows).run.tolist() == ["late"]  # far: 10:30 UTC
+    assert counted(other, rows).run.tolist() == list(ends)
 
 
 def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
