@@ -16,9 +16,10 @@ from beyond_outliers.evaluate import zero_shot
 from beyond_outliers.evaluate.multiple_choice import score
 from beyond_outliers.evaluate.tasks import cloze_questions, wheel_questions
 from beyond_outliers.export import NotExported, export, folder, load_exported, open_run
+from beyond_outliers.model.build import build_model
 from beyond_outliers.propagation import decompose
 from beyond_outliers.quantizers import QuantSpec, quantize_model
-from beyond_outliers.train.folder import build_model, model_of
+from beyond_outliers.train.folder import model_of
 
 tf = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

@@ -1,18 +1,11 @@
-"""A study of one scale: its runs, its steps, its tables. Names are imported when asked for: most need torch."""
+"""A study of one scale: its runs, its steps, its tables."""
 
-import importlib
-from typing import Any
+from beyond_outliers import lazily
 
-_PLACES = {
-    **dict.fromkeys(["Study"], "study"),
-    **dict.fromkeys(["MEASURED", "TABLES", "MissingResults"], "tables"),
-    **dict.fromkeys(["measure_folder", "measure_run", "specs", "validation_batches"], "measure"),
-    **dict.fromkeys(["plan_table", "print_plan"], "plan"),
-}
-__all__ = list(_PLACES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__} has no attribute {name!r}")
+__getattr__, __all__ = lazily(
+    __name__,
+    study="Study",
+    tables="MEASURED TABLES MissingResults",
+    measure="measure_folder measure_run specs validation_batches",
+    plan="plan_table print_plan",
+)

@@ -4,8 +4,9 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    folder="RunResult build_model flat_config load_result run_folder weights_path",
+    folder="RunResult flat_config load_result run_folder weights_path",
     loop="Diverged LossModule train",
     machine="git_commit provenance",
     schedule="evaluation_steps rate_factor",
+    **{".model.build": "build_model"},
 )

@@ -12,15 +12,16 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
-from safetensors.torch import load_file, load_model
-from torch import nn
 
 from beyond_outliers import checksums, paths
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.model.build import build_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,23 @@ class RunResult:
         table = table.assign(weights=[str(weights_path(self.folder, step)) for step in table.step])
         return table[[Path(file).exists() for file in table.weights]].reset_index(drop=True)
 
-    def load_model(self, step: int | None = None) -> nn.Module:
+    def load_model(self, step: int | None = None) -> "nn.Module":
         """The model with the weights of an evaluation, by default the last; on CPU, in eval mode."""
         step = self.row["steps"] if step is None else step
         check(self.folder, weights_name(step))
+        from safetensors.torch import load_model
+
+        from beyond_outliers.model.build import build_model
+
         model = build_model(self.config)
         load_model(model, weights_path(self.folder, step))
         return model.eval()
 
-    def weights(self, step: int) -> dict[str, torch.Tensor]:
+    def weights(self, step: int) -> "dict[str, torch.Tensor]":
         """The weights of an evaluation as they are stored."""
         check(self.folder, weights_name(step))
+        from safetensors.torch import load_file
+
         return load_file(weights_path(self.folder, step))
 
 
@@ -92,8 +99,10 @@ def whole_result(folder: Path) -> RunResult | None:
         return None
 
 
-def model_of(config: RunConfig, weights: dict[str, torch.Tensor], source: object) -> nn.Module:
+def model_of(config: RunConfig, weights: "dict[str, torch.Tensor]", source: object) -> "nn.Module":
     """The run's model with these weights, on CPU, in eval mode. ValueError naming `source` where they do not fit."""
+    from beyond_outliers.model.build import build_model
+
     model = build_model(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"head.weight"}:  # the head is the embedding's own tensor, stored once
