@@ -224,14 +224,6 @@ def paper(name: str) -> pd.DataFrame:
     return pd.read_csv(file)
 
 
-def parameters_of(notebook: str) -> dict[str, str]:
-    """Name -> comment of a notebook's parameters, for documentation and tests."""
-    cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    tagged = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
-    lines = "".join(tagged["source"]).splitlines()
-    return {line.split(":")[0].strip(): line.partition("#")[2].strip() for line in lines if ":" in line.split("#")[0]}
-
-
 YOURS = "10_your_optimizer"  # of `make compare`
 # what a notebook has nothing to say without: a purpose of runs that a scale may leave out of its plan
 ASKS_FOR = {"05_qat": "qat", "06_scaling_laws": "qat"}

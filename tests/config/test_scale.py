@@ -135,6 +135,8 @@ def test_a_scale_is_a_name_and_not_a_path(name):
         ("swept", ("measure", "formats"), [], "either formats or specs must say"),
         ("swept", ("measure", "specs"), ["W4A4"], "either formats or specs must say"),
         ("swept", ("sizes", "tiny", "architecture"), "olmo", "sizes.tiny: unknown architecture 'olmo'; valid: olmo2"),
+        ("swept", ("plan", "sweep", "sizes"), ["tini"], "plan.sweep names size 'tini'; valid: tiny, small"),
+        ("swept", ("sizes", "tiny", "deep"), 2, r"sizes.tiny has unknown keys .*'deep'.*depth"),
         ("swept", ("hyper", "muon", "adam_lr"), 1e-3, r"hyper.muon has unknown keys \['adam_lr'\].*adamw_lr"),
         ("swept", ("hyper", "muon", "adamw_lr"), math.nan, "hyper.muon.adamw_lr must be .*not nan"),
         ("swept", ("plan", "schemes", "optimizers"), ["sgd"], "plan.schemes names optimizer 'sgd'; valid: adamw"),

@@ -40,19 +40,6 @@ def test_order_groups_and_duplicates_are_those_of_a_split_in_memory(seed):
     assert split(pairs, 0.1) == in_memory(pairs, 0.1)
 
 
-def test_the_split_is_by_group_and_drops_duplicates_across_it():
-    pairs = [(f"g{i}", f"text {i} number {j}") for i in range(50) for j in range(4)]
-    pairs += [(f"g{i}", "the same sentence everywhere") for i in range(50)]
-    train, validation = split(pairs, 0.1)
-    assert "the same sentence everywhere" in train and "the same sentence everywhere" not in validation
-    assert not set(train) & set(validation)
-    assert len(train) + len(validation) == 201
-    groups = [{text.split()[1] for text in part if text.startswith("text")} for part in (train, validation)]
-    assert not groups[0] & groups[1]
-    assert 3 <= len(groups[1]) <= 7
-    assert split(reversed(pairs), 0.1)[1] != [] and set(split(reversed(pairs), 0.1)[1]) == set(validation)
-
-
 def test_a_corpus_of_one_group_cannot_be_split():
     with pytest.raises(ValueError, match="at least two groups"):
         split([("only", "a"), ("only", "b")], 0.1)

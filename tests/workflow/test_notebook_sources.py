@@ -5,13 +5,14 @@ import re
 import tomllib
 
 import nbformat
+import papermill
 import pytest
 from traitlets.config import Config
 
 from beyond_outliers import paths
 from beyond_outliers.claims import read_rules
 from beyond_outliers.config import Protocol
-from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, parameters_of, run_notebook, setting
+from beyond_outliers.notebook import check_parameters, finding, notebooks, opened, run_notebook, setting
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.terms import IN_FULL, TERMS, explained, used
 
@@ -48,8 +49,9 @@ def test_notebooks_are_committed_without_outputs(file):
 
 @pytest.mark.parametrize("name", notebooks())
 def test_parameters_are_typed_and_commented(name):
-    comments = parameters_of(name)
-    assert "scale" in comments and all(comments.values())
+    parameters = papermill.inspect_notebook(paths.NOTEBOOKS / f"{name}.ipynb")
+    assert {"scale", "build"} <= set(parameters)
+    assert all(parameter["help"] and parameter["inferred_type_name"] != "None" for parameter in parameters.values())
     source = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())
     for cell in source["cells"]:
         body = re.search(r"^def .*\n((?:    .*\n?|\n)+)", "".join(cell["source"]), re.M)

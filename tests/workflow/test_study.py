@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config import OPTIMIZER_NAMES, read_learning_rates
+from beyond_outliers.config import OPTIMIZER_NAMES, read_rates
 from beyond_outliers.quantizers import quantize_model
 from beyond_outliers.study import TABLES, MissingResults, Study, measure, workflow
 from beyond_outliers.study.tables import OPTIONAL
@@ -48,7 +48,8 @@ def test_every_optimizer_learns(study):
 
 
 def test_learning_rates_come_from_the_sweep(study):
-    sweep, chosen = study.runs("sweep"), read_learning_rates("smoke")
+    sweep = study.runs("sweep")
+    chosen = {key: rates.lr for key, rates in read_rates("smoke").items()}
     for (size, optimizer), lr in chosen.items():
         losses = sweep[(sweep["size"] == size) & (sweep.optimizer == optimizer)].set_index("lr").val_loss
         assert lr == pytest.approx(losses.idxmin())

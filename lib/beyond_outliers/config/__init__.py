@@ -6,8 +6,7 @@ __getattr__, __all__ = lazily(
     __name__,
     optimizers="OPTIMIZER_NAMES",
     protocol="Planned Protocol",
-    rates="EdgeWarning Pending Rates auxiliary_rates choose_learning_rate line_search read_learning_rates read_rates "
-    "tune tuned_config",
+    rates="EdgeWarning Pending Rates auxiliary_rates choose_learning_rate line_search read_rates tune tuned_config",
     run="CorpusConfig LlamaConfig ModelConfig Olmo2Config RunConfig Training model_config",
     scale="PURPOSES Measure Plan Scale Tuning scales",
 )

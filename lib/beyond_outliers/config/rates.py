@@ -79,11 +79,6 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     return {(row["size"], row["optimizer"]): Rates(row["lr"], None if pd.isna(rate) else rate) for row, rate in rates}
 
 
-def read_learning_rates(scale: str) -> dict[tuple[str, str], float]:
-    """(swept size, optimizer) -> chosen learning rate of the hidden matrices; empty before the sweep is done."""
-    return {of: rates.lr for of, rates in read_rates(scale).items()}
-
-
 class Pending(Exception):
     """A run that the search asks for has not been trained yet; `config` names it."""
 

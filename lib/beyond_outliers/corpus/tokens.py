@@ -158,7 +158,7 @@ def corpus_folder(config: CorpusConfig) -> Path:
     return paths.CACHE / "corpus" / f"{source}-{config.vocab_size}-{key}"
 
 
-_OPEN: dict[Path, tuple[tuple, Corpus]] = {}  # folder -> (stamp of its files, corpus): opened and hashed once a process
+FILES = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
 
 
 def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
@@ -178,44 +178,32 @@ def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
                 if folder.exists():
                     print(f"{folder} is damaged; building it again", file=sys.stderr)
                     shutil.rmtree(folder)
-                corpus = _build(config, folder, context)
-                if stamp := _stamp(folder):
-                    _OPEN[folder] = stamp, corpus
+                _build(config, folder, context)
+                corpus = _opened(folder)
+                assert corpus is not None, "what has just been written is whole"
     _require_windows(corpus.meta, context)
     return corpus
 
 
-def _stamp(folder: Path) -> tuple | None:
-    """Changes when a file of the corpus does; None if one is missing."""
-    try:
-        found = [(folder / n).stat() for n in ("meta.json", "tokenizer.json", "train.bin", "validation.bin")]
-    except FileNotFoundError:
-        return None
-    return tuple((f.st_ino, f.st_size, f.st_mtime_ns) for f in found)
-
-
 def _opened(folder: Path) -> Corpus | None:
     """The corpus in `folder`, if it is whole."""
-    if (stamp := _stamp(folder)) is None:
+    try:
+        found = [(folder / name).stat() for name in FILES]
+    except FileNotFoundError:
         return None
-    if folder not in _OPEN or _OPEN[folder][0] != stamp:
-        with contextlib.suppress(ValueError, KeyError, checksums.DamagedFile):
-            checksums.check(folder, "meta.json", "tokenizer.json")
-            corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
-            if _intact(corpus):
-                _OPEN[folder] = stamp, corpus
-    return _OPEN[folder][1] if folder in _OPEN and _OPEN[folder][0] == stamp else None
+    return _checked(folder, tuple((f.st_ino, f.st_size, f.st_mtime_ns) for f in found))
 
 
-def _intact(corpus: Corpus) -> bool:
-    for part in ("train", "validation"):
-        path, expected = corpus.folder / f"{part}.bin", corpus.meta[part]
-        size = path.stat().st_size
-        if size != 2 * expected["tokens"]:
-            return False
-        if size <= CHECKSUM_UP_TO and _file_checksum(path) != expected["sha256"]:
-            return False
-    return True
+@cache
+def _checked(folder: Path, stamp: tuple[tuple[int, int, int], ...]) -> Corpus | None:
+    """The same, read once a process for every `stamp` of its files."""
+    sizes = dict(zip(FILES, (size for _, size, _ in stamp), strict=True))
+    with contextlib.suppress(ValueError, KeyError, checksums.DamagedFile):
+        checksums.check(folder, *(name for name, size in sizes.items() if size <= CHECKSUM_UP_TO))
+        corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
+        if all(sizes[f"{part}.bin"] == 2 * corpus.meta[part]["tokens"] for part in ("train", "validation")):
+            return corpus
+    return None
 
 
 @contextlib.contextmanager
@@ -250,7 +238,7 @@ def _require_windows(meta: dict, context: int | None) -> None:
             )
 
 
-def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> Corpus:
+def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> None:
     """Builds the corpus in a folder beside `folder` and moves it there when it is whole; the caller holds the lock.
 
     Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of at
@@ -283,7 +271,6 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> Co
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         checksums.seal(temporary)
         os.replace(temporary, folder)
-        return Corpus(folder, json.loads((folder / "meta.json").read_text()))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
