@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from beyond_outliers import paths
-from beyond_outliers.claims import low_rate
+from beyond_outliers.claims import readings
 from beyond_outliers.config import RunConfig
 from beyond_outliers.config.scale import qat
 from beyond_outliers.metrics import without_down
@@ -23,14 +23,14 @@ from beyond_outliers.study import Study
 from beyond_outliers.study.measure import measure_run
 from beyond_outliers.train import RunResult, train
 
-SIZE, FILE = low_rate.SIZE, low_rate.FILE
+SIZE, FILE = "0.08M", readings.FOUND
 
 
 def configs() -> list[RunConfig]:
     """Of every main seed in full precision, then under QAT; all but the rate as in the study."""
     study, found = Study("confirm"), []
     seeds = study.protocol.settings.runs("full_precision").seeds_at(SIZE)
-    for name, lr in low_rate.named(study).items():
+    for name, lr in readings.named_rates(study).items():
         chosen = study.rates[SIZE, name]
         if lr != chosen.lr:
             options = {"lr": lr, "auxiliary": chosen.auxiliary}

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from beyond_outliers import paths
-from beyond_outliers.claims import low_rate
+from beyond_outliers.claims import readings
 from beyond_outliers.config import RunConfig
 from beyond_outliers.config.rates import tuned_config
 from beyond_outliers.study import Study
@@ -44,10 +44,10 @@ def one(config: RunConfig) -> dict[str, object]:
 def further_down() -> list[RunConfig]:
     """The next lower rate of every optimizer of whose rates, those of the table included, the lowest is named."""
     study = Study("confirm")
-    lowest = low_rate.tried(study).groupby("optimizer").lr.min()
+    lowest = readings.tried_since(study).groupby("optimizer").lr.min()
     return [
         tuned_config(study.protocol, SIZE, name, lr / study.protocol.tuning.factor, study.rates[SIZE, name].auxiliary)
-        for name, lr in low_rate.named(study).items()
+        for name, lr in readings.named_rates(study).items()
         if lr == lowest[name]
     ]
 

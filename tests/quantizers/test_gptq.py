@@ -261,12 +261,6 @@ def test_bad_input_is_refused_by_name(call, words):
 # ------------------------------------------------------------------------------------------------- models
 
 
-def test_names():
-    assert QuantSpec(method="gptq").name == "W4A4+gptq"
-    assert QuantSpec(rotate=True, method="gptq", head=True).name == "W4A4+rot+gptq+head"
-    assert QuantSpec("mxfp4", "mxfp4", method="gptq").name == "mxfp4+gptq"
-
-
 class Tree(nn.Module):
     """A layer that runs twice a pass, one that runs for some batches only, one that never does."""
 

@@ -6,7 +6,7 @@ An optimizer is never named without its quantizer. What counts is the loss after
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.claims import low_rate, readings
+from beyond_outliers.claims import readings
 from beyond_outliers.claims.compare import Comparison, NothingToCompare, label, listed, of_the_paper
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
@@ -68,7 +68,7 @@ def decisions(study: Study, other: Study | None = None, found: pd.DataFrame | No
     """A row an intention: train with, runner-up, its distance, n, and whether two further sets of runs agree.
 
     other: a study of another architecture, whose optimizers are compared with the same ones here. found: the rows of
-    `low_rate.runs`, which take the place of the study's at that size.
+    `readings.found_rates`, which take the place of the study's at that size.
     """
     rows, names = [], list(study.protocol.optimizers)
     for intention, spec in INTENTIONS.items():
@@ -108,7 +108,7 @@ def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None) -> 
     if spec not in FOUND:
         return NOT_MEASURED
     loss = found[FOUND[spec]] + (found.val_loss if spec == "W4A4+head" else 0)
-    at = here[(here["size"] == low_rate.SIZE) & ~here.optimizer.isin(found.optimizer)]
+    at = here[(here["size"] == "0.08M") & ~here.optimizer.isin(found.optimizer)]
     rows = pd.concat([at, found.assign(loss=loss)[["size", "optimizer", "seed", "loss"]]])
     compared = ranked(rows, sorted(set(rows.optimizer)))
     return winner(compared) if compared else NOT_MEASURED
@@ -116,7 +116,7 @@ def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None) -> 
 
 def of_confirm() -> pd.DataFrame:
     """`decisions` of the confirmatory study, with scale `llama` and the found rates."""
-    return decisions(Study("confirm"), Study("llama"), low_rate.runs())
+    return decisions(Study("confirm"), Study("llama"), readings.found_rates())
 
 
 def verdicts_in_words(scale: str) -> str:

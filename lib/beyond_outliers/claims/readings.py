@@ -5,6 +5,7 @@ anything with the methods `runs`, `measured` and `table` of `beyond_outliers.stu
 its `protocol`.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 
@@ -12,10 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from beyond_outliers import paths
 from beyond_outliers.claims.compare import t_interval
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import fit_scaling_law
 from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
+from beyond_outliers.study.tables import read_table
 
 CHECKPOINTS = ("final", "common")
 RUN = ["run", "size", "optimizer", "lr", "seed"]
@@ -123,6 +126,68 @@ def ranking(rows: pd.DataFrame, value: str, by: Sequence[str] = ("size",)) -> pd
     means = rows.groupby([*by, "optimizer"], sort=False)[value].mean().reset_index().sort_values(value)
     order = rows.drop_duplicates(list(by)).set_index(list(by)).index
     return means.groupby(list(by), sort=False).optimizer.agg(" < ".join).loc[order]
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+def rate_line(study) -> pd.DataFrame:
+    """Finished tuning runs on one line of learning rates an optimizer and size, as in the table `runs`.
+
+    Of a scale that is tuned by a search: those at the chosen auxiliary rate, and none before it is chosen. Of a scale
+    with grids: every one of the sweep.
+    """
+    swept = study.runs("sweep")
+    swept = swept[swept.status == "finished"]
+    if not study.protocol.tuned:
+        return swept.reset_index(drop=True)
+    chosen = study.table("learning_rates").set_index(["size", "optimizer"]).auxiliary
+    auxiliary = swept.hyper.map(lambda text: json.loads(text).get("embedding_lr"))
+    wanted = [chosen.get(cell) for cell in zip(swept["size"], swept.optimizer, strict=True)]
+    return swept[auxiliary == pd.Series(wanted, index=swept.index, dtype=float)].reset_index(drop=True)
+
+
+def before_and_after(study) -> pd.DataFrame:
+    """Loss `before` and `after` quantization in the primary spec, a row a size, optimizer and rate of `rate_line`.
+
+    Means over seeds, both on the text that quantized models are measured on; `damage` is their difference.
+    """
+    rows = damage(study, "sweep", checkpoint="final")
+    rows = rows[rows.run.isin(rate_line(study).run)]
+    rows = rows.assign(before=rows.val_loss - rows.increase, after=rows.val_loss)
+    found = rows.groupby(["size", "optimizer", "lr"], sort=False).agg(
+        before=("before", "mean"), after=("after", "mean"), damage=("increase", "mean"), seeds=("run", "size")
+    )
+    return found.reset_index()
+
+
+# Rates that the searches of scale confirm at 0.08M did not try, asked for after the data (2026-11-25 and 2026-11-29);
+# tests/benchmarks/wider_rates.py and low_rates.py make the tables.
+FOUND = paths.RESULTS / "confirm_low_rates.csv"
+TRIED_SINCE = [paths.RESULTS / "confirm_adamw_rates.csv", paths.RESULTS / "confirm_wider_rates.csv"]
+
+
+def tried_since(study) -> pd.DataFrame:
+    """Finished runs of confirm's tuning seed at 0.08M at the chosen auxiliary rate, of the search and since."""
+    every = pd.concat([rate_line(study).query("size == '0.08M'"), *map(read_table, TRIED_SINCE)])
+    return every[every.status == "finished"].reset_index(drop=True)
+
+
+def named_rates(study) -> pd.Series:
+    """Optimizer -> the rate that the study's rule names among all of `tried_since`."""
+    within = tried_since(study)
+    best = within.groupby("optimizer").val_loss.transform("min")
+    within = within[within.val_loss <= best + study.protocol.tuning.tolerance]
+    return within.groupby("optimizer", sort=False).lr.min()
+
+
+def found_rates() -> pd.DataFrame:
+    """AdamW and PSGD at those rates, one row an optimizer and main seed; val_loss_qat: of the run under QAT."""
+    table = read_table(FOUND)
+    full, qat = table[table.scheme == "none"], table[table.scheme != "none"]
+    ends = qat[["optimizer", "seed", "val_loss"]].rename(columns={"val_loss": "val_loss_qat"})
+    both = full.merge(ends, on=["optimizer", "seed"])
+    return both.assign(increase_qat=both.val_loss_qat - both.val_loss)
 
 
 # ------------------------------------------------------------------------------------------------------------ outliers
