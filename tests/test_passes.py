@@ -89,7 +89,7 @@ TEXT = torch.tensor([[True, True, False], [True, True, True]])
     ],
 )
 def test_text_is_what_a_mask_says(batch, expected):
-    tokens = text_tokens(batch)
+    tokens = text_tokens(batch, torch.nn.Linear(2, 2))
     assert tokens is expected or torch.equal(tokens, expected)
 
 
@@ -99,4 +99,4 @@ def test_rows_of_text():
     assert torch.equal(text_rows(x, TEXT), kept) and torch.equal(text_rows(x.flatten(0, 1), TEXT), kept)
     assert text_rows(x, None) is x and text_rows(x[:, 0], TEXT).shape == (2, 2)  # pooled: a row a text
     with pytest.raises(ValueError, match="padding alone"):
-        text_tokens({"attention_mask": MASK * 0})
+        text_tokens({"attention_mask": MASK * 0}, torch.nn.Identity())

@@ -137,8 +137,8 @@ def _input_sums(x: Tensor, spec: QuantSpec) -> Tensor:
 def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None) -> pd.DataFrame:
     """MMR, kurtosis and the two predictors on the input of every linear layer; one row a layer, in order of first call.
 
-    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. Padding, as a mapping's `attention_mask`
-    (B, T) tells it, does not count; autocast is off. One pass; per layer a handful of float64 sums are kept, whatever
+    `batches`: an iterable of inputs (see `forward`), or one tensor or mapping. Padding, as an `attention_mask` (B, T)
+    tells it, does not count; autocast is off. One pass; per layer a handful of float64 sums are kept, whatever
     the number of batches. `spec` names the formats and the basis whose rounding the errors describe (default W4A4); a
     head that `spec` leaves alone has its row all the same, with NaN for the errors where its width fits no block. A
     layer that got no token has a row of n_tokens 0 and NaN.
@@ -177,7 +177,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
             stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         stack.enter_context(evaluating(model))
         for batch in as_batches(batches):
-            text = text_tokens(batch)
+            text = text_tokens(batch, model)
             forward(model, batch)
             previous[:] = None, None, None
     if not sums:

@@ -49,8 +49,8 @@ def opened(study: Study, build: bool) -> Study:
     if not (study.results / "runs.csv").exists():
         raise MissingResults(
             f"Scale {study.scale} has no tables to read in {study.results}. To build them, which takes "
-            f"{time_to_build(study)}: run `make reproduce SCALE={study.scale}` (runs side by side), or this notebook "
-            "with the parameter build=True (one after the other)."
+            f"{time_to_build(study)}: run `make reproduce SCALE={study.scale}`, or this notebook with the parameter "
+            "build=True."
         )
     return study
 

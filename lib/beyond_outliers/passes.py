@@ -1,7 +1,8 @@
 """What a pass in evaluation mode must be: a function of its input alone, with nothing kept for the next pass."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -53,13 +54,17 @@ def as_real(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- padding
 
 
-def text_tokens(batch) -> Tensor | None:
+def text_tokens(batch, model: torch.nn.Module) -> Tensor | None:
     """Which tokens of a batch are text and not padding: bool (B, T); None where all are, or the batch does not say.
 
-    A mapping says so by `attention_mask` (B, T), 0 for padding, as in `transformers`, or by `src_key_padding_mask`
-    (B, T), True for padding, as in torch. Masks of other shapes say which token sees which, not what is text.
+    A mapping, or arguments of `model` in their order, says so by `attention_mask` (B, T), 0 for padding, as in
+    `transformers`, or by `src_key_padding_mask` (B, T), True for padding, as in torch. Masks of other shapes say which
+    token sees which, not what is text.
     ValueError for a batch of padding alone.
     """
+    if isinstance(batch, (tuple, list)):
+        with suppress(TypeError, ValueError):  # more than `model` takes, as its pass will say; no signature
+            batch = inspect.signature(model.forward).bind_partial(*batch).arguments
     masks = batch if isinstance(batch, Mapping) else {}
     text, padding = masks.get("attention_mask"), masks.get("src_key_padding_mask")
     if padding is not None and text is None:

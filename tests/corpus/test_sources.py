@@ -250,9 +250,11 @@ def test_files_that_are_not_read_are_named(tmp_path):
     folder_of(tmp_path, ["a.jsonl", "b.json", "more/c.csv.gz"])
     with pytest.warns(UserWarning, match=r"2 files are not read \(b\.json, more/c\.csv\.gz\); valid: .*jsonl"):
         assert names_read(tmp_path) == ["a.jsonl"]
-    (tmp_path / "d.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"d\.jsonl\.gz is no whole gzip"):
-        names_read(tmp_path)
+    whole = gzip.compress(b"{}" * 1000)
+    for damaged in (b"no gzip", whole[:-9], whole[:12] + b"????" + whole[16:]):
+        (tmp_path / "d.jsonl.gz").write_bytes(damaged)
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"d\.jsonl\.gz is no whole gzip"):
+            names_read(tmp_path)
 
 
 def test_what_is_not_read_does_not_decide_which_corpus_it_is(tmp_path):

@@ -73,7 +73,7 @@ def test_the_line_says_what_is_done_what_runs_and_how_long_the_rest_takes(runs, 
 def test_plan_and_line_count_the_same_runs(runs, monkeypatch, capsys):
     from beyond_outliers.study import plan
 
-    monkeypatch.setattr(plan, "measure_throughput", lambda *_, **__: 1000.0)
+    monkeypatch.setattr(plan, "step_seconds", lambda *_, **__: 0.1)
     assert main(["plan", "--scale", "smoke"]) == 0
     assert "\n0 of 26 runs done" in capsys.readouterr().out and progress().text() == "smoke: 0 of 26 runs done"
 

@@ -135,7 +135,9 @@ def test_without_tables_a_notebook_says_how_long_they_take_and_how_to_make_them(
     from beyond_outliers.study import plan
 
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    monkeypatch.setattr(plan, "measure_throughput", lambda config, threads: 10_000.0)  # tokens a second
+    monkeypatch.setattr(
+        plan, "step_seconds", lambda config, *_, **__: config.tokens_per_step / 10_000
+    )  # tokens a second
     with pytest.raises(MissingResults, match=r"make reproduce SCALE=smoke.*build=True") as missing:
         opened(Study("smoke"), build=False)
     hours = plan.plan_table(Study("smoke")).hours.sum()

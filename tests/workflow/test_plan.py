@@ -29,7 +29,7 @@ def test_the_plan_counts_what_is_left(study, monkeypatch, tmp_path):
     monkeypatch.setattr(
         Study, "result", lambda self, planned: ended if planned.config.name == ended.row["run"] else None
     )
-    monkeypatch.setattr(plan, "measure_throughput", lambda config, threads: 500.0)
+    monkeypatch.setattr(plan, "step_seconds", lambda config, *_, **__: config.tokens_per_step / 500)
     table = plan.plan_table(fresh).query("size == 'tiny'").set_index("purpose")
     assert table.done.sum() >= 1 and table.tokens_per_second["full_precision"] == ended.row["tokens_per_second"]
     assert table.tokens_per_second["qat"] == 500.0

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, choose, parse
+from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, check_values, choose, parse
 
 SCHEMES = ("quest", "ste", "lsq")  # of quantization-aware training
 
@@ -195,6 +195,7 @@ class RunConfig(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_values(self.hyper, "hyper")
         if self.model.vocab_size != self.corpus.vocab_size:
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} differs from corpus.vocab_size {self.corpus.vocab_size}"

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,7 +165,7 @@ def _lines(file: Path) -> Iterator[str]:
             yield from lines
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 ({error})") from error
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{file} is no whole gzip file ({error})") from error
 
 

@@ -81,8 +81,7 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Fig
         return panels([])[0]
     methods = [method for method in methods if method in set(table.method)]
     table = table.assign(panel=table.format + ", " + table["size"])
-    shared = {"columns": table["size"].nunique(), "sharex": True, "sharey": True}
-    figure, axes = panels(table.panel, 2.9, 2.4, **shared)
+    figure, axes = panels(table.panel, 2.9, 2.4, columns=table["size"].nunique(), sharey=True)
     names = ordered(table.optimizer)
     for panel, ax in axes.items():
         ax.axhline(1, color="grey", lw=1)

@@ -220,7 +220,7 @@ def decompose(
     `quantized` has modules of the same names as `model`, as `quantize_model` and `freeze_qat` give it; its linear
     layers offer their dequantized weight W + E as `.weight` (so a `prepare_qat` model goes through `freeze_qat` first).
     `batches`: an iterable of inputs (a tensor, a tuple of positional or a mapping of keyword arguments each), or one
-    tensor or mapping. Padding, as a mapping's `attention_mask` (B, T) tells it, does not count. Autocast is off.
+    tensor or mapping. Padding, as an `attention_mask` (B, T) tells it, does not count. Autocast is off.
 
     granularity "module": every module without children (linear, norm, activation, residual add, ...); "sublayer": the
         children of the blocks; "block": the blocks (elements of the outermost ModuleList or Sequential).
@@ -287,7 +287,7 @@ def decompose(
             if watch is None:
                 watch = kind_of_watch(model, quantized, batch, granularity, attention)
                 _check_names(watch.kinds, model, quantized)
-            text = text_tokens(batch)
+            text = text_tokens(batch, model)
             watch.run(batch, keep, compare)
             if calls:
                 raise ValueError(f"the quantized model does not run {sorted({name for name, _ in calls})}")

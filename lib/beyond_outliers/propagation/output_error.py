@@ -20,12 +20,11 @@ FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text
 
 
-def text_sequences(batch, values: list[Tensor]) -> Iterator[list[Tensor]]:
+def text_sequences(text: Tensor | None, values: list[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors (B, ...), sequence by sequence, without padding where they have a row for each token.
 
-    Sequences of padding alone are left out.
+    text: see `text_tokens`. Sequences of padding alone are left out.
     """
-    text = text_tokens(batch)
     for i in range(len(values[0])):
         if text is None or text[i].any():
             yield [x[i] if text is None or x.shape[:2] != text.shape else x[i][text[i].to(x.device)] for x in values]
@@ -111,7 +110,7 @@ def relative_error(
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
             if not answers[0]:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
-            for values in text_sequences(batch, [*answers[0], *answers[1]]):
+            for values in text_sequences(text_tokens(batch, model), [*answers[0], *answers[1]]):
                 ratio, places = Ratios(reduction), len(answers[0])
                 for pair in zip(values[:places], values[places:], strict=True):
                     for h, hq in pieces(pair, reduction, centred):

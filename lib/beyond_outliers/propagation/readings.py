@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.modules import as_batches, evaluating, find_head, forward
-from beyond_outliers.passes import main_output, plain_settings, tensors
+from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import dot, pieces
 from beyond_outliers.propagation.output_error import ratio_of_sums, text_sequences
 from beyond_outliers.quantizers.record import Runs
@@ -73,7 +73,7 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
             read = list(inputs.values()) if len(inputs) == 2 else []
             tokens, places = _tokens(batch, answers[0][0]), len(answers[0])
-            for values in text_sequences(batch, [*answers[0], *answers[1], *tokens, *read]):
+            for values in text_sequences(text_tokens(batch, model), [*answers[0], *answers[1], *tokens, *read]):
                 sums = _Sums()
                 for pair in zip(values[:places], values[places : 2 * places], strict=True):
                     sums.add_relative("R_L", pair)

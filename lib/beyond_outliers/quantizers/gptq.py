@@ -257,7 +257,7 @@ class _Walk:
                 for batch, counts in zip(batches, self.runs, strict=True):
                     self.left = counts[self.waiting[0]]
                     if self.left:
-                        self.tokens = text_tokens(batch)
+                        self.tokens = text_tokens(batch, model)
                         with suppress(_Stop):
                             forward(model, batch)
                 if self.waiting:

@@ -1,22 +1,17 @@
 """What a scale still has to run, and about how long it takes: `make plan`."""
 
-import time
-
-import numpy as np
 import pandas as pd
-import torch
 
-from beyond_outliers.config.run import RunConfig
-from beyond_outliers.model.build import build_model
-from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.workflow import processors
+from beyond_outliers.train.forecast import step_seconds
 
 
 def plan_table(study: Study) -> pd.DataFrame:
     """One row a (purpose, size): runs, done, tokens a run, tokens_per_second, hours left of one run after the other.
 
-    Throughput is the median of the runs of that size and scheme that have ended, else of a few steps timed here.
+    Throughput is the median of the runs of that size and scheme that have ended, else of a few steps timed here; NaN
+    for models that are too large for that.
     """
     ended = study.table("runs").to_dict("records") if study.has("runs") else []
     ended += [result.row for planned in study.planned() if (result := study.result(planned))]
@@ -28,7 +23,8 @@ def plan_table(study: Study) -> pd.DataFrame:
         config = planned.config
         kind = (config.size, (config.quantization or {}).get("scheme", "none"))
         if kind not in speeds:
-            speeds[kind] = measure_throughput(config, threads=study.protocol.threads)
+            seconds = step_seconds(config, "cpu", threads=study.protocol.threads) or float("nan")
+            speeds[kind] = config.tokens_per_step / seconds
         tokens = config.steps * config.tokens_per_step
         hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
         counted.add(config.name)
@@ -49,24 +45,7 @@ def print_plan(study: Study, cores: int | None = None) -> None:
     ended = sum(study.loss(name) is not None for name in names)
     print(
         f"{ended} of {len(names)} runs done; about {table.hours.sum() / side_by_side:.1f} hours of training "
-        f" left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
+        f"left on {cores} cores, {side_by_side} runs side by side; measurements and notebooks not counted"
     )
     if study.protocol.tuned:
         print("Of the search for learning rates, only the runs that it has asked for so far are counted.")
-
-
-def measure_throughput(config: RunConfig, threads: int | None = None, steps: int = 4) -> float:
-    """Tokens a second of a few training steps on random tokens, uncompiled, on CPU; nothing is written."""
-    if threads:
-        torch.set_num_threads(threads)
-    model = build_model(config)
-    optimizer = build_optimizer(model, config.optimizer, config.lr, weight_decay=config.weight_decay, **config.hyper)
-    rng, times = np.random.default_rng(0), []
-    for _ in range(steps):
-        ids = torch.from_numpy(rng.integers(config.model.vocab_size, size=(config.micro_batch, config.context)))
-        start = time.perf_counter()
-        model.loss(ids, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - start)
-    return config.micro_batch * config.context / float(np.median(times))

@@ -63,7 +63,9 @@ def state_per_parameter(config: RunConfig) -> float:
     return sum(shape.numel() for shape in shapes) / config.model.n_parameters or 2.0
 
 
-def step_seconds(config: RunConfig, device: str, workers: int = 1, recompute: bool = False) -> float | None:
+def step_seconds(
+    config: RunConfig, device: str, workers: int = 1, recompute: bool = False, threads: int | None = None
+) -> float | None:
     """Seconds of a step, uncompiled: a micro-batch as often as a step has some, and the mean of ten updates.
 
     None where one takes too long to try, or there is no such device.
@@ -73,6 +75,7 @@ def step_seconds(config: RunConfig, device: str, workers: int = 1, recompute: bo
     from beyond_outliers.model.build import build_model
     from beyond_outliers.optimizers.registry import build_optimizer
 
+    torch.set_num_threads(threads or torch.get_num_threads())
     share = config.batch_size // workers
     rows = min(share, config.micro_batch)
     operations = 6 * config.model.n_parameters * rows * config.context
