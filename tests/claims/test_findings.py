@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules
+from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules, verdicts
 from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
 from beyond_outliers.claims.verdicts import (
     COLUMNS,
@@ -223,6 +223,14 @@ def test_runs_that_ended_before_the_rules_do_not_count():
     judged_by_them, other = (SimpleNamespace(scale=scale, table=lambda _: runs) for scale in ("confirm2", "pocket"))
     assert counted(judged_by_them, rows).run.tolist() == ["late"]  # far: 10:30 UTC
     assert counted(other, rows).run.tolist() == list(ends)
+
+
+def test_tuning_runs_count_whenever_they_ended(monkeypatch):
+    rows = pd.DataFrame({"run": ["early"], "seed": [300]})
+    runs = pd.DataFrame({"run": ["early"], "finished_at": ["2026-12-01T09:00:00+00:00"]})
+    monkeypatch.setattr(verdicts, "READ", {"sweep": lambda study: rows, "final": lambda study: rows})
+    found = verdicts.tables(SimpleNamespace(scale="confirm2", table=lambda _: runs))
+    assert len(found["sweep"]) == 1 and found["final"].empty
 
 
 def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
