@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from beyond_outliers import checksums, paths
+from beyond_outliers import checksums, lazily, paths
 from beyond_outliers.config.run import RunConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+__getattr__, _ = lazily("beyond_outliers.train", **{".model.build": "build_model"})  # scripts import it from here
 
 
 @dataclass(frozen=True)
