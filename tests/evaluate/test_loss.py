@@ -39,7 +39,7 @@ def test_validation_loss_of_a_uniform_model_is_log_vocabulary():
     torch.nn.init.zeros_(model.weight)
     got = validation_loss(model, np.arange(60, dtype=np.uint16), context=9, token_bytes=np.full(64, 2))
     assert got.loss == pytest.approx(np.log(64), rel=1e-6)
-    assert got.bits_per_byte == pytest.approx(6 / 2, rel=1e-6)  # 6 bits a token of 2 bytes
+    assert got.bits_per_byte == pytest.approx(6 / 2, rel=1e-6)  # 6 bits per token of 2 bytes
     assert got.standard_error == pytest.approx(0, abs=1e-6)
     assert np.isnan(validation_loss(model, np.arange(60, dtype=np.uint16), context=9).bits_per_byte)
 

@@ -27,7 +27,7 @@ def loss(form, N, D, bits, truth=TRUTH, rho=RHO):
 
 
 def synthetic(form, seed=0, noise=0.002, sizes=SIZES, ratios=(25, 50, 100), bits=(16, 8, 4), truth=TRUTH, rho=RHO):
-    """The size and noise of published studies: 30M to 800M, 25 to 100 tokens a parameter, 0.2 %; 45 runs."""
+    """The size and noise of published studies: 30M to 800M, 25 to 100 tokens per parameter, 0.2 %; 45 runs."""
     rng = np.random.default_rng(seed)
     grid = [(N, N * ratio, b) for N in sizes for ratio in ratios for b in bits]
     rows = [(N, D, b, loss(form, N, D, b, truth, rho) * np.exp(noise * rng.standard_normal())) for N, D, b in grid]

@@ -82,7 +82,7 @@ def tuning(study) -> pd.DataFrame:
 def finding(study) -> str:
     """Where yours stands in loss, in damage and after QAT, in a sentence each."""
     yours, parts = label(study.yours), []
-    sayings = {LOSS: "ends at {} nats a token", DAMAGE: "loses {} nats under {primary} at the Common Loss"}
+    sayings = {LOSS: "ends at {} nats per token", DAMAGE: "loses {} nats under {primary} at the Common Loss"}
     sayings[QAT] = "ends at {} nats after QAT"
     for name, words in sayings.items():
         of, column = quantities()[name]

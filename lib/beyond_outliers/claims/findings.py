@@ -60,7 +60,7 @@ def full_precision(study) -> str:
     diverged = len(runs) - len(finished)
     left_out = f" Left out: {diverged} diverged run{'s' * (diverged > 1)}." if diverged else ""
     return (
-        f"In full precision {label(best)} ends lowest, at {compared.mean(best).text()} nats a token "
+        f"In full precision {label(best)} ends lowest, at {compared.mean(best).text()} nats per token "
         f"({compared.over}, {compared.n()}); {_beside(compared, second, best)}. {label(last)} ends highest, "
         f"{compared.difference(last, best).text()} above {label(best)}.{compared.caveat}{left_out}"
     )
@@ -111,7 +111,7 @@ def ptq(study) -> str:
     apart = "" if difference.excludes_zero or not compared.certain else ", which can be none"
     least, second, *_, most = compared.order
     return (
-        f"At equal loss (the Common Loss) {spec} costs Muon {compared.mean('muon').text()} nats a token and Shampoo "
+        f"At equal loss (the Common Loss) {spec} costs Muon {compared.mean('muon').text()} nats per token and Shampoo "
         f"{compared.mean('shampoo').text()} ({compared.over}, {compared.n('muon', 'shampoo')}): a difference of "
         f"{difference.text()}{apart}. Least hurt is {label(least)}, with {_beside(compared, second, least)}; most "
         f"hurt is {label(most)}, {compared.mean(most).text()}.{compared.caveat}"
@@ -146,7 +146,7 @@ def qat(study) -> str:
     same = f"{label(best)}, best in full precision, is" if best == full.order[0] else f"{label(best)} is"
     before = "" if best == full.order[0] else f" ({label(full.order[0])} in full precision)"
     return (
-        f"Training in 4 bits (QAT) costs {label(least)} least, {increase.mean(least).text()} nats a token, and "
+        f"Training in 4 bits (QAT) costs {label(least)} least, {increase.mean(least).text()} nats per token, and "
         f"{label(most)} most, {increase.mean(most).text()} ({increase.over}, {increase.n(least, most)}). {same} best "
         f"under QAT{before}, with {_beside(quantized, second, best)}.{increase.caveat}"
     )

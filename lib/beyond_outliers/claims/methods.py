@@ -31,7 +31,7 @@ def format_and_method(spec: str, head: bool) -> tuple[str, str] | None:
 
 
 def measured(study) -> pd.DataFrame:
-    """One row a run, format and method: RUN, format, method, val_loss (after quantization), increase (nats a token)."""
+    """A row per run, format and method: RUN, format, method, val_loss (quantized), increase (nats per token)."""
     rows = readings.measured(study, "ptq")
     head = "head" in readings.primary(study).split("+")
     named = {spec: found for spec in rows.spec.unique() if (found := format_and_method(spec, head))}

@@ -324,7 +324,7 @@ def _with_qat(full: pd.DataFrame, qat: pd.DataFrame, columns: Sequence[str]) -> 
 def qat_losses(study) -> pd.DataFrame:
     """Losses of full precision beside QAT, one row a size, optimizer and seed that has both.
 
-    val_loss_fp, val_loss_qat, status_qat; increase (nats a token); relative_increase: increase over val_loss_fp.
+    val_loss_fp, val_loss_qat, status_qat; increase (nats per token); relative_increase: increase over val_loss_fp.
     """
     both = _with_qat(full_precision(study), study.runs("qat"), ["val_loss", "status"]).drop(columns="status_fp")
     increase = both.val_loss_qat - both.val_loss_fp

@@ -69,7 +69,7 @@ class ModelConfig(ABC):
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters, the tied embedding counted once: what 20 tokens a parameter refers to."""
+        """Trainable parameters, the tied embedding counted once: what 20 tokens per parameter refers to."""
         kv_width = self.kv_heads * self.head_size
         projections = 2 * self.width**2 + 2 * self.width * kv_width
         block = projections + self._further_block_parameters() + 2 * self.width
@@ -148,7 +148,7 @@ class Training:
     """What all runs of a scale share: batch, length, schedule, evaluations."""
 
     weight_decay: Annotated[float, Range(0, 100)] = 0.0
-    context: Count = 128  # tokens a sequence
+    context: Count = 128  # tokens per sequence
     batch_size: Count = 32  # sequences an optimizer step, over all workers
     micro_batch: Count = 32  # sequences a forward pass and worker; more are accumulated
     tokens_per_parameter: Annotated[float, Range(0, 1e6, "(]")] = 20.0

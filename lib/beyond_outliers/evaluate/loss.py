@@ -1,4 +1,4 @@
-"""Validation loss in nats a token, on windows spread evenly over the validation tokens.
+"""Validation loss in nats per token, on windows spread evenly over the validation tokens.
 
 Everything runs in the model's own dtype and under the caller's `torch.autocast`, if there is one.
 """
@@ -18,7 +18,7 @@ from beyond_outliers.passes import main_output
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """`loss` in nats a token, its `standard_error` over sequences (NaN for one), `bits_per_byte`, tokens predicted."""
+    """`loss` in nats per token, `standard_error` over sequences (NaN for one), `bits_per_byte`, tokens predicted."""
 
     loss: float
     standard_error: float

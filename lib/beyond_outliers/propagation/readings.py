@@ -56,8 +56,8 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     """All readings of the module docstring, with the loss, in one pass of each model, in float64.
 
     One row a reading, which is the index: R_L, R_L_centred, R_softmax, R_final_norm (ratios of sums over all tokens),
-    each with `_token` (the mean of the tokens' ratios); kl, kl_second_order (nats a token); top1_agreement (share of
-    tokens whose likeliest word stays); loss, loss_quantized and their difference, increase (nats a token, of the next
+    each with `_token` (the mean of the tokens' ratios); kl, kl_second_order (nats per token); top1_agreement (share of
+    tokens whose likeliest word stays); loss, loss_quantized and their difference, increase (nats per token, of the next
     token within a sequence). Columns: value; low, high, its interval over sequences (as in `relative_error`; not on
     the log scale for what may be zero or negative); n, sequences.
 

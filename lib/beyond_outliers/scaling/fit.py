@@ -3,7 +3,7 @@
     fixed_ratio    L(N, bits)    = A / (N rho_bits)^alpha + E
     full           L(N, D, bits) = A / (N rho_bits)^alpha + B / D^beta + E
 
-N parameters, D training tokens, L nats a token; rho is 1 at 16 bits (full precision), so that a model of N parameters
+N parameters, D training tokens, L nats per token; rho is 1 at 16 bits (full precision), so that a model of N parameters
 trained at b bits is worth a full-precision one of rho_b N. arXiv 2509.23500, section 6, fits the first at D/N = 20
 for every optimizer; the second is Hoffmann et al. (arXiv 2203.15556, section 3.3) with rho, as in arXiv 2502.05003.
 

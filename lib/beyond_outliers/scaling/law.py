@@ -30,7 +30,7 @@ class ScalingLaw:
     n: int
 
     def predict(self, N, D=None, bits=FULL_PRECISION) -> np.ndarray:
-        """Loss in nats a token; N, D and bits broadcast. ValueError for bits without a rho, or D missing in "full"."""
+        """Loss in nats per token; N, D and bits broadcast; ValueError for bits without a rho, or no D in "full"."""
         unknown = sorted(set(np.unique(bits).tolist()) - set(self.rho))
         if unknown:
             raise ValueError(f"no rho was fitted for bits {unknown}; fitted: {sorted(self.rho)}")

@@ -8,7 +8,7 @@ from beyond_outliers.train.forecast import step_seconds
 
 
 def plan_table(study: Study) -> pd.DataFrame:
-    """One row a (purpose, size): runs, done, tokens a run, tokens_per_second, hours left of one run after the other.
+    """One row a (purpose, size): runs, done, tokens per run, tokens_per_second, hours left of one run after the other.
 
     Throughput is the median of the runs of that size and scheme that have ended, else of a few steps timed here; NaN
     for models that are too large for that.

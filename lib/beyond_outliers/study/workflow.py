@@ -23,7 +23,7 @@ from beyond_outliers.study.study import Study
 TRY_AGAIN = 75  # EX_TEMPFAIL: what was asked to end has saved; the same command goes on
 EVERY = 180  # seconds between two lines where there is no terminal to write one line over and over
 # What a step takes however small the model, without and with quantization-aware training: fitted to lower quartiles of
-# the committed runs (milliseconds a step, pocket: 0.03M 12, 0.08M 14, QAT 21 and 26; confirm: 0.08M 21, 0.26M 34).
+# the committed runs (milliseconds per step, pocket: 0.03M 12, 0.08M 14, QAT 21 and 26; confirm: 0.08M 21, 0.26M 34).
 STEP, QAT_STEP = 1e8, 2e8  # parameters times tokens
 
 
