@@ -75,7 +75,7 @@ def public_names() -> Iterator[str]:
 
 def tables() -> Iterator[str]:
     for name in ("claims", "verdicts"):
-        for file in sorted(paths.RESULTS.glob(f"*/{name}.csv")):
+        for file in sorted(paths.RESULTS.glob(f"[!.]*/{name}.csv")):
             yield f"table {file.parent.name}/{name} {digest(file)}"
 
 

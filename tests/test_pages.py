@@ -122,7 +122,7 @@ def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder
     assert "02_mmr.png is in no SHA256SUMS" in line
 
 
-@pytest.mark.parametrize("scale", sorted(path.name for path in (paths.ROOT / "data" / "results").glob("*/")))
+@pytest.mark.parametrize("scale", sorted(path.name for path in (paths.ROOT / "data" / "results").glob("[!.]*/")))
 def test_every_committed_table_page_and_figure_is_what_was_written(scale):
     assert committed(scale) == []
     assert list((paths.ROOT / "figures" / scale).glob("SHA256SUMS"))
@@ -136,7 +136,7 @@ def test_a_page_is_measured_in_bytes(tmp_path, folder, monkeypatch):
 
 
 def test_committed_pages_are_small_and_lie_beside_what_they_show():
-    committed = sorted((paths.ROOT / "figures").glob("*/*.md"))
+    committed = sorted((paths.ROOT / "figures").glob("[!.]*/*.md"))
     assert len(committed) > 20
     for page in committed:
         assert len(page.read_bytes()) <= pages.LARGEST, page

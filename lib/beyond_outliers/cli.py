@@ -288,7 +288,7 @@ def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
     """
     from beyond_outliers.config.scale import scales
 
-    studies = sorted(folder.name for folder in paths.RESULTS.glob("*/"))
+    studies = sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
     from beyond_outliers.study.verify import verify as verify_study
 

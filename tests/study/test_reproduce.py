@@ -1,5 +1,6 @@
 """The command as a user gives it: from nothing to tables, stopped and taken up again, with rows that count as done."""
 
+import functools
 import shutil
 import signal
 import time
@@ -68,7 +69,8 @@ def test_rows_count_as_done_where_no_folder_is(checkout, undisturbed, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_what_was_stopped_goes_on_to_the_same_tables(undisturbed, text_file, tmp_path, number, code):
     other = Checkout(tmp_path, tiny_study(text_file, **PLAN))
-    process = other.start("reproduce", "--target", "tables", "--jobs", "1")
+    default = functools.partial(signal.signal, number, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
+    process = other.start("reproduce", "--target", "tables", "--jobs", "1", prepare=default)
     until = time.monotonic() + 500
     while not list(other.results.parent.glob("*/config.json")) and time.monotonic() < until:
         time.sleep(0.05)

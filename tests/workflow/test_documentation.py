@@ -199,7 +199,7 @@ def test_the_citation_says_version_and_date_and_what_of_the_papers_code_is_publi
         assert "alexa" in text and "shipped no code" not in text
 
 
-@pytest.mark.parametrize("folder", sorted(paths.FIGURES.glob("*/")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(paths.FIGURES.glob("[!.]*/")), ids=lambda folder: folder.name)
 def test_every_committed_figure_is_on_a_page(folder):
     """Figures of sizes or names that are gone would stay for good: nothing draws them again."""
     shown = "".join(page.read_text() for page in folder.glob("*.md"))

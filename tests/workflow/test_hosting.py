@@ -51,7 +51,7 @@ def test_the_site_leaves_out_nothing_that_its_pages_link_to():
     """Jekyll turns the committed Markdown into pages; what it excludes, no page may link to."""
     excluded = yaml.safe_load((ROOT / "_config.yml").read_text())["exclude"]
     assert "jekyll-build-pages" in (ROOT / ".github" / "workflows" / "pages.yml").read_text()
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "figures").glob("*/*.md")]
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "figures").glob("[!.]*/*.md")]
     links = [(page, link) for page in documents for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
     assert len(links) > 100
     targets = {(page.parent / link).resolve().relative_to(ROOT).as_posix() for page, link in links}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 
 import nbformat
@@ -158,12 +159,18 @@ def test_notebooks_and_scales_are_names(name, scale, said):
         run_notebook(name, scale)
 
 
-def test_lab_saves_no_outputs_and_serves_what_pages_link_to(monkeypatch):
+def test_lab_saves_no_outputs_and_serves_what_pages_link_to(monkeypatch, tmp_path):
     """`make lab` reads this file; a browser goes on showing what is not saved."""
+    decoy = tmp_path / "kernels" / "python3" / "kernel.json"  # of another environment
+    decoy.parent.mkdir(parents=True)
+    decoy.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     config = Config()
     source = (paths.NOTEBOOKS / "jupyter_lab_config.py").read_text()
     exec(source, names := {"get_config": lambda: config, "__file__": str(paths.NOTEBOOKS / "jupyter_lab_config.py")})
-    assert config.ServerApp.root_dir == str(paths.ROOT) and config.KernelSpecManager.kernel_dirs == []
+    assert config.ServerApp.root_dir == str(paths.ROOT)
+    kernels = config.ServerApp.kernel_spec_manager_class()
+    assert kernels.get_kernel_spec("python3").argv[0] == sys.executable
     notebook = nbformat.read(paths.NOTEBOOKS / "05_qat.ipynb", 4)
     clean = nbformat.writes(notebook)
     for cell in notebook.cells:

@@ -70,7 +70,7 @@ def verify(scale: str | None, count: int) -> int:
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
-    studies = sorted(folder.name for folder in paths.RESULTS.glob("*/"))
+    studies = sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
     chosen = [scale] if scale else studies
     wrong = [line for name in chosen for line in committed(name)]
