@@ -22,6 +22,7 @@ from beyond_outliers.claims.compare import (
     slope_weights,
     t_interval,
 )
+from made_up_runs import NOISE, runs
 
 
 def table(**cells):
@@ -250,21 +251,6 @@ def test_too_few_points_have_no_interval():
     assert row.n == 3 and np.isnan(row.pearson_low)
     constant = correlations(table.assign(x=1.0), candidates=("x",), targets=("y",)).iloc[0]
     assert np.isnan(constant.pearson)
-
-
-LEVELS = {"adamw": 0.5, "muon": 0.3, "psgd": 0.6, "scion": 0.35, "shampoo": 0.1, "soap": 0.4}
-NOISE = [-0.01, 0.0, 0.01, 0.005]
-
-
-def runs(levels=LEVELS, seeds=3, sizes=("small", "large")):
-    """One row a run: the level of its optimizer, 1 more at every further size, and a little noise by seed."""
-    rows = [
-        (f"{size}-{name}-{seed}", size, name, 0.1, seed, "finished", level + place + NOISE[seed])
-        for place, size in enumerate(sizes)
-        for name, level in levels.items()
-        for seed in range(seeds)
-    ]
-    return pd.DataFrame(rows, columns=["run", "size", "optimizer", "lr", "seed", "status", "value"])
 
 
 def test_a_mean_of_one_size_has_the_t_interval():
