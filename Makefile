@@ -7,6 +7,7 @@
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
+#   make site                   README, docs and committed pages as a web site in site/, without a network
 #   make verify                 every committed table and page against its checksum; with SCALE=pocket also its runs, a few trained anew
 #   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
@@ -42,7 +43,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue compare figures publish verify plan check test test-fast bench lock hooks lab clean distclean
+.PHONY: help env reproduce continue compare figures publish site verify plan check test test-fast bench lock hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +69,10 @@ figures: $(READY)
 publish: $(READY)
 	$(BIN)/beyond-outliers claims --scale $(SCALE)
 	$(BIN)/beyond-outliers publish --scale $(SCALE) $(if $(filter-out 0 no false,$(PARTIAL)),--partial)
+
+site: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . site
+	@echo "open site/index.html"
 
 continue: $(READY)
 	$(BIN)/beyond-outliers continue --scale $(SCALE) $(JOBS) $(if $(HOURS),--hours $(HOURS)) $(if $(SHARD),--shard $(SHARD))

@@ -422,7 +422,7 @@ def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
 
 @command
 def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
-    """Check the pages of a scale, or write their index or the README's table of decisions.
+    """Check the pages of a scale, or write their index or the README's table of decisions with docs/rules.md.
 
     beyond-outliers pages check --scale laptop
     """
@@ -437,6 +437,7 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
         print(pages.write_index(scale))
     else:
         pages.write_decisions(paths.ROOT / "README.md", scale)
+        paths.write_whole(paths.ROOT / "docs" / "rules.md", pages.rules())
 
 
 def say_where(study: Any) -> None:

@@ -7,7 +7,7 @@ which a stale page is recognised.
 
 beyond-outliers pages index --scale laptop     figures/laptop/README.md, a row per page
 beyond-outliers pages check --scale laptop     whether every page is there and of these tables
-beyond-outliers pages readme --scale laptop    the decision table in README.md
+beyond-outliers pages readme --scale confirm   the decision table in README.md, and docs/rules.md
 """
 
 import hashlib
@@ -24,9 +24,15 @@ from beyond_outliers.config.outside import parted
 from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.terms import explained
 
-# code of cells tagged by-hand alone; a figure as a link to the file that `plots.save` wrote; no warnings, no bars
+# code by hand in full, other code of several lines folded; a figure as a link to the file that `plots.save` wrote;
+# no warnings, no bars
 TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
-{%- block input -%}{%- if 'by-hand' in cell.metadata.tags -%}{{ super() }}{%- endif -%}{%- endblock input -%}
+{%- block input -%}{%- if 'by-hand' in cell.metadata.tags -%}{{ super() }}
+{%- elif cell.metadata.tags | length == 0 and 'notebook.finding(' not in cell.source and '\n' in cell.source %}
+<details><summary>code</summary>
+{{ super() }}
+</details>
+{% endif -%}{%- endblock input -%}
 {%- block stream -%}{%- if output.name == 'stdout' -%}{{ super() }}{%- endif -%}{%- endblock stream -%}
 {%- block data_png -%}
 {%- set image = output.metadata.get('image/png', {}) -%}![{{ image.caption or image.figure }}]({{ image.figure }}.png)
@@ -44,9 +50,10 @@ SETTINGS = {  # of nbconvert; figures are files already
 SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]*)\.png\)")  # a figure on a page
 LARGEST = 150_000  # bytes per page
 BEGIN, END = "<!-- decisions of scale {scale}: beyond-outliers pages readme -->", "<!-- end of decisions -->"
-CAPTION = """*Loss on held-out text in scale [{scale}](figures/{scale}/README.md): means over sizes and seeds, with 95 %
-intervals. In parentheses: not told apart from the first. "Llama": the best of the three optimizers tried on another
-architecture. "Found rates": the best at 0.08M with rates from a wider search.*"""
+CAPTION = """*Lowest loss on held-out text in scale [{scale}](figures/{scale}/README.md), with 95 % intervals. In
+parentheses: not told apart from the best. RTN rounds to nearest. The output head is rounded, unless it is kept. Llama:
+whether the best of AdamW, Muon and Shampoo, the three tried there, is the same. Better rates: the best at 0.08M after a
+wider search for AdamW and PSGD. A dash: not measured. The same table at equal schedules awaits scale `confirm2`.*"""
 CAVEAT = """Since 2026-12-01 we know one caveat: `confirm`'s SOAP, PSGD and Shampoo precondition the vocabulary side of
 the embedding, and the paper's [do not](docs/differences.md)."""
 
@@ -192,6 +199,23 @@ def decisions(scale: str) -> str:
 
     parts = [of_confirm().to_markdown(index=False), CAPTION.format(scale=scale), CAVEAT, verdicts_in_words(scale)]
     return "\n\n".join([BEGIN.format(scale=scale), *parts, END])
+
+
+def rules() -> str:
+    """The rule of every claim at every scale, as docs/rules.md has it."""
+    from beyond_outliers.claims.verdicts import FROZEN, read_rules, texts
+
+    parts = ["# The rules\n\nHow each claim of the paper is judged. `beyond-outliers pages readme` writes this page."]
+    files = {f"`{scale}`": FROZEN[scale][1] for scale in FROZEN} | {"all others": "claims.toml"}
+    for claim, text in texts().items():
+        parts.append(
+            f"## {claim}\n\n{text}.\n\n| scale | statistic | unit | would change it |\n| --- | --- | --- | --- |"
+        )
+        for scale, name in files.items():
+            rule = read_rules(name)[claim]
+            cells = [f"[{scale}](../data/{name})", rule["statistic"], rule["unit"], rule.get("changes", "")]
+            parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "\n\n".join(parts) + "\n"
 
 
 def write_decisions(readme: Path, scale: str) -> None:

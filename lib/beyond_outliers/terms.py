@@ -1,8 +1,8 @@
-"""The terms that a reader of one page may not know, in a line each; data/README.md has them in full."""
+"""The terms that a reader of one page may not know, in a line each; docs/terms.md has them in full."""
 
 import re
 
-IN_FULL = "data/README.md#terms"  # relative to the repository
+IN_FULL = "docs/terms.md"  # relative to the repository; a heading per term
 TERMS = {
     "PTQ": "post-training quantization, rounding a trained model to few bits without further training",
     "W4A4": "weights and activations (inputs of linear layers) rounded to 4-bit integers (`+head`: the head, too)",
@@ -23,5 +23,7 @@ def used(text: str) -> list[str]:
 
 def explained(text: str) -> str:
     """Markdown: a line that defines every term which a notebook's text uses; empty where it uses none."""
-    definitions = [f"**{term}**: {TERMS[term]}" for term in used(text)]
-    return f"Terms ([in full](../{IN_FULL})). {'. '.join(definitions)}." if definitions else ""
+    anchors = {term: f"../{IN_FULL}#{term.lower().replace(' ', '-')}" for term in used(text)}
+    return " ".join(["Terms.", *(f"[{term}]({anchor}): {TERMS[term]}." for term, anchor in anchors.items())]) * bool(
+        anchors
+    )

@@ -106,15 +106,15 @@ def test_the_table_names_what_is_not_measured_yet():
 
 def test_the_decision_is_by_the_loss_that_one_ends_with():
     """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
-    table = decisions.decisions(Made(qat=True)).set_index("if you will")
-    assert table["train with"]["leave the model in full precision"] == table["train with"][decisions.QAT] == "**Muon**"
-    after = table.loc["round to nearest, W4A4 without head"]
-    assert after["train with"] == "**Shampoo**" and after["runs each"] == "6 in 2 sizes"
-    assert after["runner-up, its loss above (nats)"].startswith("Scion +0.150 [")
-    assert table["train with"]["round weights alone, W4 with head"] == decisions.NOT_MEASURED
+    table = decisions.decisions(Made(qat=True)).set_index("you deploy with")
+    assert table["train with"][decisions.NONE] == table["train with"][decisions.QAT] == "**Muon**"
+    after = table.loc["RTN to W4A4, head kept"]
+    assert after["train with"] == "**Shampoo**" and after["runs"] == 6
+    assert after["runner-up, nats above"].startswith("Scion +0.150 [")
+    assert table["train with"][decisions.W4] == decisions.NOT_MEASURED
 
 
 def test_who_cannot_be_told_from_the_best_is_named_beside_it():
-    table = decisions.decisions(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you will")
-    assert table["train with"]["leave the model in full precision"] == "**Muon (or Scion)**"
+    table = decisions.decisions(Made(levels=LEVELS | {"scion": 2.801})).set_index("you deploy with")
+    assert table["train with"][decisions.NONE] == "**Muon (or Scion)**"
     assert table["train with"][decisions.QAT] == decisions.NOT_MEASURED

@@ -133,7 +133,7 @@ def test_every_committed_study_has_its_findings(scale, name):
     if name in ("02_outlier_metrics", "04_error_propagation"):
         read = rules["C6" if name.startswith("02") else "C7"]["statistic"]
         assert ("at the Common Loss (n" in text) == ("Common Loss" in read)
-    quoted = re.findall(r"\[([^]]+)\]\(\.\./data", verdict_lines(Study(scale), name))
+    quoted = re.findall(r"\[([^]]+)\]\(\.\./docs/rules", verdict_lines(Study(scale), name))
     assert all(any(rule["statistic"].startswith(words) for rule in rules.values()) for words in quoted)
     if name == "05_qat" and scale == "pocket":
         assert "[" not in text  # one seed under QAT: nothing has an interval
@@ -165,7 +165,7 @@ def test_the_evidence_links_rule_figure_notebook_and_command():
         and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
     )
     targets = re.findall(r"\]\(([^)]+)\)", row.evidence)
-    assert targets == [f"../{rule_place('laptop', 'C4')}", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
+    assert targets == ["../docs/rules.md#c4", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
 
 @pytest.mark.parametrize("scale", list(FROZEN))
@@ -239,7 +239,7 @@ def test_tuning_runs_count_whenever_they_ended(monkeypatch):
 def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
     text = verdict_lines(Study("confirm"), "03_ptq")
     assert "- C4, **reproduced**." in text and "-0.35 [-0.38, -0.31] (n 10/10/6, log nats)" in text
-    assert "](../data/claims-confirm.toml#L" in text and verdict_lines(Study("confirm"), "09_real_quantizers") == ""
+    assert "](../docs/rules.md#c4)" in text and verdict_lines(Study("confirm"), "09_real_quantizers") == ""
     assert "*Would change it:*" in text and "*Would change it:*" not in verdict_lines(Study("laptop"), "03_ptq")
 
 
@@ -250,7 +250,7 @@ def test_a_long_reason_is_cut(monkeypatch):
     monkeypatch.setattr(findings, "judged", lambda study: pd.DataFrame([row]))
     text = verdict_lines(SimpleNamespace(scale="laptop"), "01_full_precision")
     assert text.endswith("more ...") and "word ... *Would" in text and len(text) < 550
-    assert "[s](../data/claims-laptop.toml#L" in text and ": 1.00 (n 3" in text
+    assert "[s](../docs/rules.md#c1)" in text and ": 1.00 (n 3" in text
 
 
 def test_the_six_are_in_the_made_up_tables():

@@ -130,6 +130,7 @@ def test_the_readme_says_what_the_tables_of_the_confirmatory_study_say():
     """Its decisions, word for word; `beyond-outliers pages readme --scale confirm` writes them."""
     block = pages.decisions("confirm")
     assert block in README.read_text()
+    assert pages.rules() == (paths.ROOT / "docs" / "rules.md").read_text()
     rows = pd.read_csv(paths.RESULTS / "confirm" / "verdicts.csv")
     judged = rows[(rows.spec == "W4A4+head") & (rows.optimizers == "six") & (rows.part == "whole")]
     verdicts = judged.verdict.value_counts()
@@ -143,7 +144,7 @@ def test_decisions_name_who_ends_lowest_under_each_quantizer():
     runs = pd.read_csv(paths.RESULTS / "confirm" / "runs.csv", dtype={"size": str})
     main = runs[runs.purpose.str.contains("full_precision") & (runs.seed >= 200)][["run", "size", "optimizer"]]
     table = table[table.checkpoint == "final"][["run", "spec", "val_loss"]].merge(main, on="run")
-    shown = decisions.of_confirm().set_index("if you will")
+    shown = decisions.of_confirm().set_index("you deploy with")
     for intention, spec in decisions.INTENTIONS.items():
         if spec not in (None, "QAT"):
             means = table[table.spec == spec].groupby(["size", "optimizer"]).val_loss.mean().unstack().dropna().mean()
@@ -151,7 +152,7 @@ def test_decisions_name_who_ends_lowest_under_each_quantizer():
             row = shown.loc[intention]
             assert row["train with"].startswith(f"**{label(best)}"), intention
             gap = means[second] - means[best]
-            assert row["runner-up, its loss above (nats)"].startswith(f"{label(second)} +{gap:.3f}"), intention
+            assert row["runner-up, nats above"].startswith(f"{label(second)} +{gap:.3f}"), intention
 
 
 def test_the_history_counts_the_verdicts_of_the_exploratory_study():

@@ -3,11 +3,14 @@
 import json
 import re
 import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 import yaml
 
-from beyond_outliers import pages, paths
+from beyond_outliers import paths
 
 ROOT = paths.ROOT
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -47,20 +50,43 @@ def test_a_workflow_calls_what_is_there(file):
                 assert (ROOT / "lib" / (module.replace(".", "/") + ".py")).exists(), module
 
 
-def test_the_site_leaves_out_nothing_that_its_pages_link_to():
-    """Jekyll turns the committed Markdown into pages; what it excludes, no page may link to."""
-    excluded = yaml.safe_load((ROOT / "_config.yml").read_text())["exclude"]
-    assert "jekyll-build-pages" in (ROOT / ".github" / "workflows" / "pages.yml").read_text()
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "figures").glob("[!.]*/*.md")]
-    links = [(page, link) for page in documents for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
-    assert len(links) > 100
-    targets = {(page.parent / link).resolve().relative_to(ROOT).as_posix() for page, link in links}
-    allowed = {"tests/benchmarks", "tests/workflow/test_slurm.py"}  # sources, for readers of the repository
-    assert [t for t in targets - allowed if any(t == e or t.startswith(f"{e}/") for e in excluded)] == []
+class Links(HTMLParser):
+    def __init__(self, file):
+        super().__init__()
+        self.targets, self.anchors = set(), set()
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.targets |= {value for name, value in attributes if name in ("href", "src") and value}
+        self.anchors |= {value for name, value in attributes if name == "id"}
 
 
-def test_an_optimizer_from_outside_has_one_page_and_no_index():
-    assert pages.names_of("pocket+lion") == ["10_your_optimizer"]
-    pages.check_pages("pocket+lion", pages.names_of("pocket+lion"))
-    with pytest.raises(ValueError, match="no index"):
-        pages.write_index("pocket+lion")
+def broken(site):
+    """(page, target) of every link that leads nowhere within the site."""
+    pages = {file: Links(file) for file in site.rglob("*.html") if "_static" not in file.parts}
+    lost = []
+    for file, links in pages.items():
+        for target in links.targets:
+            path, _, anchor = unquote(target).partition("#")
+            there = (file.parent / path.partition("?")[0]).resolve() if path else file
+            known = pages[there].anchors if there in pages else {anchor}
+            if not re.match(r"\w+:", target) and (not there.is_file() or (anchor and anchor not in known)):
+                lost.append((file.relative_to(site).as_posix(), target))
+    return lost
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_no_link_of_it_is_broken(tmp_path):
+    """The command of `make site`."""
+    site = (tmp_path / "site").resolve()
+    options = re.search(r"-m sphinx (.+) \. site", (ROOT / "Makefile").read_text())[1].split()
+    command = [sys.executable, "-m", "sphinx", *options, "-d", tmp_path / "doctrees", ".", site]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = [f"figures/{scale}/README.html" for scale in ("confirm", "pocket")]
+    assert [page for page in ("index.html", "docs/rules.html", *pages) if not (site / page).exists()] == []
+    assert broken(site) == []
+    (site / "docs" / "terms.html").write_text("no heading here")
+    assert ("data/README.html", "../docs/terms.html") not in broken(site)
+    (site / "docs" / "terms.html").unlink()
+    assert ("data/README.html", "../docs/terms.html") in broken(site)

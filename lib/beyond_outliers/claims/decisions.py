@@ -11,28 +11,20 @@ from beyond_outliers.claims.estimates import Comparison, NothingToCompare, label
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
-QAT = "train in 4 bits, W4A4 with head (QuEST)"
-RTN_HEAD = "round to nearest, W4A4 with head"
-NOT_MEASURED = "not measured"
-COLUMNS = [
-    "if you will",
-    "train with",
-    "runner-up, its loss above (nats)",
-    "runs each",
-    "Llama, of three",
-    "found rates",
-]
+NONE, QAT, RTN_HEAD, W4 = "no quantization", "QAT to W4A4 (QuEST)", "RTN to W4A4", "RTN to W4, weights alone"
+NOT_MEASURED = "-"
+COLUMNS = ["you deploy with", "train with", "runner-up, nats above", "runs", "on Llama, too?", "at better rates, too?"]
 VERDICTS = ("reproduced", "not reproduced", "tie", "undecided")
 # intention -> spec at the end of training; None: the model as it is
 INTENTIONS: dict[str, str | None] = {
-    "leave the model in full precision": None,
-    "round to nearest, W4A4 without head": "W4A4",
+    NONE: None,
+    "RTN to W4A4, head kept": "W4A4",
     RTN_HEAD: "W4A4+head",
-    "GPTQ, W4A4 with head": "W4A4+gptq+head",
-    "rotation and GPTQ, W4A4 with head": "W4A4+rot+gptq+head",
-    "round to nearest, mxfp4 with head": "mxfp4+head",
-    "round to nearest, nvfp4 with head": "nvfp4+head",
-    "round weights alone, W4 with head": "W4+head",
+    "GPTQ to W4A4": "W4A4+gptq+head",
+    "rotation + GPTQ to W4A4": "W4A4+rot+gptq+head",
+    "RTN to mxfp4": "mxfp4+head",
+    "RTN to nvfp4": "nvfp4+head",
+    W4: "W4+head",
     QAT: "QAT",
 }
 FOUND = {None: "val_loss", "W4A4+head": "increase_end", "QAT": "val_loss_qat"}  # columns at the found rates
@@ -79,14 +71,14 @@ def decisions(study: Study, other: Study | None = None, found: pd.DataFrame | No
             continue
         best, second, *_ = compared.order
         gap = compared.difference(second, best).text()
-        n = f"{int(compared.cells.n[0].sum())} in {len(compared.sizes)} sizes"
-        further = _there(here, other, spec), _found(here, found, spec)
+        n = int(compared.cells.n[0].sum())
+        further = _there(here, other, spec), _found(here, found, spec, best)
         rows.append((intention, f"**{winner(compared)}**", f"{label(second)} +{gap}", n, *further))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _there(here: pd.DataFrame, other: Study | None, spec: str | None) -> str:
-    """The winner among the optimizers of another study, there and here."""
+    """Whether the best among the optimizers of another study is the best of them here, and who is best there."""
     if other is None:
         return ""
     names = list(other.protocol.optimizers)
@@ -97,12 +89,11 @@ def _there(here: pd.DataFrame, other: Study | None, spec: str | None) -> str:
     ours = ranked(here, names)
     if there is None or ours is None:
         return NOT_MEASURED
-    same = there.order[0] == ours.order[0]
-    return f"{winner(there)}{', as here' if same else f'; here {winner(ours)}'}"
+    return f"{'yes' if there.order[0] == ours.order[0] else 'no'}: {winner(there)}"
 
 
-def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None) -> str:
-    """The winner where AdamW and PSGD have the rates that a wider search found."""
+def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None, best: str) -> str:
+    """Whether `best` is so where AdamW and PSGD have the rates that a wider search found, and who is best there."""
     if found is None:
         return ""
     if spec not in FOUND:
@@ -111,7 +102,7 @@ def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None) -> 
     at = here[(here["size"] == "0.08M") & ~here.optimizer.isin(found.optimizer)]
     rows = pd.concat([at, found.assign(loss=loss)[["size", "optimizer", "seed", "loss"]]])
     compared = ranked(rows, sorted(set(rows.optimizer)))
-    return winner(compared) if compared else NOT_MEASURED
+    return f"{'yes' if compared.order[0] == best else 'no'}: {winner(compared)}" if compared else NOT_MEASURED
 
 
 def of_confirm() -> pd.DataFrame:

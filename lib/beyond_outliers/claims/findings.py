@@ -25,7 +25,7 @@ from beyond_outliers.claims.estimates import (
     t_interval,
 )
 from beyond_outliers.claims.rules import VERDICTS
-from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, read_rules, rule_file, rule_place
+from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, read_rules, rule_file
 
 FINDINGS: dict[str, Callable] = {}
 
@@ -253,7 +253,7 @@ def verdict_lines(study, notebook: str) -> str:
     for row in judged(study).query("notebook == @notebook").itertuples():
         changes = f" *Would change it:* {_shortened(row.changes)}" * bool(row.changes)
         lines.append(
-            f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
+            f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../docs/rules.md#{row.id.lower()})"
             f"{_estimate(row, ': ')} (n {row.n}, {row.unit}). {_shortened(_ended(row.comment))}{changes}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
@@ -286,7 +286,7 @@ def evidence(study) -> pd.DataFrame:
     for row in judged(study).itertuples():
         figure = read_rules()[row.id]["figure"]
         links = [
-            f"[{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})",
+            f"[{_sentence(row.statistic)}](../docs/rules.md#{row.id.lower()})",
             f"[{figure}](../figures/{study.scale}/{figure}.png)",
             f"[{row.notebook}]({row.notebook}.ipynb)",
         ]
