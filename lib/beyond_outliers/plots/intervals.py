@@ -40,8 +40,9 @@ CANDIDATES = {  # of `readings`, as axes name them
 
 def _bars(ax: Axes, x, y, optimizer: str, known=True, **ends) -> None:
     """Points of an optimizer with error bars, `ends` as (value, low, high); NaN: none is drawn. Hollow: not known."""
-    arms = {axis: np.nan_to_num(np.abs([v - low, high - v])) for axis, (v, low, high) in ends.items()}
-    ax.errorbar(x, y, ms=5, capsize=2, lw=1.2, **arms, **style_of(optimizer), **({} if known else {"mfc": "white"}))
+    style = style_of(optimizer) | ({} if known else {"mfc": "white"})
+    style |= {axis: np.nan_to_num(np.abs([v - low, high - v])) for axis, (v, low, high) in ends.items()}
+    ax.errorbar(x, y, ms=5, capsize=2, lw=1.2, **style)
 
 
 def _forest(ax: Axes, rows: pd.DataFrame, value: str, names: Sequence[str], line: float) -> None:

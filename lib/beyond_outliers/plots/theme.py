@@ -36,7 +36,7 @@ class _Each(dict[str, str]):
 LABELS, COLOURS, MARKERS = (_Each(field) for field in ("label", "colour", "marker"))
 
 
-GUIDE = {"color": "grey", "lw": 1}  # of lines that are no data: a reference, zero, chance
+GUIDE: dict[str, Any] = {"color": "grey", "lw": 1}  # of lines that are no data: a reference, zero, chance
 
 
 def style_of(optimizer: str) -> dict[str, Any]:
@@ -138,9 +138,10 @@ def finish(figure: Figure, ylabel: str = "", legend: bool = True) -> Figure:
     everything that some panel shows."""
     unique: dict[str, Any] = {}
     for ax in figure.axes:
-        if ylabel and ax.get_visible() and ax.axison and ax.get_subplotspec().is_first_col():
-            longest = int(8 * figure.get_size_inches()[1] / ax.get_gridspec().nrows)
-            ax.set_ylabel(textwrap.fill(ylabel, longest))
+        grid = ax.get_subplotspec()
+        if ylabel and grid and grid.is_first_col() and ax.get_visible() and ax.axison:
+            rows = grid.get_geometry()[0]
+            ax.set_ylabel(textwrap.fill(ylabel, int(8 * figure.get_size_inches()[1] / rows)))
         unique |= {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     unique = {name: unique[name] for name in (*LABELS.values(), *"ABC", *unique) if name in unique}  # the paper's order
     if legend and unique:
