@@ -208,6 +208,27 @@ def test_the_claimed_side_is_right_and_numbers_are_written_out():
     assert first == "C1  First" and second.endswith("...") and len(second) < 90 and part == "Muon"
 
 
+def test_a_scorecard_has_a_cell_per_verdict_and_gaps():
+    (ax,) = plots.scorecard(pd.DataFrame({"six": {"C1": "tie", "C8": "reproduced"}, "then": {"C8": NAN}}), CLAIMS).axes
+    assert [text.get_text() for text in ax.texts] == ["tie", "yes"] and len(ax.patches) == 2
+
+
+def test_places_are_of_the_sizes_that_every_method_has():
+    rows = [("s", "muon", "RTN", 3), ("s", "soap", "RTN", 2), ("s", "muon", "GPTQ", 1), ("s", "soap", "GPTQ", 2)]
+    rows += [("m", "muon", "RTN", 0), ("m", "soap", "RTN", 9)]  # without GPTQ
+    (ax,) = plots.rank_lines(table("size optimizer method val_loss", *rows).assign(format="int4"), ("RTN", "GPTQ")).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()} == {"Muon": [2, 1], "SOAP": [1, 2]}
+    assert {text.get_text(): text.xy for text in ax.texts} == {"Muon": (1, 1), "SOAP": (1, 2)}
+
+
+def test_names_at_the_ends_of_curves_keep_apart(sweep):
+    figure = plots.optimizer_lines(sweep, "lr", "val_loss", "size", "x", "y")
+    texts = figure.axes[0].texts
+    heights = [text.xy[1] for text in texts]
+    assert sorted(text.get_text() for text in texts) == sorted(plots.LABELS[name] for name in OPTIMIZER_NAMES)
+    assert np.diff(heights).min() > 0.07 and not figure.legends
+
+
 def test_an_unknown_verdict_is_refused():
     with pytest.raises(ValueError, match="unknown verdicts \\['perhaps'\\]; valid: reproduced"):
         plots.verdict_ledger(LEDGER.assign(verdict="perhaps"), CLAIMS)

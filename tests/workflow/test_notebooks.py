@@ -49,12 +49,20 @@ EXPECTED = {
     "01_full_precision": ["01_loss_curves", "01_final_loss", "01_learning_rates", "01_cloze_accuracy"],
     "02_outlier_metrics": ["02_mmr", "02_mmr_learning_rate", "02_outliers_against_damage"],
     "03_ptq": ["03_w4a4_increase", "03_forest", "03_before_and_after", "03_formats_tiny", "03_formats_small"],
-    "04_error_propagation": ["04_depth", "04_abc", "04_gain", "04_figure1", "04_correlations_increase", "04_centred"],
+    "04_error_propagation": [
+        "04_diagram",
+        "04_depth",
+        "04_abc",
+        "04_gain",
+        "04_figure1",
+        "04_correlations_increase",
+        "04_centred",
+    ],
     "05_qat": ["05_increase", "05_curves", "05_staircases"],
     "06_scaling_laws": ["06_fits", "06_rho"],
-    "07_claims": ["07_claims", "07_effects"],
+    "07_claims": ["07_scorecard", "07_claims", "07_effects"],
     "08_probe_your_model": ["08_depth", "08_outliers"],
-    "09_real_quantizers": ["09_methods"],
+    "09_real_quantizers": ["09_ranks", "09_methods"],
 }
 
 

@@ -270,6 +270,18 @@ def then_and_now(study) -> pd.DataFrame:
     return table.assign(now=now.verdict, why=table.index.map(why)).reset_index()
 
 
+def scorecard(study) -> pd.DataFrame:
+    """A row per claim, a column per way to judge it: by the rules of today, and what the frozen studies said then."""
+    whole = read_verdicts(study).query("part == @WHOLE")
+    six, three = whole[whole.optimizers == "six"], whole[whole.optimizers == "three"]
+    ways = {"six optimizers": six, "the paper's three": three}
+    ways |= {name: six[six.condition == name] for name in ("without head", "equal schedule")}
+    columns = {name: rows.drop_duplicates("id").set_index("id").verdict for name, rows in ways.items()}
+    then = then_and_now(study).set_index("id")
+    columns |= {f"{scale}, then": then[scale] for scale in FROZEN}
+    return pd.DataFrame(columns).reindex(then.index).replace("", np.nan)
+
+
 def frozen_parts(study) -> pd.DataFrame:
     """The frozen verdicts of `confirm` on the six with the head, every part, with the names of `evaluate`."""
     table = read_table(study.results / f"{FROZEN['confirm'][0]}.csv")

@@ -19,6 +19,7 @@ from beyond_outliers.plots.theme import (
     LABELS,
     MARKERS,
     finish,
+    name_lines,
     name_ticks,
     panels,
     style_of,
@@ -40,7 +41,8 @@ def optimizer_lines(
     logy: bool = False,
 ) -> Figure:
     """y against x, a line an optimizer, a panel a value of `panel`: the mean over seeds with a band from lowest to
-    highest, or between the columns of `band`; seeds: a line a seed instead. Ticks of x read 200k where it is tokens."""
+    highest, or between the columns of `band`, and its name at its end; seeds: a line a seed instead, and a legend.
+    Ticks of x read 200k where it is tokens."""
     figure, axes = panels(table.get(panel, []), xlabel=xlabel, sharey=True)
     low, high = band or (y, y)
     for (value, name, *_), line in table.groupby([panel, "optimizer", *["seed"] * seeds], sort=False) if axes else ():
@@ -58,7 +60,9 @@ def optimizer_lines(
         if logy:
             ax.set_yscale("log")
             tidy_log(ax.yaxis)
-    return finish(figure, ylabel)
+        if not seeds:
+            name_lines(ax)
+    return finish(figure, ylabel, legend=seeds)
 
 
 def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> Figure:

@@ -127,6 +127,24 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Fig
     return finish(figure, label)
 
 
+def rank_lines(table: pd.DataFrame, methods: Sequence[str], value: str = "val_loss") -> Figure:
+    """Places of the optimizers by the mean of `value` under every method, lowest on top: a panel a format.
+
+    Means are over the sizes at which every method of the format has been measured. Names stand at the lines' ends.
+    """
+    wide = table.pivot_table(index=["format", "size", "optimizer"], columns="method", values=value, sort=False)
+    figure, axes = panels(wide.index.get_level_values("format"), 3.4, 3.0)
+    for format, ax in axes.items():
+        rows = wide.loc[format].dropna(axis=1, how="all").dropna()
+        means = rows.groupby("optimizer").mean()[[method for method in methods if method in rows]]
+        for optimizer, places in means.rank().iterrows():
+            ax.plot(range(len(places)), places, lw=2, ms=7, **style_of(str(optimizer)))
+            ax.annotate(LABELS[optimizer], (len(places) - 1, places.iloc[-1]), (8, -3), textcoords="offset points")
+        ax.set_xticks(range(means.shape[1]), [method.replace(" + ", "\n+ ") for method in means])
+        ax.set(xlim=(-0.2, means.shape[1] - 0.1), ylim=(len(means) + 0.5, 0.5), yticks=range(1, len(means) + 1))
+    return finish(figure, "place by loss after rounding", legend=False)
+
+
 def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> Figure:
     """One point an optimizer, with the intervals of both coordinates (x_half, y_half) and its name."""
     figure, axes = panels([""] if len(table) else [], 4.1, 3.8, xlabel=xlabel)

@@ -51,6 +51,26 @@ def verdict_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
     return figure
 
 
+def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
+    """`claims.verdicts.scorecard` on one screen: a claim per row, a column per way to judge it. A gap: not judged."""
+    short = {"reproduced": "yes", "not reproduced": "no", "undecided": "open", "not measured": "none"}
+    figure, ax = subplots(figsize=(4.6 + 1.1 * table.shape[1], 0.3 * len(table) + 0.8))
+    for row, claim in enumerate(table.index):
+        for column, verdict in enumerate(table.loc[claim]):
+            if isinstance(verdict, str):
+                colour = VERDICT_COLOURS[verdict]
+                ax.barh(row, 0.94, 0.86, column - 0.47, color=colour, alpha=0.45)
+                ax.text(column, row, short.get(verdict, verdict), ha="center", va="center", fontsize=9)
+    ax.set_yticks(range(len(table)), [f"{claim}  {_cut(claims[claim], 64)}" for claim in table.index], fontsize=9)
+    ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns], fontsize=9)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlim=(-0.5, table.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
+    ax.grid(visible=False)
+    return figure
+
+
 def _cut(claim: str, longest: int = 78) -> str:
     return claim if len(claim) <= longest else claim[:longest].rsplit(" ", 1)[0] + " ..."
 
