@@ -376,14 +376,17 @@ def compare(
         given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--hyper {hyper!r} is not TOML: {error}") from None
-    from beyond_outliers.notebook import YOURS, run_notebook
+    from beyond_outliers.claims.beside import finding, standing
+    from beyond_outliers.notebook import YOURS, run_notebook, time_to_build
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study import compare
 
     beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
     print(trial(outside.source, outside.learning_rates[0], **outside.hyper), flush=True)
+    print(f"What is left takes {time_to_build(study_of(beside))}; a search of rates can add to it.", flush=True)
     compare.compare(scale, beside, outside)
-    print(run_notebook(YOURS, beside))
+    page, both = run_notebook(YOURS, beside), compare.Beside(beside)
+    print(f"\n{finding(both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

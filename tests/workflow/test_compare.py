@@ -47,10 +47,16 @@ def test_the_page_says_where_it_stands(compared):
         assert (folder / f"{figure}.png").stat().st_size > 5000 and f"]({figure}.png)" in page
 
 
-def test_a_second_call_trains_nothing(compared, monkeypatch):
+def test_a_second_call_trains_nothing_and_tells_the_finding(compared, monkeypatch, capsys):
     monkeypatch.setattr(Study, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("beyond_outliers.notebook.run_notebook", lambda *_: "page")
     assert main([*COMMAND, "--name", "floor"]) == 0  # with the rates that it has
+    said = capsys.readouterr().out
+    assert (
+        said.index("What is left takes about 0 minutes")
+        < said.index("\nSGD next to the six.")
+        < said.index("\n| quantity")
+    )
 
 
 def test_other_hyperparameters_under_the_same_name_are_refused(compared, capsys):
