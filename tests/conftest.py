@@ -16,6 +16,7 @@ from beyond_outliers import paths
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Side by side, a file stays in one process; so do all that read the one study at scale smoke. Long files first."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("exhaustive")}
