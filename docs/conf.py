@@ -9,13 +9,16 @@ project = html_title = "Beyond outliers"
 author = "the contributors of beyond-outliers"
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "data/README.md", "figures/**.md", "notebooks/*.md"]
+include_patterns = ["*.md", "docs/*.md", "data/README.md", "data/checkpoints/*/README.md", "figures/**.md"]
 exclude_patterns = [".*", "lib", "tests", "site", "data/cache", "data/runs", "data/results"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # a page that begins with ## after a folded table
 html_theme = "furo"
 html_copy_source = False
+
+
+OTHERS = ["data/README", "data/checkpoints/confirm/README", "CONTRIBUTING", "CHANGELOG"]
 
 
 def contents(caption: str, documents: list[str]) -> str:
@@ -37,7 +40,7 @@ def arrange(app, docname: str, source: list[str]) -> None:
         others = [f"{folder.name} <figures/{folder.name}/{pages(folder)[0]}>" for folder in studies]
         documents = [f"docs/{name}" for name in pages(ROOT / "docs")]
         source[0] += contents("Findings", first) + contents("Other studies", others)
-        source[0] += contents("Documentation", [*documents, "data/README", "CONTRIBUTING", "CHANGELOG"])
+        source[0] += contents("Documentation", [*documents, *OTHERS])
     elif re.fullmatch("figures/(?!confirm).*/README", docname):
         source[0] += contents("Pages", pages(file.parent)[1:])
     source[0] = re.sub(

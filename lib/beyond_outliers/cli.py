@@ -425,7 +425,7 @@ def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
 
 @command
 def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
-    """Check the pages of a scale, or write their index or the README's table of decisions with docs/rules.md.
+    """Check the pages of a scale, or write their index or the README's table, docs/rules.md and the model card.
 
     beyond-outliers pages check --scale laptop
     """
@@ -441,6 +441,7 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
     else:
         pages.write_decisions(paths.ROOT / "README.md", scale)
         paths.write_whole(paths.ROOT / "docs" / "rules.md", pages.rules())
+        paths.write_whole(paths.CHECKPOINTS / scale / "README.md", pages.model_card(scale))
 
 
 def say_where(study: Any) -> None:

@@ -16,6 +16,7 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
@@ -216,6 +217,32 @@ def rules() -> str:
             cells = [f"[{scale}](../data/{name})", rule["statistic"], rule["unit"], rule.get("changes", "")]
             parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     return "\n\n".join(parts) + "\n"
+
+
+CARD = """---
+license: apache-2.0
+tags: [quantization, optimizers, small-language-model]
+---
+# Checkpoints of scale `{scale}`
+
+Final weights in bfloat16: one seed per size, optimizer and kind of training. They are made for replay:
+`beyond-outliers replay --scale {scale}` measures them again. Each file has its run's settings in its metadata.
+`beyond_outliers.study.checkpoints.load_checkpoint` opens it.
+
+- **Text.** API documentation (Apache-2.0). [docs/data.md](../../../docs/data.md) has sources and licences.
+- **Limits.** The models know little else than that text, and no instruction. They are for measurements alone.
+- **Loss.** Nats per token on held-out text, before rounding to bfloat16.
+
+{table}
+"""
+
+
+def model_card(scale: str) -> str:
+    """README.md of a scale's committed checkpoints, from their names and the table of runs."""
+    names = sorted(file.stem for file in (paths.CHECKPOINTS / scale).glob("*.safetensors"))
+    runs = pd.read_csv(paths.RESULTS / scale / "runs.csv").set_index("run").loc[names]
+    columns = ["size", "optimizer", "scheme", "seed", "lr", "tokens", "val_loss"]
+    return CARD.format(scale=scale, table=runs[columns].reset_index().to_markdown(index=False))
 
 
 def write_decisions(readme: Path, scale: str) -> None:

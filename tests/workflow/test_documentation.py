@@ -130,6 +130,7 @@ def test_the_readme_says_what_the_tables_of_the_confirmatory_study_say():
     """Its decisions, word for word; `beyond-outliers pages readme --scale confirm` writes them."""
     block = pages.decisions("confirm")
     assert block in README.read_text()
+    assert pages.model_card("confirm") == (paths.CHECKPOINTS / "confirm" / "README.md").read_text()
     assert pages.rules() == (paths.ROOT / "docs" / "rules.md").read_text()
     rows = pd.read_csv(paths.RESULTS / "confirm" / "verdicts.csv")
     judged = rows[(rows.spec == "W4A4+head") & (rows.optimizers == "six") & (rows.part == "whole")]
