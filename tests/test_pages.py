@@ -186,24 +186,18 @@ def test_a_table_says_what_pandas_has():
 @pytest.fixture
 def one_page(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(pages, "names_of", lambda scale: ["01_full_precision"])
-    found = shown(text_markdown="**Finding.** Muon, 1.0 [0.9, 1.1] under W4A4 | n 3.", text_plain="")
+    found = shown(text_markdown="**Finding.** Muon, 1.0 [0.9, 1.1] under W4A4 | n 3. More (n 2).", text_plain="")
     executed(tmp_path, found)
     return written(folder)
 
 
-def test_the_index_has_a_row_a_page_with_question_and_finding(one_page):
+def test_the_index_has_a_row_per_page_with_the_first_sentence_of_its_finding(one_page):
     index = pages.write_index("smoke").read_text()
-    row = "| [1. Title](01_full_precision.md) | Who \\| what? | Muon, 1.0 [0.9, 1.1] under W4A4 \\| n 3. |"
+    row = "| [1. Title](01_full_precision.md) | Muon, 1.0 [0.9, 1.1] under W4A4 \\| n 3. |"
     assert row in index.splitlines()
     assert "[W4A4](../../docs/terms.md#w4a4): weights and activations" in index
     before = index
     assert pages.write_index("smoke").read_text() == before
-
-
-def test_a_finding_of_several_points_is_quoted_whole(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("**Finding.** By size:\n\n- small: 1\n- large: 2\n\nNot this.\n\n**Question.** Which?\n\n- no\n")
-    assert pages.quoted(page, "Finding") == "By size: small: 1 large: 2"
 
 
 def test_an_index_of_missing_or_mute_pages_is_refused(one_page):

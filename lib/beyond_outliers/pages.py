@@ -150,16 +150,16 @@ def names_of(scale: str) -> list[str]:
     return notebooks(Protocol.load(scale))
 
 
-def quoted(page: Path, what: str) -> str:
-    """The paragraph of a page that begins with **what.**, with its list as running text; ValueError without one."""
-    found = re.search(rf"^\*\*{re.escape(what)}\.\*\* (.+(?:\n\n(?:- .+\n)+)?)", page.read_text(), re.MULTILINE)
+def first_finding(page: Path) -> str:
+    """The first sentence of a page's finding, which is in plain words; ValueError where the page has none."""
+    found = re.search(r"^\*\*Finding\.\*\* (.+?[.:])(?= |$)", page.read_text(), re.MULTILINE)
     if not found:
-        raise ValueError(f"{page} has no paragraph that begins with **{what}.**: run `make figures` again")
-    return re.sub(r"\s*\n(?:- )?", " ", found[1]).strip()
+        raise ValueError(f"{page} has no paragraph that begins with **Finding.**: run `make figures` again")
+    return found[1]
 
 
 def write_index(scale: str) -> Path:
-    """README.md from the pages that lie there: a row per page with its question and its finding.
+    """README.md from the pages that lie there: a row per page with its question and the first sentence of its finding.
 
     ValueError for an unknown scale, FileNotFoundError for a page that is not there.
     """
@@ -169,7 +169,7 @@ def write_index(scale: str) -> Path:
     for name in names_of(scale):
         page = page_of(scale, name)
         title = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
-        cells = [f"[{title[1] if title else name}]({name}.md)", quoted(page, "Question"), quoted(page, "Finding")]
+        cells = [f"[{title[1] if title else name}]({name}.md)", first_finding(page)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     folder = paths.pages(scale)
     up, tables = paths.way_up(folder), "results" if folder == paths.FIGURES / scale else "runs"
@@ -177,7 +177,7 @@ def write_index(scale: str) -> Path:
         f"# What scale `{scale}` found",
         f"The notebooks, executed on the [tables of this scale]({up}/data/{tables}/{scale}). Sizes, seeds and rates: "
         f"[{scale}.toml]({up}/data/scales/{scale}.toml). `make figures SCALE={scale}` makes the pages again.",
-        "\n".join(["| page | question | finding |", "| --- | --- | --- |", *rows]),
+        "\n".join(["| page | finding |", "| --- | --- |", *rows]),
         relinked(explained("\n".join(rows)), scale, folder, "md"),
     ]
     paths.write_whole(folder / "README.md", "\n\n".join(filter(None, text)) + "\n")

@@ -143,7 +143,9 @@ def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
 
 def test_the_finding_follows_the_numbers(study):
     text = methods.finding(study)
-    assert text.startswith("What other methods leave of the order under round to nearest (RTN), in int4:\n\n- s")
+    assert text.startswith(
+        "Other methods change the order of the optimizers under round to nearest (RTN), in int4.\n\n- s"
+    )
     assert "- s, n 3: Muon's damage is 1.91 [" in text and "Under rotation + GPTQ it is 0.52 [" in text
     assert ": more under RTN, less under rotation + GPTQ." in text
     assert "rotation + GPTQ and RTN order 0% of the pairs alike (Kendall's tau -1.00" in text

@@ -137,7 +137,7 @@ def test_a_page_begins_with_what_was_found(executed, study, name):
     places = [page.index(text) for text in ("\n# ", "\n**Finding.** ", "\n**Question.** ")]
     assert places == sorted(places) and page[places[0] : places[1]].strip().count("\n") == 0  # then the finding
     index = pages.write_index("smoke").read_text()
-    found = pages.quoted(executed[name][0].with_suffix(".md"), "Finding")
+    found = pages.first_finding(executed[name][0].with_suffix(".md"))
     assert f"({name}.md)" in index and found.replace("|", "\\|") in index
     pages.check_pages("smoke", [name])
 

@@ -142,10 +142,10 @@ def error_propagation(study) -> str:
     increase, n = _correlations(study, {"R_L": "the loss increase at"}, "increase")
     accuracy, _ = _correlations(study, {"R_L": "cloze accuracy at"}, "accuracy")
     return (
-        f"Most of a module's error is inherited. Inherited error (A) exceeds new error and their interaction in "
-        f"{mean.text(0, 100)} % of the modules. This is a mean over {len(shares)} runs, modules that add no error "
-        f"included. The error at the network's end, R_L, correlates with {listed(increase + accuracy)}. "
-        f"{_correlated(study, n)}"
+        f"In most modules inherited error is {'' if mean.value > 0.5 else 'not '}the largest part. Inherited error (A) "
+        f"exceeds new error and their interaction in {mean.text(0, 100)} % of the modules. This is a mean over "
+        f"{len(shares)} runs, modules that add no error included. The error at the network's end, R_L, correlates with "
+        f"{listed(increase + accuracy)}. {_correlated(study, n)}"
     )
 
 
@@ -191,7 +191,7 @@ def scaling_laws(study) -> str:
 def claims(study) -> str:
     table = judged(study)
     by_verdict = [
-        f"{len(rows)} {'is' if len(rows) == 1 else 'are'} {verdict}"
+        f"{len(rows)} {'claim is' if len(rows) == 1 else 'claims are'} {verdict}"
         f"{f': {listed(list(rows.id))}' if verdict != VERDICTS[-1] else ''}."
         for verdict in VERDICTS
         if len(rows := table[table.verdict == verdict])
@@ -201,7 +201,7 @@ def claims(study) -> str:
         "rules written down beforehand" if beforehand else "the rules of data/claims.toml, which is exploratory here"
     )
     rules = "the rules of the confirmatory study" if study.scale == "confirm" else rules
-    return f"The paper's {len(table)} claims are judged by {rules}. {' '.join(by_verdict)}"
+    return f"{' '.join(by_verdict)} The paper's {len(table)} claims are judged by {rules}."
 
 
 @finding("08_probe_your_model")

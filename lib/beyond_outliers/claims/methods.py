@@ -165,8 +165,15 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
             f"- {at}, n {int(by.n.min())}: {who} damage is {nearest} times {whose} under {RTN}. Under {last} it is "
             f"{best} times {whose}: {_change(by, last)}."
         )
-    lines += _survival(agreement(rows))
-    listed = ["What other methods leave of the order under round to nearest (RTN), in int4:", "", *lines, ""]
+    order = agreement(rows)
+    lines += _survival(order)
+    change = "change" if (order.kendall < 1).any() else "keep"
+    listed = [
+        f"Other methods {change} the order of the optimizers under round to nearest (RTN), in int4.",
+        "",
+        *lines,
+        "",
+    ]
     return "\n".join([*(listed if lines else []), missing(study)]).strip()
 
 
