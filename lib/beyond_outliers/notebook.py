@@ -17,10 +17,10 @@ from pandas.api.types import is_numeric_dtype
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, entry
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
 from beyond_outliers.paths import git_commit
 from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study

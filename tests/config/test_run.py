@@ -83,7 +83,7 @@ def test_steps_come_nearest_to_the_token_budget(run_config):
     ("change", "message"),
     [
         ({"lr": 0.0}, "lr"),
-        ({"hyper": {"groups": {"matrix": [math.nan]}}}, r"hyper\.groups\.matrix\[0\] must be .*not nan"),
+        ({"hyper": {"groups": {"matrix": [math.nan]}}}, r"hyper\.groups\.matrix\.0 must be .*not nan"),
         ({"micro_batch": 3}, "micro_batch 3"),
         ({"evaluations": 41}, "evaluations"),
         ({"warmup": 0.9}, "warmup 0.9"),

@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune, tuned_config
+from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune
 from beyond_outliers.config.rates import pair_search
 from beyond_outliers.config.scale import Tuning
 
 QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
+
+
+def tuned_config(protocol: Protocol, size: str, optimizer: str, lr: float, auxiliary: float):
+    return protocol.config(size, optimizer, lr, protocol.tuning.seeds[0], auxiliary=auxiliary)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from beyond_outliers import paths
 from beyond_outliers.claims import beside
 from beyond_outliers.claims.compare import Comparison
 from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
-from beyond_outliers.config.optimizers import entry
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
+from beyond_outliers.config.registry import entry
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.compare import Beside, compare, define, search_rates, source_of

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 
 from beyond_outliers.claims.readings import with_error
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, style_of, subplots, tidy_log
 
 

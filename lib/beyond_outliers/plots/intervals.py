@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, style_of, tidy_log
 
 LONGEST = 40  # characters of a label below a panel of three abreast; longer ones take two lines

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, Entry, entry
+from beyond_outliers.config.registry import OPTIMIZER_NAMES, Entry, entry
 
 
 class _Each(dict[str, str]):
