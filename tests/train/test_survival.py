@@ -301,7 +301,7 @@ def test_the_second_of_two_processes_waits_and_says_for_whom(tiny, whole, tmp_pa
 
 
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path, capfd):
-    from beyond_outliers.train.lock import RunHeld, held
+    from beyond_outliers.lock import RunHeld, held
 
     def work():
         with held(tmp_path / ".lock"):

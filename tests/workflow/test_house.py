@@ -16,7 +16,7 @@ from beyond_outliers import paths
 LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 # what stands in a row may import from itself and from the rows above
 LAYERS = [
-    {"paths", "checksums", "terms"},
+    {"paths", "checksums", "lock", "terms"},
     {"config"},
     {"modules", "passes"},
     {"corpus"},

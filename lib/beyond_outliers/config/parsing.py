@@ -85,7 +85,8 @@ def check_values(value: Any, where: str) -> None:
 
 def check_fields(instance: Any) -> None:
     """ValueError unless every field of a dataclass object fits its annotation."""
-    for name, kind in _annotations(type(instance)).items():
+    its_class: Any = type(instance)
+    for name, kind in _annotations(its_class).items():
         parse(getattr(instance, name), kind, name)
 
 

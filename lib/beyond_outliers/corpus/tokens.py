@@ -21,7 +21,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.sources import READERS, documents, text_files
 from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import pinned_sources
+from beyond_outliers.lock import held
 
 BUILDERS = {"embedded": 1, "other": 3}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**32  # bytes; larger token files are checked by size only when opened, `make verify` reads them
@@ -172,7 +172,7 @@ def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
     folder = corpus_folder(config)
     corpus = _opened(folder)
     if corpus is None:
-        with _locked(folder):
+        with held(folder.parent / f".{folder.name}.lock"):
             corpus = _opened(folder)  # built meanwhile by the process that held the lock
             if corpus is None:
                 if folder.exists():
@@ -204,22 +204,6 @@ def _checked(folder: Path, stamp: tuple[tuple[int, int, int], ...]) -> Corpus | 
         if all(sizes[f"{part}.bin"] == 2 * corpus.meta[part]["tokens"] for part in ("train", "validation")):
             return corpus
     return None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, until it leaves or ends; says so while it waits."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"waiting for another process that builds {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require_windows(meta: dict, context: int | None) -> None:

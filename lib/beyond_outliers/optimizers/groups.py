@@ -37,8 +37,7 @@ def whole(least: int, most: int = 2**31) -> Limit:
 
 def real(words: str, allows: Callable[[Any], bool]) -> Limit:
     """Of a number, or of a tensor of one (torch's word for a rate that a compiled step reads)."""
-    numbers = Real | Tensor
-    return Limit(words, lambda v: isinstance(v, numbers) and not isinstance(v, bool) and bool(allows(v)))
+    return Limit(words, lambda v: type(v) is not bool and isinstance(v, Real | Tensor) and bool(allows(v)))
 
 
 AT_LEAST_0 = real("at least 0", lambda value: 0 <= value < math.inf)
