@@ -17,8 +17,6 @@ from beyond_outliers.config import (
     choose_learning_rate,
     scales,
 )
-from beyond_outliers.optimizers import OPTIMIZERS
-from beyond_outliers.plots import LABELS
 from beyond_outliers.study import Study
 
 
@@ -155,11 +153,6 @@ def test_the_paper_sizes_count_what_they_say():
         assert abs(model.n_parameters / count - 1) < 0.05
         assert model.head_size == 128 and model.n_heads == 3 * model.n_kv_heads and model.vocab_size == 32_000
     assert (protocol.model("50M").width, protocol.model("50M").depth) == (768, 4)
-
-
-def test_names_agree_between_modules():
-    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES == tuple(LABELS)
-    assert {name: entry.label for name, entry in OPTIMIZERS.items()} == LABELS
 
 
 def test_unknown_names_are_refused():

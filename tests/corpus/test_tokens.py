@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig
@@ -69,11 +69,9 @@ def prose(n, seed=0):
     return [" ".join(rng.choices(words, k=20)) + f" {i}" for i in range(n)]
 
 
-@pytest.mark.parametrize(
-    "shape", ["{} see <|endoftext|> here", "<|endoftext|>{}", "{}<|endoftext|>", "<|endoftext|>" * 3 + "{}"]
-)
-def test_the_boundary_inside_a_text_is_text(own, shape):
-    texts = [shape.format(text) for text in prose(200)]
+def test_the_boundary_inside_a_text_is_text(own):
+    shapes = ["{} see <|endoftext|> here", "<|endoftext|>{}", "{}<|endoftext|>", "<|endoftext|>" * 3 + "{}"]
+    texts = [shapes[i % 4].format(text) for i, text in enumerate(prose(200))]
     built = open_corpus(write_rows(own / "rows.jsonl", texts))
     train, validation = np.asarray(built.train), np.asarray(built.validation)
     assert (train == 0).sum() == built.meta["train"]["documents"]
@@ -85,22 +83,7 @@ def test_the_boundary_inside_a_text_is_text(own, shape):
     end = np.flatnonzero(validation == 0)[1]
     assert built.tokenizer.encode(first).ids == validation[1:end].tolist()
     reopened = Tokenizer.from_file(str(built.folder / "tokenizer.json"))
-    assert (
-        encode_requests(reopened, [("x", first)])[0][0][2:]
-        == encode_requests(built.tokenizer, [("x", first)])[0][0][2:]
-    )
-
-
-def test_settings_stored_in_a_tokenizer_do_not_enter_a_token_file(built, tmp_path):
-    texts = prose(50)
-    plain = corpus.write_tokens(tmp_path / "plain.bin", built.tokenizer, texts)
-    changed = Tokenizer.from_str(built.tokenizer.to_str())
-    changed.enable_padding(length=64, pad_id=1)
-    changed.enable_truncation(8)
-    changed.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    assert corpus.write_tokens(tmp_path / "changed.bin", changed, iter(texts)) == plain
-    assert plain["documents"] == 50 and plain["bytes"] == sum(len(t.encode()) for t in texts)
-    assert changed.padding["length"] == 64 and changed.truncation["max_length"] == 8  # the caller's, as it was
+    assert encode_requests(reopened, [("x", first)]) == encode_requests(built.tokenizer, [("x", first)])
 
 
 def test_tokens_do_not_depend_on_the_size_of_a_chunk(built, tmp_path, monkeypatch):

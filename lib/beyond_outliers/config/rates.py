@@ -138,21 +138,22 @@ def pair_search(
     diverged, and where more than MOST_RATES rates of a kind are asked for.
     """
     tried: dict[tuple[Pair, int], float] = {}
+    starts = start.lr, start.auxiliary or 0.0
 
-    def rate(kind: int, k: int) -> float:
-        return float(f"{((start.lr, start.auxiliary)[kind] or 0.0) * rule.factor**k:.6g}")
+    def rates(pair: Iterable[int]) -> tuple[float, ...]:
+        return tuple(float(f"{first * rule.factor**k:.6g}") for first, k in zip(starts, pair, strict=True))
 
     def means(pairs: Iterable[Pair], seeds: Sequence[int]) -> dict[Pair, float]:
         """Mean losses over seeds, of the pairs of which none diverged, neither at the next larger matrix rate."""
         for seed, pair in itertools.product(seeds, pairs):
             if (pair, seed) not in tried:
-                tried[pair, seed] = loss(rate(0, pair[0]), rate(1, pair[1]), seed)
+                tried[pair, seed] = loss(*rates(pair), seed)
         mean = {pair: sum(tried[pair, seed] for seed in seeds) / len(seeds) for pair in pairs}
         above = {(i, j): tried.get(((i + 1, j), seeds[0]), 0.0) for i, j in mean}
         finite = {pair: value for pair, value in mean.items() if math.isfinite(value + above[pair])}
         if not finite:
             raise ValueError(f"every pair of rates about {start} diverged: another start is needed")
-        return finite
+        return dict(sorted(finite.items(), key=lambda item: item[1]))  # the lowest first
 
     def lines(pairs: Iterable[Pair]) -> list[list[int]]:
         found = [sorted(set(places)) for places in zip(*pairs, strict=True)]
@@ -160,30 +161,32 @@ def pair_search(
             raise ValueError(f"no lowest loss inside {len(found[0])} x {len(found[1])} rates: another start is needed")
         return found
 
-    if not cross_seeds:
-        pairs = {(i, j) for i in range(rule.shape[0]) for j in range(rule.shape[1])}
-        while True:
-            losses = means(sorted(pairs), rule.seeds[:1])
-            i, j = min(losses, key=lambda pair: losses[pair])
-            rows, columns = lines(pairs)
-            grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
-            grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
-            if not grown:
-                break
-            pairs |= grown
-        losses = means(sorted(losses, key=lambda pair: losses[pair])[: rule.finalists], rule.seeds)
-    else:
+    if cross_seeds:
         centre, best, pairs = (1, 1), (0, 0), set()
         while centre != best:
             centre = best
             pairs |= {(centre[0] + i, centre[1] + j) for i, j in CROSS}
             lines(pairs)
             losses = means(sorted(pairs), rule.seeds[:cross_seeds])
-            best = min(losses, key=lambda pair: losses[pair])
-    i, j = min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance)
-    found = dict(zip(("lr", "auxiliary"), lines({pair for pair, _ in tried}), strict=True))
-    shown = {name: [rate(kind, k) for k in places] for kind, (name, places) in enumerate(found.items())}
-    return {"lr": rate(0, i), "auxiliary": rate(1, j), "lines": shown, "n_runs": len(tried)}
+            best = next(iter(losses))
+    else:
+        pairs = grown = set(itertools.product(*map(range, rule.shape)))
+        while grown:
+            losses = means(sorted(pairs), rule.seeds[:1])
+            i, j = next(iter(losses))
+            rows, columns = lines(pairs)
+            grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
+            grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
+            pairs = pairs | grown
+        losses = means([*losses][: rule.finalists], rule.seeds)
+    chosen = rates(min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance))
+    every = [sorted(set(line)) for line in zip(*(rates(pair) for pair, _ in tried), strict=True)]
+    names = ("lr", "auxiliary")
+    return {
+        **dict(zip(names, chosen, strict=True)),
+        "lines": dict(zip(names, every, strict=True)),
+        "n_runs": len(tried),
+    }
 
 
 def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, float]:

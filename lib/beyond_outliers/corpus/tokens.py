@@ -257,8 +257,3 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> No
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def heldout_documents(config: CorpusConfig | None = None) -> list[str]:
-    """Validation documents of a corpus, by default of the embedded one with its default settings."""
-    return open_corpus(config or CorpusConfig()).heldout_documents()
