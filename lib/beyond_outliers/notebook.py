@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from beyond_outliers import paths
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.config.protocol import Protocol
 from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
+from beyond_outliers.config.scale import scales
 from beyond_outliers.paths import git_commit
 from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
