@@ -161,7 +161,7 @@ def setting(study: Study) -> "Markdown":
     parts = [
         f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
         f"{head['+head' in protocol.measure.primary]}.",
-        f"In QAT the head is {head[protocol.settings.plan.qat.head]}." if protocol.settings.plan.qat else "",
+        f"In QAT the head is {head[qat.head]}." if (qat := protocol.settings.plan.get("qat")) else "",
         f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}{carried}.",
     ]
     return Markdown(" ".join(filter(None, parts)))

@@ -45,7 +45,7 @@ def test_run_ids_stay(scale, size, optimizer, lr, scheme, name):
 def test_every_committed_run_is_rebuilt_from_its_scale_file(scale):
     protocol, runs = Protocol.load(scale), pd.read_csv(paths.RESULTS / scale / "runs.csv")
     assert len(runs) > 40
-    heads = {purpose: getattr(plan, "head", False) for purpose, plan in protocol.settings.plan} | {"sweep": False}
+    heads = {purpose: plan.head for purpose, plan in protocol.settings.plan.items()} | {"sweep": False}
     for row in runs.itertuples():
         scheme = None if row.scheme == "none" else row.scheme
         given = {"lr": row.lr, "seed": row.seed, "scheme": scheme, "head": heads[row.purpose.split("+")[0]]}
@@ -115,7 +115,7 @@ def test_every_scale_expands(scale):
 
 def test_sizes_whose_sweep_has_not_ended_have_no_main_runs_yet():
     protocol = Protocol.load("laptop")
-    rates = {("0.08M", optimizer): 1e-2 for optimizer in OPTIMIZER_NAMES}
+    rates = {("0.08M", optimizer): Rates(1e-2) for optimizer in OPTIMIZER_NAMES}
     assert {p.config.size for p in protocol.runs(rates)} == {"0.08M", "0.16M"}  # 0.26M is swept itself
     only = protocol.runs(rates, "0.16M")
     assert only == [p for p in protocol.runs(rates) if p.config.size == "0.16M"] and len(only) == 2 * 3 * 6

@@ -8,5 +8,5 @@ __getattr__, __all__ = lazily(
     protocol="Planned Protocol",
     rates="EdgeWarning Rates auxiliary_rates choose_learning_rate line_search read_rates tune",
     run="CorpusConfig LlamaConfig ModelConfig Olmo2Config RunConfig Training model_config",
-    scale="PURPOSES Measure Plan Scale Tuning scales",
+    scale="PURPOSES Measure Runs Scale Tuning scales",
 )

@@ -58,7 +58,7 @@ Name = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "of letters, 
 
 def choose(kind: str, value: object, valid: Collection) -> None:
     """ValueError naming `value`, the nearest valid one and the valid ones unless it is one of them."""
-    if value not in valid:
+    if value not in list(valid):  # a list is in no dictionary
         text, names = str(value), [str(name) for name in valid]
         near = [name for name in names if text and name.startswith(text)] or difflib.get_close_matches(text, names, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""

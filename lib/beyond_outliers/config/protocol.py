@@ -178,7 +178,7 @@ class Protocol:
         for at in self.sizes if plan else ():
             if plan and at in plan.sizes and size in (None, at):
                 for seed in plan.seeds_at(at):
-                    for optimizer in plan.subjects or self.optimizers:
+                    for optimizer in plan.optimizers or self.optimizers:
                         yield at, seed, optimizer, plan
 
     def sweep_runs(self, size: str | None = None, losses: Losses | None = None) -> list[Planned]:
@@ -204,18 +204,17 @@ class Protocol:
         below = [at for at in self.sizes[: self.sizes.index(size) + 1] if at in swept] if size in self.sizes else []
         return [*swept[:1], *below][-1]
 
-    def runs(self, rates: Mapping[tuple[str, str], Rates | float], size: str | None = None) -> list[Planned]:
+    def runs(self, rates: Mapping[tuple[str, str], Rates], size: str | None = None) -> list[Planned]:
         """The main runs, of all sizes or of one, size by size: full precision, then QAT, then the schemes compared.
 
-        `rates` maps (swept size, optimizer) to the chosen rates, or to one learning rate where only one is chosen.
-        Sizes whose rates are not there, because their sweep has not ended, are left out. QAT takes the full-precision
-        rates, as in the paper. ValueError for a tuned scale without an auxiliary rate.
+        `rates` maps (swept size, optimizer) to the chosen rates. Sizes whose rates are not there, because their sweep
+        has not ended, are left out. QAT takes the full-precision rates, as in the paper. ValueError for a tuned scale
+        without an auxiliary rate.
         """
         planned = []
         for purpose in PURPOSES[1:]:
             for at, seed, optimizer, plan in self._plan(purpose, size):
                 if (chosen := rates.get((self.tuning_size(at), optimizer))) is not None:
-                    chosen = chosen if isinstance(chosen, Rates) else Rates(chosen)
                     if self.tuned and chosen.auxiliary is None:
                         raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
                     full = self.config(at, optimizer, lr=chosen.lr, seed=seed, auxiliary=chosen.auxiliary)

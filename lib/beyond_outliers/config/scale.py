@@ -10,10 +10,17 @@ from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.outside import beside, optimizer_file, parted
 from beyond_outliers.config.parsing import Name, between, check_keys, check_values, choose, different, parse
 from beyond_outliers.config.rates import Rates
-from beyond_outliers.config.registry import OPTIMIZER_NAMES, ROLE_RATES, ordered
+from beyond_outliers.config.registry import REGISTRY, ROLE_RATES, ordered
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
 
-PURPOSES = ("sweep", "full_precision", "qat", "schemes")
+# what runs are for, in their order, and what [plan.PURPOSE] has beside sizes and seeds
+KEYS: dict[str, tuple[str, ...]] = {
+    "sweep": (),
+    "full_precision": (),
+    "qat": ("scheme", "head"),
+    "schemes": ("schemes", "optimizers"),
+}
+PURPOSES = tuple(KEYS)
 SHAPE = {"architecture", *(part.name for part in fields(ModelConfig))} - {"vocab_size"}  # keys of a size
 MOST_STEPS = 10**8
 
@@ -23,59 +30,31 @@ Seeds = Annotated[tuple[Seed, ...], different()]
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """What is run for one purpose: [plan.sweep] and [plan.full_precision]. Seeds: of all sizes, or one list a size."""
+    """[plan.PURPOSE]: what is run for it. Seeds: of all sizes, or one list a size.
+
+    scheme, schemes: of quantization-aware training, one or several to be compared. head: whether the output head is
+    quantized, too. optimizers: where it is not all of the scale.
+    """
 
     sizes: Names
     seeds: Seeds | dict[str, Seeds]
+    scheme: Name | None = None
+    head: bool = False
+    schemes: Names | None = None
+    optimizers: Names | None = None
 
     def seeds_at(self, size: str) -> tuple[int, ...]:
         return self.seeds[size] if isinstance(self.seeds, dict) else self.seeds
 
     @property
-    def subjects(self) -> tuple[str, ...]:
-        """The optimizers that are run, where it is not all of the scale."""
-        return getattr(self, "optimizers", ())
-
-    @property
     def quantizations(self) -> list[dict[str, Any] | None]:
         """Of each run, `RunConfig.quantization`; one run for every entry."""
-        schemes = getattr(self, "schemes", (getattr(self, "scheme", None),))
-        return [scheme and qat(scheme, getattr(self, "head", False)) for scheme in schemes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QatRuns(Runs):
-    """[plan.qat]: `head` says whether the output head is quantized, too."""
-
-    scheme: Name
-    head: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchemeRuns(Runs):
-    """[plan.schemes]: QAT schemes compared, for some of the optimizers."""
-
-    optimizers: Names
-    schemes: Names
+        return [qat(scheme, self.head) if scheme else None for scheme in self.schemes or (self.scheme,)]
 
 
 def qat(scheme: str, head: bool = False) -> dict[str, Any]:
     """`RunConfig.quantization` of quantization-aware training in W4A4; run ids are hashed from it."""
     return {"scheme": scheme, "weights": "int4", "activations": "int4"} | ({"head": True} if head else {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """[plan]: a purpose that is left out is not run."""
-
-    full_precision: Runs
-    sweep: Runs | None = None
-    qat: QatRuns | None = None
-    schemes: SchemeRuns | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, Runs]]:
-        """(purpose, its runs) of what is planned, in the order of PURPOSES."""
-        return ((purpose, getattr(self, purpose)) for purpose in PURPOSES if getattr(self, purpose))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +113,7 @@ class Scale:
     corpus: CorpusConfig
     training: Training
     sizes: dict[Name, dict[str, Any]]  # smallest first; shapes, see `model`
-    plan: Plan
+    plan: dict[str, Runs]  # by purpose
     measure: Measure
     learning_rates: dict[str, Annotated[tuple[Rate, ...], different()]] = field(default_factory=dict)
     hyper: dict[str, dict[str, Any]] = field(default_factory=dict)  # what an optimizer takes, `study.check` asks it
@@ -149,9 +128,9 @@ class Scale:
     def _complaints(self) -> Iterator[str]:
         """Where sections do not fit each other."""
         sizes, tuning, training = list(self.sizes), self.tuning, self.training
-        start = tuning.start if tuning else {}
+        start, subjects = tuning.start if tuning else {}, [name for name, entry in REGISTRY.items() if entry.subject]
         for where, given in (("hyper", self.hyper), ("learning_rates", self.learning_rates), ("tuning.start", start)):
-            check_keys(where, [n for n in given if not is_own(n)], [*OPTIMIZER_NAMES, "module:Class of your own"])
+            check_keys(where, [name for name in given if not is_own(name)], [*subjects, "module:Class of your own"])
         check_keys("labels", self.labels, [name for name in self.optimizers if is_own(name)])
         check_values(self.hyper, "hyper")
         for name, given in self.hyper.items():
@@ -159,7 +138,7 @@ class Scale:
                 yield f"hyper.{name} has {twice}, which [tuning] chooses"
         if bool(self.learning_rates) == bool(start):
             yield "the file must have learning rates in either [learning_rates] or [tuning.start]"
-        if (self.plan.sweep is None) != bool(tuning):
+        if ("sweep" in self.plan) == bool(tuning):
             yield "[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none"
         if tuning and tuning.shape and list(tuning.cross_seeds) != sizes[1:]:
             crossed = list(tuning.cross_seeds)
@@ -180,14 +159,17 @@ class Scale:
                     f"sizes.{size} is trained for {steps:,} steps of {training.tokens_per_step:,} tokens; valid: from "
                     f"{training.evaluations} (training.evaluations) to {MOST_STEPS:,}"
                 )
-        for purpose, runs in self.plan:
+        check_keys("plan", self.plan, PURPOSES, ["full_precision"])
+        for purpose, runs in self.plan.items():
+            given = [key for key in ("scheme", "head", "schemes", "optimizers") if getattr(runs, key)]
+            check_keys(f"plan.{purpose}", given, KEYS[purpose], set(KEYS[purpose]) - {"head"})
             seeds = runs.seeds if isinstance(runs.seeds, dict) else dict.fromkeys(runs.sizes)
             for size in (*runs.sizes, *seeds):
                 if size not in sizes:
                     yield f"plan.{purpose} names size {size!r}; valid: {', '.join(sizes)}"
                 if size not in seeds:
                     yield f"plan.{purpose}.seeds has no seeds for size {size!r}"
-            for name in runs.subjects:
+            for name in runs.optimizers or ():
                 if name not in self.optimizers:
                     yield f"plan.{purpose} names optimizer {name!r}; valid: {', '.join(self.optimizers)}"
         for section, part in (("training", training), ("measure", self.measure)):
@@ -214,7 +196,7 @@ class Scale:
         choose("purpose", purpose, PURPOSES)
         if purpose == "sweep" and self.tuning:
             return Runs(sizes=tuple(self.sizes), seeds=self.tuning.seeds[:1])
-        return dict(self.plan).get(purpose)
+        return self.plan.get(purpose)
 
 
 def scales() -> list[str]:
