@@ -1,7 +1,6 @@
 """Sizes that are not swept take the learning rates that another scale chose at the same size."""
 
 import copy
-import re
 import tomllib
 
 import pandas as pd
@@ -98,10 +97,3 @@ def test_a_lender_without_the_rate_is_refused(load):
         load(chosen=COMMITTED.query("size == '0.08M' and optimizer != 'soap'")).rates()
     with pytest.raises(ValueError, match="unknown scale 'bank'; valid: confirm, pocket"):
         load({**POCKET, "rates_from": "bank"}).rates()
-
-
-def test_a_scale_that_tunes_every_size_borrows_nothing(tmp_path, load):
-    load()
-    (tmp_path / "both.toml").write_text(toml({"rates_from": "confirm", **CONFIRM}))
-    with pytest.raises(ValueError, match=re.escape("rates_from = 'confirm' in a scale that tunes every size itself")):
-        Protocol.load("both")
