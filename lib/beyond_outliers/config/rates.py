@@ -140,8 +140,9 @@ def pair_search(
     tried: dict[tuple[Pair, int], float] = {}
     starts = start.lr, start.auxiliary or 0.0
 
-    def rates(pair: Iterable[int]) -> tuple[float, ...]:
-        return tuple(float(f"{first * rule.factor**k:.6g}") for first, k in zip(starts, pair, strict=True))
+    def rates(pair: Pair) -> tuple[float, float]:
+        lr, auxiliary = (float(f"{first * rule.factor**k:.6g}") for first, k in zip(starts, pair, strict=True))
+        return lr, auxiliary
 
     def means(pairs: Iterable[Pair], seeds: Sequence[int]) -> dict[Pair, float]:
         """Mean losses over seeds, of the pairs of which none diverged, neither at the next larger matrix rate."""
@@ -170,7 +171,7 @@ def pair_search(
             losses = means(sorted(pairs), rule.seeds[:cross_seeds])
             best = next(iter(losses))
     else:
-        pairs = grown = set(itertools.product(*map(range, rule.shape)))
+        pairs = grown = set(itertools.product(range(rule.shape[0]), range(rule.shape[1])))
         while grown:
             losses = means(sorted(pairs), rule.seeds[:1])
             i, j = next(iter(losses))

@@ -161,8 +161,8 @@ class Scale:
                 )
         check_keys("plan", self.plan, PURPOSES, ["full_precision"])
         for purpose, runs in self.plan.items():
-            given = [key for key in ("scheme", "head", "schemes", "optimizers") if getattr(runs, key)]
-            check_keys(f"plan.{purpose}", given, KEYS[purpose], set(KEYS[purpose]) - {"head"})
+            told = [key for key in ("scheme", "head", "schemes", "optimizers") if getattr(runs, key)]
+            check_keys(f"plan.{purpose}", told, KEYS[purpose], set(KEYS[purpose]) - {"head"})
             seeds = runs.seeds if isinstance(runs.seeds, dict) else dict.fromkeys(runs.sizes)
             for size in (*runs.sizes, *seeds):
                 if size not in sizes:
