@@ -11,14 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-<<<<<<< HEAD
-from beyond_outliers.claims.readings import with_error
-from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.registry import ordered
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, style_of, subplots, tidy_log
-=======
 from beyond_outliers.claims.estimates import label as name_of
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import (
     COLOURS,
     GUIDE,
@@ -31,7 +25,6 @@ from beyond_outliers.plots.theme import (
     subplots,
     tidy_log,
 )
->>>>>>> main
 
 
 def optimizer_lines(
