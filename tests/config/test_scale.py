@@ -153,7 +153,7 @@ def test_a_scale_is_a_name_and_not_a_path(name):
             {"sizes": ["0.08M"], "seeds": [0]},
             "which tunes every size, for none",
         ),
-        ("tuned", ("rates_from",), "confirm", "rates_from = 'confirm' in a scale that tunes every size itself"),
+        ("tuned", ("rates_from",), "confirm", "rates_from = 'confirm' and .rates. ask for each other"),
         ("tuned", ("learning_rates",), {"adamw": [1e-3]}, "either .learning_rates. or .tuning.start."),
     ],
 )

@@ -73,7 +73,8 @@ def beside(table: dict[str, Any], scale: str) -> dict[str, Any]:
         start = {"lr": one.learning_rates[0], "auxiliary": one.auxiliary}
         table["tuning"] = {**table["tuning"], "start": {one.source: start}}
     else:
-        if table.pop("rates_from", None):  # which nobody lends to an optimizer from outside: it is swept at every size
+        if table.pop("rates_from", None):  # nobody chose one from outside: it is swept at every size
+            del table["rates"]
             table["plan"]["sweep"] = {**table["plan"]["sweep"], "sizes": list(table["sizes"])}
         table["learning_rates"] = {one.source: list(one.learning_rates)}
     return table

@@ -5,20 +5,16 @@ needs nothing (of a scale that is tuned, the losses so far: its search decides f
 what was chosen when the sweep was done. No torch here.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from beyond_outliers import paths
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.rates import Rates, auxiliary_rates, read_rates, runs_of_search
 from beyond_outliers.config.registry import call, entry
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
 from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale
 
-# what must be alike where a size takes the rates of another scale
-DECIDE_A_RATE = ("model", "corpus", "context", "batch_size", "steps", "warmup", "decay", "weight_decay", "hyper")
 Losses = Callable[[str], float | None]  # final validation loss of a run by its name, None while it has not ended
 
 
@@ -85,31 +81,10 @@ class Protocol:
         """The shape of a size; ValueError for an unknown one."""
         return self.settings.model(size)
 
-    def borrows(self, size: str) -> bool:
-        """Whether a size takes its rates from the scale `rates_from`: where there is one, those that are not swept."""
-        return self.settings.rates_from is not None and "sweep" not in self.purposes(size)
-
-    @functools.cached_property
+    @property
     def lent(self) -> dict[tuple[str, str], Rates]:
-        """(size, optimizer) -> rates of the sizes that take them from the scale `rates_from`; empty without one.
-
-        ValueError where that scale has no such size, trains it in another way, or has not been tuned at it.
-        """
-        if not self.settings.rates_from:
-            return {}
-        lender, found = Protocol.load(self.settings.rates_from), {}
-        chosen = read_rates(lender.scale, paths.RESULTS / lender.scale)
-        for cell in ((size, name) for size in filter(self.borrows, self.sizes) for name in self.optimizers):
-            at = f"scale {self.scale}: {cell[0]} takes its rates from {lender.scale}"
-            if cell not in chosen:
-                valid = ", ".join(dict.fromkeys(size for size, _ in chosen)) or "none yet"
-                raise ValueError(f"{at}, which has none of {cell[1]} there; valid sizes: {valid}")
-            found[cell] = rates = chosen[cell]
-            own, lent = (p.config(*cell, rates.lr, auxiliary=rates.auxiliary) for p in (self, lender))
-            for key in DECIDE_A_RATE:
-                if (ours := getattr(own, key)) != (theirs := getattr(lent, key)):
-                    raise ValueError(f"{at}, so its {key} must be {theirs}, not {ours}")
-        return found
+        """(size, optimizer) -> rates of the sizes for which the file has some, chosen by the scale `rates_from`."""
+        return {(size, name): rates for size, row in self.settings.rates.items() for name, rates in row.items()}
 
     def rates(self, results: Path | None = None) -> dict[tuple[str, str], Rates]:
         """(size, optimizer) -> chosen rates, as far as they are known: the scale's own, and the lent ones.
@@ -149,7 +124,7 @@ class Protocol:
         """
         entry(optimizer)  # there is one of that name
         model = self.model(size)
-        both = self.tuned or self.borrows(size)
+        both = self.tuned or size in self.settings.rates
         if lr is None or (auxiliary is None and both and optimizer in self.optimizers):
             known = self.rates().get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
             lr = known.lr if lr is None else lr
@@ -198,9 +173,9 @@ class Protocol:
     def tuning_size(self, size: str) -> str:
         """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest.
 
-        With `rates_from` every size has rates of its own, and this is `size` itself.
+        Of a size with [rates] it is `size` itself.
         """
-        swept = [at for at in self.sizes if self.settings.rates_from or "sweep" in self.purposes(at)]
+        swept = [at for at in self.sizes if at in self.settings.rates or "sweep" in self.purposes(at)]
         below = [at for at in self.sizes[: self.sizes.index(size) + 1] if at in swept] if size in self.sizes else []
         return [*swept[:1], *below][-1]
 

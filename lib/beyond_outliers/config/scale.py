@@ -105,8 +105,8 @@ class Measure:
 class Scale:
     """A whole scale file. Learning rates: from a sweep over grids ([learning_rates]), or from a search ([tuning]).
 
-    rates_from: the tuned scale whose committed choice the sizes take that are not swept, instead of the next smaller
-    one's; they must be sizes of that scale, too, alike in everything that a learning rate depends on.
+    A size that is not swept takes the rates of the next smaller one that is, or has its own in `rates`, one pair for
+    each optimizer; `rates_from` names the tuned scale that chose those.
     """
 
     threads: Annotated[int, between(1, 1024)]  # CPU threads a run
@@ -118,6 +118,7 @@ class Scale:
     learning_rates: dict[str, Annotated[tuple[Rate, ...], different()]] = field(default_factory=dict)
     hyper: dict[str, dict[str, Any]] = field(default_factory=dict)  # what an optimizer takes, `study.check` asks it
     tuning: Tuning | None = None
+    rates: dict[Name, dict[str, Rates]] = field(default_factory=dict)
     rates_from: Name | None = None
     labels: dict[str, str] = field(default_factory=dict)  # of optimizers from outside, in figures and sentences
 
@@ -133,6 +134,7 @@ class Scale:
             check_keys(where, [name for name in given if not is_own(name)], [*subjects, "module:Class of your own"])
         check_keys("labels", self.labels, [name for name in self.optimizers if is_own(name)])
         check_values(self.hyper, "hyper")
+        check_keys("plan", self.plan, PURPOSES, ["full_precision"])
         for name, given in self.hyper.items():
             if tuning and (twice := sorted(ROLE_RATES.keys() & given)):
                 yield f"hyper.{name} has {twice}, which [tuning] chooses"
@@ -143,8 +145,11 @@ class Scale:
         if tuning and tuning.shape and list(tuning.cross_seeds) != sizes[1:]:
             crossed = list(tuning.cross_seeds)
             yield f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, not of {crossed}"
-        if self.rates_from and tuning:
-            yield f"rates_from = {self.rates_from!r} in a scale that tunes every size itself; valid: no rates_from"
+        if bool(self.rates_from) != bool(self.rates) or (tuning and self.rates):
+            yield f"rates_from = {self.rates_from!r} and [rates] ask for each other, and for no [tuning]"
+        for size, row in self.rates.items():
+            if size not in sizes or size in self.plan["sweep"].sizes or {*row} != {*self.optimizers}:
+                yield f"rates.{size} must be of a size that is not swept, and of {', '.join(self.optimizers)}"
         if len(lengths := {len(grid) for grid in self.learning_rates.values()}) > 1:
             yield f"[learning_rates] has grids of different lengths {sorted(lengths)}: tune all optimizers alike"
 
@@ -159,7 +164,6 @@ class Scale:
                     f"sizes.{size} is trained for {steps:,} steps of {training.tokens_per_step:,} tokens; valid: from "
                     f"{training.evaluations} (training.evaluations) to {MOST_STEPS:,}"
                 )
-        check_keys("plan", self.plan, PURPOSES, ["full_precision"])
         for purpose, runs in self.plan.items():
             told = [key for key in ("scheme", "head", "schemes", "optimizers") if getattr(runs, key)]
             check_keys(f"plan.{purpose}", told, KEYS[purpose], set(KEYS[purpose]) - {"head"})
