@@ -49,7 +49,7 @@ def test_every_committed_run_is_rebuilt_from_its_scale_file(scale):
     for row in runs.itertuples():
         scheme = None if row.scheme == "none" else row.scheme
         given = {"lr": row.lr, "seed": row.seed, "scheme": scheme, "head": heads[row.purpose.split("+")[0]]}
-        if "embedding_lr" in row.hyper:
+        if protocol.tuned or protocol.lent:
             given["auxiliary"] = json.loads(row.hyper)["embedding_lr"]
         config = protocol.config(row.size, row.optimizer, **given)
         assert (config.run_id, config.name) == (row.run_id, row.run)
