@@ -15,6 +15,7 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # a page that begins with ## after a folded table
 html_theme = "furo"
+html_static_path = html_css_files = ["site.css"]
 html_copy_source = False
 
 

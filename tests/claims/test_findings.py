@@ -10,7 +10,7 @@ import pytest
 
 import prose_style
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules, verdicts
+from beyond_outliers.claims import PAPER_OPTIMIZERS, along_training, findings, judged, read_rules, verdicts
 from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
 from beyond_outliers.claims.verdicts import (
     COLUMNS,
@@ -22,7 +22,7 @@ from beyond_outliers.claims.verdicts import (
     rule_place,
     then_and_now,
 )
-from beyond_outliers.notebook import notebooks
+from beyond_outliers.notebook import notebooks, setting
 from beyond_outliers.study import Study
 from made_up_runs import LEVELS, runs
 
@@ -139,6 +139,13 @@ def test_every_committed_study_has_its_findings(scale, name):
         assert "[" not in text  # one seed under QAT: nothing has an interval
 
 
+@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
+def test_other_texts_that_are_made_of_tables_are_plain(scale):
+    study = Study(scale)
+    for text in (how_judged(study), along_training.finding(study), setting(study).data):
+        assert prose_style.wrong(text) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ evidence
 
 
@@ -206,7 +213,7 @@ def test_where_nothing_is_frozen_the_rules_of_today_judge(tmp_path):
         .set_index("id")
         .verdict.to_dict()
     )
-    assert frozen(study) is None and "at the time" not in how_judged(study)
+    assert frozen(study) is None and "frozen verdicts" not in how_judged(study)
     assert frozen(Study("confirm", tmp_path)) is None
     shown = then_and_now(study).set_index("id")
     assert shown.now.to_dict() == table.verdict.to_dict()

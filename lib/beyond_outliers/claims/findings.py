@@ -231,7 +231,7 @@ Where sizes differ, no mean stands for them: each size speaks for itself. `trend
 Damage is the loss increase under W4A4 at the Common Loss, with the output head quantized and without it."""
 THEN = """
 
-**The figure shows what was said at the time**, by rules of that time ([{rules}](../data/{rules})): the table
+**The figure shows the frozen verdicts**, by the rules of their time ([{rules}](../data/{rules})). They are the table
 {table}.csv of commit {commit}, {day}, which is never made again. The table has the verdicts by the rules of today.
 They are exploratory here, for these data were seen before."""
 
