@@ -62,7 +62,8 @@ def decisions(study: Study, other: Study | None = None, found: pd.DataFrame | No
     other: a study of another architecture, whose optimizers are compared with the same ones here. found: the rows of
     `readings.found_rates`, which take the place of the study's at that size.
     """
-    rows, names = [], list(study.protocol.optimizers)
+    rows: list[tuple] = []
+    names = list(study.protocol.optimizers)
     for intention, spec in INTENTIONS.items():
         here = losses(study, spec)
         compared = ranked(here, names)
