@@ -17,7 +17,7 @@ from beyond_outliers.claims.verdicts import (
     FROZEN,
     counted,
     frozen,
-    ledger,
+    parts,
     read_verdicts,
     rule_place,
     then_and_now,
@@ -181,9 +181,8 @@ def test_what_was_said_at_the_time_is_read_as_it_stands(scale):
     said, table = frozen(Study(scale)), pd.read_csv(paths.RESULTS / scale / f"{FROZEN[scale][0]}.csv")
     if scale == "confirm":
         table = table[(table.spec == "W4A4+head") & (table.optimizers == "six")]
-        parts, shown = table, ledger(Study(scale))
-        assert shown.part.tolist() == parts.part.tolist() and shown.verdict.tolist() == parts.verdict.tolist()
-        assert shown.value.tolist() == pytest.approx(parts.estimate.tolist(), nan_ok=True)
+        shown, slopes = parts(Study(scale), "C2"), table[(table.id == "C2") & (table.part != "whole")]
+        assert shown.value.tolist() == slopes.estimate.tolist() and shown.verdict.tolist() == slopes.verdict.tolist()
         table = table[table.part == "whole"].rename(columns={"estimate": "value"})
     assert list(said.columns) == COLUMNS and said.id.tolist() == list(read_rules())
     for column in ("id", "verdict", "value", "low", "high", "unit", "comment"):
@@ -192,13 +191,6 @@ def test_what_was_said_at_the_time_is_read_as_it_stands(scale):
     text = how_judged(Study(scale))
     assert f"{FROZEN[scale][1]}](../data/{FROZEN[scale][1]})" in text and FROZEN[scale][2] in text
     assert (paths.DATA / FROZEN[scale][1]).exists()
-
-
-def test_the_ledger_of_laptop_has_the_thresholds_of_its_rules():
-    shown = ledger(Study("laptop")).set_index("id")
-    holds = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").holds
-    told = [f"{'above' if row.side > 0 else 'below'} {row.threshold:g}" for row in shown.itertuples()]
-    assert told == holds.tolist()
 
 
 def test_where_nothing_is_frozen_the_rules_of_today_judge(tmp_path):

@@ -231,8 +231,8 @@ Where sizes differ, no mean stands for them: each size speaks for itself. `trend
 Damage is the loss increase under W4A4 at the Common Loss, with the output head quantized and without it."""
 THEN = """
 
-**The figure shows the frozen verdicts**, by the rules of their time ([{rules}](../data/{rules})). They are the table
-{table}.csv of commit {commit}, {day}, which is never made again. The table has the verdicts by the rules of today.
+**The verdicts of this scale are frozen**, by the rules of their time ([{rules}](../data/{rules})). They are the table
+{table}.csv of commit {commit}, {day}, which is never made again. The table below has verdicts by the rules of today.
 They are exploratory here, for these data were seen before."""
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from beyond_outliers.claims import estimates, readings
 from beyond_outliers.claims.estimates import ALL_SIZES, LEAST_SEEDS, Estimate, label, t_interval
@@ -98,8 +97,8 @@ def left_over_optimizers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
-    """Does a method order the optimizers as RTN does? Rank correlations of their mean damages, a row a format, method
-    and size: kendall and spearman, each with _low and _high, optimizers, and n (fewest runs).
+    """Does a method order the optimizers as RTN does? Kendall's tau of their mean damages, a row per format, method
+    and size: kendall, kendall_low, kendall_high, optimizers, and n (fewest runs).
 
     Interval: percentile bootstrap (95 %) over seeds within an optimizer; a run brings both damages, so that what it
     shares stays shared. NaN where an optimizer has fewer than three runs. It says how well these optimizers' means are
@@ -115,15 +114,12 @@ def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataF
             values = [part.to_numpy() for _, part in pairs.groupby("optimizer", sort=False)]  # (n, 2) each
             point = np.stack([part.mean(0) for part in values])
             sampled = _resampled(values, draws, np.random.default_rng(seed))
-            ends = []
-            for correlate in (kendall, spearman):
-                at = float(correlate(point[:, 0], point[:, 1]))
-                enough = optimizers.min() >= LEAST_SEEDS
-                low, high = np.quantile(correlate(*sampled), [0.025, 0.975]) if enough else (np.nan, np.nan)
-                ends += [at, low, high]
+            enough = optimizers.min() >= LEAST_SEEDS
+            low, high = np.quantile(kendall(*sampled), [0.025, 0.975]) if enough else (np.nan, np.nan)
+            ends = float(kendall(point[:, 0], point[:, 1])), low, high
             found.append((format, method, size, *ends, len(optimizers), optimizers.min()))
-    correlations = [name + end for name in ("kendall", "spearman") for end in ("", "_low", "_high")]
-    return pd.DataFrame(found, columns=["format", "method", "size", *correlations, "optimizers", "n"])
+    tau = ["kendall", "kendall_low", "kendall_high"]
+    return pd.DataFrame(found, columns=["format", "method", "size", *tau, "optimizers", "n"])
 
 
 def _resampled(values: Iterable[np.ndarray], draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -138,13 +134,6 @@ def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     first, second = np.triu_indices(x.shape[-1], 1)
     signs = np.sign(x[..., first] - x[..., second]) * np.sign(y[..., first] - y[..., second])
     return signs.mean(-1)
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation over the last axis; NaN where all values of one are equal."""
-    x, y = (rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2 for values in (x, y))
-    with np.errstate(invalid="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
 def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:

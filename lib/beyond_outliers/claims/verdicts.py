@@ -225,37 +225,6 @@ def judged(study) -> pd.DataFrame:
     return headlines(read_verdicts(study)) if said is None else said
 
 
-LEDGER = "id part verdict value low high unit n threshold side"  # of a figure of verdicts
-
-
-def ledger(study) -> pd.DataFrame:
-    """Rows of the figure of verdicts, in the order of the claims: LEDGER, `side` 1 where the claim holds above
-    threshold.
-
-    Of what was said at the time where that is frozen, else of `read_verdicts`; the whole of a claim stands first.
-    """
-    said = frozen(study)
-    if study.scale == "laptop" and said is not None:
-        rule = read_rules(FROZEN["laptop"][1])
-        lines = [(rule[name]["threshold"], 1 if rule[name]["side"] == "above" else -1) for name in said.id]
-        table = said.assign(part=WHOLE)
-    else:
-        table = read_verdicts(study) if said is None else frozen_parts(study)
-        table = table[(table.optimizers == "six")].drop(columns="n").rename(columns={"runs": "n"})
-        lines = [line(read_rules()[row.id], row.part) for row in table.itertuples()]
-    return table.assign(threshold=[at for at, _ in lines], side=[side for _, side in lines])[LEDGER.split()]
-
-
-def line(rule: dict, part: str) -> tuple[float, int]:
-    """Where the verdict on a part changes, and the side (1 above, -1 below) on which the claim holds."""
-    if "half" in rule:
-        sides = [half["side"] for half in rule["half"] if part.startswith(half["name"])] or [rule["half"][0]["side"]]
-        return 0.0, 1 if sides[0] == "highest" else -1
-    if "claim" in rule:
-        return (rule["predicts"], 1) if rule["claim"] == "predicts" else (rule["silent"], -1)
-    return rule.get("threshold", 0.0), -1 if "spectral" in rule["unit"] else 1
-
-
 def then_and_now(study) -> pd.DataFrame:
     """What the two frozen studies said beside this scale by the rules of today: id, claim, laptop, confirm, now, why.
 
@@ -282,11 +251,15 @@ def scorecard(study) -> pd.DataFrame:
     return pd.DataFrame(columns).reindex(then.index).replace("", np.nan)
 
 
-def frozen_parts(study) -> pd.DataFrame:
-    """The frozen verdicts of `confirm` on the six with the head, every part, with the names of `evaluate`."""
-    table = read_table(study.results / f"{FROZEN['confirm'][0]}.csv")
-    table = table[table.spec == CONDITIONS["with head"]]
-    return table.rename(columns={"estimate": "value", "n": "runs"}).assign(n=0, condition="")
+def parts(study, claim: str) -> pd.DataFrame:
+    """Part, value, low, high and verdict of the parts of a claim, on the six, by the rules that judge the study."""
+    if study.scale == "confirm" and frozen(study) is not None:
+        table = read_table(study.results / f"{FROZEN['confirm'][0]}.csv").query("spec == @CONDITIONS['with head']")
+        table = table.rename(columns={"estimate": "value"})
+    else:
+        table = read_verdicts(study)
+    rows = table[(table.id == claim) & (table.optimizers == "six") & (table.part != WHOLE)]
+    return rows[["part", "value", "low", "high", "verdict"]].reset_index(drop=True)
 
 
 def rule_place(scale: str, claim: str) -> str:

@@ -9,5 +9,5 @@ __getattr__, __all__ = lazily(
     "rank_lines ratio_forest",
     profiles="checkpoint_curves depth_profile error_diagram probe_profile staircases stacked_abc",
     theme="COLOURS LABELS MARKERS save set_theme",
-    verdicts="scorecard verdict_ledger",
+    verdicts="scorecard",
 )

@@ -26,34 +26,20 @@ def depth_profile(table: pd.DataFrame, title: str) -> Figure:
 
 def error_diagram() -> Figure:
     """How the error of one layer splits: what its changed input brings along (A), what its changed weight adds (B)."""
-    figure, ax = subplots(figsize=(7.4, 2.5))
-    for x, top, bottom in ((0, "$h$", "$h_q$"), (2.2, "$W$", "$W_q$"), (4.4, "$Wh$", "$W_q h_q$")):
-        for y, text in ((1, top), (0, bottom)):
-            style = "square" if x == 2.2 else "round"
-            ax.text(
-                x,
-                y,
-                text,
-                ha="center",
-                va="center",
-                fontsize=13,
-                bbox={"boxstyle": f"{style},pad=0.4", "fc": "white", "ec": "black"},
-            )
-    for y in (0, 1):
-        for x in (0.35, 2.55):
-            ax.annotate("", (x + 1.4, y), (x, y), arrowprops={"arrowstyle": "->", "color": "grey"})
-    for x, text, colour in (
-        (0, "inherited error\n$h_q - h$", "#0072B2"),
-        (2.2, "new error\n$W_q - W$", "#E69F00"),
-        (4.4, "error behind the layer\n$R = A + B + C$", "black"),
-    ):
+    figure, ax = subplots(figsize=(7.4, 2.3))
+    columns = [("$h$", "$h_q$", "inherited: $A$", "#0072B2"), ("$W$", "$W_q$", "new: $B$", "#E69F00")]
+    columns += [("$Wh$", "$W_q h_q$", "$R = A + B + C$, with $C$ of both", "black")]
+    for x, (exact, rounded, error, colour) in enumerate(columns):
+        for y, name in enumerate((rounded, exact)):
+            box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": "black"}
+            ax.text(x, y, name, ha="center", va="center", fontsize=13, bbox=box)
+            ax.annotate("", (x - 0.15, y), (x - 0.85, y), arrowprops={"arrowstyle": "->", "color": "grey"})
         ax.annotate("", (x, 0.22), (x, 0.78), arrowprops={"arrowstyle": "<->", "color": colour})
-        ax.text(x + 0.08, 0.5, text, va="center", fontsize=9, color=colour)
-    ax.text(6.9, 0.5, "$A$: from the input\n$B$: from the weight\n$C$: of both", va="center", fontsize=10)
-    ax.text(-1.2, 1, "exact", va="center")
-    ax.text(-1.2, 0, "rounded", va="center")
-    ax.set(xlim=(-1.3, 8.6), ylim=(-0.4, 1.4))
-    ax.set_axis_off()
+        ax.text(x + 0.04, 0.5, error, va="center", color=colour)
+    ax.set(xlim=(-0.9, 3.1), ylim=(-0.3, 1.3), yticks=[0, 1], yticklabels=["rounded", "exact"], xticks=[])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.grid(visible=False)
     return figure
 
 

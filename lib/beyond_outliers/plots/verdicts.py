@@ -1,12 +1,10 @@
-"""The ledger of the claims: one row a claim and part, its estimate, interval and verdict."""
+"""The scorecard of the claims."""
 
-from typing import Any
+import textwrap
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from beyond_outliers.claims.estimates import label
 from beyond_outliers.plots.theme import subplots
 
 VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
@@ -18,41 +16,13 @@ VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
 }
 
 
-def verdict_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
-    """`claims.verdicts.ledger`: each row on a scale of its own, the claimed side to the right of the line.
-
-    The farthest end of an interval lies at the edge; the numbers stand beside it. The verdict is the row's colour, and
-    written out. ValueError for a verdict that has no colour.
-    """
-    if unknown := sorted(set(table.verdict) - set(VERDICT_COLOURS)):
-        raise ValueError(f"unknown verdicts {unknown}; valid: {', '.join(VERDICT_COLOURS)}")
-    figure, ax = subplots(figsize=(12, 0.27 * len(table) + 1))
-    for place, row in enumerate(table.itertuples()):
-        colour = VERDICT_COLOURS[row.verdict]
-        ax.axhspan(place - 0.46, place + 0.46, color=colour, alpha=0.14, lw=0)
-        ends = np.array([row.low, row.value, row.high], dtype=float)
-        if np.isfinite(ends[1]):
-            away = row.side * (ends - row.threshold)
-            reach = np.nanmax(np.abs(away)) or 1.0
-            ax.plot(away[[0, 2]] / reach, [place, place], color=colour, lw=2)
-            ax.plot(away[1] / reach, place, "o", color=colour, ms=5)
-        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        style = beside | {"va": "center", "fontsize": 7}
-        ax.annotate(row.verdict, (1, place), (6, 0), weight="bold" if row.part == "whole" else "normal", **style)
-        ax.annotate(_numbers(row), (1, place), (78, 0), **style)
-    ax.axvline(0, color="black", lw=0.8)
-    labels = [
-        f"{row.id}  {_cut(claims[row.id])}" if row.part == "whole" else label(row.part) for row in table.itertuples()
-    ]
-    ax.set_yticks(range(len(table)), labels, fontsize=7)
-    ax.set_xticks([-1, 0, 1], ["", "threshold", "claimed side"], fontsize=8)
-    ax.set(xlim=(-1.05, 1.05), ylim=(len(table) - 0.5, -0.5))
-    ax.grid(axis="y", visible=False)
-    return figure
-
-
 def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
-    """`claims.verdicts.scorecard` on one screen: a claim per row, a column per way to judge it. A gap: not judged."""
+    """`claims.verdicts.scorecard` on one screen: a claim per row, a column per way to judge it. A gap: not judged.
+
+    ValueError for a verdict that has no colour.
+    """
+    if unknown := sorted(set(table.stack().dropna()) - set(VERDICT_COLOURS)):
+        raise ValueError(f"unknown verdicts {unknown}; valid: {', '.join(VERDICT_COLOURS)}")
     short = {"reproduced": "yes", "not reproduced": "no", "undecided": "open", "not measured": "none"}
     figure, ax = subplots(figsize=(4.6 + 1.1 * table.shape[1], 0.3 * len(table) + 0.8))
     for row, claim in enumerate(table.index):
@@ -61,7 +31,11 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
                 colour = VERDICT_COLOURS[verdict]
                 ax.barh(row, 0.94, 0.86, column - 0.47, color=colour, alpha=0.45)
                 ax.text(column, row, short.get(verdict, verdict), ha="center", va="center", fontsize=9)
-    ax.set_yticks(range(len(table)), [f"{claim}  {_cut(claims[claim], 64)}" for claim in table.index], fontsize=9)
+    ax.set_yticks(
+        range(len(table)),
+        [f"{claim}  {textwrap.shorten(claims[claim], 64, placeholder=' ...')}" for claim in table.index],
+        fontsize=9,
+    )
     ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns], fontsize=9)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
@@ -69,15 +43,3 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
     ax.set(xlim=(-0.5, table.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
     ax.grid(visible=False)
     return figure
-
-
-def _cut(claim: str, longest: int = 78) -> str:
-    return claim if len(claim) <= longest else claim[:longest].rsplit(" ", 1)[0] + " ..."
-
-
-def _numbers(row) -> str:
-    if not np.isfinite(row.value):
-        return ""
-    ends = f" [{row.low:.3g}, {row.high:.3g}]" if np.isfinite(row.low) else ""
-    threshold = f", threshold {row.threshold:g}" if row.threshold else ""
-    return f"{row.value:.3g}{ends} {row.unit}{threshold}{f', n {row.n}' if row.n else ''}"
