@@ -138,7 +138,7 @@ def rank_lines(table: pd.DataFrame, methods: Sequence[str], value: str = "val_lo
         rows = wide.loc[format].dropna(axis=1, how="all").dropna()
         means = rows.groupby("optimizer").mean()[[method for method in methods if method in rows]]
         for optimizer, places in means.rank().iterrows():
-            ax.plot(range(len(places)), places, lw=2, ms=7, **style_of(str(optimizer)))
+            ax.plot(range(len(places)), places, ms=7, **style_of(str(optimizer)))
             ax.annotate(LABELS[optimizer], (len(places) - 1, places.iloc[-1]), (8, -3), textcoords="offset points")
         ax.set_xticks(range(means.shape[1]), [method.replace(" + ", "\n+ ") for method in means])
         ax.set(xlim=(-0.2, means.shape[1] - 0.1), ylim=(len(means) + 0.5, 0.5), yticks=range(1, len(means) + 1))

@@ -38,7 +38,7 @@ def error_diagram() -> Figure:
         ax.text(x + 0.04, 0.5, error, va="center", color=colour)
     ax.set(xlim=(-0.9, 3.1), ylim=(-0.3, 1.3), yticks=[0, 1], yticklabels=["rounded", "exact"], xticks=[])
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+    ax.set_frame_on(False)
     ax.grid(visible=False)
     return figure
 

@@ -39,7 +39,7 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
     ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns], fontsize=9)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+    ax.set_frame_on(False)
     ax.set(xlim=(-0.5, table.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
     ax.grid(visible=False)
     return figure
