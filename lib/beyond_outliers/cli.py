@@ -382,7 +382,8 @@ def compare(
     from beyond_outliers.study import compare
 
     beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
-    print(trial(outside.source, outside.learning_rates[0], **outside.hyper), flush=True)
+    for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
+        print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
     print(f"What is left takes {time_to_build(study_of(beside))}; a search of rates can add to it.", flush=True)
     compare.compare(scale, beside, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
