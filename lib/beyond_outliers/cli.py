@@ -158,23 +158,28 @@ def export(run: str, /, *, to: Path, spec: str | None = None) -> None:
 
 
 @command
-def probe(model: str, /, *, text: Path, spec: str = "W4A4", worst: Positive = 10) -> None:
-    """Measure outliers and the error of rounding of any checkpoint.
+def probe(
+    model: str, /, *, text: Path | None = None, spec: str = "W4A4", budget: Rate = 4.5, trust_remote_code: bool = False
+) -> None:
+    """Say what quantization does to any checkpoint, which layers cost most, and what to do.
 
-    model: a folder or name of transformers
-    text: a file of text to run it on
+    model: a folder or name of transformers, a .gguf file, or an example: SmolLM2, MiniLM
+    text: a file of text to run it on; default: data/held_out.txt
     spec: the format, for instance W8A8
-    worst: how many linear layers to show
+    budget: bits per weight, of 4 and 8, to be shared out among the layers
+    trust_remote_code: run code that comes with the checkpoint
 
     beyond-outliers probe HuggingFaceTB/SmolLM2-135M --text sample.txt --spec W4A4
     """
-    if not text.is_file():
+    if text is not None and not text.is_file():
         raise ValueError(f"no file {str(text)!r}; valid: a file of text")
     from beyond_outliers.probe import probe as probe_model
+    from beyond_outliers.probe import recommend
     from beyond_outliers.quantizers.spec import QuantSpec
 
-    found = probe_model(model, text, QuantSpec.named(spec))
-    print(found.summary().to_string(), found.worst(worst).to_string(index=False), found.quantization, sep="\n\n")
+    found = probe_model(model, text, QuantSpec.named(spec), trust_remote_code=trust_remote_code)
+    bits = recommend(found.layers, budget)
+    print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- a study
