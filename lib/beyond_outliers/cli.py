@@ -137,15 +137,29 @@ def check_device(name: str) -> None:
 
 
 @command
-def export(run: str, /, *, to: Path, spec: str | None = None) -> None:
-    """Write a run's model as a folder that `transformers` loads.
+def export(
+    run: str,
+    /,
+    *,
+    to: Path,
+    spec: str | None = None,
+    format: Literal["transformers", "compressed-tensors"] = "transformers",
+) -> None:
+    """Write a run's model as a folder that `transformers` loads, or any model as compressed-tensors.
 
-    run: a run's folder or name, or a .safetensors file of data/checkpoints
+    run: a run's folder or name, or a .safetensors file of data/checkpoints; of compressed-tensors any model of probe
     to: a new folder
     spec: round it first, for instance W4A4 or W4g32+gptq
+    format: compressed-tensors: packed weights, for vLLM too
 
     beyond-outliers export RUN --to FOLDER --spec W4A4
     """
+    if format == "compressed-tensors":
+        from beyond_outliers.export.compressed import export_compressed
+        from beyond_outliers.quantizers.spec import QuantSpec
+
+        print(export_compressed(run, to, QuantSpec.named(spec or "W4g128")))
+        return
     if not (Path(run).exists() or list(paths.RUNS.glob(f"*/{Path(run).name}/result.json"))):
         raise ValueError(f"no run {run!r}; valid: a run's folder or name below {paths.RUNS}, or a checkpoint file")
     if to.exists() and any(to.iterdir()):

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
+from beyond_outliers import paths
 from beyond_outliers.anymodel import advice
-from beyond_outliers.anymodel.guides import compare_guides
 from beyond_outliers.anymodel.sensitivity import Damage, ablate, bits_of, carried, mixed, recommend
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.model import olmo2 as model_module
@@ -175,7 +175,10 @@ def test_words_follow_the_numbers(tokenizer, capsys, tmp_path):
     assert "answers move" in advice.finding(probe(Encoder(), None, tokenizer=tokenizer, context=16, sequences=2))
 
 
-def test_guides_are_judged_on_other_text(model, ids):
+def test_guides_are_judged_on_other_text(model, ids, monkeypatch):
+    monkeypatch.syspath_prepend(paths.ROOT / "tests" / "benchmarks")
+    from guides import compare_guides
+
     other = torch.randint(256, (4, 12), generator=torch.Generator().manual_seed(2))
     table = compare_guides(model, QuantSpec(), ids, other, budgets=(5.0,), draws=2)
     kl = table[table.reading == "kl"].set_index(["guide", "bits"])

@@ -71,7 +71,7 @@ def _outliers(found: Any) -> str:
     if layers.empty:
         return ""
     most = layers.loc[layers.mmr_mean.idxmax()]
-    text = f"The largest outliers enter `{most['name']}`. The largest entry of a token is {most.mmr_mean:.0f} times the mean."
+    text = f"The largest outliers enter `{most['name']}`: a token has entries {most.mmr_mean:.0f} times their mean."
     if "input_error_rotated" not in layers:
         return text
     before, after = most.input_error, most.input_error_rotated

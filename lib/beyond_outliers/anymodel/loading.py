@@ -30,10 +30,13 @@ def quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
+def load(
+    source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False, **options: Any
+) -> tuple[nn.Module, Any]:
     """Model (float32, evaluation mode) and tokenizer, None where it is not asked for.
 
-    source: a folder, a GGUF file (whose weights are dequantized), a hub name, or one of `EXAMPLES`.
+    source: a folder, a GGUF file (whose weights are dequantized), a hub name, or one of `EXAMPLES`. options: more of
+    `from_pretrained`.
     Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
     encoder and decoder, and where weights of the model are not in the checkpoint, have another shape, or belong to
     layers that the configuration does not have (naming them).
@@ -41,7 +44,8 @@ def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: boo
     import transformers as tf
 
     source = bundled(str(source)) if str(source) in EXAMPLES else source
-    folder, file = Path(source).expanduser(), {}
+    folder = Path(source).expanduser()
+    file: dict[str, Any] = {}
     local = isinstance(source, Path) or str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1
     if folder.suffix == ".gguf":
         if not folder.is_file():
@@ -65,7 +69,7 @@ def load(source: str | Path, with_tokenizer: bool = True, trust_remote_code: boo
         elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
             raise ValueError(f"{str(source)!r} is {names}, {PAIR}")
         with quiet():
-            settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trust}
+            settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trust, **options}
             model, info = kind.from_pretrained(source, **settings)  # type: ignore[attr-defined]
     except ValueError as error:
         if "trust_remote_code" not in str(error):

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,7 +76,9 @@ class Probe:
         """What `save` wrote."""
         told = json.loads((folder / "probe.json").read_text())
         files = {name: folder / f"{name}.csv" for name in TABLES}
-        tables = {name: pd.read_csv(file, index_col=0) if file.exists() else None for name, file in files.items()}
+        tables: dict[str, Any] = {
+            name: pd.read_csv(file, index_col=0) if file.exists() else None for name, file in files.items()
+        }
         spec, weights = QuantSpec(**told.pop("spec")), [Weight(**weight) for weight in told.pop("weights")]
         return cls(spec=spec, quantization=Quantization(spec, weights=weights), **told, **tables)
 

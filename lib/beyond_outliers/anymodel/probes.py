@@ -31,7 +31,7 @@ class Probes:
     found: tuple[Probe, ...]
 
 
-EXAMPLES = (("SmolLM2", "A4"), ("SmolLM2", "W4"), ("SmolLM2", "A8"), ("MiniLM", "W4A4"))
+EXAMPLES = (("SmolLM2", "A4"), ("SmolLM2", "A8"), ("MiniLM", "W4A4"))
 FOLDER = paths.ROOT / "data" / "probes"
 
 

@@ -15,6 +15,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -37,7 +38,7 @@ def bits_of(spec: QuantSpec) -> int:
 
 def with_bits(spec: QuantSpec, bits: int) -> QuantSpec:
     """The spec with integers of so many bits in place of whatever it rounds to, weights to the nearest."""
-    formats = {end: f"int{bits}" for end in ("weights", "activations") if getattr(spec, end) != "none"}
+    formats: dict[str, Any] = {end: f"int{bits}" for end in ("weights", "activations") if getattr(spec, end) != "none"}
     return replace(spec, method="rtn", **formats)
 
 
