@@ -1,0 +1,117 @@
+"""Profiles: along a network's depth, along its training, along the input of a quantizer.
+
+A figure function takes a tidy table and returns a matplotlib figure.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.plots.theme import finish, panels, style_of, subplots
+
+
+def depth_profile(table: pd.DataFrame, title: str) -> Figure:
+    """R_l along the depth (log scale), a line an optimizer; RMSNorms shaded, names of modules along the axis."""
+    figure, ax = subplots(figsize=(9, 3.6))
+    for optimizer, rows in table[table.R > 0].groupby("optimizer", sort=False):
+        curve = rows.groupby("index").R.mean()
+        ax.plot(curve.index, curve, lw=1.2, ms=4, **style_of(str(optimizer)))
+    modules = table.drop_duplicates("index").set_index("index")
+    for index in modules.index[modules.kind == "norm"]:
+        ax.axvspan(index - 0.5, index + 0.5, color="grey", alpha=0.15, lw=0)
+    ax.set_xticks(modules.index, modules.name.str.replace("blocks.", ""), rotation=90, fontsize=7)
+    ax.set(yscale="log", ylabel="$R_l$ (relative squared error)", title=f"{title}; RMSNorms shaded")
+    return finish(figure)
+
+
+def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
+    """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
+    grid = {"columns": 3, "sharex": True, "sharey": True}
+    figure, axes = panels(ordered(table.optimizer), 3.0, 2.1, xlabel="module $l$", **grid)
+    for optimizer, rows in table[table.R > 0].groupby("optimizer"):
+        ax, means = axes[optimizer], rows.groupby("index")[["R", "A", "B", "C"]].mean()
+        shares = means.div(means.R, axis=0)
+        ax.bar(shares.index, shares.A, color="#0072B2", width=0.9, label="A")
+        ax.bar(shares.index, shares.B, bottom=shares.A, color="#E69F00", width=0.9, label="B")
+        ax.plot(shares.index, shares.C, color="#D55E00", lw=1, marker=".", ms=3, label="C")
+        ax.axhline(1, color="black", lw=0.6)
+    figure.suptitle(title)
+    return finish(figure, "share of $R_l$")
+
+
+def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) -> Figure:
+    """What each linear layer of a probed model costs, with names on the axis, the costliest beside their points.
+
+    good, bad: new errors B up to which, and from which on, a layer is marked so.
+    """
+    figure, ax = subplots(figsize=(9, 3.8))
+    kinds = {"new error as low as the study's better half": ("o", "#009E73", layers.B <= good)}
+    kinds |= {"between": (".", "grey", (layers.B > good) & (layers.B < bad))}
+    kinds |= {"above all but 5 % of the study's layers": ("^", "#D55E00", layers.B >= bad)}
+    for label, (marker, colour, chosen) in kinds.items():
+        rows = layers[chosen]
+        ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=f"{label} ({len(rows)})")
+    for place, row in layers.nlargest(3, "carried").iterrows():
+        ax.annotate(row["name"], (place, row.carried), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    ticks = range(0, len(layers), max(1, len(layers) // 24))
+    ax.set_xticks(ticks, layers["name"].iloc[list(ticks)], rotation=60, ha="right", fontsize=6)
+    ax.set(yscale="log", ylabel=ylabel)
+    return finish(figure)
+
+
+def guide_curves(tables: dict[str, pd.DataFrame], labels: dict[str, str]) -> Figure:
+    """Damage left over mean bits, a panel a table of `compare_guides`, a line a guide; several models by their mean.
+
+    Damage is divided by that of all layers in 4 bits; means are geometric.
+    """
+    figure, axes = panels(tables, 4.4, 3.4)
+    for name, ax in axes.items():
+        rows = tables[name][tables[name].reading == "kl"].set_index(["model", "optimizer"])
+        start = rows[(rows.guide == "uniform") & (rows.bits == 4)].value
+        rows = rows.assign(value=np.log(rows.value / start.reindex(rows.index)))
+        lines = np.exp(rows.groupby(["guide", "bits"]).value.mean()).reset_index()
+        first = lines[(lines.guide == "uniform") & (lines.bits == 4)]
+        for guide, label in labels.items():
+            line = lines[lines.guide == guide]
+            line = line if guide == "uniform" else pd.concat([first, line])
+            dashed = "--" if guide in ("uniform", "random") else "-"
+            ax.plot(line.bits, line.value, dashed, marker="o", ms=3, lw=1.2, label=label)
+        ax.set(yscale="log", xlabel="mean bits per weight", ylabel="KL, 1 at 4 bits", title=name)
+    return finish(figure)
+
+
+def checkpoint_curves(table: pd.DataFrame) -> Figure:
+    """R_L (with its interval), MMR and kurtosis of `probes.probe_all`'s table along training, a line a format.
+
+    Checkpoints stand at the number in their name where all have one, else side by side in their order.
+    """
+    rows = table[table.reason == ""]
+    names = list(dict.fromkeys(rows.model))
+    numbered = bool(rows.step.notna().all()) and rows.step.nunique() == len(names)
+    rows = rows.assign(x=rows.step.astype(float) if numbered else rows.model.map(names.index))
+    figure, axes = panels(("R_L", "mmr", "kurtosis"), 3.3, 3.2, xlabel="training step" if numbered else "")
+    for (metric, ax), name in zip(axes.items(), ("$R_L$", "MMR", "kurtosis"), strict=True):
+        for spec, line in rows.groupby("spec", sort=False):
+            ax.plot(line.x, line[metric], marker="o", ms=4, label=spec)
+            if metric == "R_L":
+                ax.fill_between(line.x, line.R_L_low, line.R_L_high, alpha=0.15)
+        ax.set(ylabel=name, yscale="log", title="")
+        if not numbered:
+            ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    return finish(figure)
+
+
+def staircases(table: pd.DataFrame, schemes: dict[str, str]) -> Figure:
+    """Forward staircase (top) and gradient (bottom) of every quantization-aware training scheme, side by side."""
+    figure, axes = subplots(2, len(schemes), figsize=(3 * len(schemes), 4), sharex=True, sharey="row", squeeze=False)
+    for (scheme, title), (value, gradient) in zip(schemes.items(), axes.T, strict=True):
+        rows = table[table.scheme == scheme]
+        value.plot(rows.x, rows.x, color="grey", lw=0.8)
+        value.plot(rows.x, rows.y, color="#0072B2", lw=1.4, drawstyle="steps-mid")
+        value.set_title(title)
+        gradient.plot(rows.x, rows.gradient, color="#D55E00", lw=1.4, drawstyle="steps-mid")
+        gradient.set_xlabel("x")
+    axes[0, 0].set_ylabel("quantized x")
+    axes[1, 0].set_ylabel("gradient passed on")
+    return figure
