@@ -86,18 +86,6 @@ def test_causal_models_of_transformers(name, tmp_path, tokenizer):
     assert summary["mmr"] == pytest.approx(found.metrics["mmr"].mean())
 
 
-def test_conv1d_becomes_the_linear_layer_that_it_is():
-    torch.manual_seed(0)
-    model = tf.GPT2LMHeadModel(CONFIGS["gpt2"]()).eval()
-    ids = torch.randint(0, VOCABULARY, (2, 10))
-    with torch.no_grad():
-        before = model(ids).logits
-        after = conv1d_to_linear(model)(ids).logits
-    torch.testing.assert_close(after, before)
-    assert sum(isinstance(module, torch.nn.Linear) for module in model.modules()) == 9
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
 def test_this_projects_model_with_its_own_tokenizer(tokenizer):
     torch.manual_seed(0)
     model = Olmo2(Olmo2Config(vocab_size=VOCABULARY, width=16, depth=1, n_heads=2)).train()
@@ -151,29 +139,6 @@ def test_what_is_missing_is_named(tmp_path, tokenizer):
     narrow.resize_token_embeddings(40)
     with pytest.raises(ValueError, match="vocabulary of 40"):
         probe(narrow, TEXT, tokenizer=tokenizer, context=16)
-
-
-def test_windows_are_full_consecutive_and_keep_special_tokens(tokenizer):
-    text = TEXT.read_text()
-    ids = tokenizer.encode(text).ids
-    assert windows(tokenizer, text, 8, 3).flatten().tolist() == ids[:24]
-    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert windows(fast, text, 8, 3).flatten().tolist() == ids[:24]
-
-
-def test_settings_stored_in_a_tokenizer_do_not_enter_windows(tokenizer):
-    text = TEXT.read_text()
-    expected = torch.tensor(tokenizer.encode(text).ids[:96]).view(3, 32)
-    for length in (None, 64):
-        stored = Tokenizer.from_str(tokenizer.to_str())
-        stored.enable_truncation(16, direction="left")
-        stored.enable_padding(length=length, pad_id=1, direction="left")
-        before = stored.to_str()
-        assert torch.equal(windows(stored, text, 32, 3), expected)
-        fast = tf.PreTrainedTokenizerFast(tokenizer_object=stored, truncation_side="left", padding_side="left")
-        wrapped = fast.backend_tokenizer.to_str()  # the wrapper adds a padding token of its own
-        assert torch.equal(windows(fast, text, 32, 3), expected)
-        assert stored.to_str() == before and fast.backend_tokenizer.to_str() == wrapped
 
 
 def test_windows_of_a_slow_tokenizer():

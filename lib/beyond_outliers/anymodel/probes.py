@@ -35,9 +35,9 @@ EXAMPLES = (("SmolLM2", "A4"), ("SmolLM2", "A8"), ("MiniLM", "W4A4"))
 FOLDER = paths.ROOT / "data" / "probes"
 
 
-def examples(build: bool = False) -> Probes:
-    """The probes of EXAMPLES, as FOLDER has them; with `build` measured here and written there."""
-    for name, spec in EXAMPLES if build else ():
+def examples(measure: bool = False) -> Probes:
+    """The probes of EXAMPLES, as FOLDER has them; with `measure` measured here and written there."""
+    for name, spec in EXAMPLES if measure else ():
         probe(name, None, QuantSpec.named(spec)).save(FOLDER / f"{name}-{spec}")
     found = [Probe.read(FOLDER / f"{name}-{spec}") for name, spec in EXAMPLES]
     return Probes(pd.DataFrame([_row(probe.name, probe) for probe in found]), tuple(found))
