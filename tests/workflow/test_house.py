@@ -32,7 +32,7 @@ LAYERS = [
     {"__main__"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
-SHELLS = {("anymodel.probe", "export")}  # loads this project's exports by their own classes
+SHELLS = {("anymodel.loading", "export")}  # loads this project's exports by their own classes
 HANDED_OVER = {"anymodel"}  # what other models need, imported inside functions only
 
 

@@ -205,7 +205,7 @@ def probe(
         costliest = layers.sort_values("carried", ascending=False).name[:KEPT]
         kept = output_readings(model, mixed(model, quantized, dict.fromkeys(costliest, 8)), batches)
     grids, record = (
-        sum(_on_a_grid(model.get_submodule(n).weight) for n in linear_layers(quantized)),
+        sum(_on_a_grid(linear_weight(model.get_submodule(n))) for n in linear_layers(quantized)),
         record_of(quantized),
     )
     found = Probe(name, spec, readings, held_out, kept, metrics, modules, layers, record, grids, floor)

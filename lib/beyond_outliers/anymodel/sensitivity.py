@@ -73,28 +73,29 @@ class Damage:
 
     @plain_settings()
     def __init__(self, model: nn.Module, ids: Tensor):
-        self.ids, self.unit = ids, "kl" if find_head(model) else "R_L"
+        self.batches, self.unit = ids.split(max(1, 512 // ids.shape[1])), "kl" if find_head(model) else "R_L"
         with evaluating(model):
-            self.answers = [self._answer(model, row) for row in ids]
+            self.answers = [self._answer(model, batch) for batch in self.batches]
         self.signal = sum(float(y.double().square().sum()) for y in self.answers) / len(ids)
 
-    def _answer(self, model: nn.Module, row: Tensor) -> Tensor:
-        y = main_output(forward(model, row[None]))[0][0].float()
+    def _answer(self, model: nn.Module, batch: Tensor) -> Tensor:
+        y = main_output(forward(model, batch))[0].float()
         return y.log_softmax(-1) if self.unit == "kl" else y
 
     @plain_settings()
     def of(self, quantized: nn.Module) -> pd.DataFrame:
         rows = []
         with evaluating(quantized):
-            for row, y in zip(self.ids, self.answers, strict=True):
-                yq = self._answer(quantized, row)
+            for batch, y in zip(self.batches, self.answers, strict=True):
+                yq = self._answer(quantized, batch)
                 if self.unit == "R_L":
-                    rows.append({"R_L": float((yq - y).double().square().sum()) / self.signal})
-                    continue
-                targets = row[1:, None].to(y.device)
-                nats = (y[:-1].gather(1, targets) - yq[:-1].gather(1, targets)).double().mean()
-                rows.append({"kl": float((y.exp() * (y - yq)).sum(-1).double().mean()), "increase": float(nats)})
-        return pd.DataFrame(rows)
+                    columns = {"R_L": (yq - y).double().square().flatten(1).sum(1) / self.signal}
+                else:
+                    targets = batch[:, 1:, None].to(y.device)
+                    nats, nats_q = (x[:, :-1].gather(2, targets).double().mean((1, 2)) for x in (y, yq))
+                    columns = {"kl": (y.exp() * (y - yq)).sum(-1).double().mean(1), "increase": nats - nats_q}
+                rows.append(pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()}))
+        return pd.concat(rows, ignore_index=True)
 
 
 def estimate_with(values: Iterable[float], log: bool = True) -> dict[str, float]:

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.anymodel.loading import load
-from beyond_outliers.anymodel.probe import HELD_OUT, read_windows
-from beyond_outliers.anymodel.sensitivity import linear_layers
 from beyond_outliers.export.folder import export, open_run
 from beyond_outliers.modules import linear_weight
 from beyond_outliers.quantizers.convert import quantize_model
@@ -105,6 +102,10 @@ def export_compressed(
     ValueError for a folder that holds something, a spec that the format cannot hold, and linear layers that are no
     nn.Linear of the model (GPT-2's Conv1D).
     """
+    from beyond_outliers.anymodel.loading import load
+    from beyond_outliers.anymodel.probe import HELD_OUT, read_windows
+    from beyond_outliers.anymodel.sensitivity import linear_layers
+
     folder, scheme = Path(folder), scheme_of(spec)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; valid: a new folder")
@@ -153,6 +154,8 @@ def _write(folder: Path, model: Any, tokenizer: Any, state: dict, left: list[str
 def _check(folder: Path, layers: dict[str, Any], tolerance: float) -> None:
     """ValueError where the folder, loaded and unpacked by `transformers`, has other weights than `layers`."""
     from transformers import CompressedTensorsConfig
+
+    from beyond_outliers.anymodel.loading import load
 
     loaded, _ = load(folder, False, quantization_config=CompressedTensorsConfig(dequantize=True))
     for name, layer in layers.items():
