@@ -113,7 +113,7 @@ def main(names: list[str]):
             for column, value in reversed(labels.items()):
                 table.insert(0, column, value)
             print(table.to_string(), flush=True)
-            known = pd.read_csv(TABLE, keep_default_na=False, na_values={"bits": ""}) if TABLE.exists() else table[:0]
+            known = pd.read_csv(TABLE).fillna({"optimizer": ""}) if TABLE.exists() else table[:0]
             same = (known[list(labels)] == pd.Series(labels)).all(axis=1)
             pd.concat([known[~same], table]).to_csv(TABLE, index=False)
 

@@ -25,7 +25,7 @@ from beyond_outliers.anymodel.open import open_layers
 from beyond_outliers.anymodel.sensitivity import bits_of, carried, linear_layers, mixed
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
-from beyond_outliers.modules import declared, evaluating, forward
+from beyond_outliers.modules import declared, evaluating, forward, linear_weight
 from beyond_outliers.passes import tensors
 from beyond_outliers.propagation import decompose, output_readings, rounding_floor, summarise
 from beyond_outliers.quantizers.convert import quantize_model
@@ -204,10 +204,8 @@ def probe(
     if bits_of(spec) < 8:
         costliest = layers.sort_values("carried", ascending=False).name[:KEPT]
         kept = output_readings(model, mixed(model, quantized, dict.fromkeys(costliest, 8)), batches)
-    grids, record = (
-        sum(_on_a_grid(linear_weight(model.get_submodule(n))) for n in linear_layers(quantized)),
-        record_of(quantized),
-    )
+    record, names = record_of(quantized), linear_layers(quantized)
+    grids = sum(_on_a_grid(linear_weight(model.get_submodule(layer))) for layer in names)
     found = Probe(name, spec, readings, held_out, kept, metrics, modules, layers, record, grids, floor)
     print(f"{record}\n\n{found}")
     return found
