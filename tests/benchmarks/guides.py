@@ -42,7 +42,7 @@ def compare_guides(
 
     ids: text (N, T) that the guides are measured on; judged: another one, of the damage. Columns: guide, reading
     ("rank correlation" with ablation; "kl", or "R_L" without logits, and "increase" at a budget), bits (mean over
-    weight entries), value, low, high, n. "uniform": all layers alike; "random": the mean of `draws` orders.
+    weight entries), value, low, high, n. "uniform": all layers alike; "any width": by `carried`, of 3 to 8 bits and not of 4 and 8 alone; "random": the mean of `draws` orders.
     """
     quantized, rng = quantize_model(model, spec), np.random.default_rng(seed)
     layers = carried(model, quantized, ids)
@@ -71,8 +71,9 @@ def compare_guides(
     for budget in budgets:
         orders = [layers.assign(random=rng.permutation(len(layers)) * layers.entries) for _ in range(draws)]
         shares = {guide: [recommend(layers, budget, guide)] for guide in GUIDES}
+        shares["any width"] = [recommend(layers, budget, "carried", tuple(range(LOW - 1, HIGH + 1)))]
         for guide, several in (shares | {"random": [recommend(o, budget, "random") for o in orders]}).items():
-            judge(guide, budget, [bits[bits == HIGH].to_dict() for bits in several])
+            judge(guide, budget, [bits[bits != LOW].to_dict() for bits in several])
     return pd.DataFrame(rows)
 
 

@@ -167,7 +167,7 @@ def probe(
         name, model = type(model).__name__, copy.deepcopy(model)
     else:
         model = bundled(str(model)) if str(model) in EXAMPLES else model
-        name = Path(model).name
+        name = Path(model).name.removesuffix(".gguf")
         print(f"loading {name}", flush=True)
         model, own_tokenizer = load(model, tokenizer is None, trust_remote_code)
         tokenizer = own_tokenizer if tokenizer is None else tokenizer

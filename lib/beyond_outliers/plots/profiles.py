@@ -46,16 +46,19 @@ def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) ->
     good, bad: new errors B up to which, and from which on, a layer is marked so.
     """
     figure, ax = subplots(figsize=(9, 3.8))
-    kinds = {"new error as low as the study's better half": ("o", "#009E73", layers.B <= good)}
-    kinds |= {"between": (".", "grey", (layers.B > good) & (layers.B < bad))}
-    kinds |= {"above all but 5 % of the study's layers": ("^", "#D55E00", layers.B >= bad)}
+    kinds = {"new error: low": ("o", "#009E73", layers.B <= good)}
+    kinds |= {"usual": (".", "grey", (layers.B > good) & (layers.B < bad))}
+    kinds |= {"high": ("^", "#D55E00", layers.B >= bad)}
     for label, (marker, colour, chosen) in kinds.items():
         rows = layers[chosen]
         ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=f"{label} ({len(rows)})")
     for place, row in layers.nlargest(3, "carried").iterrows():
-        ax.annotate(row["name"], (place, row.carried), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        place = (place, row.carried)
+        ax.annotate(row["name"], place, xytext=(-6, 3), textcoords="offset points", fontsize=7, ha="right")
     ticks = range(0, len(layers), max(1, len(layers) // 24))
-    ax.set_xticks(ticks, layers["name"].iloc[list(ticks)], rotation=60, ha="right", fontsize=6)
+    ax.set_xticks(
+        ticks, layers["name"].iloc[list(ticks)].str.removeprefix("model."), rotation=60, ha="right", fontsize=6
+    )
     ax.set(yscale="log", ylabel=ylabel)
     return finish(figure)
 
