@@ -42,7 +42,8 @@ def compare_guides(
 
     ids: text (N, T) that the guides are measured on; judged: another one, of the damage. Columns: guide, reading
     ("rank correlation" with ablation; "kl", or "R_L" without logits, and "increase" at a budget), bits (mean over
-    weight entries), value, low, high, n. "uniform": all layers alike; "any width": by `carried`, of 3 to 8 bits and not of 4 and 8 alone; "random": the mean of `draws` orders.
+    weight entries), value, low, high, n. "uniform": all layers alike; "any width": by `carried`, in 3 to 8 bits and not
+    4 or 8 alone; "random": the mean of `draws` orders.
     """
     quantized, rng = quantize_model(model, spec), np.random.default_rng(seed)
     layers = carried(model, quantized, ids)
