@@ -94,19 +94,27 @@ def on_guides(table: pd.DataFrame, budget: float = 4.5, rival: str = "kurtosis")
 
     Medians over checkpoints.
     """
-    labels = ["model", "optimizer"]
-    ranks = table[table.reading == "rank correlation"].set_index([*labels, "guide"]).value.unstack()
-    left = table[(table.reading == "kl") & (table.bits == budget)].set_index([*labels, "guide"]).value.unstack()
-    start = table[(table.reading == "kl") & (table.guide == "uniform") & (table.bits == 4)].set_index(labels).value
-    left = left.div(start, axis=0)
+    kl = table[table.reading == "kl"].pivot_table(
+        index=["model", "optimizer"], columns=["guide", "bits"], values="value"
+    )
+    kl = kl.div(kl["uniform", 4], axis=0)
+    ranks = table[table.reading == "rank correlation"]
+    ranks = ranks.pivot_table(index=["model", "optimizer"], columns="guide", values="value")
     ahead, n = int((ranks.carried > ranks[rival]).sum()), len(ranks)
-    saves = int((left.carried < left[rival]).sum())
+    saves = int((kl["carried", budget] < kl[rival, budget]).sum())
+    left = kl.median().map("{:.0%}".format)
     better = ahead > n / 2 and saves > n / 2
     verdict = "Propagation is the better guide" if better else f"Propagation is no better guide than {rival}"
-    return (
+    text = (
         f"{verdict}. The rank correlation with ablation is {ranks.carried.median():.2f} for propagation and "
         f"{ranks[rival].median():.2f} for {rival}. Propagation is ahead on {ahead} of {n}. At {budget:g} bits, "
-        f"propagation leaves {left.carried.median():.0%} of the damage. Under {rival}, {left[rival].median():.0%} is "
-        f"left, and under ablation {left.ablation.median():.0%}. A random order leaves {left.random.median():.0%}. "
-        f"Propagation leaves less than {rival} on {saves} of {n}."
+        f"propagation leaves {left['carried', budget]} of the damage. Under {rival}, {left[rival, budget]} is left, "
+        f"and under ablation {left['ablation', budget]}. A random order leaves {left['random', budget]}. Propagation "
+        f"leaves less than {rival} on {saves} of {n}."
     )
+    if ("any width", 5.0) in left:
+        text += (
+            f" At 5 bits, all layers alike leave {left['uniform', 5.0]}. Propagation leaves "
+            f"{left['any width', 5.0]} in any widths, and {left['carried', 5.0]} in widths of 4 and 8 alone."
+        )
+    return text

@@ -14,6 +14,7 @@ buys most per weight entry.
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -113,56 +114,51 @@ def carried(model: nn.Module, quantized: nn.Module, ids: Tensor, samples: int = 
     out. Raises ValueError as `record_of` for a model that is not quantized.
     """
     record_of(quantized)
-    with_logits, pairs = find_head(model) is not None, linear_layers(quantized)
+    with_logits, layers = find_head(model) is not None, linear_layers(quantized)
     generator = torch.Generator().manual_seed(seed)
-    runs: list[tuple[str, Tensor, Tensor]] = []  # of one pass: layer, its new error, the zero that takes its gradient
-    norms = {name: torch.zeros(2, dtype=torch.float64) for name in pairs}
-    sums: dict[str, list[float]] = {name: [] for name in pairs}
-    signals = []
+    runs: list[tuple[int, Tensor, Tensor]] = []  # of one pass: layer, its new error, the zero that takes its gradient
+    norms = torch.zeros(len(layers), 2, dtype=torch.float64)
+    costs = torch.zeros(len(layers), len(ids), dtype=torch.float64)
+    signal = 2.0 * ids.shape[1] if with_logits else 0.0
 
-    def hook_of(name: str):
+    def hook_of(place: int, rounded: QuantizedLinear):
         def after(module, args, kwargs, output):
             with torch.no_grad():
-                error = pairs[name](*args, **kwargs) - output
-                norms[name] += torch.stack([output.double().square().sum(), error.double().square().sum()]).cpu()
-            runs.append((name, error, torch.zeros_like(output, requires_grad=True)))
+                error = rounded(*args, **kwargs) - output
+                norms[place] += torch.stack([x.double().square().sum() for x in (output, error)]).cpu()
+            runs.append((place, error, torch.zeros_like(output, requires_grad=True)))
             return output + runs[-1][2]
 
         return after
 
-    handles = [model.get_submodule(n).register_forward_hook(hook_of(n), with_kwargs=True) for n in pairs]
-    try:
-        with evaluating(model, quantized), torch.enable_grad():
-            for row in ids:
-                runs.clear()
-                output = main_output(forward(model, row[None]))[0]
-                signals.append(float(output.detach().double().square().sum()))
-                log_p = output.float().log_softmax(-1) if with_logits else output
-                here = dict.fromkeys(pairs, 0.0)
-                p = log_p.detach().exp().flatten(0, -2).cpu()
-                for draw in range(samples):
-                    if with_logits:
-                        chosen = torch.multinomial(p, 1, generator=generator).view(*log_p.shape[:-1], 1)
-                        target = log_p.gather(-1, chosen.to(log_p.device)).sum()
-                    else:
-                        target = (output * torch.randn(output.shape, generator=generator).to(output)).sum()
-                    leaves = [zero for *_, zero in runs]
-                    found = torch.autograd.grad(target, leaves, retain_graph=draw + 1 < samples, allow_unused=True)
-                    dots = dict.fromkeys(pairs, 0.0)
-                    for (name, error, _), gradient in zip(runs, found, strict=True):
-                        dots[name] += 0.0 if gradient is None else float((gradient.double() * error.double()).sum())
-                    here = {name: here[name] + dot**2 / samples for name, dot in dots.items()}
-                for name, value in here.items():
-                    sums[name].append(value / (2 * ids.shape[1]) if with_logits else value)
-    finally:
-        for handle in handles:
-            handle.remove()
-    unit = 1.0 if with_logits else sum(signals) / len(signals)
+    with ExitStack() as stack:
+        for place, (name, layer) in enumerate(layers.items()):
+            hook = model.get_submodule(name).register_forward_hook(hook_of(place, layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(evaluating(model, quantized))
+        stack.enter_context(torch.enable_grad())
+        for sequence, row in enumerate(ids):
+            runs.clear()
+            output = main_output(forward(model, row[None]))[0].float()
+            signal += 0.0 if with_logits else float(output.detach().double().square().sum()) / len(ids)
+            for _ in range(samples):
+                if with_logits:
+                    p = output.detach().flatten(0, -2).softmax(-1).cpu()
+                    words = torch.multinomial(p, 1, generator=generator).to(output.device)
+                    target = output.flatten(0, -2).log_softmax(-1).gather(1, words).sum()
+                else:
+                    target = (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+                zeros = [zero for *_, zero in runs]
+                dots = torch.zeros(len(layers), dtype=torch.float64)
+                gradients = torch.autograd.grad(target, zeros, retain_graph=True, allow_unused=True)
+                for (place, error, _), gradient in zip(runs, gradients, strict=True):
+                    dots[place] += 0.0 if gradient is None else (gradient * error).sum(dtype=torch.float64).cpu()
+                costs[:, sequence] += dots.square() / samples
     rows = []
-    for name, layer in pairs.items():
-        if norms[name][0]:
-            estimate = estimate_with(value / unit for value in sums[name])
-            row = {"name": name, "entries": layer.rounded.numel(), "B": float(norms[name][1] / norms[name][0])}
+    for (name, layer), (size, change), values in zip(layers.items(), norms.tolist(), costs / signal, strict=True):
+        if size:
+            estimate = estimate_with(values.tolist())
+            row = {"name": name, "entries": layer.rounded.numel(), "B": change / size}
             rows.append(row | {"carried": estimate.pop("value"), **estimate})
     table = pd.DataFrame(rows)
     return table.assign(share=table.carried / table.carried.sum())
