@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from beyond_outliers.anymodel import probe as probe_module
 from beyond_outliers.anymodel.open import conv1d_to_linear
@@ -24,17 +24,6 @@ from beyond_outliers.export.hub import BeyondOutliersConfig, BeyondOutliersForCa
 
 TEXT = Path(model_module.__file__)  # any text will do
 VOCABULARY = 300
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator([TEXT.read_text()], trainer)
-    return bpe
 
 
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -141,17 +130,6 @@ def test_what_is_missing_is_named(tmp_path, tokenizer):
     narrow.resize_token_embeddings(40)
     with pytest.raises(ValueError, match="vocabulary of 40"):
         probe(narrow, TEXT, tokenizer=tokenizer, context=16)
-
-
-def test_windows_of_a_slow_tokenizer():
-    """ByT5, Python alone: bytes + 3, each window ended by </s> (1)."""
-    text = "Ünïcode text, and </s> in it. " * 20
-    slow = tf.ByT5Tokenizer(model_max_length=8)
-    ids = [byte + 3 for byte in text.encode()]
-    expected = [[*ids[i : i + 15], 1] for i in (0, 15, 30, 45)]
-    assert windows(slow, text, 16, 4).tolist() == expected
-    with pytest.raises(ValueError, match="1 special tokens leave no room in a window of 1 tokens"):
-        windows(slow, text, 1, 4)
 
 
 def test_special_tokens_stand_around_every_window_whoever_wraps_the_tokenizer(tokenizer):

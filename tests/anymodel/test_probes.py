@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from beyond_outliers import plots
 from beyond_outliers.anymodel import probes
@@ -21,15 +20,6 @@ tf = pytest.importorskip("transformers")
 TEXT = Path(model_module.__file__)
 SETTINGS = {"context": 32, "sequences": 6, "batch_size": 4}
 GPTQ = QuantSpec(method="gptq")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
-    return bpe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from beyond_outliers import paths
@@ -32,15 +31,6 @@ def model():
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
-    return bpe
 
 
 class Encoder(nn.Module):

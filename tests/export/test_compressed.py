@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from beyond_outliers.export.compressed import export_compressed, fitting_scales
 from beyond_outliers.model import olmo2 as model_module
@@ -20,15 +19,11 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
+def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)).save_pretrained(folder)
-    tf.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 
