@@ -114,7 +114,7 @@ def on_guides(table: pd.DataFrame, budget: float = 4.5, rival: str = "kurtosis")
     )
     if ("any width", 5.0) in left:
         text += (
-            f" At 5 bits, all layers alike leave {left['uniform', 5.0]}. Propagation leaves "
-            f"{left['any width', 5.0]} in any widths, and {left['carried', 5.0]} in widths of 4 and 8 alone."
+            f" At 5 bits, all layers alike leave {left['uniform', 5.0]}. Propagation leaves {left['any width', 5.0]} "
+            f"where layers may have any width. With the two widths alone, {left['carried', 5.0]} would be left."
         )
     return text
