@@ -19,7 +19,6 @@ from beyond_outliers.claims.verdicts import (
     frozen,
     parts,
     read_verdicts,
-    rule_place,
     then_and_now,
 )
 from beyond_outliers.notebook import notebooks, setting
@@ -138,20 +137,6 @@ def test_other_texts_that_are_made_of_tables_are_plain(scale):
 
 
 # ------------------------------------------------------------------------------------------------------------ evidence
-
-
-def test_every_rule_has_a_place():
-    for scale, file in (
-        ("laptop", "claims-laptop.toml"),
-        ("confirm", "claims-confirm.toml"),
-        ("pocket", "claims.toml"),
-    ):
-        for claim in read_rules():
-            path, _, line = rule_place(scale, claim).partition("#L")
-            assert (paths.ROOT / path).name == file
-            assert (paths.ROOT / path).read_text().splitlines()[int(line) - 1] == f"[{claim}]"
-    with pytest.raises(ValueError, match="no rule for 'C15'"):
-        rule_place("laptop", "C15")
 
 
 def test_the_evidence_links_rule_figure_notebook_and_command():

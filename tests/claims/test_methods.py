@@ -81,7 +81,8 @@ def test_rows_are_those_of_the_primary_head_at_the_end(study):
 
 
 def test_what_is_not_measured_is_said(study):
-    parts = ["any run of m", "int4 by rotation", "mxfp4 by GPTQ, rotation, rotation + GPTQ", "nvfp4"]
+    parts = ["s, int4: rotation", "s, mxfp4: GPTQ, rotation, rotation + GPTQ"]
+    parts += ["s, nvfp4: RTN, GPTQ, rotation, rotation + GPTQ", "any run of m"]
     assert methods.missing(study) == "Not measured at scale `made up`:\n\n" + "\n".join(f"- {part}" for part in parts)
     study.protocol.sizes = ["s"]
     specs = [f"{first}{way}+head" for first in methods.FORMATS for way in ("", "+gptq", "+rot", "+rot+gptq")]
@@ -159,4 +160,4 @@ def test_the_finding_follows_the_numbers(study):
 def test_the_committed_scale_without_gptq_says_so():
     study = Study("laptop")
     assert set(methods.measured(study).method) == {"RTN", "rotation"}
-    assert "int4 by GPTQ, rotation + GPTQ" in methods.finding(study)
+    assert "0.08M, int4: GPTQ, rotation + GPTQ" in methods.finding(study)

@@ -46,7 +46,7 @@ def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results,
         rule["changes"],
     ):
         assert text in said
-    for text in ("data/claims.toml#L", "pocket/03_w4a4_increase.png", "changes    "):
+    for text in ("docs/rules.md#c", "pocket/03_w4a4_increase.png", "changes    "):
         assert text in said
     rows = Study("pocket").measured("ptq").query("checkpoint == 'common' and spec == 'W4A4+head'")
     assert all(f"{increase:.4g}" in said for increase in rows.increase) and len(rows) == 24
@@ -56,7 +56,7 @@ def test_a_claim_is_shown_with_its_rule_and_rows_and_nothing_is_written(results,
 def test_a_frozen_verdict_stands_below_the_one_of_today(capsys):
     assert main(["claims", "C1", "--scale", "laptop", "--rows", "1"]) == 0
     said = capsys.readouterr().out
-    assert "rule       data/claims.toml#L" in said and "data/claims-laptop.toml#L" in said
+    assert "rule       docs/rules.md#c" in said
     assert "then       undecided, 0.8333 [0.4365, 0.9699], n 6" in said
 
 

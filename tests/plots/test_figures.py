@@ -148,17 +148,6 @@ def test_effects_have_a_panel_each_and_what_is_missing_is_named():
     assert [text.get_text() for text in loss.get_yticklabels()] == ["Muon", "SOAP"]
 
 
-def test_lines_over_methods_have_gaps_where_a_method_lacks():
-    both = [RATIOS.assign(format="int4", method=method) for method in ("RTN", "both")]
-    figure = plots.method_lines(  # rotation is nowhere: left out
-        pd.concat([*both, RATIOS.assign(format="nvfp4", method="GPTQ")]), ("RTN", "GPTQ", "rotation", "both"), "y"
-    )
-    assert [ax.get_title() for ax in figure.axes] == ["int4, s", "int4, m", "nvfp4, s", "nvfp4, m"]
-    line = figure.axes[0].containers[1].lines[0]
-    assert line.get_ydata()[[0, 2]].tolist() == [2, 2] and np.isnan(line.get_ydata()[1])
-    assert np.round(line.get_xdata()).tolist() == [0, 1, 2]
-
-
 def test_points_carry_both_intervals_and_no_name_is_written_over_the_next_one():
     places = table(
         "optimizer x y x_half y_half",
@@ -175,7 +164,6 @@ def test_points_carry_both_intervals_and_no_name_is_written_over_the_next_one():
 
 @pytest.mark.parametrize("draw", [
     lambda rows: plots.ratio_forest(rows, "x"),
-    lambda rows: plots.method_lines(rows, ("RTN",), "y"),
     lambda rows: plots.centred_points(rows, "x", "y", "a", "b"),
     lambda rows: plots.rate_paths(rows, "a", "b"),
     lambda rows: plots.along_training(rows, "mean", "y", 0.8),

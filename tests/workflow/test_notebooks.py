@@ -62,7 +62,7 @@ EXPECTED = {
     "06_scaling_laws": ["06_fits", "06_rho"],
     "07_claims": ["07_claims", "07_effects"],
     "08_probe_your_model": ["08_layers_kl", "08_guides"],
-    "09_real_quantizers": ["09_ranks", "09_methods"],
+    "09_real_quantizers": ["09_methods"],
 }
 
 

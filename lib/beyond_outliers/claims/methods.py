@@ -43,22 +43,16 @@ def measured(study) -> pd.DataFrame:
 
 def missing(study) -> str:
     """A list of what the tables lack: sizes without a run, methods of a format at a size; "" if nothing."""
-    rows = measured(study)
-    sizes = [size for size in study.protocol.sizes if size in set(rows["size"])]
-    parts = []
-    if without := [size for size in study.protocol.sizes if size not in sizes]:
-        parts.append(f"any run of {', '.join(without)}")
-    for format in FORMATS.values():
-        lacking: dict[str, list[str]] = {}
-        for size in sizes:
-            there = set(rows.method[(rows["size"] == size) & (rows.format == format)])
-            lacks = [method for method in ORDER if method not in there]
-            if lacks:
-                lacking.setdefault(", ".join(lacks) if there else "any method", []).append(size)
-        for names, at in lacking.items():
-            what = f"{format} by {names}" if names != "any method" else format
-            parts.append(what if at == sizes else f"{what} at {', '.join(at)}")
-    return "\n".join([f"Not measured at scale `{study.scale}`:", "", *(f"- {part}" for part in parts)]) if parts else ""
+    rows, parts = measured(study), []
+    for size in study.protocol.sizes:
+        own = rows[rows["size"] == size]
+        for format in FORMATS.values() if len(own) else ():
+            there = set(own.method[own.format == format])
+            if lacks := [method for method in ORDER if method not in there]:
+                parts.append(f"- {size}, {format}: {', '.join(lacks)}")
+        if own.empty:
+            parts.append(f"- any run of {size}")
+    return "\n".join([f"Not measured at scale `{study.scale}`:", "", *parts]) if parts else ""
 
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:

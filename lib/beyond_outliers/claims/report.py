@@ -5,7 +5,7 @@ from pathlib import Path
 
 from beyond_outliers import checksums, paths
 from beyond_outliers.claims.estimates import Estimate
-from beyond_outliers.claims.verdicts import JUDGED, READ, frozen, headlines, judge, read_rules, rule_place
+from beyond_outliers.claims.verdicts import JUDGED, READ, frozen, headlines, judge, read_rules
 from beyond_outliers.study.study import Study
 
 
@@ -38,7 +38,7 @@ def show(study: Study, name: str, limit: int | None) -> str:
         f"changes    {row.changes}",
         f"statistic  {row.statistic}",
         f"estimate   {_estimate(row)}, n {row.n} ({row.unit})",
-        f"rule       {rule_place('', name)}",
+        f"rule       docs/rules.md#{name.lower()}",
         f"paper      {row.paper}",
         f"figure     {paths.pages(study.scale) / rule['figure']}.png",
         f"notebook   {row.notebook}",
@@ -48,7 +48,7 @@ def show(study: Study, name: str, limit: int | None) -> str:
               for part in parts.itertuples()]  # fmt: skip
     if (said := frozen(study)) is not None:
         then = said.set_index("id").loc[name]
-        lines.append(f"then       {then.verdict}, {_estimate(then)}, n {then.n}: {rule_place(study.scale, name)}")
+        lines.append(f"then       {then.verdict}, {_estimate(then)}, n {then.n}")
     lines += ["", shown.to_string(index=False, float_format="{:.4g}".format)]
     more = len(rows) - len(shown)
     return "\n".join(lines + [f"... and {more:,} rows more (--rows 0: all)"] * (more > 0))

@@ -260,12 +260,3 @@ def parts(study, claim: str) -> pd.DataFrame:
         table = read_verdicts(study)
     rows = table[(table.id == claim) & (table.optimizers == "six") & (table.part != WHOLE)]
     return rows[["part", "value", "low", "high", "verdict"]].reset_index(drop=True)
-
-
-def rule_place(scale: str, claim: str) -> str:
-    """ "data/claims.toml#L58": where the rule of a claim stands; ValueError for a claim without one."""
-    name = FROZEN[scale][1] if scale in FROZEN else "claims.toml"
-    for number, line in enumerate((paths.DATA / name).read_text().splitlines(), start=1):
-        if line.strip() == f"[{claim}]":
-            return f"data/{name}#L{number}"
-    raise ValueError(f"no rule for {claim!r} in data/{name}")

@@ -105,28 +105,6 @@ def efficiencies(table: pd.DataFrame) -> Figure:
     return finish(figure)
 
 
-def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Figure:
-    """Ratios to AdamW over the methods that there are, an optimizer a line: a panel a format and size."""
-    if table.empty:
-        return panels([])[0]
-    methods = [method for method in methods if method in set(table.method)]
-    table = table.assign(panel=table.format + ", " + table["size"])
-    figure, axes = panels(table.panel, 2.9, 2.4, columns=table["size"].nunique(), sharey=True)
-    names = ordered(table.optimizer)
-    for (panel, name), rows in table.groupby(["panel", "optimizer"]):
-        rows = rows.set_index("method").reindex(methods)
-        # side by side, so that bars are seen
-        x = np.arange(len(methods)) + 0.09 * (names.index(name) - (len(names) - 1) / 2)
-        known = np.isfinite(rows.low).any() or (rows.ratio.dropna() == 1).all()
-        _bars(axes[panel], x, rows.ratio, name, known, yerr=(rows.ratio, rows.low, rows.high))
-    for ax in axes.values():
-        ax.axhline(1, **GUIDE)
-        ax.set_yscale("log")
-        ax.set_xticks(range(len(methods)), [method.replace(" + ", "\n+ ") for method in methods])
-        tidy_log(ax.yaxis)
-    return finish(figure, label)
-
-
 def rank_lines(table: pd.DataFrame, methods: Sequence[str], value: str = "val_loss") -> Figure:
     """Places of the optimizers by the mean of `value` under every method, lowest on top: a panel a format.
 

@@ -125,15 +125,12 @@ def name_ticks(axis, names: Iterable[str], **style) -> None:
 
 def name_lines(ax, apart: float = 0.075) -> None:
     """The label of every line at its end, in its colour; labels keep `apart` of the height of the axes."""
-    to_axes, lines = ax.transScale + ax.transLimits, ax.get_lines()
-    ends = [float(to_axes.transform([values[-1] for values in line.get_data()])[1]) for line in lines]
-    order, heights = sorted(range(len(lines)), key=ends.__getitem__), [-1.0]
-    for place in order:
-        heights.append(max(ends[place], heights[-1] + apart))
-    shift = (sum(heights[1:]) - sum(ends)) / max(1, len(ends))
-    for place, height in zip(order, heights[1:], strict=True):
-        style = {"color": lines[place].get_color(), "fontsize": 8, "va": "center", "xycoords": "axes fraction"}
-        ax.annotate(lines[place].get_label(), (1.02, height - shift), annotation_clip=False, **style)
+    to_axes, lowest = ax.transScale + ax.transLimits, -1.0
+    for line in sorted(ax.get_lines(), key=lambda line: line.get_ydata()[-1]):
+        height = float(to_axes.transform([values[-1] for values in line.get_data()])[1])
+        lowest = max(height, lowest + apart)
+        style = {"color": line.get_color(), "fontsize": 8, "va": "center", "xycoords": "axes fraction"}
+        ax.annotate(line.get_label(), (1.02, lowest), annotation_clip=False, **style)
 
 
 def tidy_log(axis, format=None) -> None:
