@@ -220,6 +220,7 @@ def test_state_resumes_bit_identically_at_every_step_of_a_cycle(name):
         straight.step()
     final = [p.detach().clone() for p in params]
     for step, (weights, state) in enumerate(snapshots):
+        torch.rand(step + 1)  # the global generator must not matter
         resumed_params, resumed = build()
         with torch.no_grad():
             for p, w in zip(resumed_params, weights, strict=True):
@@ -255,21 +256,6 @@ def test_a_copy_goes_the_same_way_and_leaves_the_original_alone(name):
         set_gradients(params, seed)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_two_runs_agree_to_the_bit(name):
-    results = []
-    for _ in range(2):
-        torch.rand(3)  # the global generator must not matter
-        model = small_model()
-        torch.rand(len(results) + 1)
-        optimizer = build_optimizer(model, name, 0.01, **SHORT_CYCLE.get(name, {}))
-        for seed in range(7):
-            set_gradients(model.parameters(), seed)
-            optimizer.step()
-        results.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_seed_of_psgd_matters():
@@ -335,19 +321,3 @@ def test_soap_turns_its_bases_and_keeps_them_orthogonal():
     basis = optimizer.state[p]["right_basis"]
     assert not torch.allclose(first, basis)
     torch.testing.assert_close(basis.T @ basis, torch.eye(9, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_training_a_small_model_lowers_the_loss(name):
-    model = small_model()
-    ids = torch.randint(0, 30, (4, 13), generator=torch.Generator().manual_seed(0))
-    lr = {"sgd": 0.1, "muon": 0.02, "scion": 0.05}.get(name, 0.01)
-    optimizer = build_optimizer(model, name, lr)
-    losses = []
-    for _ in range(40):
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
