@@ -7,14 +7,15 @@ its `protocol`.
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
 from beyond_outliers import paths
-from beyond_outliers.claims.estimates import t_interval
+from beyond_outliers.claims.estimates import Estimate, of_the_paper, t_interval
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import fit_scaling_law
 from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
@@ -346,6 +347,55 @@ def qat_accuracies(study) -> pd.DataFrame:
     drop = (both.accuracy_fp - both.accuracy_qat) / both.accuracy_fp
     errors = (both.standard_error_fp / both.accuracy_fp) ** 2 + (both.standard_error_qat / both.accuracy_qat) ** 2
     return both.assign(relative_drop=drop, drop_error=both.accuracy_qat / both.accuracy_fp * errors**0.5)
+
+
+# ------------------------------------------------------------------------------------- what optimizers are compared by
+
+NATS, TIMES = "nats", "times"  # how a difference is told: as it is, or as a ratio
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What optimizers are compared by: rows with size, optimizer, seed and `value`, one a run, read off a study."""
+
+    title: str  # {spec}: the format in which the scale is judged
+    unit: str
+    rows: Callable
+    value: str
+
+    def read(self, study) -> pd.DataFrame:
+        """The rows of the paper's optimizers, and `compared`: what differences are taken of."""
+        rows = of_the_paper(self.rows(study))
+        return rows.assign(compared=self.scaled(rows[self.value]))
+
+    def scaled(self, values: pd.Series) -> pd.Series:
+        """The values, or their logarithms where ratios are told (TIMES)."""
+        return np.log(values) if self.unit == TIMES else values
+
+    def told(self, difference: Estimate) -> Estimate:
+        """A difference of `compared` in the unit: of ratios, how many times."""
+        return difference.map(np.exp) if self.unit == TIMES else difference
+
+    @property
+    def digits(self) -> int:
+        return 3 if self.unit == NATS else 2
+
+
+QUANTITIES = {
+    "loss": Quantity("loss in full precision", NATS, finished, "val_loss"),
+    "common": Quantity("{spec} increase at the Common Loss", NATS, damage, "increase"),
+    "final": Quantity("{spec} increase at the end", NATS, lambda study: damage(study, checkpoint="final"), "increase"),
+    "loss_qat": Quantity("loss after training in 4 bits (QAT)", NATS, finished_qat, "val_loss_qat"),
+    "qat": Quantity("increase by training in 4 bits (QAT)", NATS, finished_qat, "increase"),
+    "R_L": Quantity("R_L at the end", TIMES, output_error, "R_L"),
+    "gain": Quantity("mean linear gain at the end", TIMES, linear_gain, "gain"),
+    "mmr": Quantity("MMR at the end", TIMES, mmr, "mmr"),
+}
+
+
+def titles(study, names: Sequence[str] = tuple(QUANTITIES)) -> dict[str, tuple[str, str]]:
+    """Quantity -> what a reader calls it at this scale, and its unit."""
+    return {name: (QUANTITIES[name].title.format(spec=primary(study)), QUANTITIES[name].unit) for name in names}
 
 
 # ------------------------------------------------------------------------------------------- what predicts the damage

@@ -417,10 +417,8 @@ def C10(data: Evidence, rule: dict) -> list[Finding]:
     """The spectral ratio of the linear layers is close to 1."""
     rows = data.rows("linear", "spectral_ratio")
     rows = rows.assign(distance=(rows.spectral_ratio - 1).abs())
-    found = data.cells(
-        rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance"
-    ).with_zero()
-    over = contrast(found, [(name, "zero") for name in data.optimizers])
+    found = data.cells(rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance")
+    over = contrast(found, [(name, None) for name in data.optimizers])
     parts, strict = [], over.interval(STRICT)[0]
     for place, name in enumerate(data.optimizers):
         estimate = over.one(place, int(found.n[place].sum()), rule["unit"])
