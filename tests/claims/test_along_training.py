@@ -83,7 +83,7 @@ def test_few_runs_have_no_interval():
 
 
 def test_differences_as_text_have_a_row_an_optimizer():
-    table = along.as_text(along.differences(along.changes(along.trajectory(Followed(FALL)))))
+    table = along.wide(along.differences(along.changes(along.trajectory(Followed(FALL)))))
     assert list(table.columns) == list(along.QUANTITIES.values())
     assert table.loc[("s", "adamw"), along.QUANTITIES["before"]] == "0.020 [0.020, 0.020]"
     assert [optimizer for _, optimizer in table.index] == ["adamw", "muon", along.EVERY]

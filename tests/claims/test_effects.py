@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers.claims import PAPER_OPTIMIZERS, decisions, effects
+from beyond_outliers.claims import PAPER_OPTIMIZERS, decisions
+from beyond_outliers.claims.readings import Quantity
 from beyond_outliers.study import MissingResults
 
 LEVELS = {"adamw": 3.0, "muon": 2.8, "psgd": 3.1, "scion": 2.85, "shampoo": 2.9, "soap": 2.95}
@@ -56,7 +57,7 @@ def test_an_effect_is_the_mean_of_differences_within_pairs():
     table = runs(seeds=4, sizes=("s",), paired=5.0)
     study = Made()
     study.full = table
-    found = effects.effects(study).set_index(["quantity", "optimizer"]).loc[("loss", "muon")]
+    found = decisions.effects(study).set_index(["quantity", "optimizer"]).loc[("loss", "muon")]
     one, two = (table.val_loss[table.optimizer == name].to_numpy() for name in ("muon", "adamw"))
     expected = stats.ttest_rel(one, two).confidence_interval(0.95)
     assert (found.effect, found.low, found.high) == pytest.approx(
@@ -66,7 +67,7 @@ def test_an_effect_is_the_mean_of_differences_within_pairs():
 
 
 def test_sizes_do_not_add_to_the_spread_and_every_quantity_has_its_rows():
-    table = effects.effects(Made(qat=True)).set_index(["quantity", "optimizer"])
+    table = decisions.effects(Made(qat=True)).set_index(["quantity", "optimizer"])
     assert list(table.index.unique("quantity")) == ["loss", "common", "final", "qat"]
     expected = {"loss": -0.1, "common": -0.2, "final": -0.1, "qat": 0.0}
     for quantity, value in expected.items():
@@ -78,7 +79,7 @@ def test_sizes_do_not_add_to_the_spread_and_every_quantity_has_its_rows():
 def test_ratios_are_of_geometric_means():
     table = runs(seeds=3, sizes=("s",)).assign(R_L=lambda rows: np.where(rows.optimizer == "muon", 2.0, 0.5))
     table.loc[(table.optimizer == "muon") & (table.seed == 1), "R_L"] = 4.0
-    pairs = effects.against(table, "R_L", effects.TIMES)
+    pairs = decisions.against(Quantity("R_L", "times", lambda of: of, "R_L").read(table))
     assert np.exp(pairs.effect[pairs.optimizer == "muon"].mean()) == pytest.approx((4 * 8 * 4) ** (1 / 3))
     assert "adamw" not in set(pairs.optimizer)
 
@@ -87,17 +88,17 @@ def test_runs_without_a_partner_are_left_out():
     table = runs()
     table = table[~((table.optimizer == "adamw") & (table.seed == 2) & (table["size"] == "l"))]
     table.loc[(table.optimizer == "muon") & (table.seed == 0) & (table["size"] == "s"), "val_loss"] = np.nan
-    pairs = effects.against(table, "val_loss")
+    pairs = decisions.against(table, "val_loss")
     assert pairs.groupby("optimizer").size().to_dict() == {n: 4 if n == "muon" else 5 for n in LEVELS if n != "adamw"}
 
 
 def test_one_seed_has_effects_without_intervals():
-    table = effects.effects(Made(seeds=1))
+    table = decisions.effects(Made(seeds=1))
     assert table.effect.notna().all() and table.low.isna().all() and (table.n == 2).all()
 
 
 def test_the_table_names_what_is_not_measured_yet():
-    table = effects.effect_table(Made()).set_index("optimizer")
+    table = decisions.effect_table(Made()).set_index("optimizer")
     assert list(table.index) == ["Muon", "PSGD", "Scion", "Shampoo", "SOAP"]
     assert table.loc["Shampoo", "W4A4 increase at the end (nats)"] == "-0.100 [-0.100, -0.100], n 6"
     for missing in ("increase by training in 4 bits (QAT) (nats)", "R_L at the end (times AdamW)"):

@@ -54,22 +54,9 @@ def study():
     )
 
 
-@pytest.mark.parametrize(
-    ("spec", "head", "expected"),
-    [
-        ("W4A4+rot+gptq+head", True, ("int4", "rotation + GPTQ")),
-        ("W4A4+rot+gptq+head", False, None),
-        ("mxfp4+gptq", False, ("mxfp4", "GPTQ")),
-        ("nvfp4+rot+head", True, ("nvfp4", "rotation")),
-        ("W4A4", False, ("int4", "RTN")),
-        ("W4+head", True, None),  # weights alone
-        ("Wmxfp4", False, None),
-        ("W4A4+other", False, None),
-        ("none", False, None),
-    ],
-)
-def test_format_and_method_of_a_spec(spec, head, expected):
-    assert methods.format_and_method(spec, head) == expected
+def test_specs_have_their_format_and_method():
+    assert methods.SPECS["W4A4+rot+gptq"] == ("int4", "rotation + GPTQ") and methods.SPECS["nvfp4"] == ("nvfp4", "RTN")
+    assert len(methods.SPECS) == 12 and not {"W4", "Wmxfp4", "none"} & set(methods.SPECS)
 
 
 def test_rows_are_those_of_the_primary_head_at_the_end(study):
@@ -81,11 +68,13 @@ def test_rows_are_those_of_the_primary_head_at_the_end(study):
 
 
 def test_what_is_not_measured_is_said(study):
-    parts = ["any run of m", "int4 by rotation", "mxfp4 by GPTQ, rotation, rotation + GPTQ", "nvfp4"]
+    parts = ["int4 by rotation at s", "int4 by any method at m", "mxfp4 by GPTQ, rotation, rotation + GPTQ at s"]
+    parts += ["mxfp4 by any method at m", "nvfp4 by any method at s, m"]
     assert methods.missing(study) == "Not measured at scale `made up`:\n\n" + "\n".join(f"- {part}" for part in parts)
-    study.protocol.sizes = ["s"]
     specs = [f"{first}{way}+head" for first in methods.FORMATS for way in ("", "+gptq", "+rot", "+rot+gptq")]
-    assert methods.missing(Quantized({spec: rtn for spec in specs})).endswith("\n- any run of m")
+    study = Quantized({spec: rtn for spec in specs})
+    study.protocol.sizes = ["s"]
+    assert methods.missing(study) == ""
 
 
 def test_damages_as_text(study):

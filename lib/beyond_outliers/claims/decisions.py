@@ -92,8 +92,9 @@ def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) ->
 
     One row a quantity, or one of `parts`: what it is called -> (rows, column).
     """
-    titles = readings.titles(study)
-    parts = parts or {titles[name][0]: (of.rows(study), of.value) for name, of in QUANTITIES.items()}
+    if parts is None:
+        named = zip(readings.titles(study).values(), QUANTITIES.values(), strict=True)
+        parts = {title: (of.rows(study), of.value) for (title, _), of in named}
     rows = {}
     for name, part in parts.items():
         try:

@@ -15,7 +15,6 @@ from beyond_outliers.claims.estimates import (
     as_table,
     as_text,
     label,
-    listed,
     pearson,
     t_interval,
 )
@@ -38,15 +37,16 @@ def measured(study) -> pd.DataFrame:
 
 
 def missing(study) -> str:
-    """One sentence on what the tables lack: the sizes at which a format was not measured by a method; "" if nothing."""
-    rows = measured(study)
-    lacking: dict[str, list[str]] = {}
+    """A list of what the tables lack: the methods by which a format was not measured, and at which sizes."""
+    rows, parts = measured(study), []
     there = set(zip(rows.format, rows.method, rows["size"], strict=True))
-    for form, method in SPECS.values():
-        if sizes := [size for size in study.protocol.sizes if (form, method, size) not in there]:
-            lacking.setdefault(listed(sizes), []).append(f"{form} by {method}")
-    parts = [f"{', '.join(names)} at {sizes}" for sizes, names in lacking.items()]
-    return f"Not in the tables of scale {study.scale} (yet): {'; '.join(parts)}." if parts else ""
+    for form in FORMATS.values():
+        lacking: dict[str, list[str]] = {}
+        for size in study.protocol.sizes:
+            if lacks := [method for method in ORDER if (form, method, size) not in there]:
+                lacking.setdefault(", ".join(lacks) if lacks != [*ORDER] else "any method", []).append(size)
+        parts += [f"- {form} by {names} at {', '.join(sizes)}" for names, sizes in lacking.items()]
+    return "\n".join([f"Not measured at scale `{study.scale}`:", "", *parts]) if parts else ""
 
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
