@@ -17,8 +17,7 @@ from scipy.stats import spearmanr
 from beyond_outliers import paths
 from beyond_outliers.claims.estimates import Estimate, of_the_paper, t_interval
 from beyond_outliers.metrics import without_down
-from beyond_outliers.scaling.fit import fit_scaling_law
-from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
+from beyond_outliers.scaling.fit import IdentificationWarning, ScalingLaw, fit_scaling_law
 from beyond_outliers.study.tables import read_table
 
 CHECKPOINTS = ("final", "common")
