@@ -120,10 +120,21 @@ class Contrasts:
         half = self.error * student.ppf((1 + confidence) / 2, self.dof)
         return self.estimate - half, self.estimate + half
 
-    def one(self, place: int = 0, n: int = 0, unit: str = "") -> Estimate:
+    def one(self, place: int = 0, n: int = 0) -> Estimate:
         """That of one pair, of contrasts without leading axes."""
         value, low, high = (float(ends[place]) for ends in (self.estimate, *self.interval()))
-        return Estimate(value, low, high, n, unit)
+        return Estimate(value, low, high, n)
+
+
+@dataclass(frozen=True)
+class Drawn(Contrasts):
+    """Differences of R pairs with percentile intervals from resampled ones, `error` (draws, R)."""
+
+    dof: Any = None
+
+    def interval(self, confidence: float = USUAL) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.quantile(self.error, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        return low, high
 
 
 def cells(table: pd.DataFrame, value: str, optimizers: Sequence[str], sizes: Sequence[str]) -> Cells:
@@ -173,11 +184,11 @@ def contrast(
     return Contrasts(means[..., first] - means[..., second], np.sqrt(squared_error), dof)
 
 
-def difference(cells: Cells, first: str, second: str | None = None, unit: str = "") -> Estimate:
+def difference(cells: Cells, first: str, second: str | None = None) -> Estimate:
     """One contrast over all sizes; n: the fewer runs of the two. Without an interval where a cell has too few seeds."""
     n = int(cells.n.sum(-1)[cells.of([first, second or first])].min())
     value = contrast(cells, [(first, second)], least=1).estimate[0]
-    return replace(contrast(cells, [(first, second)]).one(0, n, unit), value=float(value))
+    return replace(contrast(cells, [(first, second)]).one(0, n), value=float(value))
 
 
 def slope_weights(x: Any) -> np.ndarray:
@@ -199,27 +210,27 @@ def heterogeneity(estimate: np.ndarray, error: np.ndarray, dof: np.ndarray) -> n
         return f_distribution.sf(statistic, k - 1, (k**2 - 1) / (3 * lack))
 
 
-def t_interval(values: Any, confidence: float = USUAL, unit: str = "", least: int = 2) -> Estimate:
+def t_interval(values: Any, confidence: float = USUAL, least: int = 2) -> Estimate:
     """Mean of independent values (n,) and its t interval; NaN for fewer than `least` of them."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < least:
-        return Estimate(float(values.mean()) if n else np.nan, n=n, unit=unit)
+        return Estimate(float(values.mean()) if n else np.nan, n=n)
     half = values.std(ddof=1) / np.sqrt(n) * student.ppf((1 + confidence) / 2, n - 1)
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, unit)
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n)
 
 
-def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL, unit: str = "") -> Estimate:
+def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL) -> Estimate:
     """Least-squares slope common to several groups (x, y), each with an intercept of its own, and its t interval from
     the residuals, with n - groups - 1 degrees of freedom. NaN when nothing is left for a spread."""
     x = np.concatenate([np.asarray(x, float) - np.mean(x) for x, _ in groups]) if len(groups) else np.zeros(0)
     y = np.concatenate([np.asarray(y, float) - np.mean(y) for _, y in groups]) if len(groups) else np.zeros(0)
     dof, spread = len(x) - len(groups) - 1, float((x * x).sum())
     if dof < 1 or spread == 0:
-        return Estimate(n=len(x), unit=unit)
+        return Estimate(n=len(x))
     slope = float((x * y).sum() / spread)
     half = np.sqrt(((y - slope * x) ** 2).sum() / dof / spread) * student.ppf((1 + confidence) / 2, dof)
-    return Estimate(slope, float(slope - half), float(slope + half), len(x), unit)
+    return Estimate(slope, float(slope - half), float(slope + half), len(x))
 
 
 # ------------------------------------------------------------------------------------------------------- comparisons
@@ -228,7 +239,7 @@ def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL, u
 class Comparison:
     """Optimizers by one value, over the sizes at which all of them have runs, or enough runs for an interval."""
 
-    def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS, unit: str = ""):
+    def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS):
         """`rows`: size, optimizer, seed and `value`, one row a run; NaN for a run that diverged.
 
         Raises NothingToCompare where no size has a run of each optimizer.
@@ -241,7 +252,6 @@ class Comparison:
             raise NothingToCompare(
                 f"no size has runs of {listed([label(name) for name in optimizers])} yet (so far: {listed(there)})"
             )
-        self.unit = unit
         self.sizes = [size for size, n in zip(sizes, least, strict=True) if n >= wanted]
         self.cells = cells(rows, value, optimizers, self.sizes)
         self.certain = wanted == LEAST_SEEDS
@@ -249,7 +259,7 @@ class Comparison:
 
     def difference(self, first: str, second: str | None = None) -> Estimate:
         """First minus second; None: the mean of the first, over sizes of the means over seeds."""
-        return difference(self.cells, first, second, self.unit)
+        return difference(self.cells, first, second)
 
     mean = difference
 
@@ -279,11 +289,9 @@ def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.optimizer.isin(PAPER_OPTIMIZERS)].reset_index(drop=True)
 
 
-def compare(study, rows: pd.DataFrame, value: str, unit: str = "") -> Comparison:
+def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
     """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`."""
-    return Comparison(
-        of_the_paper(rows), value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers], unit
-    )
+    return Comparison(rows, value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers])
 
 
 def as_table(found: dict[tuple, Estimate], keys: Sequence[str], value: str = "mean") -> pd.DataFrame:

@@ -163,22 +163,20 @@ READ = {
 }
 
 
-def judge(study, claims: Collection[str] = tuple(CLAIMS)) -> pd.DataFrame:
+def judge(
+    study, claims: Collection[str] = tuple(CLAIMS), read: dict[str, pd.DataFrame] | None = None, sets=tuple(SETS)
+) -> pd.DataFrame:
     """The verdicts on claims by data/claims.toml, on the six and on the paper's three (column `optimizers`).
 
-    The other columns are those of `rules.evaluate`.
+    read: the tables to judge instead of `tables(study)`. The other columns are those of `rules.evaluate`.
     """
     plan = study.protocol.settings.runs("full_precision")
     sizes = {size: study.protocol.model(size).n_parameters for size in plan.sizes} if plan else {}
     planned = "/".join(str(len(plan.seeds_at(size))) for size in sizes) if plan else ""
     rules = {name: rule for name, rule in read_rules().items() if name in claims}
-    read, tolerance = tables(study), rule_file()["study"]["tolerance"]
-    parts = [
-        evaluate(read, rules, sizes, names, planned, tolerance).assign(optimizers=which)
-        for which, names in SETS.items()
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table[["optimizers", *table.columns.drop("optimizers")]]
+    read, tolerance = read or tables(study), rule_file()["study"]["tolerance"]
+    parts = [evaluate(read, rules, sizes, SETS[which], planned, tolerance) for which in sets]
+    return pd.concat(parts, keys=sets, names=["optimizers", None]).reset_index("optimizers").reset_index(drop=True)
 
 
 def read_verdicts(study) -> pd.DataFrame:
@@ -278,6 +276,38 @@ def then_and_now(study) -> pd.DataFrame:
     then = {scale: judged(type(study)(scale, paths.RESULTS / scale)).set_index("id").verdict for scale in FROZEN}
     why = pd.DataFrame.from_dict(rule_file("claims-changes.toml"), orient="index").judged
     return now[["claim"]].assign(**then, now=now.verdict, why=why).reset_index()
+
+
+AT_FOUND_RATES = ("C1", "C3", "C4", "C5", "C12", "C13", "C14")  # claims whose numbers were measured there
+
+
+def scenarios(study) -> pd.DataFrame:
+    """What the verdicts on the six would be under other circumstances, by data/claims.toml, a row a claim: id, claim,
+    `as it is`, `found rates` (of `readings.found_rates`, "not measured" where nothing was), and `without 0.08M`."""
+    read = tables(study)
+    large = {name: table[table["size"] != "0.08M"] for name, table in read.items()}
+    rows = headlines(read_verdicts(study)).set_index("id")[["claim", "verdict"]].rename(columns={"verdict": "as it is"})
+    for name, tried, claims in (
+        ("found rates", at_found_rates(read), AT_FOUND_RATES),
+        ("without 0.08M", large, CLAIMS),
+    ):
+        rows[name] = headlines(judge(study, claims, tried, ("six",))).set_index("id").verdict
+    return rows.fillna("not measured").reset_index()
+
+
+def at_found_rates(read: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """`tables` with the runs at the found rates in place of those at the rates that the searches chose."""
+    found = readings.found_rates()
+    ends = found.rename(columns={"val_loss": "loss", "val_loss_qat": "qat_loss", "mmr_end": "mmr"})
+    common = found.rename(columns={"increase_common": "increase", "mmr_common": "mmr"}).assign(condition="with head")
+    laws = pd.concat([ends.assign(bits=16), ends.assign(bits=4, loss=ends.qat_loss)])
+    changed = {"runs": (ends, ["loss", "qat_loss"]), "final": (ends, ["mmr"]), "common": (common, ["increase", "mmr"])}
+    for name, (rows, columns) in (changed | {"scaling": (laws, ["loss"])}).items():
+        keys = [*CELL, *({"condition", "bits"} & set(read[name]))]
+        table = read[name].set_index(keys)
+        table.update(rows.set_index(keys)[columns])
+        read = read | {name: table.reset_index()}
+    return read
 
 
 def rule_place(scale: str, claim: str) -> str:
