@@ -49,21 +49,23 @@ def value(table, quantity, optimizer, column="mean"):
     return found
 
 
-def test_the_learning_rate_begins_to_fall_at_four_fifths():
-    assert pytest.approx(0.8) == along.DECAY_FROM
-
-
 def test_what_changes_in_the_decay_and_before_it():
+    assert pytest.approx(0.8) == along.DECAY_FROM
     rows = along.trajectory(Followed(FALL))
     assert len(rows) == 6 * 12 and set(rows.spec) == {"W4A4"}
+    curves = along.curves(rows).query("share == 1 and optimizer == 'muon'")  # of the checkpoints themselves
+    assert curves["mean"].tolist() == pytest.approx([0.1])
     table = along.differences(along.changes(rows))
     low, high = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
     found = [value(table, "decay", "adamw", column) for column in ("mean", "low", "high", "n")]
     assert found == pytest.approx([0.2, low, high, 3])
     assert value(table, "before", "adamw") == pytest.approx(0.02)  # from 60 to 80, as long as the decay
-    assert value(table, "averaging, constant", "muon") == pytest.approx(0.05 - 0.08)
-    assert value(table, "averaging, end", "muon") == pytest.approx(0.06 - 0.08 - 0.02)
-    assert value(table, "averaging, end: loss after", "muon") == pytest.approx(2.8 - 3.1)
+    averaging = {"constant": 0.05 - 0.08, "end": 0.06 - 0.08 - 0.02, "end: loss after": 2.8 - 3.1}
+    for name, expected in averaging.items():
+        assert value(table, f"averaging, {name}", "muon") == pytest.approx(expected)
+    few = along.differences(along.changes(along.trajectory(Followed({"adamw": [0.1, 0.2], "muon": [0.3]}))))
+    assert few[["low", "high"]].isna().all(axis=None)
+    assert value(few, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
 
 
 def test_the_mean_of_optimizers_has_the_spread_over_runs_alone():
@@ -76,23 +78,11 @@ def test_the_mean_of_optimizers_has_the_spread_over_runs_alone():
     assert value(table, "decay", along.EVERY, "high") - 0.11 == pytest.approx(half)
 
 
-def test_few_runs_have_no_interval():
-    table = along.differences(along.changes(along.trajectory(Followed({"adamw": [0.1, 0.2], "muon": [0.3]}))))
-    assert table[["low", "high"]].isna().all(axis=None)
-    assert value(table, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
-
-
 def test_differences_as_text_have_a_row_an_optimizer():
     table = along.wide(along.differences(along.changes(along.trajectory(Followed(FALL)))))
     assert list(table.columns) == list(along.QUANTITIES.values())
     assert table.loc[("s", "adamw"), along.QUANTITIES["before"]] == "0.020 [0.020, 0.020]"
     assert [optimizer for _, optimizer in table.index] == ["adamw", "muon", along.EVERY]
-
-
-def test_curves_are_of_the_checkpoints_themselves():
-    curves = along.curves(along.trajectory(Followed(FALL)))
-    end = curves[(curves.share == 1) & (curves.optimizer == "muon")]
-    assert end["mean"].tolist() == pytest.approx([0.1]) and len(curves) == 20
 
 
 def test_the_finding_follows_the_numbers():
