@@ -20,9 +20,9 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.cli import main
+from beyond_outliers.lock import held
 from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.lock import held
 
 RUN = "tiny-muon-lr0.01-s0-7bf448f521"
 

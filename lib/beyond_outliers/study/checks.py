@@ -36,7 +36,7 @@ def check(protocol: Protocol) -> None:
                     spec.check_width(width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
-    for purpose, runs in protocol.settings.plan:
+    for purpose, runs in protocol.settings.plan.items():
         with _named(protocol, f"plan.{purpose}"):
             for quantization in runs.quantizations:
                 if quantization:

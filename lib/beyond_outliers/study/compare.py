@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.optimizers import REGISTRY
 from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import EdgeWarning, line_search
+from beyond_outliers.config.registry import REGISTRY
 from beyond_outliers.optimizers.outside import load_optimizer
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults

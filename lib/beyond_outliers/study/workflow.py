@@ -60,7 +60,7 @@ def reproduce(
     "slurm". options: more of Snakemake's. target: "all", or "tables" without verdicts and pages. hours: the time after
     which it ends, with exit code 0. settings: `config` of the Snakefile.
     """
-    from beyond_outliers.train.lock import RunHeld, held, sign
+    from beyond_outliers.lock import RunHeld, held, sign
 
     study.check()
     log = study.runs_folder / "reproduce.log"
