@@ -15,6 +15,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,12 +73,13 @@ class ScalingLaw:
 
     def table(self) -> pd.DataFrame:
         """One row a parameter: parameter, bits (rho only), value, low, high, identified."""
-        parts = [("rho", bits, value) for bits, value in self.rho.items()]
-        rows = []
-        for name, bits, value in [*((name, None, value) for name, value in self.parameters.items()), *parts]:
-            interval, known = (of[name] if bits is None else of[name][bits] for of in (self.intervals, self.identified))
-            rows.append((name, bits, value, *interval, known))
-        return pd.DataFrame(rows, columns=["parameter", "bits", "value", "low", "high", "identified"])
+        keys = [(name, None) for name in self.parameters] + [("rho", bits) for bits in self.rho]
+        parts: tuple[dict, ...] = ({"rho": self.rho, **self.parameters}, self.intervals, self.identified)
+        found = []
+        for name, bits in keys:
+            value, interval, known = (of[name] if bits is None else of[name][bits] for of in parts)
+            found.append((name, bits, value, *interval, known))
+        return pd.DataFrame(found, columns=["parameter", "bits", "value", "low", "high", "identified"])
 
 
 def fit_scaling_law(
@@ -149,31 +151,20 @@ def compare_forms(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", IdentificationWarning)  # told by the column `identified`
             laws = fit_shared(rest, by, share, form, delta, bootstrap=0)
-        fit_errors, errors = _log_errors(laws, rest, by), _log_errors(laws, heldout, by)
+        within, errors = (_log_errors(laws, part, by) for part in (rest, heldout))
+        row: dict[str, Any] = {"form": form, "share": ", ".join(share) or "nothing"}
         own = len(FORMS[form]) - len(share)
-        n_rho = sum(len(law.rho) - 1 for law in laws.values())
-        rows.append(
-            {
-                "form": form,
-                "share": ", ".join(share) or "nothing",
-                "n_parameters": len(laws) * own + len(share) + n_rho,
-                "n_fit": len(rest),
-                "n_heldout": len(heldout),
-                "fit_error": np.abs(fit_errors).mean(),
-                "heldout_error": np.abs(errors).mean(),
-                "heldout_bias": errors.mean(),
-                "identified": not any(law.warnings for law in laws.values()),
-            }
-        )
+        row["n_parameters"] = len(share) + sum(own + len(law.rho) - 1 for law in laws.values())
+        row |= {"n_fit": len(rest), "n_heldout": len(heldout), "fit_error": np.abs(within).mean()}
+        row |= {"heldout_error": np.abs(errors).mean(), "heldout_bias": errors.mean()}
+        rows.append(row | {"identified": not any(law.warnings for law in laws.values())})
     return pd.DataFrame(rows).sort_values("heldout_error", ignore_index=True)
 
 
 def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.ndarray:
-    parts = []
-    for name, part in runs.groupby(by):
-        predicted = laws[name].predict(part["N"], part.get("D"), part["bits"])
-        parts.append(np.log(part["loss"]) - np.log(predicted))
-    return np.concatenate(parts)
+    predicted = [laws[name].predict(part["N"], part.get("D"), part["bits"]) for name, part in runs.groupby(by)]
+    losses = [part["loss"] for _, part in runs.groupby(by)]
+    return np.log(np.concatenate(losses)) - np.log(np.concatenate(predicted))
 
 
 def log_rho_draws(
