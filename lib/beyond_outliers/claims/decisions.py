@@ -6,7 +6,6 @@ rule of the claims reads this, so a seventh optimizer changes no verdict.
 
 import pandas as pd
 
-from beyond_outliers import paths
 from beyond_outliers.claims import readings
 from beyond_outliers.claims.estimates import (
     PAPER_OPTIMIZERS,
@@ -20,6 +19,8 @@ from beyond_outliers.claims.estimates import (
     of_the_paper,
 )
 from beyond_outliers.claims.readings import CELL, QUANTITIES
+from beyond_outliers.claims.rules import NOT_MEASURED, VERDICTS
+from beyond_outliers.claims.verdicts import judged
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
@@ -125,7 +126,6 @@ def by_format(study) -> pd.DataFrame:
 
 QAT = "train in 4 bits, W4A4 with head (QuEST)"
 RTN_HEAD = "round to nearest, W4A4 with head"
-NOT_MEASURED = "not measured"
 COLUMNS = [
     "if you will",
     "train with",
@@ -134,7 +134,6 @@ COLUMNS = [
     "Llama, of three",
     "found rates",
 ]
-VERDICTS = ("reproduced", "not reproduced", "tie", "undecided")
 # intention -> spec at the end of training; None: the model as it is
 INTENTIONS: dict[str, str | None] = {
     "leave the model in full precision": None,
@@ -233,22 +232,21 @@ def of_confirm() -> pd.DataFrame:
 
 def verdicts_in_words(scale: str) -> str:
     """How many of the paper's claims hold by the rules of the confirmatory study, a sentence per verdict."""
-    table = pd.read_csv(paths.RESULTS / scale / "verdicts.csv")
-    judged = table[(table.spec == "W4A4+head") & (table.optimizers == "six") & (table.part == "whole")]
-    found = {verdict: list(rows.id) for verdict, rows in judged.groupby("verdict")}
-    parts = [f"{len(ids)} {verdict} ({listed(ids)})" for verdict in VERDICTS if (ids := found.get(verdict))]
+    table = judged(Study(scale))
+    found = {verdict: table.id[table.verdict == verdict].tolist() for verdict in VERDICTS}
+    parts = [f"{len(ids)} {verdict} ({listed(ids)})" for verdict, ids in found.items() if ids]
     return f"**Claims of the paper** by rules fixed beforehand: {'. '.join(parts)}."
 
 
-def before_and_after(study, specs: dict[str, str]) -> pd.DataFrame:
+def losses_by_quantizer(study, specs: dict[str, str]) -> pd.DataFrame:
     """Loss before and after quantization, a row per quantizer and optimizer: means over seeds, then over sizes.
 
     specs: quantizer -> spec. Columns: quantizer, optimizer, before, after (nats per token).
     """
-    rows = []
+    parts = []
     for quantizer, spec in specs.items():
-        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec))
-        runs = runs.assign(quantizer=quantizer, after=runs.val_loss, before=runs.val_loss - runs.increase)
-        means = runs.groupby(["quantizer", "optimizer", "size"], sort=False)[["before", "after"]].mean()
-        rows.append(means.groupby(["quantizer", "optimizer"], sort=False).mean().reset_index())
-    return pd.concat(rows, ignore_index=True)
+        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec)).rename(columns={"val_loss": "after"})
+        runs = runs.assign(before=runs.after - runs.increase)
+        means = runs.groupby(["optimizer", "size"], sort=False)[["before", "after"]].mean()
+        parts.append(means.groupby("optimizer", sort=False).mean().reset_index().assign(quantizer=quantizer))
+    return pd.concat(parts, ignore_index=True)
