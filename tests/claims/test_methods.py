@@ -1,7 +1,5 @@
 """Quantizers beside round-to-nearest: readings of tables made by hand, and correlations against scipy's."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,30 +7,20 @@ from scipy import stats
 
 from beyond_outliers.claims import methods
 from beyond_outliers.study import Study
+from made_up_runs import Made
 
 
-class Quantized:
-    """A study whose table ptq has `increase[spec](optimizer place, seed)` at the end of one size of two."""
-
-    scale = "made up"
-
-    def __init__(self, increase, primary="W4A4+head", seeds=3, optimizers=("adamw", "muon", "soap")):
-        measure = SimpleNamespace(primary=primary)
-        self.protocol = SimpleNamespace(measure=measure, sizes=["s", "m"])
-        self.rows = pd.DataFrame(
-            [
-                (f"{name}{seed}", "s", name, 0.1, seed, spec, 3 + value(place, seed), value(place, seed), checkpoint)
-                for spec, value in increase.items()
-                for place, name in enumerate(optimizers)
-                for seed in range(seeds)
-                for checkpoint in ("final", "common")
-            ],
-            columns=["run", "size", "optimizer", "lr", "seed", "spec", "val_loss", "increase", "checkpoint"],
-        )
-
-    def measured(self, table, purpose="full_precision"):
-        assert (table, purpose) == ("ptq", "full_precision")
-        return self.rows
+def quantized(increase, primary="W4A4+head", seeds=3, optimizers=("adamw", "muon", "soap"), sizes=("s", "m")):
+    """A study whose table ptq has `increase[spec](optimizer place, seed)` at the end of one of its sizes."""
+    rows = [
+        (f"{name}{seed}", "s", name, 0.1, seed, spec, 3 + value(place, seed), value(place, seed), checkpoint)
+        for spec, value in increase.items()
+        for place, name in enumerate(optimizers)
+        for seed in range(seeds)
+        for checkpoint in ("final", "common")
+    ]
+    columns = ["run", "size", "optimizer", "lr", "seed", "spec", "val_loss", "increase", "checkpoint"]
+    return Made(primary=primary, protocol={"sizes": sizes}, ptq=pd.DataFrame(rows, columns=columns))
 
 
 def rtn(place, seed):
@@ -41,7 +29,7 @@ def rtn(place, seed):
 
 @pytest.fixture
 def study():
-    return Quantized(
+    return quantized(
         {
             "none": lambda place, seed: 0.0,
             "W4A4+head": rtn,
@@ -72,9 +60,7 @@ def test_what_is_not_measured_is_said(study):
     parts += ["mxfp4 by any method at m", "nvfp4 by any method at s, m"]
     assert methods.missing(study) == "Not measured at scale `made up`:\n\n" + "\n".join(f"- {part}" for part in parts)
     specs = [f"{first}{way}+head" for first in methods.FORMATS for way in ("", "+gptq", "+rot", "+rot+gptq")]
-    study = Quantized({spec: rtn for spec in specs})
-    study.protocol.sizes = ["s"]
-    assert methods.missing(study) == ""
+    assert methods.missing(quantized({spec: rtn for spec in specs}, sizes=["s"])) == ""
 
 
 def test_damages_as_text(study):
@@ -116,18 +102,18 @@ def test_the_bootstrap_keeps_what_a_run_shares():
     rng = np.random.default_rng(0)
     noise, other = 1 + 0.3 * rng.random((2, 3, 5))
     ways = {"W4A4": lambda place, seed: noise[place, seed], "W4A4+rot": lambda place, seed: 2 * noise[place, seed]}
-    study = Quantized(ways, "W4A4", seeds=5)
+    study = quantized(ways, "W4A4", seeds=5)
     assert methods.agreement(methods.measured(study)).kendall_low.tolist() == [1]
-    study = Quantized(ways | {"W4A4+rot": lambda place, seed: other[place, seed]}, "W4A4", seeds=5)
+    study = quantized(ways | {"W4A4+rot": lambda place, seed: other[place, seed]}, "W4A4", seeds=5)
     (row,) = methods.agreement(methods.measured(study)).itertuples()
     assert row.kendall_low < row.kendall_high
 
 
 def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
     ways = {"W4A4": rtn, "W4A4+rot": rtn}
-    (row,) = methods.agreement(methods.measured(Quantized(ways, "W4A4", seeds=2))).itertuples()
+    (row,) = methods.agreement(methods.measured(quantized(ways, "W4A4", seeds=2))).itertuples()
     assert row.kendall == 1 and np.isnan(row.kendall_low)
-    assert methods.agreement(methods.measured(Quantized(ways, "W4A4", optimizers=("adamw", "muon")))).empty
+    assert methods.agreement(methods.measured(quantized(ways, "W4A4", optimizers=("adamw", "muon")))).empty
 
 
 def test_the_finding_follows_the_numbers(study):
@@ -137,10 +123,10 @@ def test_the_finding_follows_the_numbers(study):
     assert ": more under RTN, less under rotation + GPTQ." in text
     assert "rotation + GPTQ and RTN order 0% of the pairs alike (Kendall's tau -1.00" in text
     assert text.endswith(methods.missing(study))
-    few = methods.finding(Quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
+    few = methods.finding(quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
     assert "n 1: Muon's damage is 2.00 times" in few and ": too few seeds for an interval." in few
-    alone = methods.finding(Quantized({"W4A4": rtn}, "W4A4"))
-    assert alone == methods.missing(Quantized({"W4A4": rtn}, "W4A4"))
+    alone = methods.finding(quantized({"W4A4": rtn}, "W4A4"))
+    assert alone == methods.missing(quantized({"W4A4": rtn}, "W4A4"))
 
 
 def test_the_committed_scale_without_gptq_says_so():
