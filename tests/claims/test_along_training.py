@@ -69,7 +69,7 @@ def test_differences_as_text_have_a_row_an_optimizer():
 
 
 def test_the_finding_follows_the_numbers():
-    text = along.finding(followed(FALL))
+    text = along.in_words(followed(FALL))
     assert text.startswith("- s, n 3: the mean damage changes by 0.110 [")
     assert "Over as long a stretch before, it changes by 0.020 [0.020, 0.020]." in text
     assert "at the constant rate and by -0.130 [" in text
@@ -78,7 +78,7 @@ def test_the_finding_follows_the_numbers():
 def test_a_scale_whose_runs_are_not_followed():
     study = Made(followed(FALL).by_purpose, "W4A4")
     assert along.differences(along.changes(along.trajectory(study))).empty
-    assert along.finding(study) == "No run of scale made up has been followed along its training."
+    assert along.in_words(study) == "No run of scale made up has been followed along its training."
     assert along.trajectory(Study("pocket")).empty
 
 

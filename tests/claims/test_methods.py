@@ -117,19 +117,19 @@ def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
 
 
 def test_the_finding_follows_the_numbers(study):
-    text = methods.finding(study)
+    text = methods.order_in_words(study)
     assert text.startswith("What other methods leave of the order under round to nearest (RTN), in int4:\n\n- s")
     assert "- s, n 3: Muon's damage is 1.91 [" in text and "Under rotation + GPTQ it is 0.52 [" in text
     assert ": more under RTN, less under rotation + GPTQ." in text
     assert "rotation + GPTQ and RTN order 0% of the pairs alike (Kendall's tau -1.00" in text
     assert text.endswith(methods.missing(study))
-    few = methods.finding(quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
+    few = methods.order_in_words(quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
     assert "n 1: Muon's damage is 2.00 times" in few and ": too few seeds for an interval." in few
-    alone = methods.finding(quantized({"W4A4": rtn}, "W4A4"))
+    alone = methods.order_in_words(quantized({"W4A4": rtn}, "W4A4"))
     assert alone == methods.missing(quantized({"W4A4": rtn}, "W4A4"))
 
 
 def test_the_committed_scale_without_gptq_says_so():
     study = Study("laptop")
     assert set(methods.measured(study).method) == {"RTN", "rotation"}
-    assert "int4 by GPTQ, rotation + GPTQ" in methods.finding(study)
+    assert "int4 by GPTQ, rotation + GPTQ" in methods.order_in_words(study)

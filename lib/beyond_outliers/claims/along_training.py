@@ -122,7 +122,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     return found.rename(columns=QUANTITIES).fillna("")
 
 
-def finding(study) -> str:
+def in_words(study) -> str:
     """What the tables say, in Markdown, one sentence a size; which scale to ask where they have nothing."""
     table = differences(changes(trajectory(study)))
     lines = []

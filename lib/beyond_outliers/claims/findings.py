@@ -304,7 +304,7 @@ def evidence(study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-finding("09_real_quantizers")(methods.finding)
+finding("09_real_quantizers")(methods.order_in_words)
 
 
 @finding("10_your_optimizer")

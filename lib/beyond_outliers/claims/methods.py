@@ -117,7 +117,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return pearson(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 
-def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
+def order_in_words(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     """What the tables say of int4, in Markdown: one optimizer beside another, does the order survive, what lacks."""
     rows = measured(study).query("format == 'int4'")
     table = estimates.ratios(rows, "increase", ("method",), reference)
