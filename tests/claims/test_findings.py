@@ -10,7 +10,7 @@ import pytest
 
 import prose_style
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules, verdicts
+from beyond_outliers.claims import PAPER_OPTIMIZERS, findings, judged, read_rules, readings, verdicts
 from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
 from beyond_outliers.claims.verdicts import (
     COLUMNS,
@@ -203,6 +203,23 @@ def test_tuning_runs_count_whenever_they_ended(monkeypatch):
     monkeypatch.setattr(verdicts, "READ", {"sweep": lambda study: rows, "final": lambda study: rows})
     found = verdicts.tables(SimpleNamespace(scale="confirm2", table=lambda _: runs))
     assert len(found["sweep"]) == 1 and found["final"].empty
+
+
+def test_runs_at_the_found_rates_take_the_place_of_those_at_the_searched_ones():
+    cell = pd.DataFrame({"size": "0.08M", "optimizer": ["adamw", "muon"], "seed": 200})
+    both = [pd.concat([cell.assign(**{name: of}, loss=9.0, increase=9.0, mmr=9.0) for of in values])
+            for name, values in (("bits", (16, 4)), ("condition", ("with head", "without head")))]  # fmt: skip
+    read = {"runs": cell.assign(loss=9.0, qat_loss=9.0), "final": cell.assign(mmr=9.0), "scaling": both[0]}
+    new = verdicts.at_found_rates(read | {"common": both[1]})
+    row = readings.found_rates().query("optimizer == 'adamw' and seed == 200").iloc[0]
+    expected = {
+        "runs": [[row.val_loss, row.val_loss_qat], [9, 9]],
+        "final": [[row.mmr_end], [9]],
+        "scaling": [[row.val_loss], [9], [row.val_loss_qat], [9]],
+        "common": [[row.increase_common, row.mmr_common], [9, 9], [9, 9], [9, 9]],
+    }
+    columns = {"runs": ["loss", "qat_loss"], "final": ["mmr"], "scaling": ["loss"], "common": ["increase", "mmr"]}
+    assert {name: new[name][of].to_numpy().tolist() for name, of in columns.items()} == expected
 
 
 def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():

@@ -285,7 +285,7 @@ def scenarios(study) -> pd.DataFrame:
     """What the verdicts on the six would be under other circumstances, by data/claims.toml, a row a claim: id, claim,
     `as it is`, `found rates` (of `readings.found_rates`, "not measured" where nothing was), and `without 0.08M`."""
     read = tables(study)
-    large = {name: table[table["size"] != "0.08M"] for name, table in read.items()}
+    large = {name: table[table["size"] != "0.08M"] for name, table in read.items() if "size" in table}
     rows = headlines(read_verdicts(study)).set_index("id")[["claim", "verdict"]].rename(columns={"verdict": "as it is"})
     for name, tried, claims in (
         ("found rates", at_found_rates(read), AT_FOUND_RATES),
