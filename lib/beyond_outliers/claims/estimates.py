@@ -103,7 +103,7 @@ class Cells:
     def at(self, *sizes: str) -> "Cells":
         """Those of some sizes alone."""
         places = [self.sizes.index(size) for size in sizes]
-        parts = self.mean, self.variance, self.n, np.broadcast_to(self.tuning, self.n.shape)
+        parts = self.mean, self.variance, self.n, self.tuning + 0 * self.n
         return Cells(self.optimizers, sizes, *(values[..., places] for values in parts))
 
 
