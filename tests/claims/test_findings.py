@@ -44,12 +44,6 @@ ONE_DIVERGED = runs(seeds=4)
 ONE_DIVERGED.loc[(ONE_DIVERGED.optimizer == "psgd") & (ONE_DIVERGED.seed == 3), ["status", "value"]] = "diverged", 99.0
 DEARER = {"adamw": 0.2, "muon": 0.5, "psgd": 0.1, "scion": 0.3, "shampoo": 0.4, "soap": 0.3}
 THREE = {name: LEVELS[name] for name in ("adamw", "muon", "shampoo")}
-PROBED = SimpleNamespace(
-    name="tiny",
-    spec=SimpleNamespace(name="W4A4"),
-    error=SimpleNamespace(value=0.5, low=0.4, high=0.6, n_sequences=8),
-    worst=lambda n: pd.DataFrame({"name": ["block.3.down"], "B": [0.25]}),
-)
 NOTHING = "Nothing can be said yet: no size has runs of AdamW, Muon, PSGD, Scion, Shampoo and SOAP yet (so far: none)."
 
 
@@ -75,9 +69,6 @@ NOTHING = "Nothing can be said yet: no size has runs of AdamW, Muon, PSGD, Scion
      ["Muon ends lowest after training in 4 bits (QAT). In full precision Shampoo does. Scion ends"], []),
     ("05_qat", made(full=runs()), [NOTHING], []),
     ("06_scaling_laws", made(full=runs().assign(n_parameters=1, tokens=20)), ["Nothing can be said yet: a law"], []),
-    ("08_probe_your_model", PROBED,
-     ["tiny in W4A4", "R_L, of 0.500 [0.400, 0.600]. ", "over 8 sequences",
-      "block.3.down adds most new error (B = 0.250)"], []),
 ])  # fmt: skip
 def test_findings_follow_the_numbers(notebook, study, said, not_said):
     text = FINDINGS[notebook](study)
