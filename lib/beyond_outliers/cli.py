@@ -291,7 +291,7 @@ def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked
 
     choose("claim", claim, [None, *read_table(paths.PAPER / "claims.csv").id])
     study = study_of(scale)
-    from beyond_outliers.claims.report import show, write_verdicts
+    from beyond_outliers.claims.verdicts import show, write_verdicts
 
     print(show(study, claim, rows or None) if claim else write_verdicts(study, checked))
 
@@ -395,7 +395,8 @@ def compare(
         given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--hyper {hyper!r} is not TOML: {error}") from None
-    from beyond_outliers.claims.beside import finding, standing
+    from beyond_outliers.claims.decisions import standing
+    from beyond_outliers.claims.findings import FINDINGS
     from beyond_outliers.notebook import YOURS, run_notebook, time_to_build
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study import compare
@@ -406,7 +407,7 @@ def compare(
     print(f"What is left takes {time_to_build(study_of(beside))}; a search of rates can add to it.", flush=True)
     compare.compare(scale, beside, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
-    print(f"\n{finding(both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
+    print(f"\n{FINDINGS[YOURS](both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

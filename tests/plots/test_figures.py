@@ -180,7 +180,7 @@ CLAIMS = pd.Series({"C1": "First", "C8": "Second " * 30})
 
 def test_a_scorecard_has_a_cell_per_verdict_and_gaps():
     (ax,) = plots.scorecard(pd.DataFrame({"six": {"C1": "tie", "C8": "reproduced"}, "then": {"C8": NAN}}), CLAIMS).axes
-    assert [text.get_text() for text in ax.texts] == ["tie", "yes"] and len(ax.patches) == 2
+    assert [text.get_text() for text in ax.texts] == ["tie", "reproduced"] and len(ax.patches) == 2
 
 
 def test_places_are_of_the_sizes_that_every_method_has():

@@ -11,8 +11,8 @@ import pytest
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers import notebook as notebook_module
 from beyond_outliers.claims import CLAIMS, judged, read_rules
-from beyond_outliers.claims.report import write_verdicts
 from beyond_outliers.claims.rules import VERDICTS
+from beyond_outliers.claims.verdicts import write_verdicts
 from beyond_outliers.notebook import notebooks, paper, render, run_notebook
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,6 @@ EXPECTED = {
     "02_outlier_metrics": ["02_mmr", "02_mmr_learning_rate", "02_outliers_against_damage"],
     "03_ptq": ["03_w4a4_increase", "03_forest", "03_before_and_after", "03_formats_tiny", "03_formats_small"],
     "04_error_propagation": [
-        "04_diagram",
         "04_depth",
         "04_abc",
         "04_gain",

@@ -91,7 +91,7 @@ def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], refer
     return figure
 
 
-def efficiencies(table: pd.DataFrame) -> Figure:
+def efficiency_points(table: pd.DataFrame) -> Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
     figure, ax = subplots(figsize=(5, 3))
     table = table.round(4).set_index("optimizer", drop=False).loc[ordered(table.optimizer)]
@@ -105,12 +105,12 @@ def efficiencies(table: pd.DataFrame) -> Figure:
     return finish(figure)
 
 
-def rank_lines(table: pd.DataFrame, methods: Sequence[str], value: str = "val_loss") -> Figure:
-    """Places of the optimizers by the mean of `value` under every method, lowest on top: a panel a format.
+def rank_lines(table: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """Places of the optimizers by the mean of val_loss under every method, lowest on top: a panel a format.
 
     Means are over the sizes at which every method of the format has been measured. Names stand at the lines' ends.
     """
-    wide = table.pivot_table(index=["format", "size", "optimizer"], columns="method", values=value, sort=False)
+    wide = table.pivot_table(index=["format", "size", "optimizer"], columns="method", values="val_loss", sort=False)
     figure, axes = panels(wide.index.get_level_values("format"), 3.4, 3.0)
     for format, ax in axes.items():
         rows = wide.loc[format].dropna(axis=1, how="all").dropna()

@@ -25,25 +25,6 @@ def depth_profile(table: pd.DataFrame, title: str) -> Figure:
     return finish(figure)
 
 
-def error_diagram() -> Figure:
-    """How the error of one layer splits: what its changed input brings along (A), what its changed weight adds (B)."""
-    figure, ax = subplots(figsize=(7.4, 2.3))
-    columns = [("$h$", "$h_q$", "inherited: $A$", "#0072B2"), ("$W$", "$W_q$", "new: $B$", "#E69F00")]
-    columns += [("$Wh$", "$W_q h_q$", "$R = A + B + C$, with $C$ of both", "black")]
-    for x, (exact, rounded, error, colour) in enumerate(columns):
-        for y, name in enumerate((rounded, exact)):
-            box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": "black"}
-            ax.text(x, y, name, ha="center", va="center", fontsize=13, bbox=box)
-            ax.annotate("", (x - 0.15, y), (x - 0.85, y), arrowprops={"arrowstyle": "->", "color": "grey"})
-        ax.annotate("", (x, 0.22), (x, 0.78), arrowprops={"arrowstyle": "<->", "color": colour})
-        ax.text(x + 0.04, 0.5, error, va="center", color=colour)
-    ax.set(xlim=(-0.9, 3.1), ylim=(-0.3, 1.3), yticks=[0, 1], yticklabels=["rounded", "exact"], xticks=[])
-    ax.tick_params(length=0)
-    ax.set_frame_on(False)
-    ax.grid(visible=False)
-    return figure
-
-
 def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
     """A, B and C of every module as shares of R, a panel an optimizer; C below zero where it takes error away."""
     grid = {"columns": 3, "sharex": True, "sharey": True}

@@ -23,14 +23,13 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
     """
     if unknown := sorted(set(table.stack().dropna()) - set(VERDICT_COLOURS)):
         raise ValueError(f"unknown verdicts {unknown}; valid: {', '.join(VERDICT_COLOURS)}")
-    short = {"reproduced": "yes", "not reproduced": "no", "undecided": "open", "not measured": "none"}
     figure, ax = subplots(figsize=(4.6 + 1.1 * table.shape[1], 0.3 * len(table) + 0.8))
     for row, claim in enumerate(table.index):
         for column, verdict in enumerate(table.loc[claim]):
             if isinstance(verdict, str):
                 colour = VERDICT_COLOURS[verdict]
                 ax.barh(row, 0.94, 0.86, column - 0.47, color=colour, alpha=0.45)
-                ax.text(column, row, short.get(verdict, verdict), ha="center", va="center", fontsize=9)
+                ax.text(column, row, verdict, ha="center", va="center", fontsize=8)
     ax.set_yticks(
         range(len(table)),
         [f"{claim}  {textwrap.shorten(claims[claim], 64, placeholder=' ...')}" for claim in table.index],
@@ -38,7 +37,6 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
     )
     ax.set_xticks(range(table.shape[1]), [name.replace(" ", "\n", 1) for name in table.columns], fontsize=9)
     ax.xaxis.tick_top()
-    ax.tick_params(length=0)
     ax.set_frame_on(False)
     ax.set(xlim=(-0.5, table.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
     ax.grid(visible=False)
