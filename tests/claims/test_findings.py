@@ -102,7 +102,7 @@ def test_every_committed_study_has_its_findings(scale, name):
 @pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
 def test_other_texts_that_are_made_of_tables_are_plain(scale):
     study = Study(scale)
-    for text in (how_judged(study), along_training.finding(study), setting(study).data):
+    for text in (how_judged(study), along_training.in_words(study), setting(study).data):
         assert prose_style.wrong(text) == []
 
 
