@@ -1,6 +1,7 @@
 """A whole study at scale smoke: every run, measurement and table, and what they say."""
 
 import dataclasses
+import itertools
 import subprocess
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.claims import verdicts
 from beyond_outliers.config import OPTIMIZER_NAMES, read_rates
+from beyond_outliers.propagation.readings import READINGS
 from beyond_outliers.quantizers import quantize_model
 from beyond_outliers.study import TABLES, MissingResults, Study, measure, workflow
 from beyond_outliers.study.tables import OPTIONAL
@@ -101,6 +104,22 @@ def test_error_propagation_adds_up(study):
     assert {"linear", "norm", "residual add", "activation", "attention"} <= set(modules.kind)
     opened = modules[(modules.attention == "open") & (modules.kind == "linear")]
     assert {"q", "k", "v", "out", "up", "down", "head"} == set(opened.name.str.rsplit(".").str[-1])
+
+
+def test_what_the_rules_read_at_the_end_is_there_with_and_without_the_head(study):
+    table = study.table("readings").set_index(["run", "checkpoint", "spec", "reading"]).value
+    wanted = {*READINGS, "expected_error", "mean_B", "mean_B_token", "norms_fall", "norms_fall_token"}
+    full, specs = set(study.runs("full_precision").run), ("W4A4+head", "W4A4")
+    keys = itertools.product(full, ("final", "common"), specs, wanted)
+    assert set(table.index) == set(keys) and table.notna().all()
+    modules = study.table("propagation").query("attention == 'unit'").sort_values("index")
+    last = modules.groupby(["run", "checkpoint"]).R.last()
+    assert np.allclose(table.xs(("W4A4", "R_L"), level=("spec", "reading")).reindex(last.index), last, rtol=1e-3)
+    common, norms = (verdicts.tables(study)[name] for name in ("common", "norms"))
+    read = ["increase", "mmr", "kurtosis", "R_L_token", "R_L_centred_token"]
+    assert common[read].notna().all().all() and len(common) == 2 * len(full) == 2 * len(norms)
+    damage = common.pivot(index="run", columns="condition", values="increase")
+    assert (damage["with head"] != damage["without head"]).all() and norms.falls.between(0, 1).all()
 
 
 def test_zero_shot_rows_carry_chance_and_error(study):

@@ -97,7 +97,7 @@ def _common(study) -> pd.DataFrame:
         damage = readings.damage(study, spec=spec).set_index("run").increase
         of = {"increase": damage, "mmr": outliers, "kurtosis": inputs, "gain": _gain(study, condition)}
         rows = at.assign(condition=condition, **{name: at.run.map(values) for name, values in of.items()})
-        parts.append(rows.merge(at_the_end(study, spec), on=["run", "step"], how="left"))
+        parts.append(rows.merge(at_the_end(study, spec), on=["run", "step"], how="left", suffixes=("", "_read")))
     return pd.concat([*parts, equal_schedule(study)], ignore_index=True)
 
 
@@ -113,7 +113,8 @@ def at_the_end(study, spec: str) -> pd.DataFrame:
     table = _extra(study, "readings")
     if table.empty:
         return pd.DataFrame({"run": pd.Series(dtype=str), "step": pd.Series(dtype=int)})
-    return table[table.spec == spec].pivot(index=["run", "step"], columns="reading", values="value").reset_index()
+    rows = table[table.spec == spec].drop_duplicates(["run", "step", "reading"])  # "common" may be "final", too
+    return rows.pivot(index=["run", "step"], columns="reading", values="value").reset_index()
 
 
 def equal_schedule(study) -> pd.DataFrame:

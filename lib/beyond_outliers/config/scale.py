@@ -165,6 +165,7 @@ class Measure:
     primary: str = "W4A4"  # the spec by which claims judge
     calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
+    readings: Annotated[tuple[str, ...], Different(least=0)] = ()  # specs in which all that an end tells is read
 
     def __post_init__(self) -> None:
         if bool(self.formats) == bool(self.specs):

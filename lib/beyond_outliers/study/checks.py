@@ -16,6 +16,7 @@ def check(protocol: Protocol) -> None:
     from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
     from beyond_outliers.quantizers.qat import SCHEMES
+    from beyond_outliers.quantizers.spec import QuantSpec
     from beyond_outliers.study.measure import specs
 
     with _named(protocol, "corpus.wheels"):
@@ -34,6 +35,10 @@ def check(protocol: Protocol) -> None:
             for spec in [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values():
                 for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
                     spec.check_width(width)
+    with _named(protocol, "measure.readings"):
+        for name in measured.readings:
+            for size in protocol.sizes:
+                QuantSpec.named(name).check_width(protocol.model(size).width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
     for purpose, runs in protocol.settings.plan:

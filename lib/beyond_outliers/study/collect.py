@@ -60,7 +60,7 @@ def collect(study: "Study") -> None:
         (row.run, "common", row.step) for table in common for row in table.itertuples() if row.run in results
     ]
     parts: dict[str, list[pd.DataFrame]] = {}
-    for name in MEASURED:
+    for name in (*MEASURED, "readings"):
         files = [(c, results[run].folder / f"measure-{step:06d}" / f"{name}.csv") for run, c, step in checkpoints]
         parts[name] = [read_table(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
     if by_seed:
@@ -121,9 +121,9 @@ def adopted(study: "Study") -> dict[str, set[str]]:
     if not study.has("runs"):
         return {purpose: set() for purpose in PURPOSES}
     runs = study.table("runs")
-    tables = {name: study.table(name) for name in (*MEASURED, "trajectory") if study.has(name)}
-    along = ("trajectory",) if study.protocol.measure.trajectory else ()
-    wanted = {"sweep": MEASURED, "full_precision": MEASURED + along}  # of QAT there is accuracy alone
+    asked = tuple(name for name in ("trajectory", "readings") if getattr(study.protocol.measure, name))
+    tables = {name: study.table(name) for name in (*MEASURED, *asked) if study.has(name)}
+    wanted = {"sweep": MEASURED, "full_precision": MEASURED + asked}  # of QAT there is accuracy alone
     found = {}
     for purpose in PURPOSES:
         names = set(runs.run)

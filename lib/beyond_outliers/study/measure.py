@@ -1,4 +1,4 @@
-"""What is measured on a trained model: post-training quantization, zero-shot accuracy, outliers, error propagation.
+"""What is measured on a trained model: quantization, zero-shot accuracy, outliers, error propagation, readings.
 
 `measure_run` writes one folder of tidy tables beside the run's weights, one checkpoint a folder. Measuring again does
 nothing; an interrupted measurement leaves no folder.
@@ -25,13 +25,15 @@ from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss, window_starts
 from beyond_outliers.evaluate.multiple_choice import zero_shot
 from beyond_outliers.evaluate.tasks import TASKS
-from beyond_outliers.metrics import activation_metrics
-from beyond_outliers.propagation.decomposition import decompose
+from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.propagation.decomposition import decompose, summarise
+from beyond_outliers.propagation.norms import REDUCTIONS
+from beyond_outliers.propagation.readings import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.train.folder import RunResult
 
-LEVELS = ("full", "light")
+LEVELS = ("light", "common", "full")  # each measures what the one before it does
 
 
 def specs(settings: Measure) -> list[QuantSpec]:
@@ -79,14 +81,14 @@ def measure_folder(folder: Path, step: int) -> Path:
 def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
-    level "full": every spec of `settings`, all zero-shot tasks; "light": the primary spec, for both and for weights
-    alone, and `cloze`.
+    level "light": the primary spec, for both and for weights alone, and `cloze`; "common": the specs of
+    `settings.readings`, too, with all that is read at the end; "full": every spec, and all zero-shot tasks.
     A run of quantization-aware training is evaluated as it is, since it is quantized already.
     """
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; valid: {', '.join(LEVELS)}")
     target = measure_folder(result.folder, step)
-    if (target / f"{level}.done").exists() or (target / "full.done").exists():
+    if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         return target
     tables = measure_model(result.load_model(step), result.config, level, settings)
     temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
@@ -117,14 +119,15 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
     ptq, accuracies, copies = [{"spec": "none", **base}], [accuracy], {}
+    read = [QuantSpec.named(name) for name in settings.readings if level != "light"]
     light = [primary, dataclasses.replace(primary, activations="none")]
-    for spec in fitting(specs(settings), config) if level == "full" else light:
+    for spec in dict.fromkeys([*(fitting(specs(settings), config) if level == "full" else light), *read]):
         inputs = calibration(corpus, context, settings.calibration_tokens) if spec.method == "gptq" else None
         quantized = quantize_model(model, spec, inputs)
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
-        if spec == primary:
-            copies[primary] = quantized
+        if spec in (primary, *read):
+            copies[spec] = quantized
         if settings.formats or spec == primary:  # a scale that names its specs wants accuracies of the primary alone
             chosen = tasks if spec == primary and settings.formats else ("cloze",)
             accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
@@ -133,7 +136,34 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches, primary),
         "propagation": _propagation(model, copies[primary], batches),
-    }
+    } | ({"readings": _readings(model, {spec: copies[spec] for spec in read}, batches)} if read else {})
+
+
+def network_readings(
+    model: nn.Module, quantized: nn.Module, spec: QuantSpec, batches: list[torch.Tensor]
+) -> dict[str, float]:
+    """The readings at the network's end (see `output_readings`), and single numbers of its layers and modules.
+
+    expected_error: mean over linear inputs. mean_B: mean over modules. norms_fall: share of the sublayer norms at which
+    R falls, the final norm apart (claim C9). The last two by sums over tokens, and, with `_token`, by tokens' ratios.
+    """
+    found = output_readings(model, quantized, batches).value.to_dict()
+    found["expected_error"] = average(activation_metrics(model, batches, spec))["expected_error"]
+    for reduction, end in zip(REDUCTIONS, ("_token", ""), strict=True):
+        modules = decompose(model, quantized, batches, reduction=reduction)
+        norms = modules[(modules.kind == "norm") & (modules.name != "final_norm")]
+        found |= {"mean_B" + end: summarise(modules)["mean_B"], "norms_fall" + end: (norms.R < norms.R_in).mean()}
+    return found
+
+
+def _readings(model: nn.Module, copies: dict[QuantSpec, nn.Module], batches: list[torch.Tensor]) -> pd.DataFrame:
+    """One row a (spec, reading)."""
+    rows = [
+        (spec.name, reading, value)
+        for spec, quantized in copies.items()
+        for reading, value in network_readings(model, quantized, spec, batches).items()
+    ]
+    return pd.DataFrame(rows, columns=["spec", "reading", "value"])
 
 
 def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:

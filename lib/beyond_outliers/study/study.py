@@ -220,14 +220,16 @@ class Study:
         return common_loss(runs, pd.concat(evaluations), given=given_beside(self))
 
     def measure_common(self, size: str, seed: int | None = None) -> None:
-        """Measures the runs of a group, lightly, at their Common Loss, once all of them have ended here."""
+        """Measures the runs of a group at their Common Loss, once all of them have ended here."""
         import torch
 
         from beyond_outliers.study.measure import measure_run
 
         torch.set_num_threads(self.protocol.threads)
+        settings = self.protocol.measure
         for row in self.common_loss(size, seed).itertuples():
-            measure_run(self.required(self.find(row.run)), int(row.step), "light", self.protocol.measure)
+            level = "common" if settings.readings else "light"
+            measure_run(self.required(self.find(row.run)), int(row.step), level, settings)
 
     def collect(self) -> None:
         """Writes the tables of the runs that have ended (see `collect`)."""

@@ -21,9 +21,10 @@ TABLES = (
     "outliers",
     "propagation",
     "trajectory",
+    "readings",
     "machines",
 )
-OPTIONAL = ("trajectory", "machines")  # of scales that ask for it; of runs that were made on a second machine
+OPTIONAL = ("trajectory", "readings", "machines")  # of scales that ask for them; of runs made on a second machine
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
 
 # The columns that are text, whatever they look like; pandas finds the types of all others: numbers and truth values.
@@ -69,6 +70,7 @@ TEXT = [
     "runs",
     "part",
     "condition",
+    "reading",
 ]
 
 
