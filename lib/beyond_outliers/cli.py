@@ -469,17 +469,17 @@ def corpus(*, scale: str) -> None:
 
 
 @command
-def run(*, scale: str, run: str, level: Literal["light", "full"] = "full", processes: Whole = 0) -> int:
+def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
     """Train and measure one run of the plan (a step of the workflow).
 
     run: the name of a planned run
-    level: how much is measured; light: of a sweep's run
+    level: how much is measured; light: of a sweep's run, common: of a branch
     processes: that train it under torchrun, one a GPU
 
     beyond-outliers run --scale pocket --run 0.03M-adamw-lr0.01-s0-0123456789
     """
     study = study_of(scale)
-    planned = study.find(run, main=level == "full")
+    planned = study.find(run, main=level != "light")
     if "RANK" in os.environ:  # one of several processes that train
         study.train(planned, progress=False)
         return 0

@@ -33,6 +33,7 @@ def swept() -> dict:
     table["sizes"]["tiny"] |= {"n_kv_heads": 2, "mlp_ratio": 4, "rope_base": 1024.0, "norm_eps": 1e-6, "init_std": 0.02}
     table["sizes"]["tiny"]["architecture"] = "olmo2"
     table["plan"]["qat"]["head"] = True
+    table["plan"]["branches"] = {"sizes": ["tiny"], "seeds": [0], "at": [0.5]}
     table["measure"] |= {"primary": "W4A4", "calibration_tokens": 512, "trajectory": True, "readings": ["W4A4"]}
     return table
 

@@ -128,6 +128,8 @@ def equal_schedule(study) -> pd.DataFrame:
     for _, group in table.groupby(["size", "seed"], sort=False) if len(table) else ():
         loss = group.groupby("optimizer").val_loss.min().max()
         for (size, optimizer, seed), own in group.groupby(readings.CELL, sort=False):
+            if own.val_loss.max() < loss:
+                continue
             at = readings.at_loss(own.sort_values("tokens").rename(columns={"val_loss": "base_loss"}), loss)
             found.append({"size": size, "optimizer": optimizer, "seed": seed, "condition": "equal schedule"} | at)
     return pd.DataFrame(found)

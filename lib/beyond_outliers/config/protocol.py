@@ -15,7 +15,7 @@ from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, call, entry
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.rates import Rates, auxiliary_rates, read_rates, runs_of_search
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
-from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale, scales
+from beyond_outliers.config.scale import PURPOSES, BranchRuns, Measure, Runs, Scale, Tuning, qat, read_scale, scales
 
 __all__ = ["OPTIMIZER_NAMES", "PURPOSES", "Planned", "Protocol", "scales"]
 
@@ -30,6 +30,8 @@ class Planned:
 
     purpose: str  # one of PURPOSES
     config: RunConfig
+    trunk: RunConfig | None = None  # of a branch: the run that it leaves after step `start`
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Protocol:
         return below[-1] if below else swept[0]
 
     def runs(self, rates: Mapping[tuple[str, str], Rates | float], size: str | None = None) -> list[Planned]:
-        """The main runs, of all sizes or of one, size by size: full precision, then QAT, then the schemes compared.
+        """The main runs, of all sizes or of one, size by size: full precision, its branches, QAT, the schemes compared.
 
         `rates` maps (swept size, optimizer) to the chosen rates, or to one learning rate where only one is chosen.
         Sizes whose rates are not there, because their sweep has not ended, are left out. QAT takes the full-precision
@@ -231,7 +233,10 @@ class Protocol:
                     if self.tuned and chosen.auxiliary is None:
                         raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
                     full = self.config(at, optimizer, lr=chosen.lr, seed=seed, auxiliary=chosen.auxiliary)
-                    planned += [Planned(purpose, full.replace(quantization=q)) for q in plan.quantizations]
+                    if isinstance(plan, BranchRuns):
+                        planned += [Planned(purpose, branch, full, start) for branch, start in plan.branches(full)]
+                    else:
+                        planned += [Planned(purpose, full.replace(quantization=q)) for q in plan.quantizations]
         order = {size: number for number, size in enumerate(self.sizes)}
         return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
 

@@ -10,9 +10,20 @@ from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES, ordered
 from beyond_outliers.config.outside import beside, optimizer_file, parted
 from beyond_outliers.config.parsing import Different, Name, Range, check_keys, check_values, choose, parse
-from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
+from beyond_outliers.config.run import (
+    CorpusConfig,
+    ModelConfig,
+    Rate,
+    RunConfig,
+    ScaleName,
+    Seed,
+    Share,
+    Tokens,
+    Training,
+    model_config,
+)
 
-PURPOSES = ("sweep", "full_precision", "qat", "schemes")
+PURPOSES = ("sweep", "full_precision", "branches", "qat", "schemes")
 
 Sizes = Annotated[tuple[Name, ...], Different()]
 Seeds = Annotated[tuple[Seed, ...], Different()]
@@ -76,6 +87,25 @@ class Runs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BranchRuns(Runs):
+    """[plan.branches]: full-precision runs that leave a main run, their trunk, at shares `at` of its tokens.
+
+    A branch is 5/4 as long as what it has of its trunk: its learning rate falls to 0 over its last fifth. The shares
+    lie in the trunk's constant part, at evaluations: 85 % of the tokens would have a quarter of the decay behind them.
+    """
+
+    at: Annotated[tuple[Share, ...], Different()]
+
+    def branches(self, trunk: RunConfig) -> list[tuple[RunConfig, int]]:
+        """Every branch of a run and the step at which it starts: one run of that length until then, warm-up and all."""
+        found = []
+        for share in self.at:
+            branch = trunk.replace(tokens_per_parameter=round(1.25 * share * trunk.tokens_per_parameter, 9), decay=0.2)
+            found.append((branch.replace(warmup=trunk.warmup * trunk.steps / branch.steps), round(share * trunk.steps)))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class QatRuns(Runs):
     """[plan.qat]: `head` says whether the output head is quantized, too."""
 
@@ -114,12 +144,13 @@ class Plan:
 
     full_precision: Runs
     sweep: Runs | None = None
+    branches: BranchRuns | None = None
     qat: QatRuns | None = None
     schemes: SchemeRuns | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Runs]]:
         """(purpose, its runs) of what is planned, in the order of PURPOSES."""
-        every: tuple[Runs | None, ...] = (self.sweep, self.full_precision, self.qat, self.schemes)
+        every: tuple[Runs | None, ...] = (self.sweep, self.full_precision, self.branches, self.qat, self.schemes)
         return ((purpose, runs) for purpose, runs in zip(PURPOSES, every, strict=True) if runs is not None)
 
 
@@ -270,6 +301,17 @@ class Scale:
             for size in runs.sizes:
                 if size not in runs.seeds:
                     raise ValueError(f"plan.{purpose}.seeds has no seeds for size {size!r}")
+        if isinstance(runs, BranchRuns):
+            count, most, trunks = self.training.evaluations, 1 - self.training.decay, self.plan.full_precision
+            for share in runs.at:
+                if not 0 < share <= most or abs(share * count - round(share * count)) > 1e-9:
+                    raise ValueError(
+                        f"plan.branches.at must be a multiple of 1/{count} (training.evaluations) and {most:g} at most "
+                        f"(training.decay), not {share}"
+                    )
+            for size in runs.sizes:
+                if size not in trunks.sizes or not set(runs.seeds_at(size)) <= set(trunks.seeds_at(size)):
+                    raise ValueError(f"plan.branches names runs of {size} that plan.full_precision has not")
         for name in runs.subjects or ():
             if name not in self.optimizers:
                 raise ValueError(f"plan.{purpose} names optimizer {name!r}; valid: {', '.join(self.optimizers)}")

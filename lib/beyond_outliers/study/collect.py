@@ -72,6 +72,8 @@ def collect(study: "Study") -> None:
         checksums.write_text(study.results / "common_loss.csv", pd.concat(common).to_csv(index=False))
     elif common:
         _write(study, "common_loss", common, {run for run, of in purposes.items() if "full_precision" in of})
+    if "branches" in study.protocol.purposes() and study.has("readings"):
+        checksums.write_text(study.results / "branches.csv", decayed(study).to_csv(index=False))
     if damages:
         raise checksums.DamagedFile("left out of the tables:\n" + "\n".join(damages))
 
@@ -86,6 +88,32 @@ def check_whole(result: "RunResult") -> None:
         checksums.check(folder, remedy=again)
     for along in result.folder.glob("trajectory.csv"):
         checksums.check(result.folder, along.name, remedy=again)
+
+
+def decayed(study: "Study") -> pd.DataFrame:
+    """One row a fully decayed model of every run that has branches: the branches, and the run itself.
+
+    Columns: run, size, optimizer, seed, tokens, val_loss; increase (nats, primary format) and increase_without_head;
+    gain (mean over linear layers, the head among them where the primary format has it), R_L_token, R_L_centred_token.
+    """
+    runs = pd.concat([study.runs("branches"), study.runs("full_precision")]).query("status == 'finished'")
+    with_branches = {(p.config.size, p.config.optimizer, p.config.seed) for p in study.planned() if p.trunk}
+    cell = ["size", "optimizer", "seed"]
+    runs = runs[[key in with_branches for key in runs[cell].itertuples(index=False, name=None)]].set_index("run")
+    ptq, modules, read = (
+        study.table(name).query("checkpoint == 'final'") for name in ("ptq", "propagation", "readings")
+    )
+    primary = study.protocol.measure.primary
+    increase = ptq.pivot(index="run", columns="spec", values="increase")
+    linear = modules[(modules.attention == "open") & (modules.kind == "linear") & modules.gain.notna()]
+    linear = linear[(linear.name != "head") | ("+head" in primary)]
+    ends = read[read.spec == primary].pivot(index="run", columns="reading", values="value")
+    table = runs[[*cell, "tokens", "val_loss"]].assign(
+        increase=increase[primary],
+        increase_without_head=increase.get(primary.replace("+head", "")),
+        gain=linear.groupby("run").gain.mean(),
+    )
+    return table.join(ends[["R_L_token", "R_L_centred_token"]]).reset_index()
 
 
 def _common_by_seed(study: "Study") -> list[pd.DataFrame]:
@@ -124,6 +152,7 @@ def adopted(study: "Study") -> dict[str, set[str]]:
     asked = tuple(name for name in ("trajectory", "readings") if getattr(study.protocol.measure, name))
     tables = {name: study.table(name) for name in (*MEASURED, *asked) if study.has(name)}
     wanted = {"sweep": MEASURED, "full_precision": MEASURED + asked}  # of QAT there is accuracy alone
+    wanted["branches"] = tuple(name for name in wanted["full_precision"] if name != "trajectory")
     found = {}
     for purpose in PURPOSES:
         names = set(runs.run)

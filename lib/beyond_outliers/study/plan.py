@@ -25,7 +25,7 @@ def plan_table(study: Study) -> pd.DataFrame:
         if kind not in speeds:
             seconds = step_seconds(config, "cpu", threads=study.protocol.threads) or float("nan")
             speeds[kind] = config.tokens_per_step / seconds
-        tokens = config.steps * config.tokens_per_step
+        tokens = (config.steps - planned.start) * config.tokens_per_step
         hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
         counted.add(config.name)
         rows.append((planned.purpose, config.size, config.name in done, tokens, speeds[kind], hours))

@@ -158,7 +158,11 @@ class Study:
         """Trains (or resumes, or loads) one run with the protocol's number of threads."""
         from beyond_outliers.train.loop import train
 
-        return train(planned.config, threads=self.protocol.threads, **options)
+        config = planned.config
+        branches = self.at("branches", config.size) if planned.purpose == "full_precision" else []
+        keep = [branch.start for branch in branches if branch.trunk == config]
+        options |= {"keep": keep, "trunk": planned.trunk, "start": planned.start}
+        return train(config, threads=self.protocol.threads, **options)
 
     def run(self, planned: Planned, **options: Any) -> "RunResult":
         """Trains one run, and measures what its purpose asks for: all of a main run, less of one of a sweep.
@@ -173,7 +177,8 @@ class Study:
         result, settings = self.train(planned, **options), self.protocol.measure
         torch.set_num_threads(self.protocol.threads)
         if result.row["status"] == "finished":
-            measure_run(result, result.row["steps"], "light" if planned.purpose == "sweep" else "full", settings)
+            level = {"sweep": "light", "branches": "common"}.get(planned.purpose, "full")
+            measure_run(result, result.row["steps"], level, settings)
             if planned.purpose == "full_precision" and settings.trajectory:
                 measure_trajectory(result, settings)
         return result

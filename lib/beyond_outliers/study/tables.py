@@ -22,9 +22,10 @@ TABLES = (
     "propagation",
     "trajectory",
     "readings",
+    "branches",
     "machines",
 )
-OPTIONAL = ("trajectory", "readings", "machines")  # of scales that ask for them; of runs made on a second machine
+OPTIONAL = ("trajectory", "readings", "branches", "machines")  # of scales that ask; of runs made on a second machine
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
 
 # The columns that are text, whatever they look like; pandas finds the types of all others: numbers and truth values.

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from beyond_outliers import paths
-from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.protocol import Planned
 from beyond_outliers.study.study import Study
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: what was asked to end has saved; the same command goes on
@@ -194,7 +194,7 @@ class Progress:
     def look(self) -> None:
         """Which runs there are, as far as they can be known, and which of them are trained."""
         study = Study(self.scale)
-        self.costs = {planned.config.name: work(planned.config) for planned in study.all_runs()}
+        self.costs = {planned.config.name: work(planned) for planned in study.all_runs()}
         known = set(study.table("runs").run) if self.rows and study.has("runs") else set()
         ended = {name for name in self.costs if (study.runs_folder / name / "result.json").exists()}
         self.done = ended | known & self.costs.keys()
@@ -267,9 +267,10 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
 
 
-def work(config: RunConfig) -> float:
+def work(planned: Planned) -> float:
     """What training a run takes, in parameters times tokens, with the steps of small models at what they cost."""
-    return config.steps * (
+    config = planned.config
+    return (config.steps - planned.start) * (
         config.model.n_parameters * config.tokens_per_step + (QAT_STEP if config.quantization else STEP)
     )
 

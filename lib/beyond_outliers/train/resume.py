@@ -22,6 +22,24 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob("state-*.pt"), reverse=True)
 
 
+def trunk_name(step: int) -> str:
+    """The file of a state that stays, for a branch that starts from that step."""
+    return f"trunk-{step:06d}.pt"
+
+
+def read_trunk(folder: Path, config: RunConfig, step: int, device: torch.device) -> dict[str, Any] | None:
+    """The state that the run `config` left for a branch; None, after a line that says so, where there is none."""
+    try:
+        check(folder, trunk_name(step))
+        state = _load(folder / trunk_name(step), config, device)
+    except (checksums.DamagedFile, FileNotFoundError) as lack:
+        print(f"{lack}; the branch is trained from its first step", file=sys.stderr)
+        return None
+    # the trunk's evaluations are its own: the branch has no weights of them
+    rows = [row if not row["step"] else {k: v for k, v in row.items() if "val_" not in k} for row in state["rows"]]
+    return {**state, "rows": rows}
+
+
 def write_state(folder: Path, state: Mapping[str, Any], beside: Mapping[str, Callable[[Path], object]]) -> None:
     """Writes a state and files that belong to it, all or none of them; of earlier states the last one stays."""
     name = f"state-{state['step']:06d}.pt"
