@@ -7,6 +7,7 @@ With z the logits of the model, zq those of the quantized one, dz = zq - z and p
     softmax-weighted  Var_p(dz) / Var_p(z)                     words count by their probability; no offset either
     second-order KL   Var_p(dz) / 2 = KL(p || pq) + O(dz^3)    in nats, absolute
     final norm        ||dx||^2 / ||x||^2 of the head's input   before the head adds its share
+    offset share      ||mean(z)||^2 / ||z||^2                  the part of the logits that softmax does not see
 
 Over tokens: the mean of each token's ratio, or the ratio of the sums over all tokens. Which of the two the paper's
 tables hold is not known: it defines R for one vector, and its code is not public. The committed tables of the scales
@@ -29,7 +30,7 @@ from beyond_outliers.propagation.output_error import ratio_of_sums, text_sequenc
 from beyond_outliers.quantizers.record import Runs
 
 RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
-SIGNED = ("top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale
+SIGNED = ("offset_share", "top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale
 READINGS = (*(name + end for name in RELATIVE for end in ("", "_token")), "kl", "kl_second_order", *SIGNED)
 
 
@@ -56,7 +57,7 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     """All readings of the module docstring, with the loss, in one pass of each model, in float64.
 
     One row a reading, which is the index: R_L, R_L_centred, R_softmax, R_final_norm (ratios of sums over all tokens),
-    each with `_token` (the mean of the tokens' ratios); kl, kl_second_order (nats per token); top1_agreement (share of
+    each with `_token` (the mean of the tokens' ratios); kl, kl_second_order (nats per token); offset_share; top1_agreement (share of
     tokens whose likeliest word stays); loss, loss_quantized and their difference, increase (nats per token, of the next
     token within a sequence). Columns: value; low, high, its interval over sequences (as in `relative_error`; not on
     the log scale for what may be zero or negative); n, sequences.
@@ -116,6 +117,7 @@ class _Sums(dict[str, Tensor]):
             p, one = log_p.exp(), torch.ones_like(z[:, 0])
             change = _variance(p, zq - z)
             self.add_ratios("R_softmax", _variance(p, z), change)
+            self.add("offset_share", dot(z, z), z.shape[-1] * z.mean(-1).square())
             self.add("kl", one, (p * (log_p - log_q)).sum(-1))
             self.add("kl_second_order", one, change / 2)
             self.add("top1_agreement", one, (z.argmax(-1) == zq.argmax(-1)).double())
