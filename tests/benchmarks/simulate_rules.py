@@ -23,7 +23,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import readings, rules
-from beyond_outliers.claims.compare import PAPER_OPTIMIZERS, Cells, cells, contrast, leave_one_out, pearson
+from beyond_outliers.claims.estimates import PAPER_OPTIMIZERS, Cells, cells, contrast, leave_one_out, pearson
 from beyond_outliers.claims.rules import (
     CLAIMS,
     NOT_REPRODUCED,

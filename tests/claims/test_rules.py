@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from beyond_outliers import paths
-from beyond_outliers.claims.compare import Cells, leave_one_out, pearson, t_interval
+from beyond_outliers.claims.estimates import Cells, leave_one_out, pearson, t_interval
 from beyond_outliers.claims.rules import (
     CLAIMS,
     PAPER_OPTIMIZERS,

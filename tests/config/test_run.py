@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims.compare import LEAST_SEEDS
+from beyond_outliers.claims.estimates import LEAST_SEEDS
 from beyond_outliers.config import (
     OPTIMIZER_NAMES,
     CorpusConfig,

@@ -10,7 +10,7 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.claims import beside
-from beyond_outliers.claims.compare import Comparison
+from beyond_outliers.claims.estimates import Comparison
 from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
 from beyond_outliers.config.optimizers import entry
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside

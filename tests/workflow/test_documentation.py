@@ -9,7 +9,7 @@ import pytest
 import benchmarking
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.claims import decisions
-from beyond_outliers.claims.compare import label
+from beyond_outliers.claims.estimates import label
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study import TABLES as STUDY_TABLES
 

@@ -4,7 +4,7 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    compare="PAPER_OPTIMIZERS Estimate correlations",
+    estimates="PAPER_OPTIMIZERS Estimate correlations",
     readings="CANDIDATES TARGETS predictor_table scaling_runs",
     rules="CLAIMS evaluate",
     verdicts="judge judged read_rules read_verdicts",

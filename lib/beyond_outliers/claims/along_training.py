@@ -8,8 +8,8 @@ convergence (arXiv 2604.15167).
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims import compare, readings
-from beyond_outliers.claims.compare import LEAST_SEEDS, Estimate, cells, contrast
+from beyond_outliers.claims import estimates, readings
+from beyond_outliers.claims.estimates import LEAST_SEEDS, Estimate, cells, contrast
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.tables import MissingResults
 
@@ -66,8 +66,8 @@ def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
     """`at_common_loss` as means over seeds, and as ratios to AdamW's: a row a size and optimizer."""
     keys, parts = ["size", "optimizer"], []
     for column in ("at_checkpoint", "interpolated"):
-        mean = compare.means(exact, column).set_index(keys)["mean"].rename(column)
-        ratio = compare.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
+        mean = estimates.means(exact, column).set_index(keys)["mean"].rename(column)
+        ratio = estimates.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
         text = [Estimate(*row).text(2) for row in ratio.reindex(mean.index).to_numpy()]
         parts += [mean, pd.Series(text, mean.index, name=f"{column}, ratio")]
     return pd.concat(parts, axis=1).reset_index()
@@ -75,7 +75,7 @@ def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean damage of the checkpoints themselves, with interval: size, optimizer, share, mean, low, high, n."""
-    return compare.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
+    return estimates.means(rows[rows.averaged == 1], "increase", ("share",)).sort_values("share", kind="stable")
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +106,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     Behind the optimizers of a size stands EVERY: their unweighted mean, with Welch's interval from the spread over runs
     within optimizers (an estimate alone where one of them has fewer than three runs).
     """
-    each = compare.means(table, "value", ("quantity",))
+    each = estimates.means(table, "value", ("quantity",))
     parts = []
     for quantity in QUANTITIES:
         for size, own in table[table.quantity == quantity].groupby("size", sort=False):

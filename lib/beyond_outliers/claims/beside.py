@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.compare import PAPER_OPTIMIZERS, Comparison, NothingToCompare, label
+from beyond_outliers.claims.estimates import PAPER_OPTIMIZERS, Comparison, NothingToCompare, label
 
 LOSS, DAMAGE, QAT = "loss in full precision", "damage at the Common Loss", "loss after QAT"
 

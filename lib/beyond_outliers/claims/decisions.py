@@ -7,7 +7,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.compare import Comparison, NothingToCompare, label, listed, of_the_paper
+from beyond_outliers.claims.estimates import Comparison, NothingToCompare, label, listed, of_the_paper
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.compare import (
+from beyond_outliers.claims.estimates import (
     PAPER_OPTIMIZERS,
     REFERENCE,
     Comparison,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers.claims import beside, methods, readings
-from beyond_outliers.claims.compare import (
+from beyond_outliers.claims.estimates import (
     Comparison,
     Estimate,
     NothingToCompare,

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from beyond_outliers.claims import compare, readings
-from beyond_outliers.claims.compare import ALL_SIZES, LEAST_SEEDS, Estimate, label, t_interval
+from beyond_outliers.claims import estimates, readings
+from beyond_outliers.claims.estimates import ALL_SIZES, LEAST_SEEDS, Estimate, label, t_interval
 
 FORMATS = {"W4A4": "int4", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}  # first part of a spec's name: weights and activations
 RTN = "RTN"
@@ -64,7 +64,7 @@ def missing(study) -> str:
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
     """Mean of `value` over seeds with its interval, as text ("0.123 [0.110, 0.136]"), methods as columns in order."""
-    table = compare.means(rows, value, ("format", "method"))
+    table = estimates.means(rows, value, ("format", "method"))
     text = [Estimate(*values).text() for values in table[["mean", "low", "high"]].to_numpy()]
     keys = ["format", "size", "optimizer"]
     table = table.assign(text=text, key=list(zip(*(table[key] for key in keys), strict=True)))
@@ -84,7 +84,7 @@ def left(rows: pd.DataFrame) -> pd.DataFrame:
     others = rows[rows.method != RTN]
     both = others.assign(rtn=others.set_index(keys).index.map(base))
     both = both[(both.increase > 0) & (both.rtn > 0)]
-    found = compare.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
+    found = estimates.means(both.assign(log=np.log(both.increase / both.rtn)), "log", ("format", "method"))
     found[["mean", "low", "high"]] = np.exp(found[["mean", "low", "high"]])
     return found.rename(columns={"mean": "left"})
 
@@ -151,7 +151,7 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     """What the tables say of int4, in Markdown: one optimizer beside another, does the order survive, what lacks."""
     rows = measured(study)
     rows = rows[rows.format == "int4"]
-    table = compare.ratios(rows, "increase", ("method",), reference)
+    table = estimates.ratios(rows, "increase", ("method",), reference)
     who, whose = f"the damage of {label(optimizer)}", f"that of {label(reference)}"
     lines = []
     for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):

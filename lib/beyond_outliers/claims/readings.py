@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from beyond_outliers import paths
-from beyond_outliers.claims.compare import t_interval
+from beyond_outliers.claims.estimates import t_interval
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import fit_scaling_law
 from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.claims.compare import Estimate
+from beyond_outliers.claims.estimates import Estimate
 from beyond_outliers.claims.verdicts import JUDGED, READ, frozen, headlines, judge, read_rules, rule_place
 from beyond_outliers.study.study import Study
 

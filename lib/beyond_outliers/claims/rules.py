@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims.compare import (
+from beyond_outliers.claims.estimates import (
     LEAST_SEEDS,
     PAPER_OPTIMIZERS,
     STRICT,

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers.claims import compare
-from beyond_outliers.claims.compare import (
+from beyond_outliers.claims import estimates
+from beyond_outliers.claims.estimates import (
     Cells,
     Comparison,
     Estimate,
@@ -36,7 +36,7 @@ def table(**cells):
 
 
 def test_a_mean_has_the_t_interval_of_scipy_from_three_seeds_on():
-    found = compare.means(table(s_adamw=[1.0, 2.0, 4.0], s_muon=[1.0, 3.0]), "increase").set_index("optimizer")
+    found = estimates.means(table(s_adamw=[1.0, 2.0, 4.0], s_muon=[1.0, 3.0]), "increase").set_index("optimizer")
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem([1.0, 2.0, 4.0]))
     assert found.loc["adamw", ["mean", "low", "high"]].tolist() == pytest.approx([7 / 3, low, high])
     assert found.loc["muon", "mean"] == 2 and np.isnan(found.loc["muon", "low"]) and found.n.tolist() == [3, 2]
@@ -44,7 +44,7 @@ def test_a_mean_has_the_t_interval_of_scipy_from_three_seeds_on():
 
 def test_a_ratio_is_welchs_interval_of_logarithms():
     adamw, muon = np.array([0.1, 0.12, 0.09, 0.15]), np.array([0.2, 0.3, 0.25])
-    found = compare.ratios(table(s_adamw=adamw, s_muon=muon), "increase").set_index("optimizer")
+    found = estimates.ratios(table(s_adamw=adamw, s_muon=muon), "increase").set_index("optimizer")
     welch = stats.ttest_ind(np.log(muon), np.log(adamw), equal_var=False).confidence_interval(0.95)
     ratio = stats.gmean(muon) / stats.gmean(adamw)
     assert found.loc["muon", ["ratio", "low", "high"]].tolist() == pytest.approx([ratio, *np.exp(welch)])
@@ -58,24 +58,24 @@ def test_the_mean_over_sizes_is_unweighted_and_takes_sizes_of_three_seeds_only()
         m_adamw=[1.0, 1.1, 0.9], m_muon=[8.0, 8.8, 7.2],
         l_adamw=[1.0, 1.0], l_muon=[100.0, 100.0],
     )  # fmt: skip
-    found = compare.ratios(rows, "increase").query("optimizer == 'muon'").set_index("size")
-    assert list(found.index) == ["s", "m", "l", compare.ALL_SIZES]
-    over = found.loc[compare.ALL_SIZES]
+    found = estimates.ratios(rows, "increase").query("optimizer == 'muon'").set_index("size")
+    assert list(found.index) == ["s", "m", "l", estimates.ALL_SIZES]
+    over = found.loc[estimates.ALL_SIZES]
     assert over.ratio == pytest.approx(4) and over.low < 4 < over.high and over.n == 3  # sqrt(2 * 8)
     assert found.ratio["l"] == pytest.approx(100) and np.isnan(found.low["l"])
 
 
 def test_sizes_without_the_reference_and_values_without_a_logarithm_are_left_out():
     rows = table(s_muon=[1.0, 1.0, 1.0], m_adamw=[1.0, 2.0, -1.0], m_muon=[4.0, 8.0, 16.0])
-    found = compare.ratios(rows, "increase")
+    found = estimates.ratios(rows, "increase")
     assert set(found["size"]) == {"m"}
     assert found.set_index("optimizer").n.to_dict() == {"adamw": 2, "muon": 2}
-    assert compare.ratios(rows[rows.optimizer == "muon"], "increase").empty
+    assert estimates.ratios(rows[rows.optimizer == "muon"], "increase").empty
 
 
 def test_every_value_of_by_is_compared_with_its_own_reference():
     rows = pd.concat([table(s_adamw=1.0, s_muon=2.0).assign(way="a"), table(s_adamw=10.0, s_muon=5.0).assign(way="b")])
-    found = compare.ratios(rows, "increase", ("way",)).query("optimizer == 'muon'").set_index("way")
+    found = estimates.ratios(rows, "increase", ("way",)).query("optimizer == 'muon'").set_index("way")
     assert found.ratio.to_dict() == {"a": pytest.approx(2), "b": pytest.approx(0.5)}
 
 
@@ -85,8 +85,8 @@ def test_centred_means_take_the_size_out():
     small = {f"s_{name}": np.exp(rng.normal(size=4)) for name in ("adamw", "muon", "soap")}
     both = table(**small, **{f"m{key[1:]}": 10 * values for key, values in small.items()})
     both = both.assign(R_L=both.increase**2)
-    one = compare.centred(both[both["size"] == "s"], ["increase", "R_L"])
-    two = compare.centred(both, ["increase", "R_L"])
+    one = estimates.centred(both[both["size"] == "s"], ["increase", "R_L"])
+    two = estimates.centred(both, ["increase", "R_L"])
     assert one.increase.sum() == pytest.approx(0) and two.increase.tolist() == pytest.approx(one.increase.tolist())
     assert two.R_L.tolist() == pytest.approx((2 * two.increase).tolist())
     low, high = stats.t.interval(0.95, 3, scale=stats.sem(np.log(small["s_muon"])))
@@ -96,10 +96,10 @@ def test_centred_means_take_the_size_out():
 
 def test_a_size_that_lacks_an_optimizer_is_not_centred():
     rows = table(s_adamw=1.0, s_muon=np.e, m_adamw=5.0)
-    found = compare.centred(rows, ["increase"]).set_index("optimizer")
+    found = estimates.centred(rows, ["increase"]).set_index("optimizer")
     assert found.increase.to_dict() == {"adamw": pytest.approx(-0.5), "muon": pytest.approx(0.5)}
     assert found.n.to_dict() == {"adamw": "1", "muon": "1"} and found.increase_half.isna().all()
-    assert compare.centred(table(s_adamw=1.0, m_muon=2.0), ["increase"]).empty
+    assert estimates.centred(table(s_adamw=1.0, m_muon=2.0), ["increase"]).empty
 
 
 SEEDS = {"s": range(10), "m": range(8), "l": range(4)}
