@@ -7,6 +7,7 @@ the repository for all that is written.
 
 import contextlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -71,8 +72,7 @@ def git_commit() -> str:
     Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
     """
     git = ["git", "-C", str(ROOT), "--git-dir", str(ROOT / ".git"), "--work-tree", str(ROOT)]
-    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
-    environment = {name: value for name, value in os.environ.items() if name not in ambient}
+    environment = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(
             [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment

@@ -170,7 +170,7 @@ def test_the_work_of_small_runs_is_in_proportion_to_their_seconds():
     took = pd.DataFrame(
         {
             "kind": [f"{planned.config.size} {planned.config.quantization is not None}" for planned in study.planned()],
-            "work": [workflow.work(planned.config) for planned in study.planned()],
+            "work": [workflow.work(planned) for planned in study.planned()],
             "seconds": [done.seconds.get(planned.config.name) for planned in study.planned()],
         }
     )

@@ -12,7 +12,7 @@ import pytest
 from beyond_outliers import checksums, paths
 from beyond_outliers.claims import verdicts
 from beyond_outliers.config import OPTIMIZER_NAMES, read_rates
-from beyond_outliers.propagation.readings import READINGS
+from beyond_outliers.propagation.output_error import READINGS
 from beyond_outliers.quantizers import quantize_model
 from beyond_outliers.study import TABLES, MissingResults, Study, measure, workflow
 from beyond_outliers.study.tables import OPTIONAL

@@ -91,7 +91,7 @@ class BranchRuns(Runs):
     """[plan.branches]: full-precision runs that leave a main run, their trunk, at shares `at` of its tokens.
 
     A branch is 5/4 as long as what it has of its trunk: its learning rate falls to 0 over its last fifth. The shares
-    lie in the trunk's constant part, at evaluations: 85 % of the tokens would have a quarter of the decay behind them.
+    lie in the trunk's constant part: 85 % of the tokens would have a quarter of the decay behind them.
     """
 
     at: Annotated[tuple[Share, ...], Different()]
@@ -196,7 +196,7 @@ class Measure:
     primary: str = "W4A4"  # the spec by which claims judge
     calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
-    readings: Annotated[tuple[str, ...], Different(least=0)] = ()  # specs in which all that an end tells is read
+    readings: Annotated[tuple[str, ...], Different()] = ()  # specs in which all that an end tells is read
 
     def __post_init__(self) -> None:
         if bool(self.formats) == bool(self.specs):
@@ -302,13 +302,11 @@ class Scale:
                 if size not in runs.seeds:
                     raise ValueError(f"plan.{purpose}.seeds has no seeds for size {size!r}")
         if isinstance(runs, BranchRuns):
-            count, most, trunks = self.training.evaluations, 1 - self.training.decay, self.plan.full_precision
-            for share in runs.at:
-                if not 0 < share <= most or abs(share * count - round(share * count)) > 1e-9:
-                    raise ValueError(
-                        f"plan.branches.at must be a multiple of 1/{count} (training.evaluations) and {most:g} at most "
-                        f"(training.decay), not {share}"
-                    )
+            most, trunks = 1 - self.training.decay, self.plan.full_precision
+            if not 0 < min(runs.at) <= max(runs.at) <= most:
+                raise ValueError(
+                    f"plan.branches.at must lie above 0 and at most at {most:g} (1 - training.decay), not {runs.at}"
+                )
             for size in runs.sizes:
                 if size not in trunks.sizes or not set(runs.seeds_at(size)) <= set(trunks.seeds_at(size)):
                     raise ValueError(f"plan.branches names runs of {size} that plan.full_precision has not")

@@ -92,18 +92,13 @@ def replay(study: Study) -> pd.DataFrame:
             raise ValueError(f"{file} belongs to no run of the tables of {study.scale}")
         again = measure_model(model, config, "light", study.protocol.measure)
         row = {"run": run, "size": config.size, "optimizer": config.optimizer, "seed": config.seed}
-        own = {name: table[table.run == run] for name, table in final.items()}
-        for end, tables in (("", own), ("_replayed", again)):
-            row |= {f"{name}{end}": value for name, value in _read(tables, study.protocol.measure.primary).items()}
+        for end, tables in (
+            ("", {name: table[table.run == run] for name, table in final.items()}),
+            ("_replayed", again),
+        ):
+            ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
+            row["loss" + end], row["damage" + end] = ptq.val_loss["none"], ptq.increase[study.protocol.measure.primary]
+            row["mmr" + end] = without_down(tables["outliers"]).mmr.mean()
+            row["R_L" + end] = modules.sort_values("index").R.iloc[-1]
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _read(tables: dict[str, pd.DataFrame], primary: str) -> dict[str, float]:
-    ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
-    return {
-        "loss": ptq.val_loss["none"],
-        "damage": ptq.increase[primary],
-        "mmr": without_down(tables["outliers"]).mmr.mean(),
-        "R_L": modules.sort_values("index").R.iloc[-1],
-    }

@@ -29,16 +29,14 @@ def check(protocol: Protocol) -> None:
     measured = protocol.measure
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}
+        read = [QuantSpec.named(name) for name in measured.readings]
         for size in protocol.sizes:
             shape = protocol.model(size)
             # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
-            for spec in [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values():
+            asked = [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values()
+            for spec in (*asked, *read):
                 for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
                     spec.check_width(width)
-    with _named(protocol, "measure.readings"):
-        for name in measured.readings:
-            for size in protocol.sizes:
-                QuantSpec.named(name).check_width(protocol.model(size).width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
     for purpose, runs in protocol.settings.plan:

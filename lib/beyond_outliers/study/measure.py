@@ -28,7 +28,7 @@ from beyond_outliers.evaluate.tasks import TASKS
 from beyond_outliers.metrics import activation_metrics, average
 from beyond_outliers.propagation.decomposition import decompose, summarise
 from beyond_outliers.propagation.norms import REDUCTIONS
-from beyond_outliers.propagation.readings import output_readings
+from beyond_outliers.propagation.output_error import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.train.folder import RunResult
@@ -99,12 +99,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     (temporary / f"{level}.done").touch()
     checksums.seal(temporary)
     shutil.rmtree(target, ignore_errors=True)
-    try:
-        os.replace(temporary, target)
-    except OSError:  # another process was faster; its tables are as good as these
-        if not any((target / f"{done}.done").exists() for done in LEVELS):
-            raise
-        shutil.rmtree(temporary)
+    os.replace(temporary, target)
     return target
 
 
@@ -136,7 +131,12 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches, primary),
         "propagation": _propagation(model, copies[primary], batches),
-    } | ({"readings": _readings(model, {spec: copies[spec] for spec in read}, batches)} if read else {})
+    } | ({"readings": pd.concat([_readings(model, copies[spec], spec, batches) for spec in read])} if read else {})
+
+
+def _readings(model: nn.Module, quantized: nn.Module, spec: QuantSpec, batches: list[torch.Tensor]) -> pd.DataFrame:
+    found = network_readings(model, quantized, spec, batches)
+    return pd.DataFrame({"spec": spec.name, "reading": found.keys(), "value": found.values()})
 
 
 def network_readings(
@@ -154,16 +154,6 @@ def network_readings(
         norms = modules[(modules.kind == "norm") & (modules.name != "final_norm")]
         found |= {"mean_B" + end: summarise(modules)["mean_B"], "norms_fall" + end: (norms.R < norms.R_in).mean()}
     return found
-
-
-def _readings(model: nn.Module, copies: dict[QuantSpec, nn.Module], batches: list[torch.Tensor]) -> pd.DataFrame:
-    """One row a (spec, reading)."""
-    rows = [
-        (spec.name, reading, value)
-        for spec, quantized in copies.items()
-        for reading, value in network_readings(model, quantized, spec, batches).items()
-    ]
-    return pd.DataFrame(rows, columns=["spec", "reading", "value"])
 
 
 def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES
+from beyond_outliers.config.optimizers import ordered
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.rates import Rates, tune
 from beyond_outliers.config.run import RunConfig
@@ -29,27 +29,18 @@ class Study:
         """results: a folder of tables to read, where not the usual one is meant."""
         self.protocol = Protocol.load(scale)
         self.scale = scale
-        self._results = results
+        self.results = results or paths.results(scale)  # its own tables as soon as there are some, else the committed
         self.runs_folder = paths.RUNS / scale
         self._losses: dict[str, float] = {}  # of the runs of a search that have ended
 
     # --------------------------------------------------------------------------------------------------------- tables
-
-    @property
-    def results(self) -> Path:
-        """The folder of its tables: a study's own as soon as there are some, else the committed ones."""
-        return self._results or paths.results(self.scale)
-
-    @results.setter
-    def results(self, folder: Path) -> None:
-        self._results = folder
 
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; valid: {', '.join(TABLES)}")
         file = self.results / f"{name}.csv"
-        if not file.exists():
+        if not self.has(name):
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
         check_table(self.results, name)
         return read_table(file)
@@ -65,12 +56,10 @@ class Study:
         """
         runs = self.table("runs")
         runs = runs[[purpose in purposes.split("+") for purposes in runs.purpose]]
-        known = {"size": list(self.protocol.sizes), "optimizer": list(OPTIMIZER_NAMES)}
+        order = {"size": self.protocol.sizes, "optimizer": ordered(runs.optimizer)}
 
         def place(column: pd.Series) -> pd.Series:
-            first = known.get(column.name)
-            names = sorted(set(column)) if first is None else [*first, *sorted(set(column) - set(first))]
-            return column.map({name: position for position, name in enumerate(names)})
+            return column.map(order[column.name].index) if column.name in order else column
 
         return runs.sort_values(["size", "optimizer", "seed", "lr"], key=place, ignore_index=True)
 
@@ -117,11 +106,7 @@ class Study:
     @functools.cached_property
     def _committed_losses(self) -> dict[str, float]:
         """What the table `runs` says when this study is opened: a clone has tables, but no folders of runs."""
-        file = self.results / "runs.csv"
-        if not file.exists():
-            return {}
-        rows = self.table("runs")
-        return dict(zip(rows.run, rows.val_loss, strict=True))
+        return self.table("runs").set_index("run").val_loss.to_dict() if self.has("runs") else {}
 
     def result(self, planned: Planned) -> "RunResult | None":
         """The run's result from its folder; None when it has not ended here. DamagedFile, with the remedy."""
@@ -131,11 +116,10 @@ class Study:
 
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
-        if not all((self.results / f"{name}.csv").exists() for name in TABLES if name not in OPTIONAL):
+        if not all(self.has(name) for name in TABLES if name not in OPTIONAL):
             return False
-        have, rates = set(self.table("runs").run), self.rates
         swept = {(size, name) for size in self.sizes_of("sweep") for name in self.protocol.optimizers}
-        return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
+        return swept <= set(self.rates) and {p.config.name for p in self.planned()} <= set(self.table("runs").run)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -159,9 +143,8 @@ class Study:
         from beyond_outliers.train.loop import train
 
         config = planned.config
-        branches = self.at("branches", config.size) if planned.purpose == "full_precision" else []
-        keep = [branch.start for branch in branches if branch.trunk == config]
-        options |= {"keep": keep, "trunk": planned.trunk, "start": planned.start}
+        options["keep"] = [branch.start for branch in self.planned(config.size) if branch.trunk == config]
+        options |= {"trunk": planned.trunk, "start": planned.start}
         return train(config, threads=self.protocol.threads, **options)
 
     def run(self, planned: Planned, **options: Any) -> "RunResult":
@@ -201,11 +184,9 @@ class Study:
 
     def groups(self) -> list[tuple[str, int | None]]:
         """(size, seed) of what a Common Loss is taken over: with trajectories a seed, else (None) all of a size."""
-        sizes = self.sizes_of("full_precision")
-        if not self.protocol.measure.trajectory:
-            return [(size, None) for size in sizes]
-        seeds = {size: dict.fromkeys(p.config.seed for p in self.at("full_precision", size)) for size in sizes}
-        return [(size, seed) for size in sizes for seed in seeds[size]]
+        by_seed, runs = self.protocol.measure.trajectory, self.planned()
+        groups = [(p.config.size, p.config.seed if by_seed else None) for p in runs if p.purpose == "full_precision"]
+        return list(dict.fromkeys(groups))
 
     def group(self, size: str, seed: int | None = None) -> list[Planned]:
         """The runs that a Common Loss is taken over."""
@@ -217,12 +198,12 @@ class Study:
         See the module `common_loss`, whose columns these are; of the checkpoints whose weights are still there. Empty
         until all runs of the group have ended here.
         """
-        results = [self.result(planned) for planned in self.group(size, seed)]
-        if not results or None in results:
+        group = self.group(size, seed)
+        results = [result for planned in group if (result := self.result(planned))]
+        if not results or len(results) < len(group):
             return pd.DataFrame(columns=COLUMNS)
-        evaluations = [r.evaluations.assign(run=r.config.name) for r in results if r]
-        runs = pd.DataFrame([r.row for r in results if r])
-        return common_loss(runs, pd.concat(evaluations), given=given_beside(self))
+        evaluations = pd.concat([result.evaluations.assign(run=result.config.name) for result in results])
+        return common_loss(pd.DataFrame([result.row for result in results]), evaluations, given=given_beside(self))
 
     def measure_common(self, size: str, seed: int | None = None) -> None:
         """Measures the runs of a group at their Common Loss, once all of them have ended here."""

@@ -16,7 +16,7 @@ from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.metrics import activation_metrics, average, without_down
-from beyond_outliers.propagation.readings import output_readings
+from beyond_outliers.propagation.output_error import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.study.measure import validation_batches
@@ -64,13 +64,9 @@ def trajectory_table(
             quantized = quantize_model(model, spec)
             found = loss(quantized)
             readings = output_readings(model, quantized, batches).value
-            errors = {name: readings[name] for name in ("R_L", "R_L_centred", "R_final_norm")}
+            errors = readings[["R_L", "R_L_centred", "R_final_norm"]]
             rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
     return pd.DataFrame(rows)
-
-
-def trajectory_file(result: RunResult) -> Path:
-    return result.folder / "trajectory.csv"
 
 
 def measure_trajectory(result: RunResult, settings: Measure) -> Path:
@@ -78,7 +74,7 @@ def measure_trajectory(result: RunResult, settings: Measure) -> Path:
 
     At half the tokens of a final measurement, since there are twenty times as many models.
     """
-    file = trajectory_file(result)
+    file = result.folder / "trajectory.csv"
     if not file.exists():
         specs = [QuantSpec.named(settings.primary)]
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2

@@ -187,7 +187,7 @@ class Progress:
         self.running: list[int] = []
         self.steps, self.noted = "", list[str]()
         self.start = time.monotonic()
-        self.at, self.shown = float("-inf"), ""
+        self.at = float("-inf")
         self.look()
         self.before = self.done
 
@@ -196,8 +196,7 @@ class Progress:
         study = Study(self.scale)
         self.costs = {planned.config.name: work(planned) for planned in study.all_runs()}
         known = set(study.table("runs").run) if self.rows and study.has("runs") else set()
-        ended = {name for name in self.costs if (study.runs_folder / name / "result.json").exists()}
-        self.done = ended | known & self.costs.keys()
+        self.done = {n for n in self.costs if n in known or (study.runs_folder / n / "result.json").exists()}
 
     def take(self, event: str, record: Any) -> None:
         """An event of Snakemake, with the attributes of its log record."""
@@ -223,8 +222,8 @@ class Progress:
     def reason(self, job: int) -> str:
         """The last line of a job's log."""
         files = [Path(file) for file in self.logs.get(job, []) if Path(file).exists()]
-        lines = [line for file in files for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it ended without a word, as when it is killed"
+        said = "".join(file.read_text(errors="replace") for file in files).strip()
+        return said.splitlines()[-1].strip() if said else "it ended without a word, as when it is killed"
 
     def text(self) -> str:
         """The line: runs done of all, the time left at the pace so far, Snakemake's steps, what runs now."""
@@ -240,12 +239,11 @@ class Progress:
         text = self.text()
         if self.terminal.isatty():
             width = (os.get_terminal_size(self.terminal.fileno()).columns or 80) - 1
-            if text != self.shown:
-                print(f"\r\033[K{shortened(text, width)}", end="", file=self.terminal, flush=True)
+            short = text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+            print(f"\r\033[K{short}", end="", file=self.terminal, flush=True)
         elif time.monotonic() - self.at >= EVERY:
             print(text, file=self.terminal, flush=True)
             self.at = time.monotonic()
-        self.shown = text
 
     def note(self, text: str) -> None:
         """Lines that stay, said once."""
@@ -261,10 +259,6 @@ class Progress:
             self.running = []
             self.note(self.text())
             self.terminal.close()
-
-
-def shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
 
 
 def work(planned: Planned) -> float:

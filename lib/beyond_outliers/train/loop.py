@@ -79,7 +79,7 @@ def train(
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
     threads: CPU threads, None for torch's default. recompute: less memory for more operations and the same numbers
     (see `Decoder`). root: folder of all runs, by default data/runs.
-    keep: steps of evaluations whose whole state stays, for branches. trunk, start: the run is a branch, and begins with
+    keep: steps whose whole state stays, for branches. trunk, start: the run is a branch, and begins with
     the state that `trunk` kept at step `start`, which goes when the branch has ended. Until then the two are one run
     (same rates, batches and warm-up), so that without that state the branch is trained from its first step.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
@@ -202,7 +202,7 @@ class _Run:
 
     def _save_in_time(self) -> None:
         """Saves when the last time is long ago, and when the process is asked to end, which it then does."""
-        if (self.late or self.termination.asked) and self.step < self.config.steps:
+        if (self.late or self.termination.asked or self.step in self.keep) and self.step < self.config.steps:
             self._save()
         if self.termination.asked and self.step < self.config.steps:
             if self.first:
@@ -298,7 +298,7 @@ class _Run:
         files: dict[str, Callable[[Path], object]] = {"metrics.csv": self._write_metrics}
         if evaluated:
             files[weights_name(self.step)] = lambda path: save_model(self.model, str(path))
-        if evaluated and self.step in self.keep:
+        if self.step in self.keep:
             files[trunk_name(self.step)] = lambda path: torch.save(state, path)
         write_state(self.folder, state, files)
 
