@@ -7,8 +7,8 @@ TERMS = {
     "PTQ": "post-training quantization, rounding a trained model to few bits without further training",
     "W4A4": "weights and activations (inputs of linear layers) rounded to 4-bit integers (`+head`: the head, too)",
     "QAT": "quantization-aware training, with weights and activations rounded at every step",
-    "Common Loss": "the lowest validation loss that all optimizers reach at a size; each is compared at its first "
-    "checkpoint that reaches it",
+    "Common Loss": "the lowest validation loss that all optimizers reach, per size or per size and seed; each is "
+    "compared at its first checkpoint that reaches it",
     "MMR": "max-to-median ratio of a layer's input, mean over tokens of max|x| / median|x|: a measure of outliers",
     "R_L": "relative squared error of the quantized model's output, ||hq - h||^2 / ||h||^2",
 }

@@ -97,8 +97,8 @@ def test_curves_are_of_the_checkpoints_themselves():
 
 def test_the_finding_follows_the_numbers():
     text = along.finding(Followed(FALL))
-    assert text.startswith("- s, mean of the optimizers (n 3): damage changes by 0.110 [")
-    assert "by 0.020 [0.020, 0.020] over as long a stretch before it" in text
+    assert text.startswith("- s, n 3: the mean damage changes by 0.110 [")
+    assert "Over as long a stretch before, it changes by 0.020 [0.020, 0.020]." in text
     assert "at the constant rate and by -0.130 [" in text
 
 

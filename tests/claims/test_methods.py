@@ -81,13 +81,11 @@ def test_rows_are_those_of_the_primary_head_at_the_end(study):
 
 
 def test_what_is_not_measured_is_said(study):
-    assert methods.missing(study) == (
-        "Not in the tables of scale made up (yet): no run of m has been measured; int4 by rotation; "
-        "mxfp4 by GPTQ, rotation, rotation + GPTQ; nvfp4."
-    )
+    parts = ["any run of m", "int4 by rotation", "mxfp4 by GPTQ, rotation, rotation + GPTQ", "nvfp4"]
+    assert methods.missing(study) == "Not measured at scale `made up`:\n\n" + "\n".join(f"- {part}" for part in parts)
     study.protocol.sizes = ["s"]
     specs = [f"{first}{way}+head" for first in methods.FORMATS for way in ("", "+gptq", "+rot", "+rot+gptq")]
-    assert methods.missing(Quantized({spec: rtn for spec in specs})).endswith("no run of m has been measured.")
+    assert methods.missing(Quantized({spec: rtn for spec in specs})).endswith("\n- any run of m")
 
 
 def test_damages_as_text(study):
@@ -145,13 +143,13 @@ def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
 
 def test_the_finding_follows_the_numbers(study):
     text = methods.finding(study)
-    assert text.startswith("What is left of RTN's picture, size by size:\n\n- int4, at s")  # a list, behind a sentence
-    assert "int4, at s: the damage of Muon is 1.91 [" in text and "under RTN and 0.52 [" in text
-    assert "(n 3): more under RTN, less under rotation + GPTQ." in text
-    assert "rotation + GPTQ and RTN put 0% of the pairs of 3 optimizers in the same order (Kendall's tau -1.00" in text
+    assert text.startswith("What other methods leave of the order under round to nearest (RTN), in int4:\n\n- s")
+    assert "- s, n 3: Muon's damage is 1.91 [" in text and "Under rotation + GPTQ it is 0.52 [" in text
+    assert ": more under RTN, less under rotation + GPTQ." in text
+    assert "rotation + GPTQ and RTN order 0% of the pairs alike (Kendall's tau -1.00" in text
     assert text.endswith(methods.missing(study))
     few = methods.finding(Quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
-    assert "the damage of Muon is 2.00 times" in few and "(n 1): too few seeds for an interval." in few
+    assert "n 1: Muon's damage is 2.00 times" in few and ": too few seeds for an interval." in few
     alone = methods.finding(Quantized({"W4A4": rtn}, "W4A4"))
     assert alone == methods.missing(Quantized({"W4A4": rtn}, "W4A4"))
 

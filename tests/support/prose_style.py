@@ -21,6 +21,7 @@ def plain(text: str) -> str:
     text = re.sub(r"`[^`]*`|\$[^$]*\$", "Code", text)
     text = re.sub(r"\[[^\]]*\]", "", text)  # an interval follows its number
     text = re.sub(r"\b20\d\d-\d\d(-\d\d)?\b|\barXiv [\d.]+", "date", text)
+    text = re.sub(r"\b\d[\d.]*M\b", "Size", text)
     return re.sub(r"[*_]{1,3}", "", text)
 
 

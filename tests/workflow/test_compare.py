@@ -41,7 +41,7 @@ def test_yours_is_trained_and_measured_like_the_six(study, compared):
 def test_the_page_says_where_it_stands(compared):
     folder = paths.figures("smoke+floor")
     page = (folder / "10_your_optimizer.md").read_text()
-    assert "**Finding.** SGD ends at " in page and " of 7 from the lowest (" in page
+    assert "**Finding.** SGD next to the six." in page and " of 7, from the lowest. Minus " in page
     assert "../../smoke/figures/README.md" in page and (folder / "10_your_optimizer.html").exists()
     for figure in ("10_final_loss", "10_damage", "10_error", "10_gain", "10_mmr"):
         assert (folder / f"{figure}.png").stat().st_size > 5000 and f"]({figure}.png)" in page

@@ -141,11 +141,11 @@ def finding(study) -> str:
     for size, own in table[table.optimizer == EVERY].groupby("size", sort=False):
         by = own.set_index("quantity")
         told = {name: Estimate(*by.loc[name, ["mean", "low", "high"]]).text() for name in by.index}
-        text = f"- {size}, mean of the optimizers (n {by.n.min()}): damage changes by {told['decay']} nats in the decay"
+        text = f"- {size}, n {by.n.min()}: the mean damage changes by {told['decay']} nats in the decay."
         if "before" in told:
-            text += f" and by {told['before']} over as long a stretch before it"
+            text += f" Over as long a stretch before, it changes by {told['before']}."
         if {"averaging, end", "averaging, constant"} <= set(told):
-            text += f"; averaging the last checkpoints changes it by {told['averaging, constant']} at the constant rate"
-            text += f" and by {told['averaging, end']} at the end"
-        lines.append(text + ".")
+            text += f" Averaging the last checkpoints changes it by {told['averaging, constant']} at the constant rate"
+            text += f" and by {told['averaging, end']} at the end."
+        lines.append(text)
     return "\n".join(lines) or f"No run of scale {study.scale} has been followed along its training."

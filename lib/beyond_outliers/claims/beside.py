@@ -81,22 +81,22 @@ def tuning(study) -> pd.DataFrame:
 
 def finding(study) -> str:
     """Where yours stands in loss, in damage and after QAT, in a sentence each."""
-    yours, parts = label(study.yours), []
-    sayings = {LOSS: "ends at {} nats per token", DAMAGE: "loses {} nats under {primary} at the Common Loss"}
-    sayings[QAT] = "ends at {} nats after QAT"
-    for name, words in sayings.items():
-        of, column = quantities()[name]
+    yours, lines, caveat = label(study.yours), [], ""
+    sayings = {LOSS: "ends at {} nats per token", QAT: "ends at {} nats after QAT"}
+    sayings[DAMAGE] = f"loses {{}} nats under {study.protocol.measure.primary} at the Common Loss"
+    for name, (of, column) in quantities().items():
+        if name not in sayings:
+            continue
         try:
             found = compared(study, of(study), column)
         except NothingToCompare:
-            parts.append(f"has no {name} at a size where all the others have one")
+            lines.append(f"- {yours} has no {name} at a size where all the others have one.")
             continue
-        said = words.format(found.mean(study.yours).text(), primary=study.protocol.measure.primary)
         best = next(other for other in found.order if other != study.yours)
         against = found.difference(study.yours, best)
-        parts.append(
-            f"{said}, place {place(study, found)} from the lowest ({against.text()} against "
-            f"{label(best)}; {found.over}, {found.n(study.yours)})"
+        lines.append(
+            f"- {yours} {sayings[name].format(found.mean(study.yours).text())}: place {place(study, found)}, from the "
+            f"lowest. Minus {label(best)} that is {against.text()} ({found.over}, {found.n(study.yours)})."
         )
-    caveat = compared(study, quantities()[LOSS][0](study), "val_loss").caveat
-    return f"{yours} {'; it '.join(parts)}.{caveat}"
+        caveat = caveat or found.caveat
+    return "\n".join([f"{yours} next to the six.{caveat}", "", *lines])

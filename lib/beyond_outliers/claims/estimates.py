@@ -290,7 +290,7 @@ class Comparison:
         if self.certain:
             return ""
         seeds = "One seed" if self.cells.n.max() == 1 else f"Fewer than {LEAST_SEEDS} seeds of some optimizer"
-        return f" {seeds}: no interval, so differences may be luck."
+        return f" {seeds}: no interval, so differences may be noise."
 
 
 def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ FINDINGS: name of a notebook -> function of a study that returns Markdown. Each 
 Which optimizer is named lowest or highest is read off the same runs, and the intervals do not know it.
 """
 
+import re
 import textwrap
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 from beyond_outliers.claims import beside, methods, readings
 from beyond_outliers.claims.estimates import (
+    PAPER_OPTIMIZERS,
     Comparison,
     Estimate,
     NothingToCompare,
@@ -44,11 +46,16 @@ def finding(name: str):
     return enter
 
 
-def _beside(compared: Comparison, first: str, second: str) -> str:
-    """How far `first` lies above `second`, and whether that is more than luck."""
+def _above(compared: Comparison, first: str, second: str) -> str:
+    """How far `first` lies above `second`, and whether the interval leaves that open."""
     found = compared.difference(first, second)
     open_question = "" if found.excludes_zero or not compared.certain else ", so which of the two is lower stays open"
-    return f"{label(first)} {found.text()} above it{open_question}"
+    return f"{found.text()} above {label(second)}{open_question}"
+
+
+def _of(compared: Comparison, *names: str) -> str:
+    """The sizes and runs behind a finding, and why there is no interval where there is none, as sentences."""
+    return f"Means are {compared.over} ({compared.n(*names)}).{compared.caveat}"
 
 
 @finding("01_full_precision")
@@ -60,9 +67,9 @@ def full_precision(study) -> str:
     diverged = len(runs) - len(finished)
     left_out = f" Left out: {diverged} diverged run{'s' * (diverged > 1)}." if diverged else ""
     return (
-        f"In full precision {label(best)} ends lowest, at {compared.mean(best).text()} nats per token "
-        f"({compared.over}, {compared.n()}); {_beside(compared, second, best)}. {label(last)} ends highest, "
-        f"{compared.difference(last, best).text()} above {label(best)}.{compared.caveat}{left_out}"
+        f"In full precision {label(best)} ends lowest and {label(last)} highest. {label(best)} reaches "
+        f"{compared.mean(best).text()} nats per token. {label(second)} ends {_above(compared, second, best)}. "
+        f"{label(last)} ends {compared.difference(last, best).text()} above {label(best)}. {_of(compared)}{left_out}"
     )
 
 
@@ -72,17 +79,23 @@ def outlier_metrics(study) -> str:
     lowest, highest = compared.order[0], compared.order[-1]
     numbers, n = _correlations(study, {"mmr": "MMR at", "kurtosis": "kurtosis at"}, "increase")
     return (
-        f"MMR is lowest for {label(lowest)}, {compared.mean(lowest).text(2)}, and highest for {label(highest)}, "
-        f"{compared.mean(highest).text(2)} ({compared.over}, {compared.n(lowest, highest)}).{compared.caveat} "
-        f"The loss increase under {study.protocol.measure.primary} correlates with {listed(numbers)} (Pearson within "
-        f"sizes, {_checkpoint(study)[1]}, n {n} runs)."
+        f"MMR is lowest for {label(lowest)} and highest for {label(highest)}. {label(lowest)} has "
+        f"{compared.mean(lowest).text(2)}, {label(highest)} {compared.mean(highest).text(2)}. "
+        f"{_of(compared, lowest, highest)} The loss increase correlates with {listed(numbers)}. "
+        f"{_correlated(study, n)}"
     )
 
 
-def _checkpoint(study) -> tuple[str, str]:
+def judged_checkpoint(study) -> tuple[str, str]:
     """Where the scale's rules read correlations, for tables and for sentences."""
-    common = study.scale in ("confirm", rule_file()["study"]["judges"])
+    common = study.scale != "laptop"  # whose rules are older
     return ("common", "at the Common Loss") if common else ("final", "at the end of training")
+
+
+def _correlated(study, n: int) -> str:
+    """What correlations of a finding are of, as a sentence."""
+    where = judged_checkpoint(study)[1]
+    return f"Correlations are Pearson's within sizes, under {study.protocol.measure.primary} {where} (n {n} runs)."
 
 
 def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[str], int]:
@@ -91,7 +104,7 @@ def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[
     candidates: column of `predictor_table` -> name. Without an interval where an optimizer has few seeds; none at all
     of fewer than three runs.
     """
-    table = readings.predictor_table(study, checkpoint=_checkpoint(study)[0], spec=study.protocol.measure.primary)
+    table = readings.predictor_table(study, checkpoint=judged_checkpoint(study)[0], spec=study.protocol.measure.primary)
     table = of_the_paper(table).dropna(subset=target)
     certain = compare(study, table, target).certain
     found = correlations(table, within="size", candidates=tuple(candidates), targets=(target,)).set_index("candidate")
@@ -111,10 +124,10 @@ def ptq(study) -> str:
     apart = "" if difference.excludes_zero or not compared.certain else ", which can be none"
     least, second, *_, most = compared.order
     return (
-        f"At equal loss (the Common Loss) {spec} costs Muon {compared.mean('muon').text()} nats per token and Shampoo "
-        f"{compared.mean('shampoo').text()} ({compared.over}, {compared.n('muon', 'shampoo')}): a difference of "
-        f"{difference.text()}{apart}. Least hurt is {label(least)}, with {_beside(compared, second, least)}; most "
-        f"hurt is {label(most)}, {compared.mean(most).text()}.{compared.caveat}"
+        f"At equal loss, {spec} hurts {label(least)} least and {label(most)} most. {label(least)} loses "
+        f"{compared.mean(least).text()} nats per token, {label(most)} {compared.mean(most).text()}. "
+        f"{label(second)} lies {_above(compared, second, least)}. Muon loses {compared.mean('muon').text()}, which is "
+        f"{difference.text()} more than Shampoo{apart}. Equal loss means the Common Loss. {_of(compared)}"
     )
 
 
@@ -129,10 +142,10 @@ def error_propagation(study) -> str:
     increase, n = _correlations(study, {"R_L": "the loss increase at"}, "increase")
     accuracy, _ = _correlations(study, {"R_L": "cloze accuracy at"}, "accuracy")
     return (
-        f"Under {study.protocol.measure.primary} the error at the network's end, R_L, correlates with "
-        f"{listed(increase + accuracy)} (Pearson within sizes, {_checkpoint(study)[1]}, n {n} runs). Inherited error "
-        f"(A) exceeds both new error (B) and their interaction (C) in {mean.text(0, 100)} % of the modules (mean "
-        f"over {len(shares)} runs, modules that add no error included)."
+        f"Most of a module's error is inherited. Inherited error (A) exceeds new error and their interaction in "
+        f"{mean.text(0, 100)} % of the modules. This is a mean over {len(shares)} runs, modules that add no error "
+        f"included. The error at the network's end, R_L, correlates with {listed(increase + accuracy)}. "
+        f"{_correlated(study, n)}"
     )
 
 
@@ -143,12 +156,12 @@ def qat(study) -> str:
     increase, full, quantized = (compare(study, losses, of) for of in ("increase", "val_loss_fp", "val_loss_qat"))
     least, most = increase.order[0], increase.order[-1]
     best, second = quantized.order[:2]
-    same = f"{label(best)}, best in full precision, is" if best == full.order[0] else f"{label(best)} is"
-    before = "" if best == full.order[0] else f" ({label(full.order[0])} in full precision)"
+    same = ", as in full precision" if best == full.order[0] else f". In full precision {label(full.order[0])} does"
     return (
-        f"Training in 4 bits (QAT) costs {label(least)} least, {increase.mean(least).text()} nats per token, and "
-        f"{label(most)} most, {increase.mean(most).text()} ({increase.over}, {increase.n(least, most)}). {same} best "
-        f"under QAT{before}, with {_beside(quantized, second, best)}.{increase.caveat}"
+        f"{label(best)} ends lowest after training in 4 bits (QAT){same}. {label(second)} ends "
+        f"{_above(quantized, second, best)}. QAT costs {label(least)} least, "
+        f"{increase.mean(least).text()} nats per token, and {label(most)} most, {increase.mean(most).text()}. "
+        f"{_of(increase)}"
     )
 
 
@@ -160,32 +173,35 @@ def scaling_laws(study) -> str:
         raise NothingToCompare("a law needs runs in full precision and under QAT")
     rho = readings.efficiencies(readings.scaling_laws(runs)).set_index("optimizer")
     known = rho[rho.identified.astype(bool)].sort_values("rho", ascending=False)
+    measured = f"{len(runs)} runs of {sizes} size{'s' * (sizes != 1)}"
     if known.empty:
         return (
-            f"{len(runs)} runs of {sizes} size{'s' * (sizes != 1)} identify rho, what a 4-bit parameter is worth, for "
-            "none of the optimizers: nothing can be said about who gets most out of one."
+            f"What a 4-bit parameter is worth (rho) cannot be told for any optimizer. {measured} do not identify it: "
+            "nobody can tell who gets most out of one."
         )
-    numbers = [f"{label(name)} {Estimate(row.rho, row.low, row.high).text(2)}" for name, row in known.iterrows()]
+    less = "less than a full-precision one" if (known.high < 1).all() else "rho full-precision ones"
+    numbers = [f"- {label(name)}: {Estimate(row.rho, row.low, row.high).text(2)}" for name, row in known.iterrows()]
     others = [label(name) for name in runs.optimizer.unique() if name not in known.index]
     unknown = f" Not identified: {listed(others)}." if others else ""
-    return (
-        f"A 4-bit parameter is worth rho full-precision ones: {listed(numbers)} ({sizes} "
-        f"size{'s' * (sizes != 1)}, {len(runs)} runs).{unknown}"
-    )
+    head = f"A 4-bit parameter is worth {less}. {measured} give these values of rho.{unknown}"
+    return "\n".join([head, "", *numbers])
 
 
 @finding("07_claims")
 def claims(study) -> str:
     table = judged(study)
     by_verdict = [
-        f"{len(rows)} {verdict}{f' ({listed(list(rows.id))})' if verdict in VERDICTS[:3] else ''}"
+        f"{len(rows)} {'is' if len(rows) == 1 else 'are'} {verdict}"
+        f"{f': {listed(list(rows.id))}' if verdict != VERDICTS[-1] else ''}."
         for verdict in VERDICTS
         if len(rows := table[table.verdict == verdict])
     ]
     beforehand = study.scale in ("laptop", rule_file()["study"]["judges"])
-    rules = "rules written down beforehand" if beforehand else "the rules of data/claims.toml, whatever was seen before"
+    rules = (
+        "rules written down beforehand" if beforehand else "the rules of data/claims.toml, which is exploratory here"
+    )
     rules = "the rules of the confirmatory study" if study.scale == "confirm" else rules
-    return f"Of the paper's {len(table)} claims, by {rules}: {', '.join(by_verdict)}."
+    return f"The paper's {len(table)} claims are judged by {rules}. {' '.join(by_verdict)}"
 
 
 @finding("08_probe_your_model")
@@ -194,9 +210,9 @@ def probed(found) -> str:
     worst = found.worst(1).iloc[0]
     interval = Estimate(found.error.value, found.error.low, found.error.high)
     return (
-        f"{found.name} in {found.spec.name}: the relative squared error at its end, R_L, is {interval.text()} "
-        f"(n {found.error.n_sequences} sequences). Of its linear layers, {worst['name']} adds most new error "
-        f"(B = {worst['B']:.3f})."
+        f"{found.name} in {found.spec.name} has an error at its end, R_L, of {interval.text()}. R_L is the relative "
+        f"squared error, over {found.error.n_sequences} sequences. Of its linear layers, {worst['name']} adds most new "
+        f"error (B = {worst['B']:.3f})."
     )
 
 
@@ -235,15 +251,19 @@ def verdict_lines(study, notebook: str) -> str:
     """Markdown: a line a claim of this notebook with verdict, estimate, n and reason; links are those of a notebook."""
     lines = []
     for row in judged(study).query("notebook == @notebook").itertuples():
-        changes = f" *Would change it:* {textwrap.shorten(row.changes, LONGEST, placeholder=' ...')}" * bool(
-            row.changes
-        )
+        changes = f" *Would change it:* {_shortened(row.changes)}" * bool(row.changes)
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../{rule_place(study.scale, row.id)})"
-            f"{_estimate(row, ': ')} (n {row.n}, {row.unit}). "
-            f"{textwrap.shorten(_ended(row.comment), LONGEST, placeholder=' ...')}{changes}"
+            f"{_estimate(row, ': ')} (n {row.n}, {row.unit}). {_shortened(_ended(row.comment))}{changes}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
+
+
+def _shortened(comment: str) -> str:
+    """Without what a rule says in parentheses, optimizers as they are written in text, at most LONGEST characters."""
+    comment = re.sub(r" \([^)]*\)", "", comment)
+    named = re.sub(rf"\b({'|'.join(PAPER_OPTIMIZERS)})\b", lambda found: label(found[1]), comment)
+    return textwrap.shorten(named, LONGEST, placeholder=" ...")
 
 
 def _sentence(statistic: str) -> str:

@@ -43,12 +43,12 @@ def measured(study) -> pd.DataFrame:
 
 
 def missing(study) -> str:
-    """One sentence on what the tables lack: sizes without a run, methods of a format at a size; "" if nothing."""
+    """A list of what the tables lack: sizes without a run, methods of a format at a size; "" if nothing."""
     rows = measured(study)
     sizes = [size for size in study.protocol.sizes if size in set(rows["size"])]
     parts = []
     if without := [size for size in study.protocol.sizes if size not in sizes]:
-        parts.append(f"no run of {', '.join(without)} has been measured")
+        parts.append(f"any run of {', '.join(without)}")
     for format in FORMATS.values():
         lacking: dict[str, list[str]] = {}
         for size in sizes:
@@ -59,7 +59,7 @@ def missing(study) -> str:
         for names, at in lacking.items():
             what = f"{format} by {names}" if names != "any method" else format
             parts.append(what if at == sizes else f"{what} at {', '.join(at)}")
-    return f"Not in the tables of scale {study.scale} (yet): {'; '.join(parts)}." if parts else ""
+    return "\n".join([f"Not measured at scale `{study.scale}`:", "", *(f"- {part}" for part in parts)]) if parts else ""
 
 
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
@@ -152,22 +152,22 @@ def finding(study, optimizer: str = "muon", reference: str = "adamw") -> str:
     rows = measured(study)
     rows = rows[rows.format == "int4"]
     table = estimates.ratios(rows, "increase", ("method",), reference)
-    who, whose = f"the damage of {label(optimizer)}", f"that of {label(reference)}"
+    who, whose = (f"{label(name)}'s" for name in (optimizer, reference))
     lines = []
     for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):
         by = own.set_index("method")
         if RTN not in by.index or len(by) < 2:
             continue
         last = [method for method in ORDER if method in by.index][-1]
-        told = []
-        for method in (RTN, last):
-            ratio, low, high = by.loc[method, ["ratio", "low", "high"]]
-            told.append(f"{Estimate(ratio, low, high).text(2)} times {whose} under {method}")
-        at = "over the sizes" if size == ALL_SIZES else f"at {size}"
-        lines.append(f"- int4, {at}: {who} is {' and '.join(told)} (n {int(by.n.min())}): {_change(by, last)}.")
+        nearest, best = (Estimate(*by.loc[method, ["ratio", "low", "high"]]).text(2) for method in (RTN, last))
+        at = "over the sizes" if size == ALL_SIZES else size
+        lines.append(
+            f"- {at}, n {int(by.n.min())}: {who} damage is {nearest} times {whose} under {RTN}. Under {last} it is "
+            f"{best} times {whose}: {_change(by, last)}."
+        )
     lines += _survival(agreement(rows))
-    listed = ["What is left of RTN's picture, size by size:", "", *lines, ""] if lines else []
-    return "\n".join([*listed, missing(study)]).strip()
+    listed = ["What other methods leave of the order under round to nearest (RTN), in int4:", "", *lines, ""]
+    return "\n".join([*(listed if lines else []), missing(study)]).strip()
 
 
 def _survival(table: pd.DataFrame) -> list[str]:
@@ -176,8 +176,8 @@ def _survival(table: pd.DataFrame) -> list[str]:
     for row in table.drop_duplicates("size", keep="last").to_dict("records"):
         tau = Estimate(row["kendall"], row["kendall_low"], row["kendall_high"]).text(2)
         lines.append(
-            f"- int4, at {row['size']}: {row['method']} and RTN put {(1 + row['kendall']) / 2:.0%} of the pairs of "
-            f"{row['optimizers']} optimizers in the same order (Kendall's tau {tau}, n {row['n']})."
+            f"- {row['size']}: {row['method']} and {RTN} order {(1 + row['kendall']) / 2:.0%} of the pairs alike "
+            f"(Kendall's tau {tau})."
         )
     return lines
 
