@@ -115,14 +115,12 @@ def train(
             torch.set_num_threads(threads or torch.get_num_threads())
             print(forecast(config, device, workers, recompute))
         return
-    from beyond_outliers.train.folder import check
     from beyond_outliers.train.loop import train as train_run
 
     compiled = compile if compile == "auto" else compile == "yes"
     result = train_run(config, device=device, compile=compiled, threads=threads, recompute=recompute)
     if result.row:  # of the worker that writes
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
-        check(result.folder)  # an earlier checkpoint may have been damaged meanwhile
 
 
 @command
@@ -313,9 +311,7 @@ def merge(folder: Path, /, *, scale: str) -> None:
 
     collect.take_up(study)
     both = collect.merge(study, folder)
-    print(
-        f"runs in both, kept as they are here: {len(both)}", both.to_string(index=False) if len(both) else "", sep="\n"
-    )
+    print(f"runs in both, kept as they are here: {len(both)}\n{both.to_string(index=False)}")
 
 
 @command

@@ -137,10 +137,7 @@ def equal_schedule(study) -> pd.DataFrame:
 
 def _extra(study, name: str) -> pd.DataFrame:
     """A table that few scales have; empty where there is none."""
-    if not study.has(name):
-        return pd.DataFrame()
-    check_table(study.results, name)
-    return read_table(study.results / f"{name}.csv")
+    return study.table(name) if study.has(name) else pd.DataFrame()
 
 
 def _norms(study) -> pd.DataFrame:

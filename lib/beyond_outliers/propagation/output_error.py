@@ -49,7 +49,7 @@ def text_sequences(text: Tensor | None, values: list[Tensor]) -> Iterator[list[T
 
 @dataclass(frozen=True)
 class RelativeError:
-    """R_L with its interval over sequences, and the tokens that bring the interval's half-width to 5 % of R_L.
+    """R_L with its interval over sequences.
 
     `str` of it says so in words, and where the sequences are too few for the interval to be trusted.
     """
@@ -60,7 +60,6 @@ class RelativeError:
     confidence: float
     n_sequences: int
     n_tokens: int
-    tokens_for_5_percent: float
 
     def __float__(self) -> float:
         return self.value
@@ -97,7 +96,6 @@ def relative_error(
     error has no negative bound: with residuals e_i = d_i - R n_i of the m sequences and the relative standard error
     s = sd(e) / (sqrt(m) * mean(n) * R), R * exp(+- t_{m-1} * s) (Cochran, Sampling Techniques, chapter 6; no
     finite-population correction, because the text itself is a sample). NaN for a single sequence.
-    `tokens_for_5_percent` gives the m at which the normal quantile times s is 0.05.
 
     `tolerance`: no more batches are read, in random order (`batches` is listed first), once t * s is at most this, from
     10 sequences on; an interval that decides when to stop is a little optimistic.
@@ -105,8 +103,6 @@ def relative_error(
     Raises ValueError for an unknown reduction, no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance
     that is not positive, and as `decompose` for quantized layers that did not run.
     """
-    from scipy import stats
-
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     choose("reduction", reduction, REDUCTIONS)
@@ -129,10 +125,8 @@ def relative_error(
         return tolerance is not None and len(sequences) >= FEWEST and ratio(sequences)[3] <= tolerance
 
     sequences = _sums(model, quantized, batches, (centred,), enough)
-    *found, half = ratio(sequences)
-    n, m = sum(sums.tokens for sums in sequences), len(sequences)
-    quantiles = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, m - 1)
-    return RelativeError(*found, confidence, m, n, float(n * (quantiles * half / 0.05) ** 2))
+    tokens = sum(sums.tokens for sums in sequences)
+    return RelativeError(*ratio(sequences)[:3], confidence, len(sequences), tokens)
 
 
 @plain_settings()

@@ -35,14 +35,11 @@ def keep(study: Study) -> list[Path]:
     Returns the files written. ValueError when the scale's checkpoints would exceed LARGEST bytes.
     """
     chosen: dict[tuple, RunResult] = {}
-    for planned in study.planned():
-        config = planned.config
-        result = study.result(planned) if planned.purpose in ("full_precision", "qat") else None
-        if result is None or result.row["status"] != "finished":
-            continue
-        key = config.size, config.optimizer, (config.quantization or {}).get("scheme")
-        if key not in chosen or config.seed < chosen[key].config.seed:
-            chosen[key] = result
+    main = [planned for planned in study.planned() if planned.purpose in ("full_precision", "qat")]
+    for planned in sorted(main, key=lambda planned: planned.config.seed):
+        config, result = planned.config, study.result(planned)
+        if result and result.row["status"] == "finished":
+            chosen.setdefault((config.size, config.optimizer, (config.quantization or {}).get("scheme")), result)
     written = []
     for result in chosen.values():
         target = folder(study.scale) / f"{result.config.name}.safetensors"

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from beyond_outliers import checksums
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
@@ -85,8 +86,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     `settings.readings`, too, with all that is read at the end; "full": every spec, and all zero-shot tasks.
     A run of quantization-aware training is evaluated as it is, since it is quantized already.
     """
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; valid: {', '.join(LEVELS)}")
+    choose("level", level, LEVELS)
     target = measure_folder(result.folder, step)
     if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         return target

@@ -36,8 +36,8 @@ def plan_table(study: Study) -> pd.DataFrame:
 def print_plan(study: Study, cores: int | None = None) -> None:
     cores = cores or processors()
     table = plan_table(study)
-    formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
-    print(table.to_string(index=False, formatters=formats))
+    formats = {"tokens": "{:,}", "tokens_per_second": "{:,.0f}", "hours": "{:.2f}"}
+    print(table.to_string(index=False, formatters={name: text.format for name, text in formats.items()}))
     side_by_side = max(1, cores // study.protocol.threads)
     names = {planned.config.name for planned in study.all_runs()}  # a sweep run that serves as a main run is one run
     ended = sum(study.loss(name) is not None for name in names)

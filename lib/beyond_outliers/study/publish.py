@@ -27,8 +27,8 @@ def take_up(study: "Study") -> Path:
     if not target.is_dir():
         whole = target.with_name(f"results-{os.getpid()}.tmp")  # once `target` is there, it is read
         whole.mkdir(parents=True)
-        for file in (committed / f"{name}.csv" for name in TABLES):
-            if file.exists():
+        for file in committed.glob("*.csv"):
+            if file.stem in TABLES:
                 shutil.copyfile(file, whole / file.name)
         whole.rename(target)
     study.results = target

@@ -190,7 +190,7 @@ class Study:
 
     def group(self, size: str, seed: int | None = None) -> list[Planned]:
         """The runs that a Common Loss is taken over."""
-        return [p for p in self.at("full_precision", size) if seed in (None, p.config.seed)]
+        return [p for p in self.planned(size) if p.purpose == "full_precision" and seed in (None, p.config.seed)]
 
     def common_loss(self, size: str, seed: int | None = None) -> pd.DataFrame:
         """The paper's Common Loss of a group, and the first checkpoint of every run that reaches it.
@@ -212,10 +212,8 @@ class Study:
         from beyond_outliers.study.measure import measure_run
 
         torch.set_num_threads(self.protocol.threads)
-        settings = self.protocol.measure
         for row in self.common_loss(size, seed).itertuples():
-            level = "common" if settings.readings else "light"
-            measure_run(self.required(self.find(row.run)), int(row.step), level, settings)
+            measure_run(self.required(self.find(row.run)), int(row.step), "common", self.protocol.measure)
 
     def collect(self) -> None:
         """Writes the tables of the runs that have ended (see `collect`)."""
@@ -227,10 +225,6 @@ class Study:
 
     def sizes_of(self, purpose: str) -> list[str]:
         return [size for size in self.protocol.sizes if purpose in self.protocol.purposes(size)]
-
-    def at(self, purpose: str, size: str) -> list[Planned]:
-        """The planned runs of a purpose and a size."""
-        return [p for p in self.planned(size) if p.purpose == purpose]
 
     def required(self, planned: Planned) -> "RunResult":
         """As `result`, but MissingResults, with the remedy, for a run that has not ended here."""

@@ -58,8 +58,8 @@ def trajectory_table(
 
         inputs, base = activation_metrics(model, batches), loss(model)
         point = {"run": config.name, "step": step, "averaged": averaged}
-        outliers = {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
-        rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0, **outliers})
+        rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0})
+        rows[-1] |= {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
         for spec in specs:
             quantized = quantize_model(model, spec)
             found = loss(quantized)

@@ -183,8 +183,7 @@ class Progress:
         """rows: runs that the tables have are done."""
         self.scale, self.rows, self.terminal = scale, rows, terminal
         self.names: dict[int, str] = {}  # job id -> "run NAME light"
-        self.logs: dict[int, list[str]] = {}
-        self.running: list[int] = []
+        self.logs, self.running = dict[int, list[str]](), list[int]()
         self.steps, self.noted = "", list[str]()
         self.start = time.monotonic()
         self.at = float("-inf")

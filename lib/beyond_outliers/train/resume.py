@@ -35,9 +35,7 @@ def read_trunk(folder: Path, config: RunConfig, step: int, device: torch.device)
     except (checksums.DamagedFile, FileNotFoundError) as lack:
         print(f"{lack}; the branch is trained from its first step", file=sys.stderr)
         return None
-    # the trunk's evaluations are its own: the branch has no weights of them
-    rows = [row if not row["step"] else {k: v for k, v in row.items() if "val_" not in k} for row in state["rows"]]
-    return {**state, "rows": rows}
+    return {**state, "rows": state["rows"][:1]}  # the trunk's course is its own; a loss above the first is diverged
 
 
 def write_state(folder: Path, state: Mapping[str, Any], beside: Mapping[str, Callable[[Path], object]]) -> None:
