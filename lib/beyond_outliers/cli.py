@@ -269,6 +269,8 @@ def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
 
     beyond-outliers verify --scale pocket --runs 2
     """
+    if scale:
+        study_of(scale)  # there is one of that name
     from beyond_outliers.study.verify import verify as verify_study
 
     return verify_study(scale, runs)
