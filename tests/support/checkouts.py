@@ -32,7 +32,13 @@ def tiny_study(text_file: Path, **plan: list[int]) -> str:
         table["plan"]["branches"]["at"] = [0.5]
     if "qat" in plan:
         table["plan"]["qat"]["scheme"] = "quest"
-    table["measure"] |= {"validation_tokens": 256, "propagation_tokens": 64, "trajectory": False, "questions": 4}
+    table["measure"] |= {
+        "validation_tokens": 256,
+        "propagation_tokens": 64,
+        "trajectory": False,
+        "common_by_seed": False,
+        "questions": 4,
+    }
     return toml(table)
 
 

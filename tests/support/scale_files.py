@@ -34,7 +34,13 @@ def swept() -> dict:
     table["sizes"]["tiny"]["architecture"] = "olmo2"
     table["plan"]["qat"]["head"] = True
     table["plan"]["branches"] = {"sizes": ["tiny"], "seeds": [0], "at": [0.5]}
-    table["measure"] |= {"primary": "W4A4", "calibration_tokens": 512, "trajectory": True, "readings": ["W4A4"]}
+    table["measure"] |= {
+        "primary": "W4A4",
+        "calibration_tokens": 512,
+        "trajectory": True,
+        "common_by_seed": True,
+        "readings": ["W4A4"],
+    }
     return table
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from beyond_outliers import paths
 from beyond_outliers.claims import readings
 from beyond_outliers.claims.rules import CLAIMS, SETS, WHOLE, evaluate
+from beyond_outliers.config.scale import scales
 from beyond_outliers.study.tables import MissingResults, check_table, read_table
 
 CONDITIONS = {"with head": "W4A4+head", "without head": "W4A4"}  # of `rules`: the format of the damage
@@ -135,6 +136,16 @@ def equal_schedule(study) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def _recipes(study) -> pd.DataFrame:
+    """The arm `recipes` of a scale at its Common Loss: a recipe is an optimizer and a variant. Empty without an arm."""
+    if (scale := f"{study.scale}+recipes") not in scales():
+        return pd.DataFrame()
+    arm = type(study)(scale)
+    rows = _common(arm)
+    recipes = rows.optimizer + ", " + rows.run.map(arm.table("runs").set_index("run").variant)
+    return rows.assign(optimizer=recipes)[[*readings.CELL, "condition", "increase", "R_L_token", "R_L_centred_token"]]
+
+
 def _extra(study, name: str) -> pd.DataFrame:
     """A table that few scales have; empty where there is none."""
     return study.table(name) if study.has(name) else pd.DataFrame()
@@ -155,7 +166,7 @@ READ = {
     "sweep": _sweep,
     "final": readings.mmr,
     "common": _common,
-    "recipes": lambda study: _extra(study, "recipes"),
+    "recipes": _recipes,
     "modules": lambda study: readings.modules(study, checkpoint="common"),
     "norms": _norms,
     "linear": lambda study: readings.block_linears(study, checkpoint="common"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
 ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
+FURTHER = {"embedding_decay": "float | None", "centred_embedding": "bool"}  # see `build_optimizer`
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Entry:
     def annotations(self) -> dict[str, str]:
         """Hyperparameter -> its annotation, as the class writes it ("" where it writes none)."""
         own = _parameters(self.source)
-        return own | {rate: "float | None" for rate in ROLE_RATES if rate not in own}
+        return own | {rate: "float | None" for rate in ROLE_RATES if rate not in own} | FURTHER
 
 
 @functools.cache

@@ -44,7 +44,9 @@ class Outside:
 
 
 def parted(scale: str) -> tuple[str, str]:
-    """The scale and the name of the optimizer from outside beside it: of "pocket" alone, that is ""."""
+    """The scale and the name of the optimizer from outside beside it: of "pocket", or of an arm, that is ""."""
+    if (paths.SCALES / f"{scale}.toml").exists():
+        return scale, ""
     base, _, own = scale.partition("+")
     return base, own
 

@@ -32,6 +32,7 @@ class Planned:
     config: RunConfig
     trunk: RunConfig | None = None  # of a branch: the run that it leaves after step `start`
     start: int = 0
+    variant: str = ""  # of the runs of an arm: its label
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class Protocol:
         if not self.settings.rates_from:
             return {}
         lender, found = Protocol.load(self.settings.rates_from), {}
-        chosen = read_rates(lender.scale, paths.RESULTS / lender.scale)
+        arm = "+" in self.scale  # which differs from its scale on purpose, and may be run before that is published
+        chosen = read_rates(lender.scale, None if arm else paths.RESULTS / lender.scale)
         for size in filter(self.borrows, self.sizes):
+            if not self.purposes(size):
+                continue
             for name in self.optimizers:
                 if (size, name) not in chosen:
                     valid = ", ".join(dict.fromkeys(at for at, _ in chosen)) or "none yet"
@@ -109,7 +113,7 @@ class Protocol:
                     )
                 found[size, name] = rates = chosen[size, name]
                 own, lent = (p.config(size, name, rates.lr, auxiliary=rates.auxiliary) for p in (self, lender))
-                for key in DECIDE_A_RATE:
+                for key in () if arm else DECIDE_A_RATE:
                     if (ours := getattr(own, key)) != (theirs := getattr(lent, key)):
                         raise ValueError(
                             f"scale {self.scale}: {size} takes its rates from {lender.scale}, so its {key} must be "
@@ -232,11 +236,14 @@ class Protocol:
                     chosen = chosen if isinstance(chosen, Rates) else Rates(chosen)
                     if self.tuned and chosen.auxiliary is None:
                         raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
-                    full = self.config(at, optimizer, lr=chosen.lr, seed=seed, auxiliary=chosen.auxiliary)
-                    if isinstance(plan, BranchRuns):
-                        planned += [Planned(purpose, branch, full, start) for branch, start in plan.branches(full)]
-                    else:
-                        planned += [Planned(purpose, full.replace(quantization=q)) for q in plan.quantizations]
+                    for of in plan.variants:
+                        lr, auxiliary = chosen.lr * of.lr, chosen.auxiliary and chosen.auxiliary * of.auxiliary
+                        full = of.of(self.config(at, optimizer, lr=lr, seed=seed, auxiliary=auxiliary))
+                        if isinstance(plan, BranchRuns):
+                            planned += [Planned(purpose, run, full, start) for run, start in plan.branches(full)]
+                        else:
+                            made = [full.replace(quantization=q) for q in plan.quantizations]
+                            planned += [Planned(purpose, run, variant=of.label) for run in made]
         order = {size: number for number, size in enumerate(self.sizes)}
         return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.optimizers import REGISTRY, ROLE_RATES, ordered
-from beyond_outliers.config.outside import beside, optimizer_file, parted
+from beyond_outliers.config.outside import beside, optimizer_file
 from beyond_outliers.config.parsing import Different, Name, Range, check_keys, check_values, choose, parse
 from beyond_outliers.config.run import (
     CorpusConfig,
@@ -66,11 +66,34 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the runs of an arm differ from the main runs of its scale: factors of both rates, decay, hyperparameters.
+
+    decay: rate times weight decay times steps, the same for matrices and embeddings; vectors are never decayed.
+    """
+
+    label: str = ""
+    lr: Annotated[float, Range(1e-3, 1e3)] = 1  # times 1 a rate stays as it is, bit by bit
+    auxiliary: Annotated[float, Range(1e-3, 1e3)] = 1
+    decay: Annotated[float, Range(0, 100)] = 0.0
+    hyper: dict[str, bool] = field(default_factory=dict)
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """The run that differs so from `config`, which has its rates already."""
+        hyper = {**config.hyper, **self.hyper}
+        if not self.decay:
+            return config.replace(hyper=hyper)
+        each = [float(f"{self.decay / rate / config.steps:.6g}") for rate in (config.lr, hyper["embedding_lr"])]
+        return config.replace(weight_decay=each[0], hyper={**hyper, "embedding_decay": each[1]})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     """What is run for one purpose: [plan.sweep] and [plan.full_precision]. Seeds: of all sizes, or one list a size."""
 
     sizes: Sizes
     seeds: Seeds | dict[str, Seeds]
+    variants: tuple[Variant, ...] = (Variant(),)
 
     def seeds_at(self, size: str) -> tuple[int, ...]:
         return self.seeds[size] if isinstance(self.seeds, dict) else self.seeds
@@ -142,7 +165,7 @@ def qat(scheme: str, head: bool = False) -> dict[str, Any]:
 class Plan:
     """[plan]: a purpose that is left out is not run."""
 
-    full_precision: Runs
+    full_precision: Runs | None = None
     sweep: Runs | None = None
     branches: BranchRuns | None = None
     qat: QatRuns | None = None
@@ -196,6 +219,7 @@ class Measure:
     primary: str = "W4A4"  # the spec by which claims judge
     calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
+    common_by_seed: bool = False  # whether every seed has a Common Loss of its own
     readings: Annotated[tuple[str, ...], Different()] = ()  # specs in which all that an end tells is read
 
     def __post_init__(self) -> None:
@@ -277,7 +301,7 @@ class Scale:
         check_keys("labels", self.labels, [name for name in self.optimizers if is_own(name)])
         if bool(self.learning_rates) == bool(self.tuning and self.tuning.start):
             raise ValueError("the file must have learning rates in either [learning_rates] or [tuning.start]")
-        if (self.plan.sweep is None) != (self.tuning is not None):
+        if (self.plan.sweep is None) != (self.tuning is not None) and not self.rates_from:
             raise ValueError("[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none")
         if self.tuning and self.tuning.shape and list(self.tuning.cross_seeds) != list(self.sizes)[1:]:
             raise ValueError(
@@ -302,7 +326,7 @@ class Scale:
                 if size not in runs.seeds:
                     raise ValueError(f"plan.{purpose}.seeds has no seeds for size {size!r}")
         if isinstance(runs, BranchRuns):
-            most, trunks = 1 - self.training.decay, self.plan.full_precision
+            most, trunks = 1 - self.training.decay, self.plan.full_precision or runs
             if not 0 < min(runs.at) <= max(runs.at) <= most:
                 raise ValueError(
                     f"plan.branches.at must lie above 0 and at most at {most:g} (1 - training.decay), not {runs.at}"
@@ -337,19 +361,40 @@ def scales() -> list[str]:
     return sorted(file.stem for file in paths.SCALES.glob("[!.]*.toml"))
 
 
+def of_arm(table: dict[str, Any], arm: dict[str, Any], base: str) -> dict[str, Any]:
+    """The scale file `table` with what an arm of it says: its plan and sizes in place of all, other sections key by key.
+
+    An arm that does not tune takes the rates that `base` has chosen, for the `optimizers` that it names or all.
+    """
+    start = table["tuning"]["start"]
+    names = arm.pop("optimizers", list(start))
+    for key, value in arm.items():
+        table[key] = table[key] | value if isinstance(value, dict) and key not in ("plan", "sizes") else value
+    if "tuning" not in arm:
+        del table["tuning"]
+        table |= {"rates_from": base, "learning_rates": {name: [start[name]["lr"]] for name in names}}
+    return table
+
+
 def read_scale(name: str) -> Scale:
     """The scale file of that name; of "pocket+lion" that of pocket, with one optimizer from outside in place of all.
+
+    An arm of a scale, "confirm2+decay", has a file of its own, which says how it differs (see `of_arm`).
 
     ValueError for an unknown scale, and, naming file and key, for what does not fit.
     """
     parse(name, ScaleName, "the name of a scale")
-    base, own = parted(name)
+    base, _, own = name.partition("+")
     file = paths.SCALES / f"{base}.toml"
     if not file.exists():
         choose("scale", base, scales())
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
-        if own:
+        arm = paths.SCALES / f"{name}.toml"
+        if own and arm.exists():
+            file = arm
+            table = of_arm(table, tomllib.loads(arm.read_text(encoding="utf-8")), base)
+        elif own:  # an optimizer from outside
             file = optimizer_file(name)
             table = beside(table, name)
         scale: Scale = parse(table, Scale, "")

@@ -1,5 +1,8 @@
 """The optimizers by name, and `build_optimizer`, which makes one for a model; `config/optimizers.py` lists them."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,7 +21,8 @@ def build_optimizer(
     """Optimizer `name` of the registry, or `module:Class` from outside, over `model`'s parameters, grouped by role.
 
     Every group carries `role` and `lr`, which a schedule may change. `weight_decay` reaches matrices and embeddings.
-    `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
+    `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer, `embedding_decay` gives
+    embeddings a weight decay of theirs, and `centred_embedding` takes the mean row out of them after every step.
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
     one = entry(name)
@@ -33,6 +37,18 @@ def build_optimizer(
             require(AT_LEAST_0, rate, hyper[rate])
             own = hyper.pop(rate)
             groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    if name not in REGISTRY:
-        return Outside(groups, name, lr=lr, weight_decay=weight_decay, **hyper)
-    return one.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
+    decay, centred = hyper.pop("embedding_decay", None), hyper.pop("centred_embedding", False)
+    embeddings = [group for group in groups if group["role"] == "embedding"]
+    for group in embeddings if decay is not None else ():
+        group["weight_decay"] = decay
+    made: Callable[..., torch.optim.Optimizer] = functools.partial(Outside, source=name)
+    optimizer = (one.optimizer if name in REGISTRY else made)(groups, lr=lr, weight_decay=weight_decay, **hyper)
+    tables = [table for group in embeddings for _, table in group["params"]]
+
+    def centre(*_: object) -> None:
+        for table in tables:
+            table.data -= table.data.mean(0)  # of all words: the offset that their logits share
+
+    if centred:
+        optimizer.register_step_post_hook(centre)
+    return optimizer

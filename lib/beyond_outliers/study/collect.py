@@ -22,13 +22,14 @@ def collect(study: "Study") -> None:
     MissingResults when there is nothing to write. Runs that are damaged are left out, and named by a DamagedFile after
     all others are written.
     """
-    purposes, results, damages = dict[str, str](), {}, []
+    purposes, variants, results, damages = dict[str, str](), dict[str, str](), {}, []
     for planned in study.planned():
         name = planned.config.name
         if name in purposes:
             purposes[name] += f"+{planned.purpose}"
             continue
         purposes[name] = planned.purpose
+        variants |= {name: planned.variant} if planned.variant else {}
         try:
             if (result := study.result(planned)) is not None:
                 check_whole(result)
@@ -37,12 +38,13 @@ def collect(study: "Study") -> None:
             damages.append(str(damage))
     if not results and not damages and not study.has("runs"):
         raise MissingResults(f"no run of {study.scale} has ended: run `make reproduce SCALE={study.scale}` first")
-    along = study.protocol.measure.trajectory
+    by_seed = study.protocol.measure.common_by_seed
     take_up(study)
     kept = set(purposes)
-    _write(study, "runs", [pd.DataFrame([{"purpose": purposes[n], **r.row} for n, r in results.items()])], kept)
+    runs = pd.DataFrame([{"purpose": purposes[n], **r.row} for n, r in results.items()])
+    _write(study, "runs", [runs.assign(variant=runs.run.map(variants)) if variants else runs], kept)
     curves = [r.metrics.assign(run=name) for name, r in results.items()]
-    if along:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
+    if by_seed:  # hundreds of runs: the evaluations alone, or this table would be larger than all others
         curves = [curve.dropna(subset="val_loss") for curve in curves]
     _write(study, "curves", curves, kept)
     common = _common(study)
@@ -102,7 +104,7 @@ def _common(study: "Study") -> pd.DataFrame:
     runs = study.runs("full_precision")
     groups = [{planned.config.name for planned in study.group(*group)} for group in study.groups()]
     complete = set().union(*(names for names in groups if names <= set(runs.run)))
-    by = ("size", "seed") if study.protocol.measure.trajectory else ("size",)
+    by = ("size", "seed") if study.protocol.measure.common_by_seed else ("size",)
     return common_loss(runs[runs.run.isin(complete)], study.table("curves"), by, given_beside(study))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.outside import parted
 from beyond_outliers.study.tables import TABLES, MissingResults, read_table
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def publish(study: "Study", partial: bool = False) -> str:
             f"{f', but not {missing[0]}' if missing else ', but not all tables or learning rates'}: run "
             f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
         )
-    judged = [] if parted(study.scale)[1] else ["judged.csv"]
+    judged = [] if "+" in study.scale else ["judged.csv"]
     if unjudged := [name for name in judged if not (own / name).exists()]:
         raise ValueError(f"{own} lacks {', '.join(unjudged)}: run `beyond-outliers claims --scale {study.scale}`")
     checksums.check(own, remedy="collect it again: `beyond-outliers collect`, then the claims")

@@ -184,7 +184,7 @@ class Study:
 
     def groups(self) -> list[tuple[str, int | None]]:
         """(size, seed) of what a Common Loss is taken over: with trajectories a seed, else (None) all of a size."""
-        by_seed, runs = self.protocol.measure.trajectory, self.planned()
+        by_seed, runs = self.protocol.measure.common_by_seed, self.planned()
         groups = [(p.config.size, p.config.seed if by_seed else None) for p in runs if p.purpose == "full_precision"]
         return list(dict.fromkeys(groups))
 

@@ -72,6 +72,7 @@ TEXT = [
     "part",
     "condition",
     "reading",
+    "variant",
 ]
 
 
