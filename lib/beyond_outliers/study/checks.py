@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from beyond_outliers import paths
@@ -12,20 +11,11 @@ from beyond_outliers.config.protocol import Protocol
 
 def check(protocol: Protocol) -> None:
     """ValueError now for what would stop the study later: a text, format, scheme or hyperparameter."""
-    from beyond_outliers.corpus.sources import READERS
     from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.quantizers.qat import SCHEMES
     from beyond_outliers.quantizers.spec import QuantSpec
     from beyond_outliers.study.measure import specs
 
-    with _named(protocol, "corpus.wheels"):
-        for wheel in protocol.corpus.wheels:
-            choose("wheel", wheel, READERS)
-    source = protocol.corpus.source
-    with _named(protocol, "corpus.source"):
-        if source not in ("embedded", "climbmix") and not Path(source).exists():
-            raise ValueError(f"there is no file or folder {source!r}; valid: embedded, climbmix, or a path")
     measured = protocol.measure
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}
@@ -39,11 +29,6 @@ def check(protocol: Protocol) -> None:
                     spec.check_width(width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
-    for purpose, runs in protocol.settings.plan:
-        with _named(protocol, f"plan.{purpose}"):
-            for quantization in runs.quantizations:
-                if quantization:
-                    choose("scheme", quantization["scheme"], SCHEMES)
     model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
     for name, given in protocol.settings.hyper.items():
         hyper: dict[str, Any] = dict(given)

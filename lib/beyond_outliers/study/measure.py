@@ -6,11 +6,9 @@ nothing; an interrupted measurement leaves no folder.
 
 import contextlib
 import dataclasses
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +89,11 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         return target
     tables = measure_model(result.load_model(step), result.config, level, settings)
-    temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
-    for name, table in tables.items():
+    for table in tables.values():
         table.insert(0, "run", result.config.name)
         table.insert(1, "step", step)
-        table.to_csv(temporary / f"{name}.csv", index=False)
-    (temporary / f"{level}.done").touch()
-    checksums.seal(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    files = {f"{name}.csv": partial(table.to_csv, index=False) for name, table in tables.items()}
+    checksums.write_files(target, {**files, f"{level}.done": Path.touch})
     return target
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.parsing import choose
-from beyond_outliers.config.scale import scales
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.machine import MACHINE_EFFECT, processor
 
@@ -69,9 +67,7 @@ def verify(scale: str | None, count: int) -> int:
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
-    studies = sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
-    choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
-    chosen = [scale] if scale else studies
+    chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     wrong = [line for name in chosen for line in committed(name)]
     if scale:
         wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")
