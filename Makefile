@@ -1,6 +1,7 @@
 # Bootstraps the environment and names the targets; Snakemake (Snakefile) does the work.
 #   make reproduce              train, quantize, measure, run every notebook, compare   (SCALE=pocket, CORES=: what is allowed)
-#   make test                   everything: checks, the test suite, a whole study at scale smoke   (PYTHON=python3.13: on that one)
+#   make test                   checks, the test suite, a whole study at scale smoke   (PYTHON=python3.13: on that one)
+#   make test-all               the same with every fault and every architecture, of which make test takes a sample
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
 #   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and that of docs/speed.md
@@ -35,6 +36,8 @@ ifeq ($(origin PYTHON),command line)
 endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Test files side by side, one to four at a time; see tests/conftest.py for what stays together and in which order.
+PYTEST  = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # One worker thread a process: parallelism comes from running jobs side by side.
 export OMP_NUM_THREADS ?= 1
@@ -42,7 +45,7 @@ export PYTHONHASHSEED  := 0
 export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce continue compare figures publish verify plan check test test-fast bench lock hooks lab clean distclean
+.PHONY: help env reproduce continue compare figures publish verify plan check test test-all test-fast bench lock hooks lab clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -89,10 +92,13 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not exhaustive"
+
+test-all: check
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench.py $(if $(ONLY),--only $(ONLY))

@@ -16,11 +16,29 @@ from beyond_outliers import paths
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+    """Side by side, a file stays in one process; so do all that read the one study at scale smoke. Long files first."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("exhaustive")}
+    items.sort(key=lambda item: ("output" not in item.fixturenames, item.path not in slow))  # a stable sort
+    for item in items:
+        group = "smoke" if "output" in item.fixturenames else item.path.relative_to(paths.ROOT)
+        item.add_marker(pytest.mark.xdist_group(str(group)))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+def pytest_sessionfinish(session):
+    if "faults" in sys.modules and hasattr(session.config, "workeroutput"):  # of one process of several
+        session.config.workeroutput["faults"] = list(sys.modules["faults"].TALLY.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    import faults
+
+    for key, tries in node.workeroutput.get("faults", []):
+        faults.TALLY[tuple(key)] += tries
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -33,8 +51,12 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_runs_of_ones_own(tmp_path_factory):
-    """Tests read the committed tables, also where somebody has made a study of their own in this checkout."""
+    """Tests read the committed tables, also where somebody has made a study of their own in this checkout.
+
+    Nothing waits for the disk: what tests cut off is a process, never the machine.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
         yield
 

@@ -21,6 +21,12 @@ tf = pytest.importorskip("transformers")
 TABLES = tomllib.loads((Path(__file__).parent / "architectures.toml").read_text())
 CASES, BASES = TABLES["architectures"], TABLES["bases"]
 V = BASES["small"]["vocab_size"]
+SAMPLE = {"llama", "gpt2", "bloom", "mamba", "mixtral", "bert", "t5", "vit", "clip", "squeezebert"}  # of every kind
+
+
+def swept(names) -> list:
+    """A sample in `make test`, all of them in `make test-all`."""
+    return [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.exhaustive) for name in names]
 
 
 def build(name: str):
@@ -51,7 +57,7 @@ def outputs(model, batch) -> list:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", swept(CASES))
 def test_coverage(name):
     case, model = CASES[name], build(name)
     kind, left = case.get("inputs", "ids"), tuple(case.get("left", ()))
@@ -110,7 +116,7 @@ def test_layers_that_return_a_scale_beside_their_output(tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", PROBED)
+@pytest.mark.parametrize("name", swept(PROBED))
 def test_probe(name, tokenizer, capsys):
     model, left = build(name), CASES[name].get("left")
     if left:

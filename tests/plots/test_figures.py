@@ -1,59 +1,54 @@
-"""Figures of studies that are larger, or less complete, than pocket."""
+"""Figures: what is drawn is what the table says, nothing yet is said, and one theme rules them all."""
 
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
 from beyond_outliers import paths, plots
 from beyond_outliers.config import OPTIMIZER_NAMES
 
+NAN = float("nan")
+
+
+def table(columns, *rows):
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
 
 @pytest.fixture
 def sweep():
     rows = [
-        {"size": size, "optimizer": name, "seed": seed, "lr": lr, "val_loss": 3 + seed + lr}
+        (size, name, seed, lr, 3 + seed + lr)
         for size in ("s", "m", "l", "xl", "xxl")
         for name in (OPTIMIZER_NAMES if size != "xxl" else ("adamw",))  # the last size has hardly begun
         for seed in (0, 1)
         for lr in (0.1, 0.2, 0.4)
     ]
-    yield pd.DataFrame(rows)
-    plt.close("all")
+    return table("size optimizer seed lr val_loss", *rows)
 
 
-def draw(table):
-    return plots.optimizer_lines(table, "lr", "val_loss", "size", "learning rate", "loss", seeds=True, logx=True)
+def draw(sweep):
+    return plots.optimizer_lines(sweep, "lr", "val_loss", "size", "learning rate", "loss", seeds=True, logx=True)
 
 
-def shown(figure):
-    return [ax for ax in figure.axes if ax.get_visible()]
-
-
-def test_panels_do_not_grow_into_one_endless_row(sweep):
+def test_lines_of_a_large_study(sweep):
+    """Panels do not grow into one endless row, seeds are not joined, and colour alone names no optimizer."""
     figure = draw(sweep)
-    assert len(shown(figure)) == 5 and figure.get_size_inches()[0] < 17
-    assert [bool(ax.get_ylabel()) for ax in shown(figure)] == [True, False, False, False, True]
-
-
-def test_the_legend_names_every_optimizer_of_any_panel(sweep):
-    (legend,) = draw(sweep).legends
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 5 and figure.get_size_inches()[0] < 17
+    assert [bool(ax.get_ylabel()) for ax in shown] == [True, False, False, False, True]
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [plots.LABELS[name] for name in OPTIMIZER_NAMES]
-
-
-def test_seeds_are_not_joined_with_each_other(sweep):
-    curves = shown(draw(sweep))[0].get_lines()
-    assert len(curves) == 2 * len(OPTIMIZER_NAMES)
-    assert all(len(set(line.get_xdata())) == len(line.get_xdata()) == 3 for line in curves)
-
-
-def test_the_size_of_points_is_explained():
-    table = pd.DataFrame({"size": ["s", "s", "m"], "optimizer": "adamw", "mmr": [1.0, 2, 3], "increase": [1.0, 2, 3]})
-    row = {"target": "increase", "candidate": "mmr", "pearson": 1.0, "pearson_low": 1.0, "pearson_high": 1.0, "n": 3}
-    (legend,) = plots.candidate_scatter(table, pd.DataFrame([row]), "increase", "loss").legends
-    plt.close("all")
-    assert [text.get_text() for text in legend.get_texts()] == ["AdamW", "s", "m"]
+    lines = shown[0].get_lines()
+    assert len(lines) == 2 * len(OPTIMIZER_NAMES)
+    assert all(len(set(line.get_xdata())) == len(line.get_xdata()) == 3 for line in lines)
+    styles = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(styles) == len(OPTIMIZER_NAMES) == len({marker for _, marker in styles})
 
 
 @pytest.fixture
@@ -75,14 +70,144 @@ def test_fits_of_another_processor_draw_the_same_curves(drawn):
 
     def fits(difference):
         law = SimpleNamespace(rho={16: 1.0, 4: 0.8}, predict=lambda n, bits: 40 * n**-0.2 + difference)
-        runs = pd.DataFrame({"optimizer": "muon", "N": [1e5, 2e5], "bits": [16, 4], "loss": [3.0, 2.9]})
+        runs = table("optimizer N bits loss", ("muon", 1e5, 16, 3.0), ("muon", 2e5, 4, 2.9))
         return drawn(plots.scaling_fits(runs, {"muon": law}))
 
     assert fits(0.0) == fits(1e-9) != fits(0.1)
 
 
-def test_two_runs_alike_are_labelled_by_colour_and_marker(sweep):
-    """Colour alone would not do in print, nor for everybody."""
-    lines = shown(draw(sweep))[0].get_lines()
-    styles = {(line.get_color(), line.get_marker()) for line in lines}
-    assert len(styles) == len(OPTIMIZER_NAMES) == len({marker for _, marker in styles})
+def test_the_size_of_points_is_explained():
+    runs = table("size optimizer mmr increase", ("s", "adamw", 1, 1), ("s", "adamw", 2, 2), ("m", "adamw", 3, 3))
+    row = table("target candidate pearson pearson_low pearson_high n", ("increase", "mmr", 1, 1, 1, 3))
+    (legend,) = plots.candidate_scatter(runs, row, "increase", "loss").legends
+    assert [text.get_text() for text in legend.get_texts()] == ["AdamW", "s", "m"]
+
+
+def test_paths_go_from_small_to_large_rates_and_count_what_is_outside():
+    rates = table("lr before after", (0.4, 3.2, 9.0), (0.1, 3.0, 3.2), (0.2, 3.1, 3.3))
+    both = pd.concat([rates.assign(optimizer="adamw"), rates.assign(optimizer="muon", before=rates.before - 0.1)])
+    (ax,) = plots.rate_paths(both.assign(size="s"), "a", "b").axes
+    assert ax.get_lines()[0].get_xdata().tolist() == [3.0, 3.1, 3.2]
+    assert (np.diff(ax.collections[0].get_sizes()) > 0).all()
+    assert ax.get_title() == "s (2 of 6 beyond the frame)" and ax.get_ylim()[1] < 9
+    assert {text.get_text() for text in ax.texts} == {"+0.20", "+0.25", "+0.30"}  # damages 0.2, 0.3 of each
+
+
+def test_curves_along_training_have_their_band():
+    curve = table(
+        "size optimizer share mean low high", ("s", "adamw", 0.5, 0.1, 0.05, 0.3), ("s", "adamw", 1, 0.2, 0.1, 0.3)
+    )
+    (ax,) = plots.along_training(curve, "mean", "y", 0.8).axes
+    assert ax.get_lines()[0].get_ydata().tolist() == [0.1, 0.2]
+    assert {0.05, 0.1, 0.3} <= set(ax.collections[0].get_paths()[0].vertices[:, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+RATIOS = table(
+    "size optimizer ratio low high n",
+    ("s", "adamw", 1.0, NAN, NAN, 3),
+    ("s", "muon", 2.0, 1.5, 3.0, 3),
+    ("m", "adamw", 1.0, NAN, NAN, 1),
+    ("m", "muon", 0.5, NAN, NAN, 1),
+)
+
+
+def arms(container):
+    """Both ends of every horizontal or vertical error bar of a container."""
+    return [segment.tolist() for bars in container.lines[2] for segment in bars.get_segments()]
+
+
+def fill(container):
+    return container.lines[0].get_markerfacecolor()
+
+
+def test_a_forest_draws_every_interval_and_hollow_points_without_one():
+    small, medium = plots.ratio_forest(RATIOS, "x").axes
+    muon = small.containers[1]
+    assert arms(muon) == [[[1.5, 1.0], [3.0, 1.0]]] and fill(muon) == plots.COLOURS["muon"]
+    assert fill(medium.containers[1]) == "white" != fill(small.containers[0])  # the reference itself is known
+    assert [text.get_text() for text in small.get_yticklabels()] == ["AdamW", "Muon"]
+    assert small.get_title() == "s, n 3" and small.get_xscale() == "log"
+
+
+def test_effects_have_a_panel_each_and_what_is_missing_is_named():
+    effects = table(
+        "quantity optimizer effect low high n over",
+        ("loss", "muon", -0.5, -1.0, 0.25, 6, "s"),
+        ("mmr", "muon", 0.5, NAN, NAN, 2, "s"),
+        ("loss", "soap", 0.3, 0.2, 0.4, 5, "s"),
+    )
+    titles = {"loss": ("loss", "nats"), "qat": ("by QAT", "nats"), "mmr": ("MMR", "times")}
+    loss, qat, ratio = plots.effect_forest(effects, titles).axes
+    assert arms(loss.containers[0]) == [[[-1.0, 0.0], [0.25, 0.0]]] and len(loss.containers) == 2
+    assert (loss.get_title(), loss.get_xlabel()) == ("loss", "nats above AdamW; s, n 5 to 6")
+    assert qat.get_title() == "by QAT" and [text.get_text() for text in qat.texts] == ["not measured yet"]
+    assert ratio.get_xscale() == "log" and ratio.get_xlabel() == "times AdamW; s, n 2"
+    assert fill(ratio.containers[0]) == "white"
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["Muon", "SOAP"]
+
+
+def test_lines_over_methods_have_gaps_where_a_method_lacks():
+    both = [RATIOS.assign(format="int4", method=method) for method in ("RTN", "both")]
+    figure = plots.method_lines(  # rotation is nowhere: left out
+        pd.concat([*both, RATIOS.assign(format="nvfp4", method="GPTQ")]), ("RTN", "GPTQ", "rotation", "both"), "y"
+    )
+    assert [ax.get_title() for ax in figure.axes] == ["int4, s", "int4, m", "nvfp4, s", "nvfp4, m"]
+    line = figure.axes[0].containers[1].lines[0]
+    assert line.get_ydata()[[0, 2]].tolist() == [2, 2] and np.isnan(line.get_ydata()[1])
+    assert np.round(line.get_xdata()).tolist() == [0, 1, 2]
+
+
+def test_points_carry_both_intervals_and_no_name_is_written_over_the_next_one():
+    places = table(
+        "optimizer x y x_half y_half",
+        ("scion", 0.0, 0.0, 0.5, 0.25),
+        ("adamw", 0.1, 0.05, 0.5, NAN),
+        ("psgd", 1.0, 1.0, 0.5, 0.5),
+    )
+    (ax,) = plots.centred_points(places, "x", "y", "a", "b").axes
+    assert arms(ax.containers[0]) == [[[-0.5, 0.0], [0.5, 0.0]], [[0.0, -0.25], [0.0, 0.25]]]
+    assert fill(ax.containers[1]) == "white"
+    sides = {text.get_text(): (text.get_ha(), text.get_va()) for text in ax.texts}
+    assert sides == {"Scion": ("right", "top"), "AdamW": ("left", "baseline"), "PSGD": ("left", "baseline")}
+
+
+@pytest.mark.parametrize("draw", [
+    lambda rows: plots.ratio_forest(rows, "x"),
+    lambda rows: plots.method_lines(rows, ("RTN",), "y"),
+    lambda rows: plots.centred_points(rows, "x", "y", "a", "b"),
+    lambda rows: plots.rate_paths(rows, "a", "b"),
+    lambda rows: plots.along_training(rows, "mean", "y", 0.8),
+])  # fmt: skip
+def test_nothing_yet_is_said(draw):
+    (ax,) = draw(pd.DataFrame()).axes
+    assert " yet" in ax.texts[0].get_text()
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+LEDGER = table(
+    "id part verdict value low high unit n threshold side",
+    ("C1", "whole", "reproduced", -0.4, -0.5, -0.3, "nats", "3", 0.0, -1),
+    ("C2", "whole", "tie", NAN, NAN, NAN, "slope", "3", 0.0, 1),
+    ("C2", "muon", "not reproduced", -0.2, -0.4, -0.1, "slope", "3", 0.0, 1),
+    ("C8", "whole", "undecided", 0.85, 0.7, 0.9, "share", "3", 0.8, 1),
+)
+CLAIMS = pd.Series({"C1": "First", "C2": "Second " * 30, "C8": "Third"})
+
+
+def test_the_claimed_side_is_right_and_numbers_are_written_out():
+    (ax,) = plots.verdict_ledger(LEDGER, CLAIMS).axes
+    spans = [list(line.get_xdata()) for line in ax.get_lines() if len(line.get_xdata()) == 2][:-1]
+    assert spans == [pytest.approx(ends) for ends in ([1, 0.6], [-1, -0.25], [-1, 1])]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[:2] == ["reproduced", "-0.4 [-0.5, -0.3] nats, n 3"] and texts[2:4] == ["tie", ""]
+    assert texts[-1] == "0.85 [0.7, 0.9] share, threshold 0.8, n 3"
+    first, second, part, _ = [text.get_text() for text in ax.get_yticklabels()]
+    assert first == "C1  First" and second.endswith("...") and len(second) < 90 and part == "Muon"
+
+
+def test_an_unknown_verdict_is_refused():
+    with pytest.raises(ValueError, match="unknown verdicts \\['perhaps'\\]; valid: reproduced"):
+        plots.verdict_ledger(LEDGER.assign(verdict="perhaps"), CLAIMS)

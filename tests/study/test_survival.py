@@ -110,14 +110,14 @@ def test_a_step_survives_a_fault_at_some_changes_of_the_disk(step, kind, whole, 
     sweep(step, kind, 9, whole, tmp_path, scale_file)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_a_step_survives_a_fault_at_every_change_of_the_disk(step, kind, whole, tmp_path, scale_file):
     sweep(step, kind, 1, whole, tmp_path, scale_file)
 
 
-@pytest.mark.parametrize("tries", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [10, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_in_what_tables_are_made_of_is_never_silent(whole, tmp_path, scale_file, tries):
     """Collecting goes on with the other runs and says what is missing."""
     rng, undisturbed = random.Random(tries), tables(whole / OWN)
@@ -144,7 +144,7 @@ def test_a_flipped_bit_in_what_tables_are_made_of_is_never_silent(whole, tmp_pat
         faults.TALLY["collecting: flipped bit in a run", "left out and named"] += 1
 
 
-@pytest.mark.parametrize("tries", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [6, pytest.param(40, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_in_a_table_is_never_silent(whole, tmp_path, scale_file, tries):
     rng = random.Random(tries)
     for number in range(tries):

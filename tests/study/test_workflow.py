@@ -70,14 +70,6 @@ def test_the_line_says_what_is_done_what_runs_and_how_long_the_rest_takes(runs, 
     )
 
 
-def test_plan_and_line_count_the_same_runs(runs, monkeypatch, capsys):
-    from beyond_outliers.study import plan
-
-    monkeypatch.setattr(plan, "step_seconds", lambda *_, **__: 0.1)
-    assert main(["plan", "--scale", "smoke"]) == 0
-    assert "\n0 of 26 runs done" in capsys.readouterr().out and progress().text() == "smoke: 0 of 26 runs done"
-
-
 def test_rows_of_the_tables_count_where_that_is_asked_for(runs):
     name = Study("smoke").planned()[0].config.name
     (runs / "results").mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Runs under faults: cut off, torn, full, killed or flipped, a run ends as if nothing had been or says what is damaged.
 
-A few faults of every kind by default, all of them under `slow`.
+A few faults of every kind in `make test`, all of them in `make test-all`.
 """
 
 import os
@@ -90,7 +90,7 @@ def test_a_run_survives_a_fault_at_some_changes_of_its_folder(tiny, whole, tmp_p
     sweep(kind, 13, tiny, whole, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_a_run_survives_a_fault_at_every_change_of_its_folder(tiny, whole, tmp_path, kind):
     sweep(kind, 1, tiny, whole, tmp_path)
@@ -108,8 +108,8 @@ def test_a_run_survives_a_full_disk(tiny, whole, tmp_path, size, capfd):
     ("optimizer", "scheme", "tries"),
     [
         ("adamw", None, 2),
-        pytest.param("adamw", None, 18, marks=pytest.mark.slow),
-        pytest.param("soap", None, 20, marks=pytest.mark.slow),
+        pytest.param("adamw", None, 18, marks=pytest.mark.exhaustive),
+        pytest.param("soap", None, 20, marks=pytest.mark.exhaustive),
         pytest.param("adamw", "quest", 4, marks=pytest.mark.slow),
     ],
 )
@@ -135,7 +135,7 @@ def newest_step(folder):
     return max(states, default=10**6 if (folder / "result.json").exists() else 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tries", [3])
 def test_a_compiled_run_survives_being_killed_as_often_as_it_gets_on(run_config, tmp_path, monkeypatch, tries):
     """Every SIGKILL comes after a state that the process itself has saved; none is forked, the compiler has threads."""
@@ -165,7 +165,7 @@ def test_a_compiled_run_survives_being_killed_as_often_as_it_gets_on(run_config,
     assert whole.row["compiled"] and outcome(found) == outcome(whole)
 
 
-@pytest.mark.parametrize("tries", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [2, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_sigterm_saves_the_step_that_it_came_in(run_config, tmp_path, capfd, tries):
     config = run_config.replace(evaluations=1)  # there is no other state to go on from
     started = time.perf_counter()
@@ -215,7 +215,7 @@ def interrupted(config, root, at=10):
     return run_folder(config, root)
 
 
-@pytest.mark.parametrize("tries", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [6, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_of_an_interrupted_run_is_never_silent(tiny, whole, tmp_path, capfd, tries):
     rng, folder = random.Random(tries), interrupted(tiny, tmp_path / "interrupted")
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]
@@ -245,7 +245,7 @@ def read_all(folder):
         result.load_model(int(step))
 
 
-@pytest.mark.parametrize("tries", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [8, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_of_a_finished_run_is_never_silent(tiny, tmp_path, tries):
     rng, folder = random.Random(tries), train(tiny, root=tmp_path, progress=False).folder
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]

@@ -117,4 +117,4 @@ def test_a_python_that_is_named_has_an_environment_of_its_own(tmp_path, there, n
         (tmp_path / name).write_text((paths.ROOT / name).read_text())
     command = ["make", "--dry-run", "test", f"PYTHON={tmp_path / 'another'}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert f"\n{used}/bin/python -m pytest\n" in done.stdout, done
+    assert f"\n{used}/bin/python -m pytest " in done.stdout, done

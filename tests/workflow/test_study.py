@@ -1,6 +1,5 @@
 """A whole study at scale smoke: every run, measurement and table, and what they say."""
 
-import dataclasses
 import itertools
 import subprocess
 from types import SimpleNamespace
@@ -174,19 +173,6 @@ def test_a_study_without_any_run_says_so(study, tmp_path, monkeypatch):
     with pytest.raises(MissingResults, match="no run of smoke has ended"):
         study.collect()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_size_at_which_every_run_diverged_has_no_common_loss(study, monkeypatch):
-    whole = study.common_loss("tiny")
-    ended = Study.result
-
-    def diverged(self, planned):
-        result = ended(self, planned)
-        return dataclasses.replace(result, row={**result.row, "status": "diverged"})
-
-    monkeypatch.setattr(Study, "result", diverged)
-    none = study.common_loss("tiny")
-    assert none.empty and list(none.columns) == list(whole.columns) and len(whole) == len(OPTIMIZER_NAMES)
 
 
 def test_learning_rates_of_one_size_leave_the_others_alone(tmp_path, monkeypatch):

@@ -4,10 +4,10 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    by_optimizer="along_training depth_profile dumbbells efficiencies heatmap optimizer_bars optimizer_lines "
-    "scaling_fits stacked_abc",
-    findings="candidate_scatter checkpoint_curves correlation_forest probe_profile staircases",
-    intervals="centred_points effect_forest method_lines rate_paths ratio_forest",
+    by_optimizer="along_training dumbbells heatmap optimizer_bars optimizer_lines scaling_fits",
+    intervals="candidate_scatter centred_points correlation_forest effect_forest efficiencies method_lines rate_paths "
+    "ratio_forest",
+    profiles="checkpoint_curves depth_profile probe_profile staircases stacked_abc",
     theme="COLOURS LABELS MARKERS save set_theme",
     verdicts="verdict_ledger",
 )

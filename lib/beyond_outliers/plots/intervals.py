@@ -1,4 +1,4 @@
-"""Figures of differences between optimizers, with their intervals: forests, lines over methods, points.
+"""Figures of estimates with their intervals: forests, lines over methods, points, and what goes with what.
 
 Ratios to AdamW stand on a logarithmic axis, on which an interval of a difference of logarithms is symmetric. An
 optimizer without an interval (fewer than three seeds) is a hollow point.
@@ -13,44 +13,66 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from beyond_outliers.config.optimizers import ordered
-from beyond_outliers.plots.theme import COLOURS, LABELS, MARKERS, label_y, legend, panels, style_of, tidy_log
+from beyond_outliers.plots.theme import (
+    COLOURS,
+    GUIDE,
+    LABELS,
+    finish,
+    name_ticks,
+    panels,
+    style_of,
+    subplots,
+    tidy_log,
+)
 
 LONGEST = 40  # characters of a label below a panel of three abreast; longer ones take two lines
+CANDIDATES = {  # of `readings`, as axes name them
+    "mmr": "MMR (without down)",
+    "mmr_all": "MMR (all inputs)",
+    "kurtosis": "kurtosis",
+    "mean_B": "mean $B$",
+    "R_L": "$R_L$",
+    "mean_gain": "mean gain",
+    "noise_gain": "noise gain",
+    "expected_error": "expected error",
+}
 
 
-def _bars(ax: Axes, x, y, known: bool, optimizer: str, **ends) -> None:
-    """Points of an optimizer with error bars, `ends` as (value, low, high); NaN: none is drawn."""
-    arms = {axis: np.nan_to_num(np.abs(np.stack([v - low, high - v]))) for axis, (v, low, high) in ends.items()}
+def _bars(ax: Axes, x, y, optimizer: str, known=True, **ends) -> None:
+    """Points of an optimizer with error bars, `ends` as (value, low, high); NaN: none is drawn. Hollow: not known."""
     style = style_of(optimizer) | ({} if known else {"mfc": "white"})
-    ax.errorbar(x, y, ms=5, capsize=2, lw=1.2, **arms, **style)
+    style |= {axis: np.nan_to_num(np.abs([v - low, high - v])) for axis, (v, low, high) in ends.items()}
+    ax.errorbar(x, y, ms=5, capsize=2, lw=1.2, **style)
 
 
 def _forest(ax: Axes, rows: pd.DataFrame, value: str, names: Sequence[str], line: float) -> None:
-    """An optimizer a row: its value and interval; a line at that of the reference."""
-    for row in rows.to_dict("records"):
-        known = bool(np.isfinite(row["low"])) or row[value] == line
-        ends = [np.array([row[name]], dtype=float) for name in (value, "low", "high")]
-        _bars(ax, ends[0], names.index(row["optimizer"]), known, row["optimizer"], xerr=ends)
-    ax.axvline(line, color="grey", lw=1)
+    """An optimizer a row: its value and interval; a line at that of the reference: 0, or 1 on an axis of ratios."""
+    for row in rows.itertuples():
+        at = getattr(row, value)
+        known = np.isfinite(row.low) or at == line
+        _bars(ax, at, names.index(row.optimizer), row.optimizer, known, xerr=np.array([[at], [row.low], [row.high]]))
+    ax.axvline(line, **GUIDE)
+    ax.set(xscale="log" if line else "linear", ylim=(len(names) - 0.5, -0.5))
+    name_ticks(ax.yaxis, names)
+    if line:
+        tidy_log(ax.xaxis)
 
 
 def ratio_forest(table: pd.DataFrame, label: str) -> Figure:
     """Ratios to AdamW, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     names = ordered(table.get("optimizer", []))
-    figure, axes = panels(table.get("size", []), 2.7, 0.32 * len(names) + 1.3, sharex=True, sharey=True)
+    figure, axes = panels(table.get("size", []), 2.7, 0.32 * len(names) + 1.3, xlabel=label, sharex=True, sharey=True)
     for size, ax in axes.items():
         rows = table[table["size"] == size]
         _forest(ax, rows, "ratio", names, 1)
-        ax.set(title=f"{size}, n {rows.n.max()}", xscale="log", xlabel=label, ylim=(len(names) - 0.5, -0.5))
-        ax.set_yticks(range(len(names)), [LABELS[name] for name in names])
-        tidy_log(ax.xaxis)
+        ax.set_title(f"{size}, n {rows.n.max()}")
     return figure
 
 
 def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> Figure:
-    """`effects.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
+    """`estimates.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
     lies from the reference and its interval. A quantity without rows is named and drawn as not measured yet."""
-    names = [name for name in LABELS if name in set(table.optimizer)]
+    names = ordered(table.optimizer)
     figure, axes = panels(titles, 3.1, 2.6, columns=3, sharey=True)
     for quantity, ax in axes.items():
         (title, unit), rows = titles[quantity], table[table.quantity == quantity]
@@ -60,19 +82,27 @@ def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], refer
             ax.set_xticks([])
             continue
         factors, least, most = unit != "nats", rows.n.min(), rows.n.max()
-        _forest(ax, rows, "effect", names, int(factors))
-        ax.set_xscale("log" if factors else "linear")
         pairs = f"{rows.over.iloc[0]}, n {least if least == most else f'{least} to {most}'}"
-        label = f"{f'times {LABELS[reference]}' if factors else f'nats above {LABELS[reference]}'}; {pairs}"
+        label = f"{'times' if factors else 'nats above'} {LABELS[reference]}; {pairs}"
         ax.set_xlabel(label if len(label) <= LONGEST else label.replace("; ", "\n"))
-        if factors:
-            tidy_log(ax.xaxis)
-        else:
+        _forest(ax, rows, "effect", names, int(factors))
+        if not factors:
             ax.xaxis.set_major_locator(MaxNLocator(5))
-    first = next(iter(axes.values()))
-    first.set_yticks(range(len(names)), [LABELS[name] for name in names])
-    first.set_ylim(len(names) - 0.5, -0.5)
     return figure
+
+
+def efficiencies(table: pd.DataFrame) -> Figure:
+    """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
+    figure, ax = subplots(figsize=(5, 3))
+    table = table.round(4).set_index("optimizer", drop=False).loc[ordered(table.optimizer)]
+    for place, row in enumerate(table.itertuples()):
+        spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
+        style = style_of(row.optimizer) | {"label": None, "mfc": COLOURS[row.optimizer] if row.identified else "white"}
+        ax.errorbar(place, row.rho, yerr=spread, capsize=3, **style)
+        ax.plot(place, row.paper, "x", color="grey", label="" if place else "paper (50M to 1.5B)")
+    name_ticks(ax.xaxis, table.optimizer, rotation=30)
+    ax.set_ylabel(r"parameter efficiency $\rho_{4\,bit}$")
+    return finish(figure)
 
 
 def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Figure:
@@ -83,67 +113,97 @@ def method_lines(table: pd.DataFrame, methods: Sequence[str], label: str) -> Fig
     table = table.assign(panel=table.format + ", " + table["size"])
     figure, axes = panels(table.panel, 2.9, 2.4, columns=table["size"].nunique(), sharey=True)
     names = ordered(table.optimizer)
-    for panel, ax in axes.items():
-        ax.axhline(1, color="grey", lw=1)
-        for place, name in enumerate(names):
-            rows = table[(table.panel == panel) & (table.optimizer == name)].set_index("method").reindex(methods)
-            x = np.arange(len(methods)) + 0.09 * (place - (len(names) - 1) / 2)  # side by side, so that bars are seen
-            known = bool(np.isfinite(rows.low).any() or (rows.ratio.dropna() == 1).all())
-            _bars(ax, x, rows.ratio, known, name, yerr=(rows.ratio, rows.low, rows.high))
-        ax.set(title=panel, yscale="log")
+    for (panel, name), rows in table.groupby(["panel", "optimizer"]):
+        rows = rows.set_index("method").reindex(methods)
+        # side by side, so that bars are seen
+        x = np.arange(len(methods)) + 0.09 * (names.index(name) - (len(names) - 1) / 2)
+        known = np.isfinite(rows.low).any() or (rows.ratio.dropna() == 1).all()
+        _bars(axes[panel], x, rows.ratio, name, known, yerr=(rows.ratio, rows.low, rows.high))
+    for ax in axes.values():
+        ax.axhline(1, **GUIDE)
+        ax.set_yscale("log")
         ax.set_xticks(range(len(methods)), [method.replace(" + ", "\n+ ") for method in methods])
         tidy_log(ax.yaxis)
-    label_y(axes.values(), label)
-    legend(figure)
-    return figure
+    return finish(figure, label)
 
 
 def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> Figure:
     """One point an optimizer, with the intervals of both coordinates (x_half, y_half) and its name."""
-    figure, axes = panels([""] if len(table) else [], 4.1, 3.8)
+    figure, axes = panels([""] if len(table) else [], 4.1, 3.8, xlabel=xlabel)
     for ax in axes.values():
         places = (table[[x, y]] / np.ptp(table[[x, y]], axis=0)).to_numpy()
         for place, row in zip(places, table.to_dict("records"), strict=True):
-            halves = [np.array([row[f"{name}_half"]]) for name in (x, y)]
+            halves = np.array([[row[f"{name}_half"]] for name in (x, y)])
             ends = {f"{axis}err": (0, -half, half) for axis, half in zip("xy", halves, strict=True)}
-            _bars(ax, row[x], row[y], bool(np.isfinite(halves).all()), row["optimizer"], **ends)
+            name, at = row["optimizer"], (row[x], row[y])
+            _bars(ax, *at, name, np.isfinite(halves).all(), **ends)
             away = places - place  # where another point stands to the upper right, not over it
             covers = ((away >= 0) & (away <= [0.25, 0.15]) & away.any(1, keepdims=True)).all(1).any()
             spot = {"xytext": (-5, -5), "ha": "right", "va": "top"} if covers else {"xytext": (5, 5)}
-            ax.annotate(LABELS[row["optimizer"]], (row[x], row[y]), textcoords="offset points", fontsize=8, **spot)
-        ax.axhline(0, color="grey", lw=0.8)
-        ax.axvline(0, color="grey", lw=0.8)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
+            ax.annotate(LABELS[name], at, textcoords="offset points", fontsize=8, **spot)
+        ax.axhline(0, **GUIDE)
+        ax.axvline(0, **GUIDE)
+        ax.set_ylabel(ylabel)
     return figure
 
 
-def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 0.25) -> Figure:
+def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 2.5) -> Figure:
     """Loss after quantization (`after`) against loss before (`before`), a path an optimizer from its smallest to its
     largest learning rate (larger points), a panel a size; dotted lines of equal damage.
 
-    Axes end `reach` times the spread of the best paths' ends beyond them: what lies outside is counted in the title.
+    Axes end `reach` times the spread of the best paths' ends beyond the lowest: the title counts what lies outside.
     """
-    figure, axes = panels(table.get("size", []), 4.2, 4.0, columns=3)
+    figure, axes = panels(table.get("size", []), 4.2, 4.0, columns=3, xlabel=xlabel)
+    for (size, name), path in table.sort_values("lr").groupby(["size", "optimizer"]) if axes else ():
+        style = style_of(str(name)) | {"s": 12 * np.arange(1, len(path) + 1), "lw": 0}
+        axes[size].plot(path.before, path.after, color=COLOURS[name], lw=1, alpha=0.7)
+        axes[size].scatter(path.before, path.after, **style)
     for size, ax in axes.items():
-        rows = table[table["size"] == size].sort_values("lr")
-        for name in ordered(rows.optimizer):
-            path, colour = rows[rows.optimizer == name], COLOURS[name]
-            ax.plot(path.before, path.after, color=colour, lw=1, alpha=0.7)
-            areas = 12 * np.arange(1, len(path) + 1)
-            ax.scatter(path.before, path.after, s=areas, color=colour, marker=MARKERS[name], label=LABELS[name], lw=0)
-        low = rows[["before", "after"]].min()
-        spread = (rows.groupby("optimizer")[["before", "after"]].min().max() - low).clip(lower=0.1)
-        high = np.minimum(rows[["before", "after"]].max(), low + 2.5 * spread) + reach * spread
-        inside = (rows[["before", "after"]] <= high).all(axis=1)
-        beyond = f" ({sum(~inside)} of {len(rows)} beyond the frame)" if sum(~inside) else ""
-        limits = [(low[name] - reach * spread[name], high[name]) for name in ("before", "after")]
-        ax.set(xlim=limits[0], ylim=limits[1], xlabel=xlabel, title=f"{size}{beyond}")
-        damage = (rows.after - rows.before)[inside]
-        for place, level in enumerate(np.unique(np.round(np.quantile(damage, [0.1, 0.5, 0.9]), 2))):
-            ax.axline((limits[0][0], limits[0][0] + level), slope=1, color="grey", ls=":", lw=0.8, zorder=0)
-            y = max(limits[1][0] + (0.03 + 0.07 * place) * np.ptp(limits[1]), limits[0][0] + level)
-            ax.text(y - level, y, f" +{level:.2f}", fontsize=7, color="grey", ha="left", va="center")
-    label_y(axes.values(), ylabel)
-    if axes:
-        legend(figure)
+        rows = table.loc[table["size"] == size, ["optimizer", "before", "after"]].set_index("optimizer")
+        spread = (rows.groupby("optimizer").min().max() - rows.min()).clip(lower=0.1)
+        high = np.minimum(rows.max(), rows.min() + reach * spread) + 0.25 * spread
+        low, outside = rows.min() - 0.25 * spread, (rows > high).any(axis=1)
+        beyond = f" ({sum(outside)} of {len(rows)} beyond the frame)" if any(outside) else ""
+        ax.set(xlim=(low.before, high.before), ylim=(low.after, high.after), title=f"{size}{beyond}")
+        x, y = np.linspace(low, high, 50).T
+        levels = np.unique(rows.eval("after - before")[~outside].quantile([0.1, 0.5, 0.9]).round(2))
+        lines = ax.contour(x, y, y[:, None] - x, levels, colors="grey", linestyles=":", linewidths=0.8, zorder=0)
+        left = np.maximum(x[4], y[4] - levels)  # where a label is, near the frame and away from the points
+        ax.clabel(lines, fmt="+%.2f", fontsize=7, manual=list(zip(left, left + levels, strict=True)))
+    return finish(figure, ylabel)
+
+
+def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> Figure:
+    """The target against every candidate, a panel each (log axis), Pearson and interval in the title; large points are
+    large models.
+    """
+    found = correlations[correlations.target == target].set_index("candidate")
+    figure, axes = panels(found.index, 2.6, 2.5, sharey=True)
+    sizes = list(dict.fromkeys(table["size"]))
+    areas = table["size"].map({size: 14 + 14 * place for place, size in enumerate(sizes)})
+    for (candidate, ax), r in zip(axes.items(), found.itertuples(), strict=True):
+        for optimizer, points in table.groupby("optimizer", sort=False):
+            style = style_of(str(optimizer)) | {"s": areas[points.index], "alpha": 0.85, "lw": 0}
+            ax.scatter(points[candidate], points[target], **style)
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
+        ax.set(xscale="log", xlabel=CANDIDATES[candidate])
+        tidy_log(ax.xaxis)
+    for place, size in enumerate(sizes if axes else ()):
+        figure.axes[0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
+    return finish(figure, label)
+
+
+def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> Figure:
+    """Pearson (filled) and Spearman (open) correlation of every candidate with its interval."""
+    found = correlations[correlations.target == target].reset_index(drop=True)
+    figure, ax = subplots(figsize=(5.4, 0.42 * len(found) + 1))
+    for name, offset, fill in (("pearson", -0.13, "black"), ("spearman", 0.13, "white")):
+        spread = np.abs([found[name] - found[name + end] for end in ("_low", "_high")])
+        style = {"fmt": "o", "color": "black", "mfc": fill, "ms": 5, "lw": 1, "capsize": 2, "label": name}
+        ax.errorbar(found[name], found.index + offset, xerr=spread, **style)
+    ax.axvline(0, **GUIDE)
+    ax.set_yticks(found.index, found.candidate.map(CANDIDATES))
+    ax.set(xlim=(-1.05, 1.05), xlabel="correlation", title=title)
+    ax.invert_yaxis()
+    ax.legend(fontsize=8)
     return figure

@@ -6,7 +6,7 @@
 import base64
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, Entry, entry
+from beyond_outliers.claims.estimates import label
+from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, entry
 
 
 class _Each(dict[str, str]):
-    """One part of the entry of an optimizer: of the study's own in their order, of others as they are asked for."""
+    """One field of the entry of an optimizer: of the study's own in their order, of others as they are asked for."""
 
-    def __init__(self, of: Callable[[Entry], str]):
-        super().__init__({name: of(entry(name)) for name in OPTIMIZER_NAMES})
-        self.of = of
+    def __init__(self, field: str):
+        self.field = field
+        for name in OPTIMIZER_NAMES:
+            self[name] = self.__missing__(name)
 
     def __missing__(self, name: str) -> str:
-        return self.of(entry(name))
+        return getattr(entry(name), self.field)
 
 
 # one name, one colour and one marker an optimizer in every figure
-LABELS = _Each(lambda one: one.label)
-COLOURS = _Each(lambda one: one.colour)
-MARKERS = _Each(lambda one: one.marker)
+LABELS, COLOURS, MARKERS = (_Each(field) for field in ("label", "colour", "marker"))
+
+
+GUIDE: dict[str, Any] = {"color": "grey", "lw": 1}  # of lines that are no data: a reference, zero, chance
 
 
 def style_of(optimizer: str) -> dict[str, Any]:
@@ -95,8 +98,8 @@ def subplots(*shape: int, figsize: tuple[float, float], **options):
     return figure, figure.subplots(*shape, **options)
 
 
-def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **options):
-    """Panels, one a value, at most `columns` side by side; returns (figure, {value: axes})."""
+def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, xlabel: str = "", **options):
+    """Panels, one a value and titled so, at most `columns` side by side; returns (figure, {value: axes})."""
     values = list(dict.fromkeys(values))
     if not values:
         figure, ax = subplots(figsize=(width + 1.1, 1.0))
@@ -109,7 +112,15 @@ def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, **
     figure, axes = subplots(rows, columns, figsize=size, squeeze=False, **options)
     for ax in axes.flat[len(values) :]:
         ax.set_visible(False)
-    return figure, dict(zip(values, axes.flat, strict=False))
+    named = dict(zip(values, axes.flat, strict=False))
+    for value, ax in named.items():
+        ax.set(title=label(value), xlabel=xlabel)
+    return figure, named
+
+
+def name_ticks(axis, names: Iterable[str], **style) -> None:
+    """A tick a name, at 0, 1, 2, ...: optimizers as they are written in text."""
+    axis.set_ticks(*zip(*enumerate(map(label, names)), strict=True), **style)
 
 
 def tidy_log(axis, format=None) -> None:
@@ -122,20 +133,17 @@ def tidy_log(axis, format=None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def label_y(axes, label: str) -> None:
-    """A label no longer than its axis, on the first panel of every row."""
-    for ax in axes:
-        if ax.get_subplotspec().is_first_col():
-            rows = ax.get_gridspec().nrows
-            ax.set_ylabel(textwrap.fill(label, int(8 * ax.figure.get_size_inches()[1] / rows)))
-
-
-def legend(figure: plt.Figure) -> None:
-    """One legend of everything that some panel shows."""
+def finish(figure: Figure, ylabel: str = "", legend: bool = True) -> Figure:
+    """The figure with a label of y no longer than its axis, on the first panel of every row, and with one legend of
+    everything that some panel shows."""
     unique: dict[str, Any] = {}
     for ax in figure.axes:
-        handles, labels = ax.get_legend_handles_labels()
-        unique |= dict(zip(labels, handles, strict=True))
-    known = {label: unique.pop(label) for label in (*LABELS.values(), *"ABC") if label in unique}  # the paper's order
-    unique = known | unique
-    figure.legend(unique.values(), unique.keys(), loc="outside right center")
+        grid = ax.get_subplotspec()
+        if ylabel and grid and grid.is_first_col() and ax.get_visible() and ax.axison:
+            rows = grid.get_geometry()[0]
+            ax.set_ylabel(textwrap.fill(ylabel, int(8 * figure.get_size_inches()[1] / rows)))
+        unique |= {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    unique = {name: unique[name] for name in (*LABELS.values(), *"ABC", *unique) if name in unique}  # the paper's order
+    if legend and unique:
+        figure.legend(unique.values(), unique.keys(), loc="outside right center")
+    return figure

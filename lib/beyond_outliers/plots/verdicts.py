@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from beyond_outliers.plots.theme import LABELS, subplots
+from beyond_outliers.claims.estimates import label
+from beyond_outliers.plots.theme import subplots
 
 VERDICT_COLOURS = {  # of claims' verdicts, in every figure that shows them
     "reproduced": "#009E73",
@@ -41,8 +42,7 @@ def verdict_ledger(table: pd.DataFrame, claims: pd.Series) -> Figure:
         ax.annotate(_numbers(row), (1, place), (78, 0), **style)
     ax.axvline(0, color="black", lw=0.8)
     labels = [
-        f"{row.id}  {_cut(claims[row.id])}" if row.part == "whole" else LABELS.get(row.part, row.part)
-        for row in table.itertuples()
+        f"{row.id}  {_cut(claims[row.id])}" if row.part == "whole" else label(row.part) for row in table.itertuples()
     ]
     ax.set_yticks(range(len(table)), labels, fontsize=7)
     ax.set_xticks([-1, 0, 1], ["", "threshold", "claimed side"], fontsize=8)
