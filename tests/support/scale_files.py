@@ -16,6 +16,8 @@ def toml(table: dict, path: tuple[str, ...] = ()) -> str:
 
 
 def literal(value) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {literal(inner)}' for key, inner in value.items())} }}"
     if isinstance(value, list):
         return f"[{', '.join(map(literal, value))}]"
     return {math.inf: "inf"}.get(value, "nan" if value != value else json.dumps(value))

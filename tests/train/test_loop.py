@@ -114,13 +114,12 @@ RESUMED += [("adamw", QUEST), ("soap", QUEST), ("muon", {**QUEST, "scheme": "lsq
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
-def test_a_branch_is_the_run_of_its_length(run_config, tmp_path, optimizer, capfd):
+def test_a_branch_is_the_run_of_its_length(run_config, tmp_path, optimizer):
     trunk = run_config.replace(optimizer=optimizer, evaluations=5)
     ((branch, start),) = BranchRuns(sizes=("tiny",), seeds=(0,), at=(0.4,)).branches(trunk)
     assert branch.steps == 1.25 * start and branch.warmup * branch.steps == trunk.warmup * trunk.steps
     options = {"trunk": trunk, "start": start, "compile": False, "progress": False}
-    whole = train(branch, root=tmp_path / "whole", **options)
-    assert "the branch is trained from its first step" in capfd.readouterr().err
+    whole = train(branch, root=tmp_path / "whole", **options)  # no trunk has left a state there
     left = train(trunk, root=tmp_path, keep=[start], compile=False, progress=False)
     assert (kept := left.folder / f"trunk-{start:06d}.pt").exists()
     part = train(branch, root=tmp_path, **options)

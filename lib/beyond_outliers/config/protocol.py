@@ -251,9 +251,3 @@ class Protocol:
         """What the runs of a size, or of any size, are for, in the order of PURPOSES."""
         plans = ((purpose, self.settings.runs(purpose)) for purpose in PURPOSES)
         return [purpose for purpose, plan in plans if plan and (size is None or size in plan.sizes)]
-
-    def find(self, name: str, losses: Losses | None = None) -> Planned:
-        """The planned run of that name; ValueError when the protocol has none. `losses` as for `sweep_runs`."""
-        planned = {p.config.name: p for p in reversed(self.sweep_runs(losses=losses) + self.runs(self.rates()))}
-        choose("run", name, planned)
-        return planned[name]

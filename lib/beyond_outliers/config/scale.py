@@ -362,7 +362,7 @@ def scales() -> list[str]:
 
 
 def of_arm(table: dict[str, Any], arm: dict[str, Any], base: str) -> dict[str, Any]:
-    """The scale file `table` with what an arm of it says: its plan and sizes in place of all, other sections key by key.
+    """The scale file `table` with what an arm of it says: its plan and sizes in place of all, the rest key by key.
 
     An arm that does not tune takes the rates that `base` has chosen, for the `optimizers` that it names or all.
     """

@@ -54,8 +54,8 @@ def collect(study: "Study") -> None:
     for name in (*MEASURED, "readings"):
         files = [(c, results[run].folder / f"measure-{step:06d}" / f"{name}.csv") for run, c, step in checkpoints]
         parts[name] = [read_table(f).assign(checkpoint=checkpoint) for checkpoint, f in files if f.exists()]
-    files = [result.folder / "trajectory.csv" for result in results.values()]
-    parts["trajectory"] = [read_table(file) for file in files if file.exists()]
+    along = [result.folder / "trajectory.csv" for result in results.values()]
+    parts["trajectory"] = [read_table(file) for file in along if file.exists()]
     for name, tables in parts.items():
         _write(study, name, tables, kept)
     if len(common):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.rates import Rates, tune
 from beyond_outliers.config.run import RunConfig
@@ -87,8 +88,10 @@ class Study:
 
     def find(self, name: str, main: bool = False) -> Planned:
         """The planned run of that name, `main`: as a main run, where it serves as one, too; ValueError for none."""
-        found = [p for p in self.planned() if p.config.name == name] or [self.protocol.find(name, self.loss)]
-        return found[-1 if main else 0]
+        planned = self.planned()
+        found = {p.config.name: p for p in (planned if main else reversed(planned))}
+        choose("run", name, found)
+        return found[name]
 
     def loss(self, name: str) -> float | None:
         """Final validation loss of a run, from its folder or else from the tables; nan: diverged, None: not ended."""

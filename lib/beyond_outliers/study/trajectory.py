@@ -47,17 +47,16 @@ def trajectory_table(
     batches = validation_batches(corpus, config.context, propagation_tokens)
     steps = [int(step) for step in result.evaluations.step]
     constant = [step for step in steps if step <= (1 - config.decay) * result.row["steps"]]
-    points = [(step, 1, [step]) for step in steps]
-    points += [(some[-1], AVERAGED, some[-AVERAGED:]) for some in (constant, steps) if len(some) >= AVERAGED]
+    points = [[step] for step in steps] + [some[-AVERAGED:] for some in (constant, steps) if len(some) >= AVERAGED]
     rows = []
-    for step, averaged, over in points:
-        model = result.load_model(step) if averaged == 1 else averaged_model(result, over)
+    for over in points:
+        model = averaged_model(result, over)
 
         def loss(one: nn.Module) -> float:
             return validation_loss(one, corpus.validation, config.context, max_tokens=validation_tokens).loss
 
         inputs, base = activation_metrics(model, batches), loss(model)
-        point = {"run": config.name, "step": step, "averaged": averaged}
+        point = {"run": config.name, "step": over[-1], "averaged": len(over)}
         rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0})
         rows[-1] |= {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
         for spec in specs:

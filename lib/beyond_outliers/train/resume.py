@@ -28,13 +28,11 @@ def trunk_name(step: int) -> str:
 
 
 def read_trunk(folder: Path, config: RunConfig, step: int, device: torch.device) -> dict[str, Any] | None:
-    """The state that the run `config` left for a branch; None, after a line that says so, where there is none."""
-    try:
-        check(folder, trunk_name(step))
-        state = _load(folder / trunk_name(step), config, device)
-    except (checksums.DamagedFile, FileNotFoundError) as lack:
-        print(f"{lack}; the branch is trained from its first step", file=sys.stderr)
+    """The state that the run `config` left for a branch, None where there is none. DamagedFile, with the remedy."""
+    if not (file := folder / trunk_name(step)).exists():
         return None
+    checksums.check(folder, file.name, remedy="delete it, and the branch is trained from its first step")
+    state = _load(file, config, device)
     return {**state, "rows": state["rows"][:1]}  # the trunk's course is its own; a loss above the first is diverged
 
 
