@@ -37,7 +37,7 @@ endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Test files side by side, one to four at a time; see tests/conftest.py for what stays together and in which order.
-PYTEST  = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST  = $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # One worker thread a process: parallelism comes from running jobs side by side.
 export OMP_NUM_THREADS ?= 1

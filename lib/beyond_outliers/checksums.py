@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+from beyond_outliers import paths
+
 SUMS = "SHA256SUMS"
 PAGES = "*.[mp]*"  # Markdown, PNG and PDF: what is committed of a study's figures (HTML is not)
 
@@ -69,35 +71,31 @@ def _check(folder: Path, names: Collection[str]) -> None:
             raise DamagedFile(f"{folder / name} is damaged: it is not what was written, by its SHA-256")
 
 
-def write_files(
-    folder: Path, writers: Mapping[str, Callable[[Path], object]], remove: Collection[str] = (), known: str = "*"
-) -> None:
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]], remove: Collection[str] = ()) -> None:
     """Writes files of a folder whole or not at all, in this order, with their sums; then removes others.
 
     writers: name -> what writes the file to the path that it is given. They reach the disk before they get their names.
-    In a folder that has no sums yet, the files of the pattern `known` that are there get theirs.
+    In a folder that has no sums yet, the files that are there get theirs.
     """
     temporary = {name: (folder / name).with_name(f"{Path(name).name}.tmp") for name in writers}
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder):
         try:
-            for name, write in writers.items():
-                temporary[name].parent.mkdir(parents=True, exist_ok=True)
-                for left in temporary[name].parent.glob(".tmp*"):  # by safetensors, of a process that was killed
+            for name, path in temporary.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob(".tmp*"):  # by safetensors, of a process that was killed
                     left.unlink()
-                write(temporary[name])
-                to_disk(temporary[name])
-            new = {name: sha256(path) for name, path in temporary.items()}
+                writers[name](path)
+                to_disk(path)
+            new = {name: {sha256(path)} for name, path in temporary.items()}
             sums = read_sums(folder)
             if sums is None:
-                sums = {name: {sha256(folder / name)} for name in _files(folder, known)}
-            during = sums | {name: sums.get(name, set()) | {found} for name, found in new.items()}
-            _write_sums(folder, during)
+                sums = {name: {sha256(folder / name)} for name in _files(folder, "*")}
+            _write_sums(folder, sums | {name: sums.get(name, set()) | found for name, found in new.items()})
             for name, path in temporary.items():
                 os.replace(path, folder / name)
             to_disk(folder)
-            after = during | {name: {found} for name, found in new.items()}
-            _write_sums(folder, {name: found for name, found in after.items() if name not in remove})
+            _write_sums(folder, {name: found for name, found in (sums | new).items() if name not in remove})
             for name in remove:
                 (folder / name).unlink(missing_ok=True)
         finally:
@@ -137,10 +135,7 @@ def _files(folder: Path, known: str) -> list[str]:
 
 def _write_sums(folder: Path, sums: Mapping[str, Collection[str]]) -> None:
     lines = "".join(f"{found}  {name}\n" for name in sorted(sums) for found in sorted(sums[name]))
-    temporary = folder / f"{SUMS}.tmp"
-    temporary.write_text(f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n", encoding="utf-8")
-    to_disk(temporary)
-    os.replace(temporary, folder / SUMS)
+    paths.write_whole(folder / SUMS, f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n")
 
 
 def to_disk(path: Path) -> None:

@@ -17,10 +17,11 @@ from pandas.api.types import is_numeric_dtype
 from tqdm.auto import tqdm
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, entry
 from beyond_outliers.config.outside import parted
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.config.protocol import Protocol, scales
+from beyond_outliers.config.protocol import Protocol
+from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
+from beyond_outliers.config.scale import scales
 from beyond_outliers.paths import git_commit
 from beyond_outliers.study import workflow
 from beyond_outliers.study.study import Study
@@ -160,7 +161,7 @@ def setting(study: Study) -> "Markdown":
     parts = [
         f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
         f"{head['+head' in protocol.measure.primary]}.",
-        f"In QAT the head is {head[protocol.settings.plan.qat.head]}." if protocol.settings.plan.qat else "",
+        f"In QAT the head is {head[qat.head]}." if (qat := protocol.settings.plan.get("qat")) else "",
         f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}{carried}.",
     ]
     return Markdown(" ".join(filter(None, parts)))

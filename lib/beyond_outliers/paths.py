@@ -57,10 +57,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Where it is to be checked when it is read, `checksums` writes it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,12 +15,15 @@ import torch
 from beyond_outliers import paths
 from beyond_outliers.claims import readings
 from beyond_outliers.config import RunConfig
-from beyond_outliers.config.rates import tuned_config
 from beyond_outliers.study import Study
 from beyond_outliers.train import train
 
 SIZE, BEYOND = "0.08M", 2
 FILE = paths.RESULTS / "confirm_wider_rates.csv"
+
+
+def tuned(study: Study, name: str, lr: float, auxiliary: float) -> RunConfig:
+    return study.protocol.config(SIZE, name, lr, study.protocol.tuning.seeds[0], auxiliary=auxiliary)
 
 
 def configs() -> list[RunConfig]:
@@ -32,7 +35,7 @@ def configs() -> list[RunConfig]:
         grid = sorted(map(float, row.grid.split()))
         below = [] if row.optimizer == "adamw" else [grid[0] / rule.factor**i for i in range(BEYOND, 0, -1)]
         above = [grid[-1] * rule.factor**i for i in range(1, BEYOND + 1)]
-        found += [tuned_config(study.protocol, SIZE, row.optimizer, lr, row.auxiliary) for lr in below + above]
+        found += [tuned(study, row.optimizer, lr, row.auxiliary) for lr in below + above]
     return found
 
 
@@ -46,7 +49,7 @@ def further_down() -> list[RunConfig]:
     study = Study("confirm")
     lowest = readings.tried_since(study).groupby("optimizer").lr.min()
     return [
-        tuned_config(study.protocol, SIZE, name, lr / study.protocol.tuning.factor, study.rates[SIZE, name].auxiliary)
+        tuned(study, name, lr / study.protocol.tuning.factor, study.rates[SIZE, name].auxiliary)
         for name, lr in readings.named_rates(study).items()
         if lr == lowest[name]
     ]

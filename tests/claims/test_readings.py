@@ -210,17 +210,6 @@ def test_optimizers_in_order():
     assert list(readings.ranking(rows.iloc[::-1], "val_loss").index) == ["s", "l"]
 
 
-def test_the_trend_of_mmr_is_a_rank_correlation():
-    study = Tables(outliers=inputs(mmr=1.0))
-    swept = pd.DataFrame({"lr": [1.0, 2.0, 3.0, 4.0], "mmr": [1.0, 10.0, 5.0, 20.0]})
-    swept = swept.assign(run=list("wxyz"), size="s", optimizer="adamw", seed=0, kind="up", checkpoint="final")
-    study.measured = lambda name, purpose: swept
-    (found,) = readings.mmr_trend(study).trend
-    assert found == pytest.approx(1 - 6 * 2 / (4 * 15))  # two neighbours change places
-    study.measured = lambda name, purpose: swept.iloc[:0]
-    assert readings.mmr_trend(study).empty
-
-
 def test_evaluations_after_the_first_step():
     curves = pd.DataFrame({"run": ["r0", "r0", "r0", "r9"], "tokens": [0, 10, 20, 10], "val_loss": [5, np.nan, 3, 3]})
     found = readings.validation_curves(Tables(curves=curves), runs([3.0, 3.0]))

@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune, tuned_config
+from beyond_outliers.config import Protocol, Rates, auxiliary_rates, line_search, read_rates, tune
 from beyond_outliers.config.rates import pair_search
 from beyond_outliers.config.scale import Tuning
 
 QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
+
+
+def tuned_config(protocol: Protocol, size: str, optimizer: str, lr: float, auxiliary: float):
+    return protocol.config(size, optimizer, lr, protocol.tuning.seeds[0], auxiliary=auxiliary)
 
 
 @pytest.fixture
@@ -97,13 +101,13 @@ def test_main_runs_take_the_rates_of_their_own_size(protocol):
     some = {("0.08M", name): Rates(1e-2, 1e-2) for name in protocol.optimizers}
     assert {p.config.size for p in protocol.runs(some)} == {"0.08M"}, "no size takes another's rates"
     with pytest.raises(ValueError, match="lacks the auxiliary rate of scale confirm"):
-        protocol.runs({("0.08M", "muon"): 1e-2})
+        protocol.runs({("0.08M", "muon"): Rates(1e-2)})
 
 
 def test_a_scale_that_does_not_ask_for_the_head_says_nothing_of_it():
     protocol = Protocol.load("laptop")
     assert protocol.config("0.08M", "muon", lr=1e-2, scheme="quest").quantization == QUEST
-    runs = protocol.runs({(size, name): 1e-2 for size in protocol.sizes for name in protocol.optimizers})
+    runs = protocol.runs({(size, name): Rates(1e-2) for size in protocol.sizes for name in protocol.optimizers})
     assert all(p.config.quantization == QUEST for p in runs if p.purpose == "qat")
 
 

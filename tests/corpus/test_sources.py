@@ -3,9 +3,9 @@
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
 
 from beyond_outliers import paths
 from beyond_outliers.config import CorpusConfig
@@ -19,6 +19,7 @@ from beyond_outliers.corpus import (
     open_corpus,
     pinned_sources,
     plain,
+    sources,
 )
 
 
@@ -57,15 +58,21 @@ def test_a_wheel_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
         fetch_source("botocore")
 
 
-def test_climbmix_rows_of_token_ids_become_text(tmp_path, corpus_config):
-    """A local folder of the same shape as the hub's: jsonl rows with GPT-2 ids in `tokens` (here: our tokenizer's)."""
+def test_climbmix_rows_of_token_ids_become_text(monkeypatch, corpus_config):
+    """Rows as the hub streams them, with GPT-2 ids in `tokens` (here: of our tokenizer)."""
     tokenizer = open_corpus(corpus_config).tokenizer
     texts = ["lar sel tin", "ban dor kest fin"]
     rows = [{"tokens": tokenizer.encode(t).ids, "token_count": 3, "cluster_id": 7} for t in texts]
-    (tmp_path / "part_0.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = list(climbmix(tmp_path, tokenizer=Tokenizer.from_str(tokenizer.to_str())))
-    assert [text for _, text in found] == texts
+    rows += [{"tokens": None}, {"tokens": []}]
+    monkeypatch.setattr("datasets.load_dataset", lambda repository, *, revision, **_: rows)
+    monkeypatch.setattr(sources, "Tokenizer", SimpleNamespace(from_pretrained=lambda name, revision: tokenizer))
+    skipped = Counter()
+    found = list(climbmix(skipped))
+    assert [text for _, text in found] == texts and skipped.total() == 2
     assert len({group for group, _ in found}) == 2
+    rows.append({"text": "no ids"})
+    with pytest.raises(ValueError, match=r"row 5 has the columns \['text'\], none of them called tokens"):
+        list(climbmix())
 
 
 def test_local_text_jsonl_and_parquet_give_the_same_documents(tmp_path):
@@ -107,20 +114,6 @@ def test_every_file_of_a_folder_is_read_once_whatever_its_name(tmp_path, kind):
         found = [text for _, text in local_text(path)]
         assert len(found) == len(set(found)) == len(expected) // count
         assert set(found) <= expected
-
-
-def test_a_folder_of_climbmix_may_have_any_name_too(tmp_path, corpus_config):
-    tokenizer = open_corpus(corpus_config).tokenizer
-    folder = tmp_path / "climb [mix]*"
-    folder.mkdir()
-    rows = [{"tokens": tokenizer.encode("lar sel tin").ids}, {"tokens": None}, {"tokens": []}]
-    for name in ("part_1", "part_[2]"):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    skipped = Counter()
-    assert [text for _, text in climbmix(folder, tokenizer=tokenizer, skipped=skipped)] == ["lar sel tin"] * 2
-    assert skipped.total() == 4
-    with pytest.raises(FileNotFoundError, match="no file"):
-        list(climbmix(tmp_path, tokenizer=tokenizer))
 
 
 def write(path, rows):
@@ -180,6 +173,11 @@ def test_files_that_are_no_text_are_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
         list(local_text(tmp_path / "latin.txt"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        list(local_text(tmp_path / "missing"))
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"\.jsonl"):
+        list(local_text(tmp_path / "a.csv"))
     (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n\n{"text": "cut')
     with pytest.raises(ValueError, match=r"cut\.jsonl, row 2 is no JSON"):
         list(local_text(tmp_path / "cut.jsonl"))
@@ -192,17 +190,6 @@ def test_line_ends_marks_and_blank_lines_do_not_matter(tmp_path):
     assert [text for _, text in local_text(tmp_path / "dos.jsonl")] == ["one", "two"]
     (tmp_path / "LOUD.TXT").write_text("three")
     assert len(list(local_text(tmp_path))) == 2 + 2 + 1
-
-
-def test_local_text_refuses_what_it_cannot_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing"):
-        list(local_text(tmp_path / "missing"))
-    (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(ValueError, match=r"\.jsonl"):
-        list(local_text(tmp_path / "a.csv"))
-    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "x"}))
-    with pytest.raises(ValueError, match="body"):
-        list(local_text(tmp_path / "b.jsonl"))
 
 
 def test_the_embedded_corpus_is_prose_without_markup():

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import threading
-import warnings
 import zipfile
 
 import numpy as np
@@ -89,31 +87,10 @@ def test_models_of_transformers_are_scored_or_refused_in_words(tokenizer, monkey
     expected = [naive(lambda ids: model(ids).logits, tokenizer, *request) for request in requests(20)]
     np.testing.assert_allclose(score(model, tokenizer, requests(20)), expected, rtol=1e-6, atol=1e-5)
     tokens = np.arange(60, dtype=np.uint16)
-    assert validation_loss(model, tokens, 9).loss == pytest.approx(validation_loss(Bare(model), tokens, 9).loss)
     encoder = tf.BertModel(tf.BertConfig(**shape, intermediate_size=16))
     for measure in (lambda: score(encoder, tokenizer, requests(2)), lambda: validation_loss(encoder, tokens, 9)):
         with pytest.raises(ValueError, match=r"BertModel gives last_hidden_state, .*valid: a language model"):
             measure()
-
-
-class Bare(torch.nn.Module):
-    """The logits of a model of `transformers` alone."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, ids):
-        return self.inner(ids).logits
-
-
-def test_probabilities_of_all_next_tokens_sum_to_one(model, tokenizer):
-    """A closed form that no scorer is needed for: the choices are the whole vocabulary."""
-    context = tokenizer.encode("the value of").ids
-    ids = [0, *context]
-    encoded = [([*ids, token], len(ids)) for token in range(320)]
-    likelihoods = evaluate._score(model, encoded, context=None)
-    assert np.exp(likelihoods).sum() == pytest.approx(1, rel=1e-5)
 
 
 def test_a_continuation_longer_than_the_context_is_scored_whole(model, tokenizer):
@@ -153,52 +130,6 @@ def test_without_a_boundary_token_an_empty_context_is_refused():
     assert encode_requests(plain, [("a", " b")]) == [([0, 1], 1)]
     with pytest.raises(ValueError, match="nothing comes before the continuation"):
         encode_requests(plain, [("", "b")])
-
-
-def test_settings_stored_in_a_tokenizer_do_not_enter_scores(model, tokenizer):
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.enable_padding(pad_id=1, length=300)
-    copy.enable_truncation(4)
-    before = copy.to_str()
-    assert encode_requests(copy, requests(20)) == encode_requests(tokenizer, requests(20))
-    documents = sentences(60, length=80, seed=11)
-    ours, plain = (zero_shot(model, t, ("cloze",), heldout=documents, progress=False) for t in (copy, tokenizer))
-    assert ours.equals(plain) and copy.to_str() == before
-
-
-def test_slow_tokenizers_of_transformers_score_byte_for_byte():
-    """ByT5 is Python alone: ids are bytes + 3. A bigram table of known numbers scores them."""
-    tf = pytest.importorskip("transformers")
-    slow = tf.ByT5Tokenizer(model_max_length=4)
-    pairs = [("ab", " cé"), ("ab ", "longer than four"), ("x", "</s>")]
-    joined = ["ab cé", "ab longer than four", "x</s>"]
-    encoded = encode_requests(slow, pairs)
-    assert [ids for ids, _ in encoded] == [[byte + 3 for byte in text.encode()] for text in joined]
-    assert [first for _, first in encoded] == [2, 2, 1]
-    torch.manual_seed(0)
-    table = torch.nn.Embedding(384, 384)
-    logits = log_softmax(table.weight.detach().numpy())
-    expected = [sum(logits[a, b] for a, b in zip(ids[f - 1 :], ids[f:], strict=False)) for ids, f in encoded]
-    np.testing.assert_allclose(score(table, slow, pairs), expected, rtol=1e-5)
-    documents = sentences(60, length=80, seed=11)
-    assert zero_shot(table, slow, ("cloze",), heldout=documents, progress=False).n[0] > 50
-
-
-def test_the_boundary_inside_a_request_is_text(tokenizer):
-    ((ids, first),) = encode_requests(tokenizer, [("the <|endoftext|> value", " of <|endoftext|>")])
-    assert ids.count(0) == 1 and ids[0] == 0
-    assert tokenizer.decode(ids[1:]) == "the <|endoftext|> value of <|endoftext|>"
-    assert tokenizer.decode(ids[first:]) == " of <|endoftext|>"
-
-
-def test_unknown_words_in_requests_are_named_with_their_share():
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.warns(UserWarning, match="25% of the tokens of the requests are the unknown token"):
-        encode_requests(words, [("a b", " c"), ("a d", " a b b")])  # "c" and "d" of eight words
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        encode_requests(words, [("a b", " a")])
 
 
 # ----------------------------------------------------------------------------------------------------------- zero-shot
@@ -290,29 +221,3 @@ def test_bad_input_is_refused(model, tokenizer):
         zero_shot(model, tokenizer, ("cloze",), limit=0)
     with pytest.raises(ValueError, match="context must be at least 1 token, not 0"):
         score(model, tokenizer, requests(2), context=0)
-
-
-def test_a_batch_a_thread_scores_the_same(model, tokenizer, monkeypatch):
-    """On several threads batches go side by side, in order, each on one; a failure in one of them is raised."""
-    monkeypatch.setitem(evaluate.BATCH_TOKENS, "cpu", 40)
-    alone = score(model, tokenizer, requests(20))
-    seen, score_batch = [], evaluate._score_batch
-
-    def watched(*arguments):
-        seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
-        return score_batch(*arguments)
-
-    monkeypatch.setattr(evaluate, "_score_batch", watched)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        side_by_side = score(model, tokenizer, requests(20))
-        assert torch.get_num_threads() == 2
-        monkeypatch.setattr(evaluate, "_score_batch", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            score(model, tokenizer, requests(20))
-    finally:
-        torch.set_num_threads(before)
-    np.testing.assert_allclose(side_by_side, alone, rtol=1e-5)
-    assert len(seen) > 2 and {state[1:] for state in seen} == {(1, False)}
-    assert threading.current_thread().name not in {state[0] for state in seen}

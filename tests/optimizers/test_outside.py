@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from beyond_outliers.config.optimizers import REGISTRY, call, entry, ordered
+from beyond_outliers.config.registry import REGISTRY, call, entry, ordered
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.optimizers import AdamW, NonFiniteGradientError, build_optimizer
 from beyond_outliers.optimizers.outside import Outside

@@ -30,7 +30,8 @@ def study(tmp_path, monkeypatch, text_file):
     table["tuning"] = {"seeds": [7], "factor": 2, "tolerance": 0.1, "start": {"adamw": CHOSEN}}
     (paths.SCALES / "own.toml").write_text(toml(table))
     plan = {"full_precision": {"sizes": ["tiny"], "seeds": [1, 2], "variants": VARIANTS}}
-    (paths.SCALES / "own+recipes.toml").write_text(toml({"plan": plan, "measure": {"common_by_seed": True}}))
+    (paths.SCALES / "own").mkdir()
+    (paths.SCALES / "own" / "recipes.toml").write_text(toml({"plan": plan, "measure": {"common_by_seed": True}}))
     own = paths.own_results("own")
     own.mkdir(parents=True)
     pd.DataFrame([{"size": "tiny", "optimizer": "adamw", **CHOSEN}]).to_csv(own / "learning_rates.csv", index=False)

@@ -12,19 +12,17 @@ from beyond_outliers import paths
 from beyond_outliers.claims import beside
 from beyond_outliers.claims.estimates import Comparison
 from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
-from beyond_outliers.config.optimizers import entry
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
+from beyond_outliers.config.registry import entry
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.common_loss import common_loss
 from beyond_outliers.study.compare import Beside, compare, define, search_rates, source_of
-from repository import lend_rates
 
 SGD = "torch.optim:SGD"
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    lend_rates(tmp_path)
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 

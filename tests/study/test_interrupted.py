@@ -34,7 +34,7 @@ def study(text_file):
             return root
 
         patch.setattr(machine, "git_commit", lambda: "test")
-        tokens._checked.cache_clear()
+        tokens._open.cache_clear()
         yield at
 
 

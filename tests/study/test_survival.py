@@ -84,7 +84,7 @@ def sweep(step, kind, every, whole, tmp_path, scale_file):
             shutil.copy(whole / removed / "learning_rates.csv", root / removed)
         with pytest.MonkeyPatch.context() as patch:
             study = at(root, patch, scale_file)
-            tokens._checked.cache_clear()
+            tokens._open.cache_clear()
             code = faults.in_child(lambda study=study: work(study), faults.at_change(kind, number, root))
             assert code in (0, 1, faults.DIED, faults.PASSED_BY)
             try:
@@ -214,7 +214,7 @@ def test_a_flipped_bit_in_a_corpus_builds_it_again(whole, tmp_path, scale_file, 
         faults.flip_a_bit(hit, rng)
         with pytest.MonkeyPatch.context() as patch:
             study = at(root, patch, scale_file)
-            tokens._checked.cache_clear()
+            tokens._open.cache_clear()
             tokens.open_corpus(study.protocol.corpus)
         assert "is damaged; building it again" in capfd.readouterr().err
         assert tables(root / "cache", "*.*") == undisturbed

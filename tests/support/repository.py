@@ -7,16 +7,9 @@ from beyond_outliers import paths
 COMMITTED = paths.RESULTS  # before a test puts another in its place
 
 
-def lend_rates(root):
-    """What pocket's learning rates come from: confirm's table of chosen rates, below root/results."""
-    (root / "results" / "confirm").mkdir(parents=True)
-    shutil.copy(COMMITTED / "confirm" / "learning_rates.csv", root / "results" / "confirm")
-
-
 def repository_of_pocket(root, monkeypatch):
     """Makes `root` a repository whose committed tables are those of pocket, and which nobody has run anything in."""
     for name in ("RESULTS", "FIGURES", "RUNS"):
         monkeypatch.setattr(paths, name, root / name.lower())
     shutil.copytree(COMMITTED / "pocket", root / "results" / "pocket")
-    lend_rates(root)
     return root

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from beyond_outliers.cli import main
 from beyond_outliers.config import OPTIMIZER_NAMES
-from beyond_outliers.config.scale import BranchRuns
+from beyond_outliers.config.scale import Runs
 from beyond_outliers.quantizers import QuestQuantizer
 from beyond_outliers.study import verify
 from beyond_outliers.train import (
@@ -92,14 +92,6 @@ def test_a_finished_run_is_only_loaded(run_config, tmp_path, monkeypatch):
     assert train(run_config, root=tmp_path, progress=False).row == first.row
 
 
-def test_recomputing_activations_changes_neither_weights_nor_losses(run_config, tmp_path):
-    config = run_config.replace(optimizer="muon", quantization=QUEST, micro_batch=4)
-    kept, recomputed = (train(config, root=tmp_path / f"{r}", recompute=r, progress=False) for r in (False, True))
-    assert_same_weights(final_weights(kept), final_weights(recomputed))
-    assert kept.metrics.train_loss.equals(recomputed.metrics.train_loss)
-    assert kept.row["val_loss"] == recomputed.row["val_loss"]
-
-
 def test_the_initial_weights_depend_on_the_seed_alone(run_config):
     assert_same_weights(
         build_model(run_config).state_dict(), build_model(run_config.replace(optimizer="muon")).state_dict()
@@ -116,7 +108,7 @@ RESUMED += [("adamw", QUEST), ("soap", QUEST), ("muon", {**QUEST, "scheme": "lsq
 @pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
 def test_a_branch_is_the_run_of_its_length(run_config, tmp_path, optimizer):
     trunk = run_config.replace(optimizer=optimizer, evaluations=5)
-    ((branch, start),) = BranchRuns(sizes=("tiny",), seeds=(0,), at=(0.4,)).branches(trunk)
+    ((branch, start),) = Runs(sizes=("tiny",), seeds=(0,), at=(0.4,)).branches(trunk)
     assert branch.steps == 1.25 * start and branch.warmup * branch.steps == trunk.warmup * trunk.steps
     options = {"trunk": trunk, "start": start, "compile": False, "progress": False}
     whole = train(branch, root=tmp_path / "whole", **options)  # no trunk has left a state there

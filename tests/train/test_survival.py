@@ -4,6 +4,7 @@ A few faults of every kind in `make test`, all of them in `make test-all`.
 """
 
 import os
+import pickle
 import random
 import re
 import shutil
@@ -14,12 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import faults
 from beyond_outliers import paths
 from beyond_outliers.checksums import DamagedFile
+from beyond_outliers.lock import RunHeld, held
 from beyond_outliers.train import load_result, machine, run_folder, train
 from beyond_outliers.train import loop as training
+from beyond_outliers.train.resume import KEYS
 
 COMPILED = """
 import pathlib, sys
@@ -261,32 +265,28 @@ def test_a_flipped_bit_of_a_finished_run_is_never_silent(tiny, tmp_path, tries):
     read_all(folder)
 
 
+def without_states(config, root):
+    """The folder of an interrupted run, its states and sums taken out, as of a version that wrote none."""
+    folder = interrupted(config, root)
+    for file in (*folder.glob("state-*.pt"), folder / "SHA256SUMS"):
+        file.unlink()
+    return folder
+
+
 @pytest.mark.parametrize("step", [10**6, 0, -1, "10"])
 def test_a_state_that_claims_an_impossible_step_is_refused(tiny, whole, tmp_path, capfd, step):
-    import torch
-
-    folder = interrupted(tiny, tmp_path)
-    for file in folder.glob("state-*.pt"):
-        file.unlink()
-    (folder / "SHA256SUMS").unlink()  # as of a version that wrote none
-    state = {"step": step, "run_id": tiny.run_id, "rows": [], "seconds": 0.0, "optimizer": {}}
-    torch.save(state, folder / "state-000009.pt")
+    state = dict.fromkeys(KEYS, 0) | {"step": step, "run_id": tiny.run_id}
+    torch.save(state, without_states(tiny, tmp_path) / "state-000009.pt")
     goes_on(tiny, tmp_path, whole, "state of an impossible step")
     assert "state-000009.pt" in (said := capfd.readouterr().err) and "begins again" in said
 
 
 def test_nothing_unpickles(tiny, whole, tmp_path, capfd):
-    import pickle
-
     class Harmful:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "PWNED"),)
 
-    folder = interrupted(tiny, tmp_path)
-    for file in folder.glob("state-*.pt"):
-        file.unlink()
-    (folder / "SHA256SUMS").unlink()
-    (folder / "state-000009.pt").write_bytes(pickle.dumps(Harmful()))
+    (without_states(tiny, tmp_path) / "state-000009.pt").write_bytes(pickle.dumps(Harmful()))
     goes_on(tiny, tmp_path, whole, "state that runs code")
     assert "state-000009.pt cannot be read" in capfd.readouterr().err and not (tmp_path / "PWNED").exists()
 
@@ -301,8 +301,6 @@ def test_the_second_of_two_processes_waits_and_says_for_whom(tiny, whole, tmp_pa
 
 
 def test_a_lock_is_free_when_its_holder_was_killed(tmp_path, capfd):
-    from beyond_outliers.train.lock import RunHeld, held
-
     def work():
         with held(tmp_path / ".lock"):
             (tmp_path / "holding").touch()

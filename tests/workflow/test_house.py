@@ -16,7 +16,7 @@ from beyond_outliers import paths
 LIBRARY = paths.ROOT / "lib" / "beyond_outliers"
 # what stands in a row may import from itself and from the rows above
 LAYERS = [
-    {"paths", "checksums", "terms"},
+    {"paths", "checksums", "lock", "terms"},
     {"config"},
     {"modules", "passes"},
     {"corpus"},
@@ -106,7 +106,7 @@ def tokens(file) -> int:
     return sum(token.type not in LAYOUT and token.start not in docstrings for token in found)
 
 
-@pytest.mark.parametrize(("part", "ceiling"), [("core", 126_200), ("anymodel", 17_000), ("tests", 193_000)])
+@pytest.mark.parametrize(("part", "ceiling"), [("core", 124_000), ("anymodel", 17_000), ("tests", 189_000)])
 def test_the_house_does_not_grow(part, ceiling):
     """The ceilings only come down. The target is 75,000, 14,000 and 130,000: before you raise one, delete something."""
     folder = {"core": LIBRARY, "anymodel": LIBRARY / "anymodel", "tests": paths.ROOT / "tests"}[part]

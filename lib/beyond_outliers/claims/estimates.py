@@ -20,7 +20,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as student
 
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.optimizers import REGISTRY, entry
+from beyond_outliers.config.registry import REGISTRY, entry
 
 PAPER_OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")  # whom the paper's claims are about
 LEAST_SEEDS = 3  # of an optimizer at a size; fewer tell too little of their spread

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from beyond_outliers import paths
 from beyond_outliers.claims.estimates import t_interval
@@ -196,13 +195,6 @@ def found_rates() -> pd.DataFrame:
 def mmr(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
     """MMR, one row a run: mean over the inputs of linear layers, without `down`."""
     return _run_means(without_down(measured(study, "outliers", purpose, checkpoint)), "mmr")
-
-
-def mmr_trend(study) -> pd.DataFrame:
-    """Rank correlation (`trend`) of MMR with the learning rate, one row a sweep: size, optimizer, seed."""
-    sweeps = mmr(study, "sweep").groupby(CELL, sort=False)
-    rows = [(*cell, spearmanr(runs.lr, runs.mmr).statistic) for cell, runs in sweeps]
-    return pd.DataFrame(rows, columns=[*CELL, "trend"])
 
 
 # -------------------------------------------------------------------------------------------------- error propagation

@@ -16,7 +16,7 @@ import pandas as pd
 from beyond_outliers import paths
 from beyond_outliers.claims import readings
 from beyond_outliers.claims.rules import CLAIMS, SETS, WHOLE, evaluate
-from beyond_outliers.config.scale import scales
+from beyond_outliers.config.outside import arm_file
 from beyond_outliers.study.tables import MissingResults, check_table, read_table
 
 CONDITIONS = {"with head": "W4A4+head", "without head": "W4A4"}  # of `rules`: the format of the damage
@@ -138,7 +138,7 @@ def equal_schedule(study) -> pd.DataFrame:
 
 def _recipes(study) -> pd.DataFrame:
     """The arm `recipes` of a scale at its Common Loss: a recipe is an optimizer and a variant. Empty without an arm."""
-    if (scale := f"{study.scale}+recipes") not in scales():
+    if not arm_file(scale := f"{study.scale}+recipes").exists():
         return pd.DataFrame()
     arm = type(study)(scale)
     rows = _common(arm)

@@ -4,9 +4,9 @@ from beyond_outliers import lazily
 
 __getattr__, __all__ = lazily(
     __name__,
-    optimizers="OPTIMIZER_NAMES",
+    registry="OPTIMIZER_NAMES",
     protocol="Planned Protocol",
-    rates="EdgeWarning Pending Rates auxiliary_rates choose_learning_rate line_search read_rates tune tuned_config",
+    rates="EdgeWarning Rates auxiliary_rates choose_learning_rate line_search read_rates tune",
     run="CorpusConfig LlamaConfig ModelConfig Olmo2Config RunConfig Training model_config",
-    scale="PURPOSES Measure Plan Scale Tuning scales",
+    scale="PURPOSES Measure Runs Scale Tuning scales",
 )

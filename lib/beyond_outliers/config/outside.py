@@ -4,7 +4,6 @@ The study "pocket+lion" is scale pocket with the optimizer of data/runs/pocket+l
 lie under that name, so that nothing of the scale's own changes.
 """
 
-import dataclasses
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.parsing import Different, Range, check_values, parse
+from beyond_outliers.config.parsing import check_values, different, parse
 from beyond_outliers.config.run import Rate
 
 
@@ -26,8 +25,8 @@ class Outside:
 
     source: str
     label: str
-    learning_rates: Annotated[tuple[Rate, ...], Different()]
-    auxiliary: Annotated[float, Range(0, 1000, "(]")] | None = None
+    learning_rates: Annotated[tuple[Rate, ...], different()]
+    auxiliary: Rate | None = None
     hyper: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -38,17 +37,18 @@ class Outside:
     def write(self, file: Path) -> None:
         import tomli_w  # not on every machine that trains
 
-        text = tomli_w.dumps({name: v for name, v in dataclasses.asdict(self).items() if v is not None})
         file.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(file, text)
+        paths.write_whole(file, tomli_w.dumps({name: part for name, part in vars(self).items() if part is not None}))
 
 
 def parted(scale: str) -> tuple[str, str]:
     """The scale and the name of the optimizer from outside beside it: of "pocket", or of an arm, that is ""."""
-    if (paths.SCALES / f"{scale}.toml").exists():
-        return scale, ""
-    base, _, own = scale.partition("+")
-    return base, own
+    return (scale, "") if arm_file(scale).exists() else (scale.partition("+")[0], scale.partition("+")[2])
+
+
+def arm_file(scale: str) -> Path:
+    """The file of a scale, or of an arm of one: of "confirm2+decay" data/scales/confirm2/decay.toml."""
+    return paths.SCALES / f"{scale.replace('+', '/')}.toml"
 
 
 def optimizer_file(scale: str) -> Path:
@@ -78,7 +78,8 @@ def beside(table: dict[str, Any], scale: str) -> dict[str, Any]:
         start = {"lr": one.learning_rates[0], "auxiliary": one.auxiliary}
         table["tuning"] = {**table["tuning"], "start": {one.source: start}}
     else:
-        if table.pop("rates_from", None):  # which nobody lends to an optimizer from outside: it is swept at every size
+        if table.pop("rates_from", None):  # nobody chose one from outside: it is swept at every size
+            del table["rates"]
             table["plan"]["sweep"] = {**table["plan"]["sweep"], "sizes": list(table["sizes"])}
         table["learning_rates"] = {one.source: list(one.learning_rates)}
     return table

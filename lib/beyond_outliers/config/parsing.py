@@ -1,7 +1,7 @@
 """Tables of a TOML file into dataclasses, by their annotations: the one place where types, ranges and keys are checked.
 
     class Training:
-        context: Annotated[int, Range(1, 2**20)] = 128
+        context: Annotated[int, between(1, 2**20)] = 128
 
 `parse(table, Training, "training")` refuses unknown and missing keys; `check_fields(self)`, called by `__post_init__`,
 does the same for objects that are made in Python. Every complaint is a ValueError that names the key, the value and
@@ -13,72 +13,52 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 MOST_NAMES = 30  # in a message
-WORDS = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "a text",
-    tuple: "a list",
-    dict: "a table",
+KINDS: dict[Any, tuple[str, Any]] = {  # of an annotation: in words, and the types that fit it
+    int: ("a whole number", int),
+    float: ("a finite number", (int, float)),
+    bool: ("true or false", bool),
+    str: ("a text", str),
+    tuple: ("a list", (tuple, list)),
+    dict: ("a table", dict),
 }
 
 
 @dataclass(frozen=True)
-class Range:
-    """Numbers between two ends; `ends` says which of them belong to it, as in "[low, high)"."""
+class Limit:
+    """What is asked of a value beyond its type, in words and as a question."""
 
-    low: float
-    high: float
-    ends: str = "[]"
-
-    def allows(self, value: float) -> bool:
-        above = value >= self.low if self.ends[0] == "[" else value > self.low
-        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
-
-    def __str__(self) -> str:
-        return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Texts that a regular expression matches as a whole, and how to say it."""
-
-    pattern: str
     words: str
-
-    def allows(self, value: str) -> bool:
-        return re.fullmatch(self.pattern, value) is not None
-
-    def __str__(self) -> str:
-        return self.words
+    allows: Callable[[Any], object]
 
 
-@dataclass(frozen=True)
-class Different:
+def between(low: float, high: float) -> Limit:
+    """Numbers from `low` to `high`, both included."""
+    return Limit(f"in [{low}, {high}]", lambda value: low <= value <= high)
+
+
+def matching(pattern: str, words: str) -> Limit:
+    """Texts that a regular expression matches as a whole."""
+    return Limit(words, re.compile(pattern).fullmatch)
+
+
+def different(least: int = 1) -> Limit:
     """Lists of at least `least` entries, none of them twice."""
-
-    least: int = 1
-
-    def allows(self, value: tuple[Any, ...]) -> bool:
-        return len(value) >= self.least and len(set(value)) == len(value)
-
-    def __str__(self) -> str:
-        return f"({self.least} or more, all different)"
+    return Limit(f"({least} or more, all different)", lambda value: least <= len(value) == len(set(value)))
 
 
 # what names files and folders: no separators, nothing hidden, no option of a command, short enough for every disk
-Name = Annotated[str, Matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "of letters, digits, '.', '_' and '-' (64 at most)")]
+Name = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "of letters, digits, '.', '_' and '-' (64 at most)")]
 
 
 def choose(kind: str, value: object, valid: Collection) -> None:
     """ValueError naming `value`, the nearest valid one and the valid ones unless it is one of them."""
-    if value not in valid:
+    if value not in list(valid):  # a list is in no dictionary
         text, names = str(value), [str(name) for name in valid]
         near = [name for name in names if text and name.startswith(text)] or difflib.get_close_matches(text, names, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -86,50 +66,19 @@ def choose(kind: str, value: object, valid: Collection) -> None:
         raise ValueError(f"unknown {kind} {value!r}; valid: {', '.join(names[:MOST_NAMES])}{more}{hint}")
 
 
-def check_keys(where: str, given: Iterable[str], valid: Collection[str], required: Collection[str] = ()) -> None:
+def check_keys(where: str, given: Iterable[str], valid: Collection[str], required: Iterable[str] = ()) -> None:
     """ValueError for keys of the table `where` that are not valid, and for required ones that it lacks."""
-    title = where if "." in where else f"[{where}]" if where else "the file"
-    given = set(given)
-    if unknown := given - set(valid):
-        raise ValueError(f"{title} has unknown keys {sorted(unknown)}; valid: {', '.join(sorted(valid))}")
-    if missing := set(required) - given:
-        raise ValueError(f"{title} lacks {sorted(missing)}")
-
-
-def parse(value: Any, kind: Any, where: str) -> Any:
-    """`value`, as TOML or JSON gives it, as the annotation `kind`: tables become dataclasses, lists become tuples.
-
-    `where` is the dotted key that a complaint names. ValueError when the value does not fit.
-    """
-    if kind is Any:
-        return value
-    base, limits = (kind.__origin__, kind.__metadata__) if get_origin(kind) is Annotated else (kind, ())
-    container = get_origin(base) or base
-    if container in (Union, UnionType):
-        return _one_of(value, base, where)
-    if dataclasses.is_dataclass(base) and isinstance(value, dict):
-        return _parse_table(value, base, where)
-    if not _is(value, container):
-        raise ValueError(f"{where} must be {describe(kind)}, not {value!r}")
-    given = value
-    if container is tuple and get_args(base):
-        value = tuple(parse(entry, get_args(base)[0], f"{where}[{place}]") for place, entry in enumerate(value))
-    elif container is dict and get_args(base):
-        of_keys, of_values = get_args(base)
-        value = {parse(k, of_keys, f"a key of {where}"): parse(v, of_values, f"{where}.{k}") for k, v in value.items()}
-    if not all(limit.allows(value) for limit in limits):
-        raise ValueError(f"{where} must be {describe(kind)}, not {given!r}")
-    return value
+    if unknown := sorted(set(given) - set(valid)):
+        raise ValueError(f"{where or 'the file'} has unknown keys {unknown}; valid: {', '.join(sorted(valid))}")
+    if missing := sorted(set(required) - set(given)):
+        raise ValueError(f"{where or 'the file'} lacks {missing}")
 
 
 def check_values(value: Any, where: str) -> None:
     """ValueError unless TOML and JSON can both hold a value and everything in it, and NaN is nowhere."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            check_values(entry, f"{where}.{key}")
-    elif isinstance(value, list | tuple):
-        for place, entry in enumerate(value):
-            check_values(entry, f"{where}[{place}]")
+    if isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            check_values(part, f"{where}.{key}")
     elif not isinstance(value, bool | int | float | str) or value != value:
         raise ValueError(f"{where} must be true or false, a number, a text, a list or a table of such, not {value!r}")
 
@@ -137,64 +86,56 @@ def check_values(value: Any, where: str) -> None:
 def check_fields(instance: Any) -> None:
     """ValueError unless every field of a dataclass object fits its annotation."""
     its_class: Any = type(instance)
-    for name, kind in _hints(its_class).items():
+    for name, kind in _annotations(its_class).items():
         parse(getattr(instance, name), kind, name)
 
 
-def describe(kind: Any) -> str:
-    """What an annotation asks for, in words."""
-    if get_origin(kind) is Annotated:
-        return " ".join([describe(kind.__origin__), *map(str, kind.__metadata__)])
-    container, arguments = get_origin(kind) or kind, get_args(kind)
+def parse(value: Any, kind: Any, where: str) -> Any:
+    """`value`, as TOML or JSON gives it, as the annotation `kind`: tables become dataclasses, lists become tuples.
+
+    `where` is the dotted key that a complaint names. ValueError when the value does not fit. Of a union, a table is
+    parsed as the dict in it, and anything else as the first of the others.
+    """
+    base, *limits = get_args(kind) if get_origin(kind) is Annotated else [kind]
+    container, arguments = get_origin(base) or base, get_args(base)
+    if container is Any or (value is None and NoneType in arguments):
+        return value
     if container in (Union, UnionType):
-        return " or ".join(describe(option) for option in arguments if option is not NoneType)
-    if container is tuple and arguments:
-        return f"a list, each entry {describe(arguments[0])}"
-    if container is dict and arguments:
-        return f"a table, each value {describe(arguments[1])}"
-    return WORDS.get(container, "a table")
+        fitting = [
+            option for option in arguments if ((get_origin(option) or option) is dict) == isinstance(value, dict)
+        ]
+        return parse(value, [*fitting, *arguments][0], where)
+    if dataclasses.is_dataclass(base) and isinstance(value, dict):
+        return _parse_table(value, base, where)
+    words, types = KINDS.get(container, ("a table", container))
+    fits = isinstance(value, types) and (container is bool or not isinstance(value, bool))
+    if container is float:  # nor NaN, nor a whole number that no float holds
+        fits = fits and abs(value) <= sys.float_info.max
+    parsed = value
+    if fits and arguments and container is tuple:
+        parsed = tuple(parse(part, arguments[0], f"{where}[{place}]") for place, part in enumerate(value))
+    elif fits and arguments and container is dict:
+        keys = [parse(key, arguments[0], f"a key of {where}") for key in value]
+        parsed = {key: parse(value[key], arguments[1], f"{where}.{key}") for key in keys}
+    if not fits or not all(limit.allows(parsed) for limit in limits):
+        raise ValueError(f"{where} must be {' '.join([words, *(limit.words for limit in limits)])}, not {value!r}")
+    return parsed
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """Annotations of a dataclass's fields, with their metadata."""
+def _annotations(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass's fields, with their limits."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _is(value: Any, kind: type) -> bool:
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return known and abs(value) <= sys.float_info.max  # nor NaN, nor a whole number that no float holds
-    if kind is tuple:
-        return isinstance(value, (tuple, list))
-    return isinstance(value, kind)
-
-
-def _one_of(value: Any, kind: Any, where: str) -> Any:
-    """The first of the annotations of a union that the value fits."""
-    options = [option for option in get_args(kind) if option is not NoneType]
-    if value is None and NoneType in get_args(kind):
-        return None
-    for option in options:
-        try:
-            return parse(value, option, where)
-        except ValueError:
-            if len(options) == 1 or (dataclasses.is_dataclass(option) and isinstance(value, dict)):
-                raise
-    raise ValueError(f"{where} must be {describe(kind)}, not {value!r}")
-
-
 def _parse_table(table: dict[str, Any], kind: Any, where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unset = dataclasses.MISSING
-    required = [name for name, f in fields.items() if f.default is unset and f.default_factory is unset]
-    check_keys(where, table, fields, required)
-    inside = f"{where}." if where else ""
-    values = {name: parse(value, _hints(kind)[name], f"{inside}{name}") for name, value in table.items()}
+    unset, fields = dataclasses.MISSING, dataclasses.fields(kind)
+    required = [field.name for field in fields if field.default is unset and field.default_factory is unset]
+    kinds = _annotations(kind)
+    check_keys(where, table, kinds, required)
+    values = {name: parse(value, kinds[name], f"{where}.{name}".lstrip(".")) for name, value in table.items()}
     try:
         return kind(**values)
     except ValueError as error:  # what the dataclass itself asks of several fields at once
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        raise ValueError(f"{where}: {error}".removeprefix(": ")) from None

@@ -5,22 +5,16 @@ needs nothing (of a scale that is tuned, the losses so far: its search decides f
 what was chosen when the sweep was done. No torch here.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from beyond_outliers import paths
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, call, entry
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.rates import Rates, auxiliary_rates, read_rates, runs_of_search
+from beyond_outliers.config.registry import call, entry
 from beyond_outliers.config.run import CorpusConfig, ModelConfig, RunConfig
-from beyond_outliers.config.scale import PURPOSES, BranchRuns, Measure, Runs, Scale, Tuning, qat, read_scale, scales
+from beyond_outliers.config.scale import PURPOSES, Measure, Runs, Scale, Tuning, qat, read_scale
 
-__all__ = ["OPTIMIZER_NAMES", "PURPOSES", "Planned", "Protocol", "scales"]
-
-# what must be alike where a size takes the rates of another scale
-DECIDE_A_RATE = ("model", "corpus", "context", "batch_size", "steps", "warmup", "decay", "weight_decay", "hyper")
 Losses = Callable[[str], float | None]  # final validation loss of a run by its name, None while it has not ended
 
 
@@ -86,40 +80,14 @@ class Protocol:
             raise ValueError(f"scale {self.scale} has no [tuning]; its learning rates come from grids")
         return self.settings.tuning
 
-    def borrows(self, size: str) -> bool:
-        """Whether a size takes its rates from the scale `rates_from`: where there is one, those that are not swept."""
-        return self.settings.rates_from is not None and "sweep" not in self.purposes(size)
+    def model(self, size: str) -> ModelConfig:
+        """The shape of a size; ValueError for an unknown one."""
+        return self.settings.model(size)
 
-    @functools.cached_property
+    @property
     def lent(self) -> dict[tuple[str, str], Rates]:
-        """(size, optimizer) -> rates of the sizes that take them from the scale `rates_from`; empty without one.
-
-        ValueError where that scale has no such size, trains it in another way, or has not been tuned at it.
-        """
-        if not self.settings.rates_from:
-            return {}
-        lender, found = Protocol.load(self.settings.rates_from), {}
-        arm = "+" in self.scale  # which differs from its scale on purpose, and may be run before that is published
-        chosen = read_rates(lender.scale, None if arm else paths.RESULTS / lender.scale)
-        for size in filter(self.borrows, self.sizes):
-            if not self.purposes(size):
-                continue
-            for name in self.optimizers:
-                if (size, name) not in chosen:
-                    valid = ", ".join(dict.fromkeys(at for at, _ in chosen)) or "none yet"
-                    raise ValueError(
-                        f"scale {self.scale}: {size} takes its rates from {lender.scale}, which has none of {name} "
-                        f"there; valid sizes: {valid}"
-                    )
-                found[size, name] = rates = chosen[size, name]
-                own, lent = (p.config(size, name, rates.lr, auxiliary=rates.auxiliary) for p in (self, lender))
-                for key in () if arm else DECIDE_A_RATE:
-                    if (ours := getattr(own, key)) != (theirs := getattr(lent, key)):
-                        raise ValueError(
-                            f"scale {self.scale}: {size} takes its rates from {lender.scale}, so its {key} must be "
-                            f"{theirs}, not {ours}"
-                        )
-        return found
+        """(size, optimizer) -> rates of the sizes for which the file has some, chosen by the scale `rates_from`."""
+        return {(size, name): rates for size, row in self.settings.rates.items() for name, rates in row.items()}
 
     def rates(self, results: Path | None = None) -> dict[tuple[str, str], Rates]:
         """(size, optimizer) -> chosen rates, as far as they are known: the scale's own, and the lent ones.
@@ -127,10 +95,6 @@ class Protocol:
         results: a folder of tables to read the scale's own from, where not the usual one is meant.
         """
         return read_rates(self.scale, results) | self.lent
-
-    def model(self, size: str) -> ModelConfig:
-        choose("size", size, self.sizes)
-        return self.settings.sizes[size].model(self.corpus.vocab_size)
 
     def grid(self, optimizer: str) -> list[float]:
         """The learning rates that are swept. ValueError for a tuned scale, which has none."""
@@ -143,8 +107,7 @@ class Protocol:
         """Rates before anything is known: the middle of the grid, or the start of the tuning."""
         choose("optimizer", optimizer, self.optimizers)
         if self.tuned:
-            start = self.tuning.start[optimizer]
-            return Rates(start.lr, start.auxiliary)
+            return self.tuning.start[optimizer]
         grid = self.grid(optimizer)
         return Rates(grid[len(grid) // 2])
 
@@ -164,7 +127,7 @@ class Protocol:
         """
         entry(optimizer)  # there is one of that name
         model = self.model(size)
-        both = self.tuned or self.borrows(size)
+        both = self.tuned or size in self.settings.rates
         if lr is None or (auxiliary is None and both and optimizer in self.optimizers):
             known = self.rates().get((self.tuning_size(size), optimizer)) or self.guess(optimizer)
             lr = known.lr if lr is None else lr
@@ -187,14 +150,14 @@ class Protocol:
 
     # ------------------------------------------------------------------------------------------------------- expansion
 
-    def _plan(self, purpose: str) -> Iterator[tuple[str, int, str, Runs]]:
-        """(size, seed, optimizer, plan) in the order that leaves a usable study at every stopping point."""
+    def _plan(self, purpose: str, size: str | None) -> Iterator[tuple[str, int, str, Runs]]:
+        """(size, seed, optimizer, plan) of a size or of all, so that a study is usable at every stopping point."""
         plan = self.settings.runs(purpose)
-        for size in self.sizes if plan else ():
-            if plan and size in plan.sizes:
-                for seed in plan.seeds_at(size):
-                    for optimizer in plan.subjects or self.optimizers:
-                        yield size, seed, optimizer, plan
+        for at in self.sizes if plan else ():
+            if plan and at in plan.sizes and size in (None, at):
+                for seed in plan.seeds_at(at):
+                    for optimizer in plan.optimizers or self.optimizers:
+                        yield at, seed, optimizer, plan
 
     def sweep_runs(self, size: str | None = None, losses: Losses | None = None) -> list[Planned]:
         """The runs that the learning rates are chosen from, of all swept sizes or of one.
@@ -203,49 +166,44 @@ class Protocol:
         so far, and its next run; `losses` tells how the runs ended, by name (None: nothing has been run yet).
         """
         configs: list[RunConfig] = []
-        for swept, seed, optimizer, _ in self._plan("sweep"):
-            if size not in (None, swept):
-                continue
+        for at, seed, optimizer, _ in self._plan("sweep", size):
             if self.tuned:
-                configs += runs_of_search(self, swept, optimizer, losses or (lambda name: None))
+                configs += runs_of_search(self, at, optimizer, losses or (lambda name: None))
             else:
-                configs += [self.config(swept, optimizer, lr=lr, seed=seed) for lr in self.grid(optimizer)]
+                configs += [self.config(at, optimizer, lr=lr, seed=seed) for lr in self.grid(optimizer)]
         return [Planned("sweep", config) for config in configs]
 
     def tuning_size(self, size: str) -> str:
         """The swept size whose learning rate `size` takes: the largest one not above it, else the smallest.
 
-        With `rates_from` every size has rates of its own, and this is `size` itself.
+        Of a size with [rates] it is `size` itself.
         """
-        swept = [s for s in self.sizes if self.settings.rates_from or "sweep" in self.purposes(s)]
-        below = [s for s in self.sizes[: self.sizes.index(size) + 1] if s in swept] if size in self.sizes else []
-        return below[-1] if below else swept[0]
+        swept = [at for at in self.sizes if at in self.settings.rates or "sweep" in self.purposes(at)]
+        below = [at for at in self.sizes[: self.sizes.index(size) + 1] if at in swept] if size in self.sizes else []
+        return [*swept[:1], *below][-1]
 
-    def runs(self, rates: Mapping[tuple[str, str], Rates | float], size: str | None = None) -> list[Planned]:
+    def runs(self, rates: Mapping[tuple[str, str], Rates], size: str | None = None) -> list[Planned]:
         """The main runs, of all sizes or of one, size by size: full precision, its branches, QAT, the schemes compared.
 
-        `rates` maps (swept size, optimizer) to the chosen rates, or to one learning rate where only one is chosen.
-        Sizes whose rates are not there, because their sweep has not ended, are left out. QAT takes the full-precision
-        rates, as in the paper. ValueError for a tuned scale without an auxiliary rate.
+        `rates` maps (swept size, optimizer) to the chosen rates. Sizes whose rates are not there, because their sweep
+        has not ended, are left out. QAT takes the full-precision rates, as in the paper. ValueError for a tuned scale
+        without an auxiliary rate.
         """
         planned = []
         for purpose in PURPOSES[1:]:
-            for at, seed, optimizer, plan in self._plan(purpose):
-                chosen = rates.get((self.tuning_size(at), optimizer))
-                if chosen is not None and size in (None, at):
-                    chosen = chosen if isinstance(chosen, Rates) else Rates(chosen)
+            for at, seed, optimizer, plan in self._plan(purpose, size):
+                if (chosen := rates.get((self.tuning_size(at), optimizer))) is not None:
                     if self.tuned and chosen.auxiliary is None:
                         raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
                     for of in plan.variants:
                         lr, auxiliary = chosen.lr * of.lr, chosen.auxiliary and chosen.auxiliary * of.auxiliary
                         full = of.of(self.config(at, optimizer, lr=lr, seed=seed, auxiliary=auxiliary))
-                        if isinstance(plan, BranchRuns):
+                        if purpose == "branches":
                             planned += [Planned(purpose, run, full, start) for run, start in plan.branches(full)]
                         else:
                             made = [full.replace(quantization=q) for q in plan.quantizations]
                             planned += [Planned(purpose, run, variant=of.label) for run in made]
-        order = {size: number for number, size in enumerate(self.sizes)}
-        return sorted(planned, key=lambda p: order[p.config.size])  # stable: the order within a size stays
+        return sorted(planned, key=lambda p: self.sizes.index(p.config.size))  # stable: the order within a size stays
 
     def purposes(self, size: str | None = None) -> list[str]:
         """What the runs of a size, or of any size, are for, in the order of PURPOSES."""

@@ -14,6 +14,7 @@ embedding is divided by its width, vector_lr = embedding_lr / width.
 """
 
 import contextlib
+import csv
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.run import Rate, RunConfig
 
 if TYPE_CHECKING:
     from beyond_outliers.config.protocol import Protocol
@@ -42,8 +42,8 @@ class EdgeWarning(UserWarning):
 class Rates:
     """The learning rates of a run: of the hidden matrices, and, where a scale tunes it, of embedding and vectors."""
 
-    lr: float
-    auxiliary: float | None = None
+    lr: Rate
+    auxiliary: Rate | None = None
 
 
 def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, bool]:
@@ -72,19 +72,16 @@ def read_rates(scale: str, results: Path | None = None) -> dict[tuple[str, str],
     if not file.exists():
         return {}
     checksums.check(file.parent, file.name, remedy=f"`git restore {file}`, or choose them again")
-    # every bit counts: run ids are hashed from them; sizes of one table may have an auxiliary rate or none
-    exact = {"lr": float, "auxiliary": lambda text: float(text) if text else None}
-    rows = pd.read_csv(file, dtype={"size": str, "optimizer": str}, converters=exact).to_dict("records")
-    rates = ((row, row.get("auxiliary")) for row in rows)
-    return {(row["size"], row["optimizer"]): Rates(row["lr"], None if pd.isna(rate) else rate) for row, rate in rates}
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))  # sizes of one table may have an auxiliary rate or none
+    found = [(row, row.get("auxiliary")) for row in rows]
+    return {
+        (row["size"], row["optimizer"]): Rates(float(row["lr"]), float(rate) if rate else None) for row, rate in found
+    }
 
 
 class Pending(Exception):
-    """A run that the search asks for has not been trained yet; `config` names it."""
-
-    def __init__(self, config: RunConfig):
-        super().__init__(config.name)
-        self.config = config
+    """A run that the search asks for has not been trained yet."""
 
 
 def line_search(loss: Callable[[float], float], start: float, factor: float, tolerance: float) -> dict[str, Any]:
@@ -98,40 +95,33 @@ def line_search(loss: Callable[[float], float], start: float, factor: float, tol
     def rate(k: int) -> float:
         return float(f"{start * factor**k:.6g}")
 
-    def found(k: int) -> float:
-        if k not in tried:
-            if len(tried) == MOST_RATES:
-                raise ValueError(f"no choice inside the grid after {sorted(map(rate, tried))}: another start is needed")
-            tried[k] = loss(rate(k))
-        return tried[k]
+    def finite(*places: int) -> bool:
+        return all(math.isfinite(tried.get(k, math.nan)) for k in places)
 
-    for k in (0, -1, 1):
-        found(k)
-    if tried[-1] == tried[0] == tried[1]:  # NaN, where all three diverged, is equal to none
-        raise ValueError(
-            f"the rates {sorted(map(rate, tried))} all end in the loss {tried[0]:.6g}: the learning rate has no effect"
-        )
+    asked = [0, -1, 1]
     while True:
-        # a rate beside a diverged one, or at the end of the line, is not a choice yet
-        inside = [k for k in tried if all(math.isfinite(tried.get(n, math.nan)) for n in (k - 1, k, k + 1))]
-        finite = [k for k in tried if math.isfinite(tried[k])]
-        if not finite:
-            found(min(tried) - 1)
-            continue
-        best = min(finite, key=lambda k: tried[k])
-        missing = [n for n in (best + 1, best - 1) if n not in tried]
-        if missing:
-            found(missing[0])
-            continue
-        if not inside:  # the best is beside a diverged rate: look further down
-            found(min(tried) - 1)
-            continue
-        best = min(inside, key=lambda k: tried[k])
-        good = [k for k in finite if tried[k] <= tried[best] + tolerance and math.isfinite(tried.get(k + 1, math.nan))]
-        choice = min(k for k in good if math.isfinite(tried.get(k - 1, 0.0)))
-        if choice - 1 in tried:
-            return {"rate": rate(choice), "best": rate(best), "tried": {rate(k): tried[k] for k in sorted(tried)}}
-        found(choice - 1)
+        for k in asked:
+            tried[k] = loss(rate(k))
+        rates = {rate(k): tried[k] for k in sorted(tried)}
+        if tried[-1] == tried[0] == tried[1]:  # NaN, where all three diverged, is equal to none
+            raise ValueError(
+                f"the rates {[*rates]} all end in the loss {tried[0]:.6g}: the learning rate has no effect"
+            )
+        safe = [k for k in tried if finite(k)]
+        inside = [k for k in safe if finite(k - 1, k + 1)]  # not at the end of the line, nor beside a diverged rate
+        best = min(safe, key=lambda k: tried[k], default=None)
+        asked = [] if best is None else [k for k in (best + 1, best - 1) if k not in tried][:1]
+        if not asked and not inside:  # all diverged, or the best is beside one that did: look further down
+            asked = [min(tried) - 1]
+        elif not asked:
+            best = min(inside, key=lambda k: tried[k])
+            good = [k for k in safe if tried[k] <= tried[best] + tolerance and finite(k + 1)]
+            choice = min(k for k in good if k - 1 not in tried or finite(k - 1))
+            if choice - 1 in tried:
+                return {"rate": rate(choice), "best": rate(best), "tried": rates}
+            asked = [choice - 1]
+        if len(tried) == MOST_RATES:
+            raise ValueError(f"no choice inside the grid after {[*rates]}: another start is needed")
 
 
 Pair = tuple[int, int]  # factor^i times the matrix rate of the start, factor^j times the auxiliary one
@@ -148,21 +138,23 @@ def pair_search(
     diverged, and where more than MOST_RATES rates of a kind are asked for.
     """
     tried: dict[tuple[Pair, int], float] = {}
+    starts = start.lr, start.auxiliary or 0.0
 
-    def rate(kind: int, k: int) -> float:
-        return float(f"{((start.lr, start.auxiliary)[kind] or 0.0) * rule.factor**k:.6g}")
+    def rates(pair: Pair) -> tuple[float, float]:
+        lr, auxiliary = (float(f"{first * rule.factor**k:.6g}") for first, k in zip(starts, pair, strict=True))
+        return lr, auxiliary
 
     def means(pairs: Iterable[Pair], seeds: Sequence[int]) -> dict[Pair, float]:
         """Mean losses over seeds, of the pairs of which none diverged, neither at the next larger matrix rate."""
         for seed, pair in itertools.product(seeds, pairs):
             if (pair, seed) not in tried:
-                tried[pair, seed] = loss(rate(0, pair[0]), rate(1, pair[1]), seed)
+                tried[pair, seed] = loss(*rates(pair), seed)
         mean = {pair: sum(tried[pair, seed] for seed in seeds) / len(seeds) for pair in pairs}
         above = {(i, j): tried.get(((i + 1, j), seeds[0]), 0.0) for i, j in mean}
         finite = {pair: value for pair, value in mean.items() if math.isfinite(value + above[pair])}
         if not finite:
             raise ValueError(f"every pair of rates about {start} diverged: another start is needed")
-        return finite
+        return dict(sorted(finite.items(), key=lambda item: item[1]))  # the lowest first
 
     def lines(pairs: Iterable[Pair]) -> list[list[int]]:
         found = [sorted(set(places)) for places in zip(*pairs, strict=True)]
@@ -170,38 +162,32 @@ def pair_search(
             raise ValueError(f"no lowest loss inside {len(found[0])} x {len(found[1])} rates: another start is needed")
         return found
 
-    if not cross_seeds:
-        pairs = {(i, j) for i in range(rule.shape[0]) for j in range(rule.shape[1])}
-        while True:
-            losses = means(sorted(pairs), rule.seeds[:1])
-            i, j = min(losses, key=lambda pair: losses[pair])
-            rows, columns = lines(pairs)
-            grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
-            grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
-            if not grown:
-                break
-            pairs |= grown
-        losses = means(sorted(losses, key=lambda pair: losses[pair])[: rule.finalists], rule.seeds)
-    else:
+    if cross_seeds:
         centre, best, pairs = (1, 1), (0, 0), set()
         while centre != best:
             centre = best
             pairs |= {(centre[0] + i, centre[1] + j) for i, j in CROSS}
             lines(pairs)
             losses = means(sorted(pairs), rule.seeds[:cross_seeds])
-            best = min(losses, key=lambda pair: losses[pair])
-    i, j = min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance)
-    found = dict(zip(("lr", "auxiliary"), lines({pair for pair, _ in tried}), strict=True))
-    shown = {name: [rate(kind, k) for k in places] for kind, (name, places) in enumerate(found.items())}
-    return {"lr": rate(0, i), "auxiliary": rate(1, j), "lines": shown, "n_runs": len(tried)}
-
-
-def tuned_config(
-    protocol: "Protocol", size: str, optimizer: str, lr: float, auxiliary: float, seed: int | None = None
-) -> RunConfig:
-    """The tuning run of one pair of rates. ValueError for a scale that does not tune."""
-    seed = protocol.tuning.seeds[0] if seed is None else seed
-    return protocol.config(size, optimizer, lr=lr, auxiliary=auxiliary, seed=seed)
+            best = next(iter(losses))
+    else:
+        pairs = grown = set(itertools.product(range(rule.shape[0]), range(rule.shape[1])))
+        while grown:
+            losses = means(sorted(pairs), rule.seeds[:1])
+            i, j = next(iter(losses))
+            rows, columns = lines(pairs)
+            grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
+            grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
+            pairs = pairs | grown
+        losses = means([*losses][: rule.finalists], rule.seeds)
+    chosen = rates(min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance))
+    every = [sorted(set(line)) for line in zip(*(rates(pair) for pair, _ in tried), strict=True)]
+    names = ("lr", "auxiliary")
+    return {
+        **dict(zip(names, chosen, strict=True)),
+        "lines": dict(zip(names, every, strict=True)),
+        "n_runs": len(tried),
+    }
 
 
 def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, float]:
@@ -215,25 +201,23 @@ def tune(protocol: "Protocol", size: str, optimizer: str, val_loss: Callable[[Ru
 
     `val_loss(config)`: the final validation loss of a tuning run, NaN when it diverged; it may raise `Pending`.
     """
-    rule = protocol.tuning
-    place = protocol.sizes.index(size)
+    rule, place = protocol.tuning, protocol.sizes.index(size)
+    start = rule.start[optimizer]
     if place:
         before = tune(protocol, protocol.sizes[place - 1], optimizer, val_loss)
-        lr, auxiliary = before["lr"], before["auxiliary"]
-    else:
-        lr, auxiliary = rule.start[optimizer].lr, rule.start[optimizer].auxiliary
+        start = Rates(before["lr"], before["auxiliary"])
+
+    def loss(lr: float, auxiliary: float | None, seed: int = rule.seeds[0]) -> float:
+        return val_loss(protocol.config(size, optimizer, lr=lr, auxiliary=auxiliary, seed=seed))
+
     if rule.shape:
-        return pair_search(
-            lambda r, a, seed: val_loss(tuned_config(protocol, size, optimizer, r, a, seed)),
-            Rates(lr, auxiliary), rule, rule.cross_seeds.get(size, 0),
-        )  # fmt: skip
+        return pair_search(loss, start, rule, rule.cross_seeds.get(size, 0))
     step = rule.factor, rule.tolerance
-    first = line_search(lambda a: val_loss(tuned_config(protocol, size, optimizer, lr, a)), auxiliary, *step)
-    chosen = first["rate"]
-    second = line_search(lambda r: val_loss(tuned_config(protocol, size, optimizer, r, chosen)), lr, *step)
+    first = line_search(lambda rate: loss(start.lr, rate), start.auxiliary or 0.0, *step)
+    second = line_search(lambda rate: loss(rate, first["rate"]), start.lr, *step)
     lines = {"auxiliary": list(first["tried"]), "lr": list(second["tried"])}
-    n_runs = len(first["tried"]) + len(second["tried"]) - 1  # both lines share the run at which the second one starts
-    return {"lr": second["rate"], "auxiliary": chosen, "lines": lines, "n_runs": n_runs}
+    n_runs = sum(map(len, lines.values())) - 1  # both lines share the run at which the second one starts
+    return {"lr": second["rate"], "auxiliary": first["rate"], "lines": lines, "n_runs": n_runs}
 
 
 def runs_of_search(
@@ -249,7 +233,7 @@ def runs_of_search(
         asked[config.name] = config
         loss = losses(config.name)
         if loss is None:
-            raise Pending(config)
+            raise Pending(config.name)
         return loss
 
     with contextlib.suppress(Pending):

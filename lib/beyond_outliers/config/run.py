@@ -7,27 +7,36 @@ import dataclasses
 import functools
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from beyond_outliers.config.parsing import Different, Matches, Name, Range, check_fields, check_values, choose, parse
+from beyond_outliers.config.parsing import (
+    Name,
+    between,
+    check_fields,
+    check_keys,
+    check_values,
+    choose,
+    different,
+    matching,
+    parse,
+)
 
 SCHEMES = ("quest", "ste", "lsq")  # of quantization-aware training
 
-Count = Annotated[int, Range(1, 2**20)]
-Tokens = Annotated[int, Range(1, 2**29)]
-Rate = Annotated[float, Range(1e-12, 1000)]
-Share = Annotated[float, Range(0, 1)]
-Seed = Annotated[int, Range(0, 10**6)]
+Count = Annotated[int, between(1, 2**20)]
+Tokens = Annotated[int, between(1, 2**29)]
+Rate = Annotated[float, between(1e-12, 1000)]
+Share = Annotated[float, between(0, 1)]
+Seed = Annotated[int, between(0, 10**6)]
 # of the registry, or the module:Class of one from outside
 OptimizerName = Annotated[
-    str, Matches(r"[A-Za-z0-9_][\w.-]*(:[\w.]+)?", "of letters, digits, '.', '_' and '-', or module:Class")
+    str, matching(r"[A-Za-z0-9_][\w.-]*(:[\w.]+)?", "of letters, digits, '.', '_' and '-', or module:Class")
 ]
 
 
 @dataclass(frozen=True)
-class ModelConfig(ABC):
+class ModelConfig:
     """Shape of a decoder. Made as one of the architectures below.
 
     `width` divides into `n_heads` heads of even size, `n_heads` into `n_kv_heads` groups.
@@ -37,16 +46,18 @@ class ModelConfig(ABC):
     """
 
     architecture: ClassVar[str]
+    mlp_matrices: ClassVar[int]
+    qk_scales: ClassVar[bool]  # whether each head has a learned one
 
     vocab_size: Tokens = 32_000
-    width: Annotated[int, Range(1, 2**16)] = 768
-    depth: Annotated[int, Range(1, 1000)] = 4
-    n_heads: Annotated[int, Range(1, 2**12)] = 6
-    n_kv_heads: Annotated[int, Range(1, 2**12)] | None = None  # None: as many as n_heads (no grouping)
-    mlp_ratio: Annotated[int, Range(1, 64)] = 4
-    rope_base: Annotated[float, Range(1, 1e8)] = 1024.0
-    norm_eps: Annotated[float, Range(0, 1)] = 1e-6
-    init_std: Annotated[float, Range(0, 100)] = 0.02
+    width: Annotated[int, between(1, 2**16)] = 768
+    depth: Annotated[int, between(1, 1000)] = 4
+    n_heads: Annotated[int, between(1, 2**12)] = 6
+    n_kv_heads: Annotated[int, between(1, 2**12)] | None = None  # None: as many as n_heads (no grouping)
+    mlp_ratio: Annotated[int, between(1, 64)] = 4
+    rope_base: Annotated[float, between(1, 1e8)] = 1024.0
+    norm_eps: Annotated[float, between(0, 1)] = 1e-6
+    init_std: Annotated[float, between(1e-6, 100)] = 0.02  # at 0 nothing ever moves
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,36 +82,26 @@ class ModelConfig(ABC):
     def n_parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once: what 20 tokens per parameter refers to."""
         kv_width = self.kv_heads * self.head_size
-        projections = 2 * self.width**2 + 2 * self.width * kv_width
-        block = projections + self._further_block_parameters() + 2 * self.width
-        return self.vocab_size * self.width + self.depth * block + self.width
-
-    @abstractmethod
-    def _further_block_parameters(self) -> int:
-        """Parameters of a block beside the attention's projections and two gains."""
+        attention = 2 * self.width**2 + 2 * self.width * kv_width + self.qk_scales * self.n_heads
+        mlp = self.mlp_matrices * self.mlp_ratio * self.width**2
+        return self.vocab_size * self.width + self.depth * (attention + mlp + 2 * self.width) + self.width
 
 
 @dataclass(frozen=True)
 class Olmo2Config(ModelConfig):
     """Shape of an `Olmo2`: an MLP of two matrices, one query-key scale a head."""
 
-    architecture: ClassVar[str] = "olmo2"
-
-    def _further_block_parameters(self) -> int:
-        return self.n_heads + 2 * self.mlp_ratio * self.width**2
+    architecture, mlp_matrices, qk_scales = "olmo2", 2, True
 
 
 @dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
     """Shape of a `Llama`: a gated MLP of three matrices, 9 width^2 parameters for the OLMo2 variant's 8 width^2."""
 
-    architecture: ClassVar[str] = "llama"
+    architecture, mlp_matrices, qk_scales = "llama", 3, False
 
-    mlp_ratio: Annotated[int, Range(1, 64)] = 3
-    rope_base: Annotated[float, Range(1, 1e8)] = 10_000.0
-
-    def _further_block_parameters(self) -> int:
-        return 3 * self.mlp_ratio * self.width**2
+    mlp_ratio: Annotated[int, between(1, 64)] = 3
+    rope_base: Annotated[float, between(1, 1e8)] = 10_000.0
 
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {config.architecture: config for config in (Olmo2Config, LlamaConfig)}
@@ -110,8 +111,7 @@ def model_config(architecture: str = "olmo2", **shape: Any) -> ModelConfig:
     """The shape of a model. ValueError for an unknown architecture, or a part that its shape does not have."""
     choose("architecture", architecture, ARCHITECTURES)
     valid = [part.name for part in dataclasses.fields(ARCHITECTURES[architecture])]
-    if unknown := sorted(set(shape) - set(valid)):
-        raise ValueError(f"a model of architecture {architecture!r} has no {unknown}; valid: {', '.join(valid)}")
+    check_keys(f"a model of architecture {architecture!r}", shape, valid)
     return ARCHITECTURES[architecture](**shape)
 
 
@@ -123,12 +123,14 @@ class CorpusConfig:
     go; `validation_share` is the share of the groups (services, or documents where there are none) that is held out.
     """
 
-    source: Annotated[str, Matches(r"[^\0\n]*[^\0\s.][^\0\n]*", "that names a corpus, a file or a folder")] = "embedded"
-    wheels: Annotated[tuple[str, ...], Different()] = ("botocore", "google-api-python-client")
+    source: Annotated[str, matching(r"[^\0\n]*[^\0\s.][^\0\n]*", "that names a corpus, a file or a folder")] = (
+        "embedded"
+    )
+    wheels: Annotated[tuple[str, ...], different()] = ("botocore", "google-api-python-client")
     # 258: bytes and the boundary; 65535: token files hold uint16
-    vocab_size: Annotated[int, Range(258, 65_535)] = 2048
-    limit_mb: Annotated[float, Range(1e-3, 1e8)] | None = None
-    validation_share: Annotated[float, Range(0, 0.5, "(]")] = 0.04
+    vocab_size: Annotated[int, between(258, 65_535)] = 2048
+    limit_mb: Annotated[float, between(1e-3, 1e8)] | None = None
+    validation_share: Annotated[float, between(1e-6, 0.5)] = 0.04
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -137,7 +139,7 @@ class CorpusConfig:
 # a scale, or an optimizer from outside beside it: "pocket", "pocket+lion"
 ScaleName = Annotated[
     str,
-    Matches(
+    matching(
         r"[A-Za-z0-9][A-Za-z0-9._-]*(\+[A-Za-z0-9][A-Za-z0-9._-]*)?", "of letters, digits, '.', '_', '-', and one '+'"
     ),
 ]
@@ -147,15 +149,15 @@ ScaleName = Annotated[
 class Training:
     """What all runs of a scale share: batch, length, schedule, evaluations."""
 
-    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    weight_decay: Annotated[float, between(0, 100)] = 0.0
     context: Count = 128  # tokens per sequence
     batch_size: Count = 32  # sequences an optimizer step, over all workers
     micro_batch: Count = 32  # sequences a forward pass and worker; more are accumulated
-    tokens_per_parameter: Annotated[float, Range(0, 1e6, "(]")] = 20.0
+    tokens_per_parameter: Annotated[float, between(1e-6, 1e6)] = 20.0
     warmup: Share = 0.05  # share of the steps, linear from 0
     decay: Share = 0.20  # share of the steps, linear to 0
-    clip: Annotated[float, Range(0, 1e6, "(]")] | None = None  # largest gradient norm; None: no clipping
-    evaluations: Annotated[int, Range(1, 40)] = 20  # fixed points along the run; the weights of each are kept
+    clip: Annotated[float, between(1e-6, 1e6)] | None = None  # largest gradient norm; None: no clipping
+    evaluations: Annotated[int, between(1, 40)] = 20  # fixed points along the run; the weights of each are kept
     validation_tokens: Tokens = 65_536
 
     def __post_init__(self) -> None:
@@ -186,7 +188,7 @@ class RunConfig(Training):
     scale: ScaleName
     size: Name
     optimizer: OptimizerName
-    lr: Annotated[float, Range(0, 1e9, "(]")]  # scale files ask for less; a run may be meant to diverge
+    lr: Annotated[float, between(1e-12, 1e9)]  # scale files ask for less; a run may be meant to diverge
     model: ModelConfig
     corpus: CorpusConfig
     seed: Seed = 0

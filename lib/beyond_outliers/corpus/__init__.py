@@ -9,6 +9,6 @@ __getattr__, __all__ = lazily(
     encoding="TextEncoder",
     sources="READERS SHORTEST climbmix documents local_text plain uniform",
     store="Store Texts split",
-    tokens="BUILDERS Corpus Heldout corpus_folder heldout_documents open_corpus write_tokens",
+    tokens="BUILDERS Corpus Heldout corpus_folder open_corpus write_tokens",
     wheels="fetch_source pinned_sources",
 )

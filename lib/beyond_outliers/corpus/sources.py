@@ -5,6 +5,7 @@ import hashlib
 import html
 import itertools
 import json
+import math
 import os
 import re
 import warnings
@@ -85,28 +86,19 @@ def _embedded(wheels: tuple[str, ...]) -> Iterator[tuple[str, str]]:
                     yield group, text
 
 
-def climbmix(
-    repository: str | Path | None = None, *, tokenizer: Tokenizer | None = None, skipped: Counter | None = None
-) -> Iterator[tuple[str, str]]:
-    """Documents of ClimbMix, streamed: each row's GPT-2 ids (column `tokens`) turned back into text.
+def climbmix(skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
+    """Documents of ClimbMix, streamed at its pinned revision: each row's GPT-2 ids (`tokens`) turned back into text.
 
-    `repository`: None for the pinned revision on the hub; a local folder of the same jsonl files otherwise.
     `skipped` counts the rows without tokens.
     """
-    pin = pinned_sources()["climbmix"]
-    if repository is None:
-        from datasets import load_dataset
+    from datasets import load_dataset
 
-        where = f"{pin['repository']}/{pin['files']}"
-        rows = load_dataset(
-            pin["repository"], data_files=pin["files"], revision=pin["revision"], split="train", streaming=True
-        )
-    else:
-        where, files = str(repository), sorted(Path(repository).glob(pin["files"]))
-        if not files:
-            raise FileNotFoundError(f"no file {pin['files']} in {repository}")
-        rows = itertools.chain.from_iterable(map(_json_lines, files))
-    tokenizer = tokenizer or Tokenizer.from_pretrained(pin["tokenizer"], revision=pin["tokenizer_revision"])
+    pin = pinned_sources()["climbmix"]
+    where = f"{pin['repository']}/{pin['files']}"
+    rows = load_dataset(
+        pin["repository"], data_files=pin["files"], revision=pin["revision"], split="train", streaming=True
+    )
+    tokenizer = Tokenizer.from_pretrained(pin["tokenizer"], revision=pin["tokenizer_revision"])
     for number, row in enumerate(rows):
         _require_column(row, "tokens", where, number)
         text = tokenizer.decode(row["tokens"]) if row["tokens"] else ""
@@ -144,9 +136,7 @@ def local_text(path: Path, skipped: Counter | None = None) -> Iterator[tuple[str
 
 def text_files(path: Path) -> tuple[list[Path], list[Path]]:
     """(files of a known kind, others) of a file, or below a folder: sorted, links followed, hidden ones left out."""
-    if not path.is_dir():
-        return ([path], []) if _kind(path) in ROWS else ([], [path])
-    found, seen = [], set()
+    found, seen = [] if path.is_dir() else [path], set()
     for folder, below, names in os.walk(path, followlinks=True):
         below[:] = [name for name in below if name[0] != "."]
         if (real := os.path.realpath(folder)) in seen:  # a link to where this walk has been
@@ -154,7 +144,8 @@ def text_files(path: Path) -> tuple[list[Path], list[Path]]:
             continue
         seen.add(real)
         found += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(f for f in found if _kind(f) in ROWS), sorted(f for f in found if _kind(f) not in ROWS)
+    known = {file for file in found if _kind(file) in ROWS}
+    return sorted(known), sorted(set(found) - known)
 
 
 def _kind(file: Path) -> str:
@@ -237,10 +228,10 @@ def documents(config: CorpusConfig, skipped: Counter | None = None) -> Iterator[
             share = config.limit_mb / 99  # the two wheels hold 99 MB of prose, duplicates included
             stream = (pair for pair in stream if uniform(pair[1]) < share)
     elif config.source == "climbmix":
-        stream = climbmix(skipped=skipped)
+        stream = climbmix(skipped)
     else:
         stream = local_text(Path(config.source), skipped)
-    room = float("inf") if config.limit_mb is None else config.limit_mb * 1e6
+    room = (config.limit_mb or math.inf) * 1e6
     for group, text in stream:
         room -= len(text.encode())
         if room < 0:

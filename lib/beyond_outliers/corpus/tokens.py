@@ -21,7 +21,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.sources import READERS, documents, text_files
 from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import pinned_sources
+from beyond_outliers.lock import held
 
 BUILDERS = {"embedded": 1, "other": 3}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**32  # bytes; larger token files are checked by size only when opened, `make verify` reads them
@@ -126,18 +126,6 @@ class Corpus:
 # ------------------------------------------------------------------------------------------------- opening, building
 
 
-@cache
-def _checksum(path: Path, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file, read once a process and again when its size or time changes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file_checksum(path: Path) -> str:
-    found = path.stat()
-    return _checksum(path.absolute(), found.st_size, found.st_mtime_ns)
-
-
 def _fingerprint(config: CorpusConfig) -> dict:
     """Everything that decides the tokens: the settings and the pins (or contents) of what they point at."""
     if config.source == "embedded":
@@ -146,7 +134,7 @@ def _fingerprint(config: CorpusConfig) -> dict:
         contents = pinned_sources()["climbmix"]
     else:
         files, _ = text_files(Path(config.source))
-        contents = {str(f): _file_checksum(f) for f in files if f.exists()}
+        contents = {str(f): checksums.sha256(f) for f in files if f.exists()}
     builder = BUILDERS.get(config.source, BUILDERS["other"])
     return {"config": asdict(config), "contents": contents, "builder": builder}
 
@@ -162,64 +150,43 @@ FILES = ("meta.json", "tokenizer.json", "train.bin", "validation.bin")
 
 
 def open_corpus(config: CorpusConfig, context: int | None = None) -> Corpus:
-    """The tokens of `config`, built if they are not there; a damaged token file is built again.
+    """The tokens of `config`, built if they are not there; damaged ones are built again.
 
-    Checked once a process, and again only when the files change. Of several processes that need a corpus at the same
-    time (the workers of torchrun, for instance), one builds it while the others wait for a lock.
+    Looked at once a process. Of several processes that need a corpus at the same time (the workers of torchrun, for
+    instance), one builds it while the others wait for a lock.
     `context`: the tokens of a window that each side is needed for; ValueError if one is too short for it. A corpus
     that is found too short while it is built is not kept.
     """
+    return _open(config, context, paths.CACHE)
+
+
+@cache
+def _open(config: CorpusConfig, context: int | None, _: Path) -> Corpus:
     folder = corpus_folder(config)
-    corpus = _opened(folder)
+    corpus = _whole(folder)
     if corpus is None:
-        with _locked(folder):
-            corpus = _opened(folder)  # built meanwhile by the process that held the lock
+        with held(folder.parent / f".{folder.name}.lock"):
+            corpus = _whole(folder)  # built meanwhile by the process that held the lock
             if corpus is None:
                 if folder.exists():
                     print(f"{folder} is damaged; building it again", file=sys.stderr)
                     shutil.rmtree(folder)
                 _build(config, folder, context)
-                corpus = _opened(folder)
+                corpus = _whole(folder)
                 assert corpus is not None, "what has just been written is whole"
     _require_windows(corpus.meta, context)
     return corpus
 
 
-def _opened(folder: Path) -> Corpus | None:
-    """The corpus in `folder`, if it is whole."""
-    try:
-        found = [(folder / name).stat() for name in FILES]
-    except FileNotFoundError:
-        return None
-    return _checked(folder, tuple((f.st_ino, f.st_size, f.st_mtime_ns) for f in found))
-
-
-@cache
-def _checked(folder: Path, stamp: tuple[tuple[int, int, int], ...]) -> Corpus | None:
-    """The same, read once a process for every `stamp` of its files."""
-    sizes = dict(zip(FILES, (size for _, size, _ in stamp), strict=True))
-    with contextlib.suppress(ValueError, KeyError, checksums.DamagedFile):
+def _whole(folder: Path) -> Corpus | None:
+    """The corpus in `folder`, None where it is not there, or not what was written."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, checksums.DamagedFile):
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
         checksums.check(folder, *(name for name, size in sizes.items() if size <= CHECKSUM_UP_TO))
         corpus = Corpus(folder, json.loads((folder / "meta.json").read_text()))
         if all(sizes[f"{part}.bin"] == 2 * corpus.meta[part]["tokens"] for part in ("train", "validation")):
             return corpus
     return None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, until it leaves or ends; says so while it waits."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"waiting for another process that builds {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require_windows(meta: dict, context: int | None) -> None:
@@ -273,8 +240,3 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> No
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def heldout_documents(config: CorpusConfig | None = None) -> list[str]:
-    """Validation documents of a corpus, by default of the embedded one with its default settings."""
-    return open_corpus(config or CorpusConfig()).heldout_documents()

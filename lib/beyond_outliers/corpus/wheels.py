@@ -3,7 +3,6 @@
 data/sources.toml pins every outside source.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 
 
 def pinned_sources() -> dict[str, dict]:
@@ -43,8 +42,7 @@ def fetch_source(name: str) -> Path:
                     f"or put the file {source['file']} into {path.parent} by hand; then run the same command again."
                 )
             os.replace(Path(folder) / source["file"], path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = checksums.sha256(path)
     if found != source["sha256"]:
         raise RuntimeError(
             f"{path} has SHA-256 {found}, but data/sources.toml pins {source['sha256']}. "

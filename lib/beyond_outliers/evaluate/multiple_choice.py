@@ -4,9 +4,8 @@ The choice with the highest log-likelihood after the question wins. Everything r
 the caller's `torch.autocast`, if there is one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -79,8 +78,7 @@ def score(
     return _score(model, encode_requests(tokenizer, requests), context, device, progress)
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """One forward pass of one request: reads ids[begin : end - 1], predicts ids[first:end]."""
 
     request: int
@@ -88,19 +86,18 @@ class _Window:
     first: int
     end: int
 
-    def __len__(self) -> int:  # tokens read
+    @property
+    def length(self) -> int:  # tokens read
         return self.end - 1 - self.begin
 
 
-def _windows(encoded: list[tuple[list[int], int]], context: int | None) -> list[_Window]:
-    windows = []
+def _windows(encoded: list[tuple[list[int], int]], context: int | None) -> Iterator[_Window]:
     for request, (ids, first) in enumerate(encoded):
-        limit = len(ids) if context is None else context
+        limit = context or len(ids)
         while first < len(ids):
             end = min(len(ids), first + limit)
-            windows.append(_Window(request, max(0, end - 1 - limit), first, end))
+            yield _Window(request, max(0, end - 1 - limit), first, end)
             first = end
-    return windows
 
 
 def _score(
@@ -116,66 +113,41 @@ def _score(
     if device is not None:
         model.to(device)
     totals = np.zeros(len(encoded))
-    windows = sorted(_windows(encoded, context), key=len, reverse=True)  # the largest batch first: it shows what fits
+    # the largest batch first: it shows what fits
+    windows = sorted(_windows(encoded, context), key=lambda window: window.length, reverse=True)
     with (
         evaluating(model) as device,
         tqdm(total=len(windows), desc=description, unit=" seq", disable=not progress, leave=False) as bar,
     ):
         budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-        batches = []
         while windows:
-            size = max(1, budget // len(windows[0]))
+            size = max(1, budget // windows[0].length)
             batch, windows = windows[:size], windows[size:]
-            batches.append(batch)
-
-        def likelihoods(batch: list[_Window]) -> np.ndarray:
-            with torch.no_grad():  # a mode of the thread
-                return _score_batch(model, [encoded[w.request][0] for w in batch], batch, device)
-
-        for batch, found in zip(batches, _side_by_side(likelihoods, batches, device), strict=True):
+            found = _score_batch(model, [encoded[w.request][0] for w in batch], batch, device)
             np.add.at(totals, [w.request for w in batch], found)
             bar.update(len(batch))
     return totals
 
 
-def _side_by_side(call: Callable, batches: list, device: torch.device) -> Iterator:
-    """`call` of every batch, in order. On a CPU of several threads a batch a thread: small products share none well.
-
-    Under autocast, which is a mode of the thread, one after the other.
-    """
-    count = torch.get_num_threads()
-    if device.type != "cpu" or count == 1 or len(batches) < 2 or torch.is_autocast_enabled("cpu"):
-        yield from map(call, batches)
-        return
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield from pool.map(call, batches)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(count)
-
-
 def _score_batch(model: nn.Module, sequences: list[list[int]], batch: list[_Window], device) -> np.ndarray:
     """Summed log-likelihood of every window's targets, (len(batch),) float64."""
-    ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+    ids = torch.zeros(len(batch), batch[0].length, dtype=torch.int64)
+    places, targets = [], []
     for row, (sequence, w) in enumerate(zip(sequences, batch, strict=True)):
-        ids[row, : len(w)] = sequence[w.begin : w.end - 1]
-    counts = np.array([w.end - w.first for w in batch])
-    rows = np.repeat(np.arange(len(batch)), counts)
-    columns = np.concatenate([np.arange(w.first - 1 - w.begin, len(w)) for w in batch])
-    targets = np.concatenate([s[w.first : w.end] for s, w in zip(sequences, batch, strict=True)])
-    inputs, at_rows, at_columns, labels = (
-        torch.from_numpy(np.asarray(x, dtype=np.int64)).to(device) for x in (ids, rows, columns, targets)
-    )
+        ids[row, : w.length] = torch.tensor(sequence[w.begin : w.end - 1])
+        places += [(row, column) for column in range(w.first - 1 - w.begin, w.length)]
+        targets += sequence[w.first : w.end]
+    rows, columns = torch.tensor(places, device=device).T
+    ids = ids.to(device)
     hidden, head = getattr(model, "hidden", None), getattr(model, "head", None)
     if hidden is not None and head is not None:
         # the head is most of a small model's work, and a context's logits are not needed
-        logits = head(hidden(inputs)[at_rows, at_columns])
+        logits = head(hidden(ids)[rows, columns])
     else:
-        lengths = torch.tensor([[len(w)] for w in batch], device=device)
-        logits = logits_of(model, inputs, torch.arange(len(batch[0]), device=device) < lengths)[at_rows, at_columns]
-    losses = cross_entropy(logits, labels, "none").double().cpu().numpy()
-    return -np.bincount(rows, weights=losses, minlength=len(batch))
+        lengths = torch.tensor([[w.length] for w in batch], device=device)
+        logits = logits_of(model, ids, torch.arange(ids.shape[1], device=device) < lengths)[rows, columns]
+    losses = cross_entropy(logits, torch.tensor(targets, device=device), "none").double().cpu().numpy()
+    return -np.bincount(rows.cpu().numpy(), weights=losses, minlength=len(batch))
 
 
 # -------------------------------------------------------------------------------------------------- zero-shot tasks
@@ -225,20 +197,19 @@ def zero_shot(
 
 def _accuracy(questions: Sequence[Question], likelihoods: np.ndarray, encoded: list, context: int | None) -> dict:
     ends = np.cumsum([len(q.choices) for q in questions])
-    cut = np.array([context is not None and len(ids) - 1 > context for ids, _ in encoded])
-    hits, raw_hits, truncated = [], [], []
+    found = []  # by question: whether it is answered rightly, the same undivided, chance, whether it was cut
     for question, end in zip(questions, ends, strict=True):
         here = slice(end - len(question.choices), end)
         characters = np.array([max(1, len(choice)) for choice in question.choices])
-        hits.append(np.argmax(likelihoods[here] / characters) == question.gold)
-        raw_hits.append(np.argmax(likelihoods[here]) == question.gold)
-        truncated.append(cut[here].any())
-    n, accuracy = len(questions), float(np.mean(hits))
+        right, right_raw = (np.argmax(x) == question.gold for x in (likelihoods[here] / characters, likelihoods[here]))
+        cut = context is not None and any(len(ids) - 1 > context for ids, _ in encoded[here])
+        found.append((right, right_raw, 1 / len(characters), cut))
+    n, (accuracy, raw, chance, truncated) = len(questions), (float(np.mean(part)) for part in zip(*found, strict=True))
     return {
         "n": n,
         "accuracy": accuracy,
-        "accuracy_raw": float(np.mean(raw_hits)),
-        "chance": float(np.mean([1 / len(q.choices) for q in questions])),
+        "accuracy_raw": raw,
+        "chance": chance,
         "standard_error": (accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else float("nan"),
-        "truncated": float(np.mean(truncated)),
+        "truncated": truncated,
     }

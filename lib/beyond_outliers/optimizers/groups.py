@@ -37,7 +37,7 @@ def whole(least: int, most: int = 2**31) -> Limit:
 
 def real(words: str, allows: Callable[[Any], bool]) -> Limit:
     """Of a number, or of a tensor of one (torch's word for a rate that a compiled step reads)."""
-    return Limit(words, lambda value: isinstance(value, Real | Tensor) and bool(allows(value)))
+    return Limit(words, lambda v: type(v) is not bool and isinstance(v, Real | Tensor) and bool(allows(v)))
 
 
 AT_LEAST_0 = real("at least 0", lambda value: 0 <= value < math.inf)

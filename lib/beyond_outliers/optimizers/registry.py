@@ -1,12 +1,13 @@
-"""The optimizers by name, and `build_optimizer`, which makes one for a model; `config/optimizers.py` lists them."""
+"""The optimizers by name, and `build_optimizer`, which makes one for a model; `config/registry.py` lists them."""
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
+from beyond_outliers.config.registry import FURTHER, OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
 from beyond_outliers.optimizers.groups import AT_LEAST_0, parameter_groups, require
 from beyond_outliers.optimizers.outside import Outside
 
@@ -26,11 +27,12 @@ def build_optimizer(
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
     one = entry(name)
-    if name in REGISTRY and (unknown := sorted(set(hyper) - set(one.hyperparameters))):
-        raise ValueError(
-            f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are "
-            f"lr, weight_decay, {', '.join(one.hyperparameters)}"
-        )
+    if name in REGISTRY:
+        valid = [*inspect.signature(one.optimizer).parameters, *ROLE_RATES, *FURTHER][1:]  # after the parameters
+        if unknown := sorted(hyper.keys() - set(valid)):
+            raise ValueError(
+                f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are {', '.join(valid)}"
+            )
     groups = parameter_groups(model)
     for rate, role in ROLE_RATES.items():
         if hyper.get(rate) is not None:

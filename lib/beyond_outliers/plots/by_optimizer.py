@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from beyond_outliers.claims.estimates import label as name_of
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import (
     COLOURS,
     GUIDE,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import (
     COLOURS,
     GUIDE,

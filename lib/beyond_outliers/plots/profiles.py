@@ -6,7 +6,7 @@ A figure function takes a tidy table and returns a matplotlib figure.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from beyond_outliers.config.optimizers import ordered
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.plots.theme import finish, panels, style_of, subplots
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from beyond_outliers import paths
 from beyond_outliers.claims.estimates import label
-from beyond_outliers.config.optimizers import OPTIMIZER_NAMES, entry
+from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
 
 
 class _Each(dict[str, str]):

@@ -326,6 +326,6 @@ def summarise(table: pd.DataFrame) -> pd.Series:
     """
     own = table[~table["kind"].str.endswith(FUNCTIONAL)]
     linear = own[own["kind"] == "linear"]
-    means = {f"mean_{column}": own[column].mean() for column in ("R", "A", "B", "gain")}
-    means |= {f"linear_{column}": linear[column].mean() for column in ("gain", "spectral_ratio", "alignment_ratio")}
-    return pd.Series({"R_L": table["R"].iloc[-1]} | means)
+    means = own[["R", "A", "B", "gain"]].mean().add_prefix("mean_")
+    of_linear = linear[["gain", "spectral_ratio", "alignment_ratio"]].mean().add_prefix("linear_")
+    return pd.concat([pd.Series({"R_L": table["R"].iloc[-1]}), means, of_linear])

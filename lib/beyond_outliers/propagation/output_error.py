@@ -61,9 +61,6 @@ class RelativeError:
     n_sequences: int
     n_tokens: int
 
-    def __float__(self) -> float:
-        return self.value
-
     def __str__(self) -> str:
         few = f"; fewer than {TRUSTED}: the interval is a guess" if self.n_sequences < TRUSTED else ""
         return f"R_L {self.value:.3g} [{self.low:.3g}, {self.high:.3g}] over {self.n_sequences} sequences{few}"

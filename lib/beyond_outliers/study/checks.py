@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from beyond_outliers import paths
 from beyond_outliers.config.parsing import choose
@@ -16,24 +15,25 @@ def check(protocol: Protocol) -> None:
     from beyond_outliers.quantizers.spec import QuantSpec
     from beyond_outliers.study.measure import specs
 
+    settings = protocol.settings
+    if settings.rates_from and not settings.rates:
+        raise ValueError(f"{settings.rates_from} has chosen no rates yet for {protocol.scale}: tune it first")
     measured = protocol.measure
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}
-        read = [QuantSpec.named(name) for name in measured.readings]
         for size in protocol.sizes:
             shape = protocol.model(size)
             # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
             asked = [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values()
-            for spec in (*asked, *read):
+            for spec in (*asked, *map(QuantSpec.named, measured.readings or ())):
                 for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
                     spec.check_width(width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
     model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
-    for name, given in protocol.settings.hyper.items():
-        hyper: dict[str, Any] = dict(given)
+    for name, given in settings.hyper.items():
         with _named(protocol, f"hyper.{name}"):
-            build_optimizer(model, name, lr=1e-3, **hyper)
+            build_optimizer(model, name, lr=1e-3, **given)
 
 
 @contextlib.contextmanager

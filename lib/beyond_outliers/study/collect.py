@@ -22,14 +22,14 @@ def collect(study: "Study") -> None:
     MissingResults when there is nothing to write. Runs that are damaged are left out, and named by a DamagedFile after
     all others are written.
     """
-    purposes, variants, results, damages = dict[str, str](), dict[str, str](), {}, []
+    purposes, results, damages = dict[str, str](), {}, []
+    variants = {planned.config.name: planned.variant for planned in study.planned() if planned.variant}
     for planned in study.planned():
         name = planned.config.name
         if name in purposes:
             purposes[name] += f"+{planned.purpose}"
             continue
         purposes[name] = planned.purpose
-        variants |= {name: planned.variant} if planned.variant else {}
         try:
             if (result := study.result(planned)) is not None:
                 check_whole(result)
@@ -155,7 +155,7 @@ def merge(study: "Study", folder: Path) -> pd.DataFrame:
         raise ValueError(f"{folder} has no runs.csv; valid: a folder like {study.results}")
     theirs = read_table(folder / "runs.csv")
     ours = study.table("runs") if study.has("runs") else theirs.iloc[:0]
-    if (strangers := set(theirs.scale) - {study.scale}) and len(theirs):
+    if strangers := set(theirs.scale) - {study.scale}:
         raise ValueError(f"{folder} holds runs of scale {', '.join(sorted(strangers))}, not of {study.scale}")
     study.results.mkdir(parents=True, exist_ok=True)
     for name in TABLES:

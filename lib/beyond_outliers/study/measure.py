@@ -6,7 +6,7 @@ nothing; an interrupted measurement leaves no folder.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,15 +47,14 @@ def specs(settings: Measure) -> list[QuantSpec]:
     return [*both, *weights, QuantSpec(rotate=True), QuantSpec(head=True)]
 
 
-def fitting(found: Sequence[QuantSpec], config: RunConfig) -> list[QuantSpec]:
+def fitting(found: Sequence[QuantSpec], config: RunConfig) -> Iterator[QuantSpec]:
     """Those of the specs whose blocks divide every width of the run's model."""
-    model, kept = config.model, []
+    model = config.model
     for spec in found:
         with contextlib.suppress(ValueError):
             spec.check_width(model.width)
             spec.check_width(model.mlp_ratio * model.width)
-            kept.append(spec)
-    return kept
+            yield spec
 
 
 def validation_batches(corpus: Corpus, context: int, n_tokens: int, batch_size: int = 16) -> list[torch.Tensor]:
@@ -108,7 +107,7 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
     ptq, accuracies, copies = [{"spec": "none", **base}], [accuracy], {}
-    read = [QuantSpec.named(name) for name in settings.readings if level != "light"]
+    read = [QuantSpec.named(name) for name in settings.readings or () if level != "light"]
     light = [primary, dataclasses.replace(primary, activations="none")]
     for spec in dict.fromkeys([*(fitting(specs(settings), config) if level == "full" else light), *read]):
         inputs = calibration(corpus, context, settings.calibration_tokens) if spec.method == "gptq" else None

@@ -53,9 +53,8 @@ def publish(study: "Study", partial: bool = False) -> str:
             f"{f', but not {missing[0]}' if missing else ', but not all tables or learning rates'}: run "
             f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
         )
-    judged = [] if "+" in study.scale else ["judged.csv"]
-    if unjudged := [name for name in judged if not (own / name).exists()]:
-        raise ValueError(f"{own} lacks {', '.join(unjudged)}: run `beyond-outliers claims --scale {study.scale}`")
+    if "+" not in study.scale and not (own / "judged.csv").exists():
+        raise ValueError(f"{own} lacks judged.csv: run `beyond-outliers claims --scale {study.scale}`")
     checksums.check(own, remedy="collect it again: `beyond-outliers collect`, then the claims")
     there = committed / "runs.csv"
     new = read_table(own / "runs.csv").set_index("run").val_loss
@@ -71,6 +70,7 @@ def publish(study: "Study", partial: bool = False) -> str:
     shutil.rmtree(own)
     study.results = committed
     same = int((new[both].fillna(0) == old[both].fillna(0)).sum())  # diverged in both: alike
-    counts = f"{len(new)} runs, {same} of them with the loss that was there, {len(new) - len(both)} new"
-    counts += f"; {len(old) - len(both)} that were there are gone"
-    return f"{committed}: {counts}. `make figures SCALE={study.scale}` draws their pages"
+    return (
+        f"{committed}: {len(new)} runs, {same} of them with the loss that was there, {len(new) - len(both)} new; "
+        f"{len(old) - len(both)} that were there are gone. `make figures SCALE={study.scale}` draws their pages"
+    )

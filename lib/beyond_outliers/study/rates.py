@@ -65,7 +65,7 @@ def _searched(study: "Study", size: str) -> list[dict[str, Any]]:
     for optimizer in study.protocol.optimizers:
         found = tune(study.protocol, size, optimizer, val_loss)
         tried = {line: " ".join(f"{rate:g}" for rate in rates) for line, rates in found["lines"].items()}
-        rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"], "n_runs": found["n_runs"]}
-        auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
-        rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
+        row = {"size": size, "optimizer": optimizer, "lr": found["lr"], "edge": False, "grid": tried["lr"]}
+        row |= {"n_runs": found["n_runs"], "auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
+        rows.append(row)
     return rows

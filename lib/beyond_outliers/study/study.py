@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from beyond_outliers import paths
-from beyond_outliers.config.optimizers import ordered
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.rates import Rates, tune
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import COLUMNS, common_loss, given_beside

@@ -87,10 +87,9 @@ def check_table(folder: Path, name: str) -> None:
     if file.exists():
         committed = folder.parent == paths.RESULTS
         scale = folder.name if committed else folder.parent.name
-        collect = f"remove it, then `beyond-outliers collect --scale {scale}`"
-        again = f"`git restore {folder}`" if committed else collect
-        taken = f"`beyond-outliers claims --scale {scale}`, which takes all tables as they are"
-        checksums.check(folder, file.name, remedy=f"{again}, or, if it was changed on purpose, {taken}")
+        again = f"`git restore {folder}`" if committed else f"remove it, then `beyond-outliers collect --scale {scale}`"
+        remedy = f"{again}, or, if it was changed on purpose, `beyond-outliers claims --scale {scale}`, "
+        checksums.check(folder, file.name, remedy=f"{remedy}which takes all tables as they are")
 
 
 class MissingResults(RuntimeError):

@@ -60,7 +60,7 @@ def reproduce(
     "slurm". options: more of Snakemake's. target: "all", or "tables" without verdicts and pages. hours: the time after
     which it ends, with exit code 0. settings: `config` of the Snakefile.
     """
-    from beyond_outliers.train.lock import RunHeld, held, sign
+    from beyond_outliers.lock import RunHeld, held, sign
 
     study.check()
     log = study.runs_folder / "reproduce.log"
@@ -184,7 +184,7 @@ class Progress:
         self.scale, self.rows, self.terminal = scale, rows, terminal
         self.names: dict[int, str] = {}  # job id -> "run NAME light"
         self.logs, self.running = dict[int, list[str]](), list[int]()
-        self.steps, self.noted = "", list[str]()
+        self.noted = list[str]()
         self.start = time.monotonic()
         self.at = float("-inf")
         self.look()
@@ -211,8 +211,6 @@ class Progress:
         elif event == "job_error":
             self.running = [job for job in self.running if job != record.jobid]
             self.note(f"failed: {self.names.get(record.jobid, record.rule_name)}\nreason: {self.reason(record.jobid)}")
-        elif event == "progress":
-            self.steps = f"step {record.done} of {record.total}"
         elif event == "error":
             self.note(f"reason: {str(record.msg).strip().splitlines()[-1]}") if not self.logs else None
         if event:
@@ -225,11 +223,11 @@ class Progress:
         return said.splitlines()[-1].strip() if said else "it ended without a word, as when it is killed"
 
     def text(self) -> str:
-        """The line: runs done of all, the time left at the pace so far, Snakemake's steps, what runs now."""
+        """The line: runs done of all, the time left at the pace so far, what runs now."""
         ended, ahead = self.done - self.before, self.costs.keys() - self.done
         made, rest = (sum(self.costs[name] for name in names) for names in (ended, ahead))
         parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done"]
-        parts += [left(time.monotonic() - self.start, made, rest), self.steps]
+        parts += [left(time.monotonic() - self.start, made, rest)]
         now = ", ".join(self.names[job] for job in self.running if job in self.names)
         return ", ".join(filter(None, [*parts, now and f"now {now}"]))
 

@@ -49,14 +49,7 @@ class RunResult:
     def load_model(self, step: int | None = None) -> "nn.Module":
         """The model with the weights of an evaluation, by default the last; on CPU, in eval mode."""
         step = self.row["steps"] if step is None else step
-        check(self.folder, weights_name(step))
-        from safetensors.torch import load_model
-
-        from beyond_outliers.model.build import build_model
-
-        model = build_model(self.config)
-        load_model(model, weights_path(self.folder, step))
-        return model.eval()
+        return model_of(self.config, self.weights(step), weights_path(self.folder, step))
 
     def weights(self, step: int) -> "dict[str, torch.Tensor]":
         """The weights of an evaluation as they are stored."""
@@ -138,26 +131,15 @@ def result_row(
 
 def flat_config(config: RunConfig) -> dict:
     """The resolved config as flat columns of a result table."""
-    quantization = config.quantization or {}
+    quantization, model = config.quantization or {}, config.model
+    shape = ("n_parameters", "width", "depth", "n_heads", "n_kv_heads", "vocab_size")
     return {
-        "scale": config.scale,
-        "size": config.size,
-        "optimizer": config.optimizer,
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
+        **{key: getattr(config, key) for key in ("scale", "size", "optimizer", "lr", "weight_decay")},
         "hyper": json.dumps(config.hyper, sort_keys=True),
         "seed": config.seed,
         "scheme": quantization.get("scheme", "none"),
-        "qat_weights": quantization.get("weights", "none"),
-        "qat_activations": quantization.get("activations", "none"),
-        "n_parameters": config.model.n_parameters,
-        "width": config.model.width,
-        "depth": config.model.depth,
-        "n_heads": config.model.n_heads,
-        "n_kv_heads": config.model.n_kv_heads,
-        "vocab_size": config.model.vocab_size,
-        "context": config.context,
-        "batch_size": config.batch_size,
-        "tokens_per_parameter": config.tokens_per_parameter,
+        **{f"qat_{part}": quantization.get(part, "none") for part in ("weights", "activations")},
+        **{key: getattr(model, key) for key in shape},
+        **{key: getattr(config, key) for key in ("context", "batch_size", "tokens_per_parameter")},
         "corpus": config.corpus.source,
     }

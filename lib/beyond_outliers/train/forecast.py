@@ -1,8 +1,7 @@
 """`--dry-run`: what a run is, the memory that it takes by a formula, and the time of a step tried on this machine."""
 
-import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 from beyond_outliers.config.run import ModelConfig, RunConfig
 
@@ -47,30 +46,26 @@ def state_per_parameter(config: RunConfig) -> float:
     from torch import nn
 
     from beyond_outliers.model.build import build_model
-    from beyond_outliers.optimizers.groups import RoleGroups, parameter_groups
+    from beyond_outliers.optimizers.groups import parameter_groups
     from beyond_outliers.optimizers.registry import build_optimizer
 
-    optimizer = build_optimizer(nn.Linear(2, 2), config.optimizer, config.lr, **config.hyper)
-    assert isinstance(optimizer, RoleGroups), "all that build_optimizer makes"
+    optimizer: Any = build_optimizer(nn.Linear(2, 2), config.optimizer, config.lr, **config.hyper)
     with torch.device("meta"):
         groups = parameter_groups(build_model(config.replace(quantization=None)))
-    shapes = [
-        shape
-        for group in groups
-        for _, p in group["params"]
-        for shape in optimizer.state_shapes({**optimizer.param_groups[0], "role": group["role"]}, p).values()
-    ]
-    return sum(shape.numel() for shape in shapes) / config.model.n_parameters or 2.0
+    settings = optimizer.param_groups[0]
+    kept = [optimizer.state_shapes({**settings, "role": g["role"]}, p).values() for g in groups for _, p in g["params"]]
+    return sum(shape.numel() for shapes in kept for shape in shapes) / config.model.n_parameters or 2.0
 
 
 def step_seconds(
     config: RunConfig, device: str, workers: int = 1, recompute: bool = False, threads: int | None = None
 ) -> float | None:
-    """Seconds of a step, uncompiled: a micro-batch as often as a step has some, and the mean of ten updates.
+    """Seconds of a step, uncompiled: a micro-batch as often as a step has some, and an update.
 
     None where one takes too long to try, or there is no such device.
     """
     import torch
+    from torch.utils.benchmark import Timer
 
     from beyond_outliers.model.build import build_model
     from beyond_outliers.optimizers.registry import build_optimizer
@@ -91,18 +86,11 @@ def step_seconds(
             loss = model.loss(ids, ids)
         loss.backward()
 
-    def seconds(call: Callable[[], object], times: int) -> list[float]:
-        found = []
-        for _ in range(times):
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - start)
-        return found
+    def seconds(call: Callable[[], object], times: int) -> float:
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return timer.timeit(times).mean  # after two calls that do not count
 
-    forward_backward = statistics.median(seconds(passes, 4)[1:])
-    return share / rows * forward_backward + statistics.mean(seconds(optimizer.step, 12)[2:])
+    return share / rows * seconds(passes, 3) + seconds(optimizer.step, 10)
 
 
 def forecast(config: RunConfig, device: str = "auto", workers: int = 1, recompute: bool = False) -> str:

@@ -7,9 +7,11 @@ starts otherwise. Everything it knows is in the run's folder (`folder`).
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +27,44 @@ from beyond_outliers.config.run import RunConfig
 from beyond_outliers.corpus.batches import Batches
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
+from beyond_outliers.lock import held
 from beyond_outliers.model.build import build_model
 from beyond_outliers.optimizers.groups import NonFiniteGradientError
 from beyond_outliers.optimizers.registry import build_optimizer
 from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import weights_held
-from beyond_outliers.train.folder import (
-    RunResult,
-    load_result,
-    result_row,
-    run_folder,
-    weights_name,
-)
-from beyond_outliers.train.lock import TRY_AGAIN, Termination, held
-from beyond_outliers.train.machine import (
-    LossModule,
-    check_shares,
-    device_named,
-    provenance,
-    should_compile,
-)
+from beyond_outliers.train.folder import RunResult, load_result, result_row, run_folder, weights_name
+from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
 from beyond_outliers.train.resume import read_state, read_trunk, states, trunk_name, write_state
 from beyond_outliers.train.schedule import evaluation_steps, rate_factor
 from beyond_outliers.train.workers import Workers, place
 
 LOGGED_STEPS = 200  # training losses kept a run, each the mean since the one before
 SAVE_EVERY = 240.0  # seconds; with the step in progress, less than five minutes are lost
+TRY_AGAIN = 75  # exit code (EX_TEMPFAIL) of a run that saved and stopped: the same command goes on
+COLUMNS = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]  # of metrics.csv
+COLUMNS += ["val_loss", "val_standard_error", "bits_per_byte"]
+KEPT = ("step", "rows", "seconds", "mean", "count")  # of `_Run`, in its states
 
 
 class Diverged(Exception):
     """The loss left the numbers, or rose above where it started and stayed there."""
+
+
+class Termination:
+    """Whether SIGTERM has come, while this is entered; the signal itself then ends nothing."""
+
+    asked = False
+
+    def __enter__(self) -> "Termination":
+        self.here = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+        if self.here:
+            self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.here:
+            signal.signal(signal.SIGTERM, self.before)
 
 
 def train(
@@ -101,7 +111,7 @@ def train(
             try:
                 run.loop()
             finally:
-                run.close()
+                run.workers.leave()
             if rank != 0:
                 return RunResult(config, folder, {})
             done = load_result(folder)
@@ -158,15 +168,10 @@ class _Run:
         config = self.config
         stops = evaluation_steps(config)
         log_every = max(1, config.steps // LOGGED_STEPS)
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc=config.name,
-            unit="step",
-            disable=None if self.progress else True,
-        )
+        hidden = None if self.progress else True  # None: shown on a terminal
+        bar = tqdm(total=config.steps, initial=self.step, desc=config.name, unit="step", disable=hidden)
         try:
-            with self.termination:
+            with self.termination, bar:
                 if self.step == 0:
                     self._evaluate(save=False)
                     self.clock = time.perf_counter()
@@ -179,20 +184,17 @@ class _Run:
             status, reason = "finished", ""
         except (Diverged, NonFiniteGradientError) as error:
             status, reason = "diverged", str(error)
-        finally:
-            bar.close()
         if self.first:
             self._finish(status, reason)
 
-    def _log_training(self, bar: tqdm | None) -> None:
+    def _log_training(self, bar: tqdm) -> None:
         """The mean training loss since it was last logged, and the evaluation of steps that have one."""
         train_loss = (self.mean / self.count).item()
         taken = time.perf_counter() - self.clock
         speed = self.count * self.config.tokens_per_step / taken
         self.seconds += taken
         self._log(train_loss=train_loss, tokens_per_second=speed)
-        if bar is not None:
-            bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
         if not np.isfinite(train_loss):
             raise Diverged(f"training loss {train_loss} at step {self.step}")
         self.mean, self.count = torch.zeros_like(self.mean), 0
@@ -202,13 +204,14 @@ class _Run:
 
     def _save_in_time(self) -> None:
         """Saves when the last time is long ago, and when the process is asked to end, which it then does."""
-        if (self.late or self.termination.asked or self.step in self.keep) and self.step < self.config.steps:
+        if self.step == self.config.steps:
+            return
+        if self.late or self.termination.asked or self.step in self.keep:
             self._save()
-        if self.termination.asked and self.step < self.config.steps:
+        if self.termination.asked:
             if self.first:
-                print(
-                    f"SIGTERM: {self.config.name} is saved at step {self.step}; run it again to go on", file=sys.stderr
-                )
+                said = f"SIGTERM: {self.config.name} is saved at step {self.step}; run it again to go on"
+                print(said, file=sys.stderr)
             raise SystemExit(TRY_AGAIN)
 
     def _step(self) -> torch.Tensor:
@@ -222,9 +225,8 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
-        with (
-            weights_held(self.model) if parts > 1 and config.quantization else contextlib.nullcontext()
-        ):  # QAT: once a step, not a micro-batch
+        rounded_once = weights_held(self.model) if parts > 1 and config.quantization else contextlib.nullcontext()
+        with rounded_once:  # QAT: once a step, not a micro-batch
             for part, (x, y) in enumerate(zip(ids.chunk(parts), targets.chunk(parts), strict=True)):
                 last = part == parts - 1
                 with self._autocast(), contextlib.nullcontext() if last else self.workers.apart(self.loss):
@@ -249,13 +251,8 @@ class _Run:
     def _evaluate(self, save: bool) -> None:
         config = self.config
         with self._autocast():
-            found = validation_loss(
-                self.model,
-                self.corpus.validation,
-                config.context,
-                max_tokens=config.validation_tokens,
-                token_bytes=self.corpus.token_bytes,
-            )
+            tokens, most, n_bytes = self.corpus.validation, config.validation_tokens, self.corpus.token_bytes
+            found = validation_loss(self.model, tokens, config.context, max_tokens=most, token_bytes=n_bytes)
         self._log(val_loss=found.loss, val_standard_error=found.standard_error, bits_per_byte=found.bits_per_byte)
         losses = [row["val_loss"] for row in self.rows if "val_loss" in row]
         start, high = losses[0], [not loss <= losses[0] for loss in losses]  # NaN is high
@@ -274,9 +271,7 @@ class _Run:
             self.rows.append({"step": self.step, "tokens": tokens, "lr": lr, "seconds": self.seconds, **values})
 
     def _write_metrics(self, path: Path) -> None:
-        columns = ["step", "tokens", "lr", "seconds", "train_loss", "tokens_per_second"]
-        columns += ["val_loss", "val_standard_error", "bits_per_byte"]
-        pd.DataFrame(self.rows).reindex(columns=columns).to_csv(path, index=False)
+        pd.DataFrame(self.rows).reindex(columns=COLUMNS).to_csv(path, index=False)
 
     def _save(self, evaluated: bool = False) -> None:
         """Writes all that the run needs to go on, and the weights of an evaluation. All workers take part."""
@@ -284,23 +279,15 @@ class _Run:
         self.saved, self.late = time.perf_counter(), False
         if not self.first:
             return
-        state = {
+        state = {name: getattr(self, name) for name in KEPT} | {
             "run_id": self.config.run_id,
-            "step": self.step,
-            "rows": self.rows,
-            "seconds": self.seconds,
-            "mean": self.mean,
-            "count": self.count,
             "taken": time.perf_counter() - self.clock,
             "model": self.model.state_dict(),
             "optimizer": optimizer,
         }
-        files: dict[str, Callable[[Path], object]] = {"metrics.csv": self._write_metrics}
-        if evaluated:
-            files[weights_name(self.step)] = lambda path: save_model(self.model, str(path))
-        if self.step in self.keep:
-            files[trunk_name(self.step)] = lambda path: torch.save(state, path)
-        write_state(self.folder, state, files)
+        weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
+        kept = {trunk_name(self.step): lambda path: torch.save(state, path)} if self.step in self.keep else {}
+        write_state(self.folder, state, {**weights, **kept, "metrics.csv": self._write_metrics})
 
     def take(self, state: dict[str, Any] | None) -> None:
         """Goes on from a state, if there is one."""
@@ -308,8 +295,8 @@ class _Run:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.mean, self.count = state["mean"], state["count"]
+        for name in KEPT:
+            setattr(self, name, state[name])
         self.clock = time.perf_counter() - state["taken"]
 
     def _finish(self, status: str, reason: str) -> None:
@@ -318,6 +305,3 @@ class _Run:
         text = json.dumps(row | provenance(self.device, self.compiled), indent=1)
         written = {"metrics.csv": self._write_metrics, "result.json": lambda path: path.write_text(text)}
         checksums.write_files(self.folder, written, remove=[file.name for file in states(self.folder)])
-
-    def close(self) -> None:
-        self.workers.leave()

@@ -37,17 +37,14 @@ def device_named(name: str) -> torch.device:
 def should_compile(compile: bool | str, config: RunConfig, device: torch.device) -> bool:
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")))
-    if compile == "auto" and not compiler:  # TorchInductor builds its kernels with one
-        return False
-    if compile != "auto":
-        if compile and not compiler:
-            raise ValueError(
-                "compile=True needs a C++ compiler, and there is none: install one, set CXX, or say compile='auto'"
-            )
-        return bool(compile)
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")))  # for its kernels
+    if compile is True and not compiler:
+        raise ValueError(
+            "compile=True needs a C++ compiler, and there is none: install one, set CXX, or say compile='auto'"
+        )
     operations = 6 * config.model.n_parameters * config.steps * config.tokens_per_step
-    return device.type == "cuda" or operations > COMPILING_PAYS_ABOVE
+    pays = compiler and (device.type == "cuda" or operations > COMPILING_PAYS_ABOVE)
+    return pays if compile == "auto" else bool(compile)
 
 
 class LossModule(nn.Module):
