@@ -55,7 +55,7 @@ class Variant:
 
     def of(self, config: RunConfig) -> RunConfig:
         """The run that differs so from `config`, which has its rates already."""
-        hyper = {**config.hyper, **self.hyper}
+        hyper = config.hyper | self.hyper
         if not self.decay:
             return config.replace(hyper=hyper)
         each = [self.decay / rate / config.steps for rate in (config.lr, hyper["embedding_lr"])]
@@ -271,7 +271,7 @@ def of_arm(table: dict[str, Any], arm: dict[str, Any], base: str) -> dict[str, A
         table[key] = table[key] | value if isinstance(value, dict) and key not in ("plan", "sizes") else value
     if "tuning" not in arm:
         del table["tuning"]
-        rates: dict[str, dict] = {}
+        rates = dict[str, dict]()
         for (size, name), chosen in read_rates(base).items():
             if name in names:
                 rates.setdefault(size, {})[name] = vars(chosen)

@@ -145,8 +145,8 @@ class Study:
         from beyond_outliers.train.loop import train
 
         config = planned.config
-        options["keep"] = [branch.start for branch in self.planned(config.size) if branch.trunk == config]
-        options |= {"trunk": planned.trunk, "start": planned.start}
+        keep = [branch.start for branch in self.planned(config.size) if branch.trunk == config]
+        options |= {"keep": keep, "trunk": planned.trunk, "start": planned.start}
         return train(config, threads=self.protocol.threads, **options)
 
     def run(self, planned: Planned, **options: Any) -> "RunResult":
@@ -186,9 +186,9 @@ class Study:
 
     def groups(self) -> list[tuple[str, int | None]]:
         """(size, seed) of what a Common Loss is taken over: with trajectories a seed, else (None) all of a size."""
-        by_seed, runs = self.protocol.measure.common_by_seed, self.planned()
-        groups = [(p.config.size, p.config.seed if by_seed else None) for p in runs if p.purpose == "full_precision"]
-        return list(dict.fromkeys(groups))
+        runs, by_seed = self.planned(), self.protocol.measure.common_by_seed
+        groups = {(p.config.size, p.config.seed if by_seed else None): 0 for p in runs if p.purpose == "full_precision"}
+        return list(groups)
 
     def group(self, size: str, seed: int | None = None) -> list[Planned]:
         """The runs that a Common Loss is taken over."""

@@ -100,6 +100,8 @@ def train(
         return done
     if threads:
         torch.set_num_threads(threads)
+    if trunk:  # a compiled kernel rounds in another way
+        compile = should_compile(compile, trunk, device_named(device))
     world, rank = place()
     lock = held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext()
     with plain_settings(training=True), lock:
@@ -116,7 +118,7 @@ def train(
                 return RunResult(config, folder, {})
             done = load_result(folder)
     assert done is not None, "a run that has ended has written its result"
-    if trunk and rank == 0 and (file := run_folder(trunk, root) / trunk_name(start)).exists():
+    if trunk and (file := run_folder(trunk, root) / trunk_name(start)).exists():
         checksums.write_files(file.parent, {}, remove=[file.name])
     return done
 
