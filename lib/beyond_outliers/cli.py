@@ -423,8 +423,7 @@ def say_where(scale: str) -> None:
     from beyond_outliers.reproduction import NothingToCompare, write
 
     study, pages = study_of(scale), paths.pages(scale)
-    print(f"\nScale {scale}: {len(study.table('runs'))} runs.")
-    print(f"  pages     {pages / 'README.md'} (start here), {pages}/*.html")
+    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {pages / 'README.md'} (start here)")
     print(f"  tables    {study.results}/*.csv")
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:

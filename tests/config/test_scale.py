@@ -175,7 +175,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(load, kind, path, value, m
         (("hyper", "muon", "adam_lr"), 1e-3, r"hyper.muon: Muon has no hyperparameter adam_lr.*adamw_lr.*embedding_lr"),
         (("measure", "formats"), ["int9"], r"own.toml: measure.formats: .*'int9'; valid: .*int4"),
         (("measure", "primary"), "W3A3", r"own.toml: measure.primary: unknown spec 'W3A3'; valid: .*W4A4\+head"),
-        (("plan", "qat", "scheme"), "guest", r"own.toml: plan.qat: unknown scheme 'guest'; valid: quest"),
+        (("plan", "qat", "scheme"), "guest", r"unknown scheme 'guest'; valid: quest"),
     ],
 )
 def test_what_only_the_library_can_judge_is_refused_before_anything_runs(load, path, value, message):
@@ -192,7 +192,7 @@ def test_whole_numbers_stay_whole():
 
 def test_a_scale_without_qat_is_valid_and_says_what_it_lacks(load):
     table = copy.deepcopy(WHOLE["swept"])
-    del table["plan"]["qat"], table["plan"]["schemes"]
+    del table["plan"]["qat"], table["plan"]["schemes"], table["plan"]["branches"]
     protocol = load(table)
     assert protocol.purposes() == ["sweep", "full_precision"] and protocol.purposes("small") == ["full_precision"]
 

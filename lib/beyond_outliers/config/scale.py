@@ -193,8 +193,8 @@ class Scale:
         if tuning and tuning.shape and list(tuning.cross_seeds) != sizes[1:]:
             crossed = list(tuning.cross_seeds)
             yield f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, not of {crossed}"
-        if (self.rates and not self.rates_from) or (tuning and self.rates_from):
-            yield f"[rates] ask for rates_from, not {self.rates_from!r}, and for no [tuning]"
+        if (bool(self.rates_from) != bool(self.rates) and ("sweep" in self.plan or tuning)) or (tuning and self.rates):
+            yield f"rates_from = {self.rates_from!r} and [rates] ask for each other, and for no [tuning]"
         for size, row in self.rates.items():
             swept = self.plan["sweep"].sizes if "sweep" in self.plan else ()
             if size not in sizes or size in swept or {*row} != {*self.optimizers}:

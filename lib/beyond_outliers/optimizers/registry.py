@@ -1,13 +1,11 @@
 """The optimizers by name, and `build_optimizer`, which makes one for a model; `config/registry.py` lists them."""
 
-import functools
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from beyond_outliers.config.registry import FURTHER, OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
+from beyond_outliers.config.registry import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
 from beyond_outliers.optimizers.groups import AT_LEAST_0, parameter_groups, require
 from beyond_outliers.optimizers.outside import Outside
 
@@ -28,24 +26,21 @@ def build_optimizer(
     """
     one = entry(name)
     if name in REGISTRY:
-        valid = [*inspect.signature(one.optimizer).parameters, *ROLE_RATES, *FURTHER][1:]  # after the parameters
+        valid = [*list(inspect.signature(one.optimizer).parameters)[1:], *ROLE_RATES, "centred_embedding"]
         if unknown := sorted(hyper.keys() - set(valid)):
             raise ValueError(
                 f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are {', '.join(valid)}"
             )
     groups = parameter_groups(model)
-    for rate, role in ROLE_RATES.items():
-        if hyper.get(rate) is not None:
-            require(AT_LEAST_0, rate, hyper[rate])
-            own = hyper.pop(rate)
-            groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    decay, centred = hyper.pop("embedding_decay", None), hyper.pop("centred_embedding", False)
-    embeddings = [group for group in groups if group["role"] == "embedding"]
-    for group in embeddings if decay is not None else ():
-        group["weight_decay"] = decay
-    made: Callable[..., torch.optim.Optimizer] = functools.partial(Outside, source=name)
-    optimizer = (one.optimizer if name in REGISTRY else made)(groups, lr=lr, weight_decay=weight_decay, **hyper)
-    tables = [table for group in embeddings for _, table in group["params"]]
+    for key, (role, setting) in ROLE_RATES.items():
+        if hyper.get(key) is not None:
+            require(AT_LEAST_0, key, hyper[key])
+            own = hyper.pop(key)
+            groups = [{**group, setting: own} if group["role"] == role else group for group in groups]
+    centred = hyper.pop("centred_embedding", False)
+    tables = [table for group in groups if group["role"] == "embedding" for _, table in group["params"]]
+    settings = {"lr": lr, "weight_decay": weight_decay, **hyper}
+    optimizer = one.optimizer(groups, **settings) if name in REGISTRY else Outside(groups, name, **settings)
 
     def centre(*_: object) -> None:
         for table in tables:

@@ -57,7 +57,6 @@ class RelativeError:
     value: float
     low: float
     high: float
-    confidence: float
     n_sequences: int
     n_tokens: int
 
@@ -123,7 +122,7 @@ def relative_error(
 
     sequences = _sums(model, quantized, batches, (centred,), enough)
     tokens = sum(sums.tokens for sums in sequences)
-    return RelativeError(*ratio(sequences)[:3], confidence, len(sequences), tokens)
+    return RelativeError(*ratio(sequences)[:3], len(sequences), tokens)
 
 
 @plain_settings()

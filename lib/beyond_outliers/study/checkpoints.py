@@ -22,8 +22,6 @@ from beyond_outliers.study.measure import measure_model
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.folder import RunResult, model_of
 
-LARGEST = 20_000_000  # bytes a scale
-
 
 def folder(scale: str) -> Path:
     return paths.CHECKPOINTS / scale
@@ -32,7 +30,7 @@ def folder(scale: str) -> Path:
 def keep(study: Study) -> list[Path]:
     """Writes the checkpoints of the lowest main seed that has ended here, one a (size, optimizer, scheme).
 
-    Returns the files written. ValueError when the scale's checkpoints would exceed LARGEST bytes.
+    Returns the files written.
     """
     chosen: dict[tuple, RunResult] = {}
     main = [planned for planned in study.planned() if planned.purpose in ("full_precision", "qat")]
@@ -49,8 +47,6 @@ def keep(study: Study) -> list[Path]:
         metadata = {"config": result.config.to_json(), "run": result.config.name}
         checksums.write_files(target.parent, {target.name: partial(save_file, halves, metadata=metadata)})
         written.append(target)
-    if (size := sum(file.stat().st_size for file in folder(study.scale).glob("*.safetensors"))) > LARGEST:
-        raise ValueError(f"the checkpoints of {study.scale} take {size:,} bytes, more than {LARGEST:,}")
     return written
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from beyond_outliers import paths
 from beyond_outliers.config.parsing import choose
@@ -10,6 +11,7 @@ from beyond_outliers.config.protocol import Protocol
 
 def check(protocol: Protocol) -> None:
     """ValueError now for what would stop the study later: a text, format, scheme or hyperparameter."""
+    from beyond_outliers.corpus.sources import READERS
     from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
     from beyond_outliers.quantizers.spec import QuantSpec
@@ -18,7 +20,12 @@ def check(protocol: Protocol) -> None:
     settings = protocol.settings
     if settings.rates_from and not settings.rates:
         raise ValueError(f"{settings.rates_from} has chosen no rates yet for {protocol.scale}: tune it first")
-    measured = protocol.measure
+    source, measured = protocol.corpus.source, protocol.measure
+    with _named(protocol, "corpus"):
+        for wheel in protocol.corpus.wheels:
+            choose("wheel", wheel, READERS)
+        if source not in ("embedded", "climbmix") and not Path(source).exists():
+            raise ValueError(f"source: there is no file or folder {source!r}; valid: embedded, climbmix, or a path")
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}
         for size in protocol.sizes:

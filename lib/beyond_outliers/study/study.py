@@ -131,6 +131,7 @@ class Study:
         from beyond_outliers.study.checks import check
 
         check(self.protocol)
+        self.all_runs()  # each can be made
 
     def prepare_corpus(self) -> dict[str, Any]:
         """Fetches and tokenizes the corpus, if it is not there yet; returns what is known of it."""
