@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, copy_of, evaluating, find_head, forward
+from beyond_outliers.modules import as_batches, copy_of, evaluating, find_head, forward, text_batches
 from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import REDUCTIONS, dot, pieces, quotient
 from beyond_outliers.quantizers.record import Runs
@@ -102,7 +102,7 @@ def relative_error(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     choose("reduction", reduction, REDUCTIONS)
-    batches = as_batches(batches)
+    batches = text_batches(model, batches)
     if sample is not None:
         if sample < 2:
             raise ValueError(f"sample must be at least 2 sequences, not {sample}")
@@ -140,7 +140,7 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     is NaN then, and R_final_norm where the head is not called. Raises ValueError for no batches, and for quantized
     layers that did not run.
     """
-    sequences = _sums(model, quantized, as_batches(batches))
+    sequences = _sums(model, quantized, text_batches(model, batches))
     rows = [ratio_of_sums([s.of(name) for s in sequences], confidence, log=name not in SIGNED)[:3] for name in READINGS]
     table = pd.DataFrame(rows, index=READINGS, columns=["value", "low", "high"])
     return table.assign(n=len(sequences)).rename_axis("reading")
@@ -308,6 +308,7 @@ def rounding_floor(
                 change = size * torch.randn(weight.shape, dtype=torch.float32, generator=generator)
                 weight.data.mul_((1 + change).to(weight.device, weight.dtype))
         found.append(relative_error(moved, quantize(moved), batches, reduction=reduction).value)
+        del moved  # before the next copy is made
     return float(np.std(found, ddof=1))
 
 
