@@ -18,7 +18,6 @@ from beyond_outliers.corpus import (
     BOUNDARY,
     Batches,
     bpe,
-    bytes_per_token,
     corpus_folder,
     documents,
     open_corpus,
@@ -27,7 +26,6 @@ from beyond_outliers.corpus import (
 )
 from beyond_outliers.corpus import tokens as corpus
 from beyond_outliers.evaluate import cloze_questions, encode_requests
-from beyond_outliers.train import train
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +39,6 @@ def test_tokens_decode_to_the_documents(built, corpus_config):
     assert int((built.train == 0).sum()) == len(train)
     assert built.train.dtype == np.uint16
     assert built.tokenizer.token_to_id(BOUNDARY) == 0
-
-
-def test_bytes_per_token_count_the_bytes_of_the_text(built):
-    text = "naïve ☃ prose, plain prose"
-    ids = built.tokenizer.encode(text).ids
-    assert built.token_bytes[ids].sum() == len(text.encode())
-    assert bytes_per_token(built.tokenizer)[0] == 0
-    assert built.token_bytes[np.asarray(built.validation)].sum() == built.meta["validation"]["bytes"]
 
 
 @pytest.fixture
@@ -137,14 +127,6 @@ def test_a_side_too_short_for_a_window_is_an_error_and_not_kept(own):
     with pytest.raises(ValueError, match=f"the validation side has {n} tokens, windows of {n} need at least {n + 1}"):
         open_corpus(config, context=n)
     assert built.folder.exists()  # good for shorter windows
-
-
-def test_training_refuses_a_corpus_too_short_for_its_windows(run_config, own):
-    config = write_rows(own / "rows.jsonl", prose(60))
-    config = run_config.replace(corpus=replace(config, vocab_size=320), context=4000)
-    with pytest.raises(ValueError, match="windows of 4000 need"):
-        train(config, root=own, progress=False)
-    assert nothing_kept(config.corpus)
 
 
 class Text(list):
