@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import operator
 import os
 import shutil
 import sys
@@ -82,9 +81,6 @@ class Heldout(Sequence):
         return len(self._first)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = operator.index(index)
         return self._tokenizer.decode(self._tokens[self._first[index] : self._end[index]].tolist())
 
 
