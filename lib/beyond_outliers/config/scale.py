@@ -135,8 +135,8 @@ class Scale:
                 yield f"tuning.shape must be two numbers, or none with one seed, not {list(tuning.shape)} with {most}"
             if list(crossed) != sizes[1:] * bool(tuning.shape) or max(crossed.values(), default=1) > most:
                 yield (
-                    f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, where there is a shape, and "
-                    f"at most the {most} seeds, not {crossed}"
+                    f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, where there is a shape, "
+                    f"and at most the {most} seeds, not {crossed}"
                 )
             for name, rates in start.items():
                 if rates.auxiliary is None:
