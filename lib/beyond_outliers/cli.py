@@ -381,7 +381,8 @@ def compare(
     from beyond_outliers.study import compare
 
     beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
-    print(trial(outside.source, outside.learning_rates[0], **outside.hyper), flush=True)
+    for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
+        print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
     compare.compare(scale, beside, outside)
     print(run_notebook(YOURS, beside))
 

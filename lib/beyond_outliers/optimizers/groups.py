@@ -56,7 +56,6 @@ LIMITS: dict[str, Limit] = {
         "None, torch.bfloat16, torch.float32 or torch.float64",
         lambda value: value in (None, torch.bfloat16, torch.float32, torch.float64),
     ),
-    "ns_gram": YES_OR_NO,
     "nesterov": YES_OR_NO,
     "constrained": YES_OR_NO,
     "scale": POSITIVE,
@@ -87,20 +86,19 @@ class RoleGroups(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
-        entries = param_group["params"]
-        entries = [entries] if isinstance(entries, Tensor) else list(entries)
-        if "role" in param_group:
-            split = {param_group["role"]: entries}
-        else:
-            split = {"matrix": [], "vector": []}
-            for entry in entries:
-                split["vector" if tensor_of(entry).ndim < 2 else "matrix"].append(entry)
+        entries, of_group = param_group["params"], param_group.get("role")
+        if of_group not in (None, *ROLES):
+            raise ValueError(f"unknown role {of_group!r}: valid roles are {', '.join(ROLES)}")
+        split: dict[str, list] = {of_group: []} if of_group else {"matrix": [], "vector": []}
+        for entry in [entries] if isinstance(entries, Tensor) else entries:
+            name, tensor = entry if isinstance(entry, tuple) else ("a parameter", entry)
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"a parameter must be a tensor, not {type(tensor).__name__}")
+            role = of_group or ("vector" if tensor.ndim < 2 else "matrix")
+            refuse_unusable(name, tensor, role)
+            split[role].append(entry)
         for role, members in split.items():
-            if role not in ROLES:
-                raise ValueError(f"unknown role {role!r}: valid roles are {', '.join(ROLES)}")
-            for entry in members:
-                refuse_unusable(entry, role)
-            if members or role == param_group.get("role"):
+            if members or role == of_group:
                 vector = {"weight_decay": 0.0} if role == "vector" else {}
                 group = {**vector, **self.role_defaults.get(role, {}), **param_group, "params": members, "role": role}
                 super().add_param_group(group)
@@ -182,21 +180,18 @@ class RoleGroups(torch.optim.Optimizer):
             raise ValueError("a gradient is sparse; valid: dense ones, as of nn.Embedding(sparse=False)")
         if not gradients or torch.stack(torch._foreach_norm(gradients)).sum() < LARGE:
             return
-        guilty = [
-            name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()
-        ]
-        what = "non-finite gradient of"
-        if not guilty:
-            what = f"a gradient whose squares overflow {str(gradients[0].dtype).removeprefix('torch.')}, of"
-            squared = {id(p) for group in self.param_groups if self.squares(group) for p in group["params"]}
-            guilty = [
-                name
-                for name, p in self.named_parameters()
-                if id(p) in squared and p.grad is not None and not p.grad.square().sum().isfinite().item()
-            ]
-        if guilty:
-            more = f" and {len(guilty) - 5} more" if len(guilty) > 5 else ""
-            raise NonFiniteGradientError(f"{what} {', '.join(guilty[:5])}{more}")
+        squared = {id(p) for group in self.param_groups if self.squares(group) for p in group["params"]}
+        dtype = str(gradients[0].dtype).removeprefix("torch.")
+        for what, spoilt in (
+            ("non-finite gradient of", lambda p: not p.grad.isfinite().all()),
+            (
+                f"a gradient whose squares overflow {dtype}, of",
+                lambda p: id(p) in squared and not p.grad.square().sum().isfinite(),
+            ),
+        ):
+            if guilty := [name for name, p in self.named_parameters() if p.grad is not None and spoilt(p)]:
+                more = f" and {len(guilty) - 5} more" if len(guilty) > 5 else ""
+                raise NonFiniteGradientError(f"{what} {', '.join(guilty[:5])}{more}")
 
     def named_parameters(self):
         """(name, parameter) over all groups; a parameter that came without a name is called by group and position."""
@@ -208,16 +203,16 @@ class RoleGroups(torch.optim.Optimizer):
 def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> None:
     """ValueError unless the tensors of a saved state are those that the optimizer keeps, in shape and name."""
     # counts are numbers or tensors without dimension, as are the states of parameters without any
-    tensors = {k: value for k, value in state.items() if isinstance(value, Tensor) and (value.ndim or k in shapes)}
-    if shapes and (missing := sorted(set(shapes) - set(tensors))):
+    found = {k: value.shape for k, value in state.items() if isinstance(value, Tensor) and (value.ndim or k in shapes)}
+    if missing := sorted(set(shapes) - set(found)):
         raise ValueError(
             f"the state of {name} lacks {', '.join(missing)}: it is another optimizer's or another shape's"
         )
-    for key, value in tensors.items():
+    for key, shape in found.items():
         if key not in shapes:
             raise ValueError(f"the state of {name} has {key!r}; valid: {', '.join(shapes)}")
-        if value.shape != shapes[key]:
-            raise ValueError(f"the state of {name} has {key} of shape {tuple(value.shape)}, not {tuple(shapes[key])}")
+        if shape != shapes[key]:
+            raise ValueError(f"the state of {name} has {key} of shape {tuple(shape)}, not {tuple(shapes[key])}")
 
 
 def laid_out_like(p: Tensor) -> Tensor:
@@ -236,15 +231,7 @@ def require(limit: Limit, name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {limit.words}, not {value!r}")
 
 
-def tensor_of(entry) -> Tensor:
-    return entry[1] if isinstance(entry, tuple) else entry
-
-
-def refuse_unusable(entry, role: str) -> None:
-    tensor = tensor_of(entry)
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"a parameter must be a tensor, not {type(tensor).__name__}")
-    name = entry[0] if isinstance(entry, tuple) else "a parameter"
+def refuse_unusable(name: str, tensor: Tensor, role: str) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
         # Loading a state_dict casts the state to the parameter's dtype, so half-precision weights could not resume.
         raise ValueError(f"{name} is {tensor.dtype}: train float32 (or float64) weights under autocast instead")

@@ -3,26 +3,39 @@
 import torch
 from torch import Tensor
 
+from beyond_outliers.passes import one_thread
 
-def strips(n: int) -> list[slice]:
-    """Cuts of 0..n for products with structure: more of them save more work, but small products run slower."""
-    count = 1 if n < 256 else 2 if n < 512 else 4
-    size = -(-n // count)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+SHORT = 512  # rows of a Gram matrix below which mirroring one half costs more than it saves; measured
 
 
 def add_gram_(out: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
     """out <- beta out + alpha x x^T in place, for symmetric out: (N, n, n) and (N, n, k); beta 0 ignores old content.
 
-    Only strips up to the diagonal are computed, the rest is mirrored.
+    Of long sides only strips up to the diagonal are computed, the rest is mirrored.
     """
-    for r in strips(x.shape[1]):
+    n = x.shape[1]
+    size = n if n < SHORT else -(-n // 4)
+    for r in (slice(start, min(start + size, n)) for start in range(0, n, size)):
         out[:, r, : r.stop].baddbmm_(x[:, r], x[:, : r.stop].mT, beta=beta, alpha=alpha)
         if r.start:
             out[:, : r.start, r] = out[:, r, : r.start].mT
     return out
 
 
+def gram(x: Tensor) -> Tensor:
+    """x x^T."""
+    if x.shape[1] < SHORT:
+        return torch.bmm(x, x.mT)
+    return add_gram_(x.new_empty(*x.shape[:2], x.shape[1]), x, beta=0, alpha=1)
+
+
+@one_thread()
+def orthonormal(x: Tensor) -> Tensor:
+    """Q of the QR decomposition of a matrix, without R."""
+    return torch.linalg.householder_product(*torch.geqrf(x))
+
+
+@one_thread()
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (N, n), ascending, and eigenvectors (N, n, n) of symmetric matrices; in float64 if float32 fails."""
     try:

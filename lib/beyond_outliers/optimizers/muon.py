@@ -24,7 +24,7 @@ from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None, gram: bool = False) -> Tensor:
+def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate orthogonal factor U V^T of every x = U S V^T: (N, rows, cols) -> (N, rows, cols), dtype of x.
 
     On the wide orientation, after X = x / (||x||_F + 1e-7), `steps` times
@@ -32,47 +32,25 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None, g
     which takes the singular values to about [0.7, 1.2], not to 1 (the coefficients trade that for steps).
 
     `dtype` of the iteration, None: bfloat16 on CUDA as the reference does, otherwise the dtype of x: bfloat16 is 1 %
-    off, and on CPUs without instructions for it slower. `gram`: matrices at least twice as long as wide are iterated
-    through their small Gram matrices (`gram_newton_schulz`), not in half precision.
+    off, and on CPUs without instructions for it slower.
     """
     if dtype is None:
         dtype = torch.bfloat16 if x.is_cuda and x.dtype == torch.float32 else x.dtype
     a, b, c = COEFFICIENTS
-    rows, cols = x.shape[-2:]
-    work = (x.mT if rows > cols else x).to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    work = (x.mT if tall else x).to(dtype)
     work = work / (torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True) + 1e-7)
-    if gram and max(rows, cols) >= 2 * min(rows, cols) and dtype.itemsize >= 4:
-        work = gram_newton_schulz(work, steps)
-    else:
-        for _ in range(steps):
-            square = torch.bmm(work, work.mT)
-            work = torch.baddbmm(work, torch.baddbmm(square, square, square, beta=b, alpha=c), work, beta=a)
-    return (work.mT if rows > cols else work).to(x.dtype)
-
-
-def gram_newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """The same iteration of wide matrices (N, m, n) through G = X X^T: a step multiplies X by Y = a I + b G + c G^2.
-
-    So the product Q of all Y is gathered, G goes to Y G Y, and X is read twice instead of 2 steps + 1 times: at n = 4 m
-    half of the operations. The same up to rounding, which is that of G: of singular values far below the largest the
-    result may be off by some per cent of itself in float32 (all of it by less than 1e-3, tested down to 1e-4).
-    """
-    a, b, c = COEFFICIENTS
-    gram, product = torch.bmm(x, x.mT), None
-    for step in range(steps):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
-        if step < steps - 1:
-            gram = torch.bmm(torch.bmm(factor, gram), factor)
-    return x if product is None else torch.bmm(product, x)
+    for _ in range(steps):
+        square = torch.bmm(work, work.mT)
+        work = torch.baddbmm(work, torch.baddbmm(square, square, square, beta=b, alpha=c), work, beta=a)
+    return (work.mT if tall else work).to(x.dtype)
 
 
 class Muon(StackedOptimizer):
     """Muon for matrices, AdamW for embeddings and vectors.
 
-    Arguments: `params`, `lr` (matrices), `momentum` (beta above), `nesterov`, `ns_steps`, `ns_dtype` (dtype of the
-    iteration) and `ns_gram` (see `newton_schulz`), `weight_decay` (decoupled; matrices and embeddings), and
+    Arguments: `params`, `lr` (matrices), `momentum` (beta above), `nesterov`, `ns_steps`, `ns_dtype` (see
+    `newton_schulz`), `weight_decay` (decoupled; matrices and embeddings), and
     `adamw_lr`, `adamw_betas`, `adamw_eps` of the roles embedding and vector. ValueError for values out of range.
     """
 
@@ -85,7 +63,6 @@ class Muon(StackedOptimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
-        ns_gram: bool = False,
         adamw_lr: float = 3e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-6,
@@ -93,8 +70,7 @@ class Muon(StackedOptimizer):
         for name, value in {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}.items():
             require(LIMITS[name], f"adamw_{name}", value)
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
-        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "ns_gram": ns_gram}
-        defaults |= {"betas": tuple(adamw_betas), "eps": adamw_eps}
+        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "betas": tuple(adamw_betas), "eps": adamw_eps}
         super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})
 
     def squares(self, group: dict) -> bool:
@@ -115,7 +91,7 @@ class Muon(StackedOptimizer):
         rows, cols = stack.shape
         stack.decay(group["lr"], group["weight_decay"])
         stack.descend(
-            newton_schulz(direction, group["ns_steps"], group["ns_dtype"], group["ns_gram"]),
+            newton_schulz(direction, group["ns_steps"], group["ns_dtype"]),
             group["lr"] * math.sqrt(max(1.0, rows / cols)),
         )
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import require, whole
-from beyond_outliers.optimizers.linalg import add_gram_, norm_lower_bound, norm_lower_bound_of_gram, strips
+from beyond_outliers.optimizers.linalg import gram, norm_lower_bound, norm_lower_bound_of_gram
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 DAMPING = 2.0**-13
@@ -151,40 +151,20 @@ class PSGD(StackedOptimizer):
         return due
 
 
-def left_product(q: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
-    """q x or q^T x, with q upper triangular (N, m, m), whose zeros are skipped by strips, or a diagonal (N, m)."""
+def apply(q: Tensor, x: Tensor, side: str, transposed: bool = False) -> Tensor:
+    """Q x, or x Q^T on the right; `transposed`: Q^T x, or x Q. q (N, m, m), or a diagonal (N, m)."""
     if q.ndim == 2:
-        return q.unsqueeze(-1) * x
-    out = torch.empty_like(x)
-    for r in strips(q.shape[1]):
-        if transposed:
-            torch.bmm(q[:, : r.stop, r].mT, x[:, : r.stop], out=out[:, r])
-        else:
-            torch.bmm(q[:, r, r.start :], x[:, r.start :], out=out[:, r])
-    return out
+        return x * q.unsqueeze(-1 if side == "left" else -2)
+    q = q.mT if transposed else q
+    return q @ x if side == "left" else x @ q.mT
 
 
-def right_product(x: Tensor, q: Tensor, transposed: bool = False) -> Tensor:
-    """x q or x q^T, as above."""
+def solve(q: Tensor, x: Tensor, side: str) -> Tensor:
+    """Q^-T x, or x Q^-1 on the right."""
     if q.ndim == 2:
-        return x * q.unsqueeze(-2)
-    out = torch.empty_like(x)
-    for r in strips(q.shape[1]):
-        if transposed:
-            torch.bmm(x[:, :, r.start :], q[:, r, r.start :].mT, out=out[:, :, r])
-        else:
-            torch.bmm(x[:, :, : r.stop], q[:, : r.stop, r], out=out[:, :, r])
-    return out
-
-
-def inverse_left(q: Tensor, x: Tensor) -> Tensor:
-    """q^-T x."""
-    return torch.linalg.solve_triangular(q.mT, x, upper=False) if q.ndim == 3 else x / q.unsqueeze(-1)
-
-
-def inverse_right(x: Tensor, q: Tensor) -> Tensor:
-    """x q^-1."""
-    return torch.linalg.solve_triangular(q, x, upper=True, left=False) if q.ndim == 3 else x / q.unsqueeze(-2)
+        return x / q.unsqueeze(-1 if side == "left" else -2)
+    left = side == "left"
+    return torch.linalg.solve_triangular(q.mT if left else q, x, upper=not left, left=left)
 
 
 def precondition(
@@ -194,36 +174,30 @@ def precondition(
 
     A side's Q^T Q is kept in `products`, if given, where it pays: it serves `calls` calls until the next update.
     """
-    rows, columns = x.shape[1:]
-    q = state["left"]
-    if q.ndim == 3 and products is not None and calls * columns >= rows:
-        if "left" not in products:
-            products["left"] = left_product(q, q, transposed=True)
-        x = products["left"] @ x
-    else:
-        x = left_product(q, left_product(q, x), transposed=True)
-    if "right" not in state:
-        return x
-    q = state["right"]
-    if q.ndim == 3 and products is not None and calls * rows >= columns:
-        if "right" not in products:
-            products["right"] = left_product(q, q, transposed=True)
-        return x @ products["right"]
-    return right_product(right_product(x, q, transposed=True), q)
+    for side, length, other in (("left", x.shape[1], x.shape[2]), ("right", x.shape[2], x.shape[1])):
+        q = state.get(side)
+        if q is None:
+            continue
+        if q.ndim == 3 and products is not None and calls * other >= length:
+            if side not in products:
+                products[side] = q.mT @ q
+            x = apply(products[side], x, side)
+        else:
+            x = apply(q, apply(q, x, side), side, transposed=True)
+    return x
 
 
 def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr: float) -> None:
     """One step of both factors, in place, from a gradient and a standard normal probe, (N, m, n) each."""
-    left, right = state["left"], state.get("right")
-    a, b = left_product(left, gradient), inverse_left(left, probe)
-    if right is not None:
-        a, b = right_product(a, right, transposed=True), inverse_right(b, right)
+    sides = [side for side in ("left", "right") if side in state]
+    a, b = gradient, probe
+    for side in sides:
+        a, b = apply(state[side], a, side), solve(state[side], b, side)
     largest = torch.maximum(a.abs().amax((1, 2), keepdim=True), b.abs().amax((1, 2), keepdim=True))
     scale = 1 / (largest + torch.finfo(a.dtype).tiny)
     a, b = a * scale, b * scale
-    for q, x, y in ((left, a, b), (right, a.mT, b.mT)):
-        if q is None:
-            continue
+    for side in sides:
+        q, x, y = state[side], *((a, b) if side == "left" else (a.mT, b.mT))
         if q.ndim == 2:
             update_diagonal_(q, x, y, lr)
         elif x.shape[1] > LOW_RANK * x.shape[2]:
@@ -271,13 +245,6 @@ def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
 def blocks(n: int) -> list[slice]:
     """Cuts of 0..n for the product of two triangular matrices, which gains more from small ones than thin products."""
     return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-
-
-def gram(x: Tensor) -> Tensor:
-    """x x^T; mirroring one half costs more than it saves below 512 rows."""
-    if x.shape[1] < 512:
-        return torch.bmm(x, x.mT)
-    return add_gram_(x.new_empty(*x.shape[:2], x.shape[1]), x, beta=0, alpha=1)
 
 
 def balance(left: Tensor, right: Tensor) -> None:

@@ -32,7 +32,7 @@ class Scion(StackedOptimizer):
 
     Arguments: `params`, `lr` (matrices), `embedding_lr`, `vector_lr`, `momentum` (w above), `scale` (radius of the
     spectral ball), `embedding_lmo` ("sign" or "column"), `constrained`, `weight_decay` (decoupled, for the
-    unconstrained form, matrices and embeddings), `ns_steps`, `ns_dtype` and `ns_gram` (see `newton_schulz`).
+    unconstrained form, matrices and embeddings), `ns_steps` and `ns_dtype` (see `newton_schulz`).
     ValueError for values out of range, and for weight decay with `constrained`, which is a decay of 1 already.
     """
 
@@ -51,13 +51,12 @@ class Scion(StackedOptimizer):
         constrained: bool = False,
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
-        ns_gram: bool = False,
     ):
         require(AT_LEAST_0, "embedding_lr", embedding_lr)
         require(AT_LEAST_0, "vector_lr", vector_lr)
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
         defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
-        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "ns_gram": ns_gram}
+        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
         super().__init__(params, defaults, {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}})
 
     def check(self, group: dict) -> None:
@@ -75,7 +74,7 @@ class Scion(StackedOptimizer):
         stack.decay(group["lr"], 1.0 if group["constrained"] else group["weight_decay"])
         if group["role"] == "matrix":
             rows, cols = momentum.shape[-2:]
-            update = newton_schulz(momentum, group["ns_steps"], group["ns_dtype"], group["ns_gram"])
+            update = newton_schulz(momentum, group["ns_steps"], group["ns_dtype"])
             stack.descend(update, group["lr"] * group["scale"] * math.sqrt(rows / cols))
         elif group["role"] == "vector":
             stack.descend(momentum.sign(), group["lr"])

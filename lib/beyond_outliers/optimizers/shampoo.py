@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from beyond_outliers.optimizers.groups import POSITIVE
-from beyond_outliers.optimizers.linalg import add_gram_, eigh
+from beyond_outliers.optimizers.linalg import add_gram_, eigh, gram
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 
@@ -107,7 +107,7 @@ def inverse_root(factor: Tensor, correction: float, root: int, eps: float, out: 
     for one, result in zip(factor.split(count), out.split(count), strict=True):
         values, vectors = eigh(one / correction)
         values = values - values.amin(-1, keepdim=True).clamp(max=0) + eps
-        add_gram_(result, vectors * values.pow(-0.5 / root).unsqueeze(-2), beta=0, alpha=1)
+        result.copy_(gram(vectors * values.pow(-0.5 / root).unsqueeze(-2)))
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

@@ -41,8 +41,6 @@ class Sharing:
 
     def owners(self, group: dict, parts: list[list[Tensor]], states: Mapping[Tensor, dict]) -> list[int | None]:
         """The worker that updates a part, None for all of them. Every worker comes to the same."""
-        if self.workers == 1:
-            return [None] * len(parts)
         self.loads[id(group)] = load = [0] * self.workers
         costs = [cost(group["role"], part, states[part[0]]) for part in parts]
         owners: list[int | None] = [None] * len(parts)
@@ -53,17 +51,13 @@ class Sharing:
                 load[owner] += costs[i]
         return owners
 
-    def unowned(self, parameter: Tensor) -> Tensor:
-        """What a new state is made for until it is known whose it is: of several workers, a shape alone."""
-        return parameter if self.workers == 1 else shape_alone(parameter)
-
     def mine(self, owner: int | None) -> bool:
         return owner in (None, self.rank)
 
     def exchange(self, stacks: list["Stack"]) -> None:
         """Sends every shared parameter from its owner to the others."""
         waiting = []
-        for owner in range(self.workers):
+        for owner in range(self.workers if self.workers > 1 else 0):
             params = [p for stack in stacks if stack.owner == owner for p in stack.params]
             for dtype in sorted({p.dtype for p in params}, key=str):
                 part = [p for p in params if p.dtype == dtype]

@@ -20,7 +20,7 @@ correction, but for the weight decay (0.01 in the reference).
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.linalg import add_gram_, eigh
+from beyond_outliers.optimizers.linalg import add_gram_, eigh, orthonormal
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 
@@ -94,7 +94,7 @@ class SOAP(StackedOptimizer):
             for factor, basis, square in zip(state[side], state[f"{side}_basis"], state["exp_avg_sq"], strict=True):
                 power = factor @ basis
                 order = (basis * power).sum(0).argsort(descending=True, stable=True)
-                basis.copy_(torch.linalg.householder_product(*torch.geqrf(power[:, order])))  # Q of QR, without R
+                basis.copy_(orthonormal(power[:, order]))
                 square.copy_(square.index_select(axis, order))
         state["exp_avg"].copy_(rotate(state["exp_avg"], state))
 

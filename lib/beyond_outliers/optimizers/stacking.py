@@ -124,29 +124,25 @@ class StackedOptimizer(RoleGroups):
         cached = self._stacks.get(id(group))
         # the states, too: whoever clears them, or puts others in their place, must find that it has an effect
         if cached is None or cached[0] != [(id(p), id(self.state.get(p))) for p in live]:
-            parts, owners = self.parts(group, live)
-            found = [self._stack(group, part, owner) for part, owner in zip(parts, owners, strict=True)]
-            self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], found)
+            stacks = self._build(group, live)
+            self._stacks[id(group)] = cached = ([(id(p), id(self.state[p])) for p in live], stacks)
         return cached[1]
 
-    def parts(self, group: dict, live: list[Tensor]) -> tuple[list[list[Tensor]], list[int | None]]:
-        """Parameters of a group in the parts that are stacked, and the owner of each; new ones get their state."""
+    def _build(self, group: dict, live: list[Tensor]) -> list[Stack]:
+        """New parameters get their state; of what another worker updates, states are shapes, on the meta device."""
         buckets: dict[tuple, list[Tensor]] = {}
+        workers, stacks = self._sharing.workers, []
         for p in live:
-            if not self.state[p]:
-                self.state[p] = {"step": 0, **self.init_state(group, self._sharing.unowned(p))}
+            if not self.state[p]:  # of several workers a shape alone, until it is known whose it is
+                self.state[p] = {"step": 0, **self.init_state(group, p if workers == 1 else shape_alone(p))}
             counts = [value for value in self.state[p].values() if not isinstance(value, Tensor)]
-            key = (p.shape, p.dtype, p.device, *counts)
-            buckets.setdefault(key, []).append(p)
-        workers = self._sharing.workers
+            buckets.setdefault((p.shape, p.dtype, p.device, *counts), []).append(p)
         parts = [part for same in buckets.values() for part in cut_to_cache(same, self.state[same[0]], workers)]
-        return parts, self._sharing.owners(group, parts, self.state)
-
-    def _stack(self, group: dict, params: list[Tensor], owner: int | None) -> Stack:
-        """The stack of some parameters; of another worker's the states become shapes, on the meta device."""
-        for p in params:
-            self._keep_or_drop(group, p, self._sharing.mine(owner))
-        return Stack(params, [self.state[p] for p in params], owner)
+        for part, owner in zip(parts, self._sharing.owners(group, parts, self.state), strict=True):
+            for p in part:
+                self._keep_or_drop(group, p, self._sharing.mine(owner))
+            stacks.append(Stack(part, [self.state[p] for p in part], owner))
+        return stacks
 
     def _keep_or_drop(self, group: dict, parameter: Tensor, mine: bool) -> None:
         state = self.state[parameter]
