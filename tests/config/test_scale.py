@@ -122,8 +122,6 @@ def test_a_scale_is_a_name_and_not_a_path(name):
 @pytest.mark.parametrize(
     ("kind", "path", "value", "message"),
     [
-        ("swept", ("training", "micro_batch"), 3, "batch_size 8 is not a multiple of micro_batch 3"),
-        ("swept", ("training", "warmup"), 0.9, "warmup 0.9 and decay 0.2"),
         ("swept", ("sizes", "tiny", "width"), 30, "sizes.tiny: width 30 does not divide"),
         ("swept", ("learning_rates", "adamw"), [1e-3], r"different lengths \[1, 2\]"),
         ("swept", ("measure", "propagation_tokens"), 63, r"propagation_tokens must be 64 \(training.context\) or more"),

@@ -204,8 +204,8 @@ def _require_windows(meta: dict, context: int | None) -> None:
 def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> None:
     """Builds the corpus in a folder beside `folder` and moves it there when it is whole; the caller holds the lock.
 
-    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of at
-    most SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
+    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of
+    about SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
     """
     temporary = folder.parent / f".building-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
