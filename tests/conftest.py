@@ -104,3 +104,15 @@ def corpus_config(text_file):
 @pytest.fixture
 def run_config(corpus_config):
     return tiny.run_config(corpus_config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes and nothing else: 256 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
+    return bpe

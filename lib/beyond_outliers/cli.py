@@ -137,15 +137,29 @@ def check_device(name: str) -> None:
 
 
 @command
-def export(run: str, /, *, to: Path, spec: str | None = None) -> None:
-    """Write a run's model as a folder that `transformers` loads.
+def export(
+    run: str,
+    /,
+    *,
+    to: Path,
+    spec: str | None = None,
+    format: Literal["transformers", "compressed-tensors"] = "transformers",
+) -> None:
+    """Write a run's model as a folder that `transformers` loads, or any model as compressed-tensors.
 
-    run: a run's folder or name, or a .safetensors file of data/checkpoints
+    run: a run's folder or name, or a .safetensors file of data/checkpoints; of compressed-tensors any model of probe
     to: a new folder
     spec: round it first, for instance W4A4 or W4g32+gptq
+    format: compressed-tensors: packed weights, for vLLM too
 
     beyond-outliers export RUN --to FOLDER --spec W4A4
     """
+    if format == "compressed-tensors":
+        from beyond_outliers.export.compressed import export_compressed
+        from beyond_outliers.quantizers.spec import QuantSpec
+
+        print(export_compressed(run, to, QuantSpec.named(spec or "W4g128")))
+        return
     if not (Path(run).exists() or list(paths.RUNS.glob(f"*/{Path(run).name}/result.json"))):
         raise ValueError(f"no run {run!r}; valid: a run's folder or name below {paths.RUNS}, or a checkpoint file")
     if to.exists() and any(to.iterdir()):
@@ -158,23 +172,28 @@ def export(run: str, /, *, to: Path, spec: str | None = None) -> None:
 
 
 @command
-def probe(model: str, /, *, text: Path, spec: str = "W4A4", worst: Positive = 10) -> None:
-    """Measure outliers and the error of rounding of any checkpoint.
+def probe(
+    model: str, /, *, text: Path | None = None, spec: str = "W4A4", budget: Rate = 4.5, trust_remote_code: bool = False
+) -> None:
+    """Say what quantization does to any checkpoint, which layers cost most, and what to do.
 
-    model: a folder or name of transformers
-    text: a file of text to run it on
+    model: a folder or name of transformers, a .gguf file, or an example: SmolLM2, MiniLM
+    text: a file of text to run it on; default: data/held_out.txt
     spec: the format, for instance W8A8
-    worst: how many linear layers to show
+    budget: bits per weight, of 4 and 8, to be shared out among the layers
+    trust_remote_code: run code that comes with the checkpoint
 
     beyond-outliers probe HuggingFaceTB/SmolLM2-135M --text sample.txt --spec W4A4
     """
-    if not text.is_file():
+    if text is not None and not text.is_file():
         raise ValueError(f"no file {str(text)!r}; valid: a file of text")
     from beyond_outliers.probe import probe as probe_model
+    from beyond_outliers.probe import recommend
     from beyond_outliers.quantizers.spec import QuantSpec
 
-    found = probe_model(model, text, QuantSpec.named(spec))
-    print(found.summary().to_string(), found.worst(worst).to_string(index=False), found.quantization, sep="\n\n")
+    found = probe_model(model, text, QuantSpec.named(spec), trust_remote_code=trust_remote_code)
+    bits = recommend(found.layers, budget)
+    print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- a study

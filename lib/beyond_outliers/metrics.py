@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, evaluating, find_head, forward, is_linear, linear_weight
+from beyond_outliers.modules import evaluating, find_head, forward, is_linear, linear_weight, text_batches
 from beyond_outliers.passes import plain_settings, tensors, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
@@ -176,7 +176,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
         for module in linears:
             stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         stack.enter_context(evaluating(model))
-        for batch in as_batches(batches):
+        for batch in text_batches(model, batches):
             text = text_tokens(batch, model)
             forward(model, batch)
             previous[:] = None, None, None

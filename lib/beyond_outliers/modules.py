@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.passes import same_tensors
+from beyond_outliers.passes import same_tensors, text_tokens
 
 
 @contextmanager
@@ -102,6 +102,28 @@ def random_states(device: torch.device) -> list[Tensor]:
 def as_batches(batches) -> Iterable:
     """A lone tensor or mapping is one batch; anything else is iterated."""
     return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
+
+
+def text_batches(model: nn.Module, batches) -> Iterator:
+    """`as_batches`; of a model with experts, a padded batch sequence by sequence, without its padding.
+
+    No mask tells which of the rows that a router sends to an expert are padding.
+    """
+    names = {type(module).__name__.lower() for module in model.modules()}
+    routes = any(word in name for name in names for word in ("expert", "router", "moe"))
+    for batch in as_batches(batches):
+        text = text_tokens(batch, model) if routes else None
+        for row, kept in enumerate([] if text is None else text):
+
+            def cut(value, row=row, kept=kept, shape=None if text is None else text.shape):
+                is_ours = isinstance(value, Tensor) and value.shape[:2] == shape
+                return value[row : row + 1, kept.to(value.device)] if is_ours else value
+
+            if kept.any():
+                is_mapping = isinstance(batch, Mapping)
+                yield {key: cut(value) for key, value in batch.items()} if is_mapping else tuple(map(cut, batch))
+        if text is None:
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------- linear layers

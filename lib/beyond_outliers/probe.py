@@ -5,7 +5,9 @@ from beyond_outliers import lazily
 __getattr__, __all__ = lazily(
     "beyond_outliers",
     **{
-        "anymodel.probe": "Probe bundled_encoder load probe windows",
-        "anymodel.probes": "Probes estimate probe_all",
+        "anymodel.loading": "bundled load windows",
+        "anymodel.probe": "Probe probe",
+        "anymodel.probes": "Probes probe_all",
+        "anymodel.sensitivity": "ablate recommend",
     },
 )

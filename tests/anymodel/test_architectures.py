@@ -124,5 +124,5 @@ def test_probe(name, tokenizer, capsys):
             probe(model, TEXT, tokenizer=tokenizer, context=12, sequences=4, batch_size=2)
     found = probe(model, TEXT, tokenizer=tokenizer, context=12, sequences=4, batch_size=2, strict=not left)
     assert f"{found.quantization.share:.1%} of the entries" in capsys.readouterr().out
-    assert found.modules["R"].iloc[-1] == pytest.approx(found.error.value, rel=1e-5)
+    assert found.modules["R"].iloc[-1] == pytest.approx(found.R_L, rel=1e-5)
     np.testing.assert_allclose(found.modules["R"], found.modules[["A", "B", "C"]].sum(axis=1, skipna=False), atol=1e-12)

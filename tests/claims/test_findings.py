@@ -97,15 +97,6 @@ def test_what_has_not_been_run_cannot_be_said():
     assert FINDINGS["06_scaling_laws"](Made(full=runs().assign(n_parameters=1, tokens=20))).startswith("Nothing can be")
 
 
-def test_the_finding_of_a_probe():
-    error = SimpleNamespace(value=0.5, low=0.4, high=0.6, n_sequences=8)
-    worst = pd.DataFrame({"name": ["block.3.down"], "B": [0.25]})
-    found = SimpleNamespace(name="tiny", spec=SimpleNamespace(name="W4A4"), error=error, worst=lambda n: worst)
-    text = FINDINGS["08_probe_your_model"](found)
-    assert "tiny in W4A4" in text and "R_L, of 0.500 [0.400, 0.600]. " in text and "over 8 sequences" in text
-    assert "block.3.down adds most new error (B = 0.250)" in text
-
-
 def test_a_scale_of_three_optimizers_compares_those():
     three = {name: LEVELS[name] for name in ("adamw", "muon", "shampoo")}
     study = Made(damage=runs(three))

@@ -55,6 +55,22 @@ def test_every_measure_reads_the_text_alone(left):
     assert found["n_tokens"].tolist() == [sum(LENGTHS)] * 3
 
 
+def test_rows_that_a_router_sends_to_experts_are_text_alone():
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = tf.MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=2, num_local_experts=3)
+    model, ids = tf.MixtralForCausalLM(config).eval(), torch.randint(1, 50, (4, 12))
+    mask = torch.arange(12) < torch.tensor([3, 9, 5, 12])[:, None]
+    quantized = quantize_model(model, QuantSpec())
+    padded = {"input_ids": ids * mask, "attention_mask": mask.long()}
+    alone = [{"input_ids": row[None, kept]} for row, kept in zip(ids, mask, strict=True)]
+    one, other = (decompose(model, quantized, batches, reduction="global") for batches in (padded, alone))
+    np.testing.assert_allclose(one.R, other.R, rtol=1e-4)
+    errors = [relative_error(model, quantized, batches) for batches in (padded, alone)]
+    assert errors[0].value == pytest.approx(errors[1].value, rel=1e-5) and errors[0].n_sequences == 4
+
+
 def test_a_batch_that_is_padding_alone_is_refused():
     model = Mixed(False)
     padded = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3)}

@@ -53,7 +53,7 @@ EXPECTED = {
     "05_qat": ["05_increase", "05_curves", "05_staircases"],
     "06_scaling_laws": ["06_fits", "06_rho"],
     "07_claims": ["07_claims", "07_effects"],
-    "08_probe_your_model": ["08_depth", "08_outliers"],
+    "08_probe_your_model": ["08_layers_kl", "08_guides"],
     "09_real_quantizers": ["09_methods"],
 }
 

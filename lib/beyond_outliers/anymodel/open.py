@@ -4,7 +4,6 @@ GPT-2's Conv1D stores its weight transposed. torch's MultiheadAttention reads th
 calling a layer, and TransformerEncoderLayer has a fused kernel that reads those of all its layers.
 """
 
-import math
 from typing import cast
 
 import torch
@@ -106,57 +105,21 @@ class OpenAttention(nn.Module):
             raise ValueError(
                 "attention under quantization takes no nested tensors; valid: a padded batch with its mask"
             )
-        if is_causal and attn_mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        by_batch = self.batch_first and query.dim() == 3
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        mask = self._mask(q, k.shape[1], attn_mask, key_padding_mask)
-        k, v, mask = self._extended(k, v, mask)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = F.dropout(weights, dropout) if dropout else weights
-            mixed = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        y = self.out_proj(mixed.transpose(1, 2).flatten(-2))
-        if not batched:
-            return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (y if self.batch_first else y.transpose(0, 1)), weights
-
-    def _mask(self, q: Tensor, keys: int, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Both masks as one that is added to the scores, (B or 1, heads or 1, T or 1, keys)."""
-        mask = None
-        if attn_mask is not None:
-            mask = _additive(attn_mask, q.dtype)
-            per_head = mask.dim() == 3  # (B * heads, T, keys)
-            mask = mask.unflatten(0, (-1, self.num_heads)) if per_head else mask[None, None]
-        if padding is not None:
-            padding = _additive(padding, q.dtype).view(len(q), 1, 1, keys)
-            mask = padding if mask is None else mask + padding
-        return mask
-
-    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values with the learned and the zero position that nn.MultiheadAttention can add."""
-        batch = len(k)
-        more: list[tuple[Tensor, Tensor]] = []
-        if self.bias_k is not None and self.bias_v is not None:
-            more.append((self.bias_k.expand(batch, 1, -1), self.bias_v.expand(batch, 1, -1)))
-        if self.add_zero_attn:
-            more.append((torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])))
-        for new_k, new_v in more:
-            k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
-            mask = None if mask is None else F.pad(mask, (0, 1))
-        return k, v, mask
+        q, k, v = (x.transpose(0, 1) if by_batch else x for x in (q, k, v))
+        one = torch.eye(self.embed_dim, dtype=q.dtype, device=q.device)  # the projections stand outside
+        y, weights = F.multi_head_attention_forward(
+            *(q, k, v, self.embed_dim, self.num_heads, None, None, self.bias_k, self.bias_v, self.add_zero_attn),
+            *(self.dropout, one, None, self.training, key_padding_mask, need_weights, attn_mask),
+            use_separate_proj_weight=True,
+            q_proj_weight=one,
+            k_proj_weight=one,
+            v_proj_weight=one,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return self.out_proj(y.transpose(0, 1) if by_batch else y), weights
 
     def merge_masks(self, *_):
         raise ValueError("torch's fused kernels read weights past their layers; valid: calling the attention module")
@@ -168,13 +131,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return linear
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True: not allowed) as one of 0 and -inf."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
 def _split_projections(attention: OpenAttention, state: dict, prefix: str, *_):

@@ -1,4 +1,4 @@
-"""Several checkpoints, or one in several formats: a row each, and what it will take before anything is loaded.
+"""Several checkpoints, or one in several formats: a row each.
 
     found = probe_all(["gpt2", "model@step1000", "model@step2000", "/a/folder"], "notes.txt", [QuantSpec(), ...])
     found.table
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from beyond_outliers.anymodel.probe import Probe, configuration, probe, quiet
-from beyond_outliers.modules import find_head, is_linear, linear_weight
+from beyond_outliers import paths
+from beyond_outliers.anymodel.probe import Probe, probe
 from beyond_outliers.quantizers.spec import QuantSpec
-
-MATRICES_IN_MEMORY = 3  # the model, its quantized copy, and as much again while a layer is rounded or compared
-PASSES = 16  # forward passes of a probe: metrics, decomposition with attention opened, R_L
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,23 @@ class Probes:
 
     table: pd.DataFrame
     found: tuple[Probe, ...]
+
+
+EXAMPLES = (("SmolLM2", "A4"), ("SmolLM2", "A8"), ("MiniLM", "W4A4"))
+FOLDER = paths.ROOT / "data" / "probes"
+
+
+def examples(measure: bool = False) -> Probes:
+    """The probes of EXAMPLES, as FOLDER has them; with `measure` measured here and written there."""
+    for name, spec in EXAMPLES if measure else ():
+        probe(name, None, QuantSpec.named(spec)).save(FOLDER / f"{name}-{spec}")
+    found = [Probe.read(FOLDER / f"{name}-{spec}") for name, spec in EXAMPLES]
+    return Probes(pd.DataFrame([_row(probe.name, probe) for probe in found]), tuple(found))
+
+
+def _row(name: str, one: Probe) -> dict[str, Any]:
+    row = {"model": name, "step": step_of(name), "spec": one.spec.name}
+    return row | {"share": one.quantization.share, **one.summary().to_dict(), "reason": ""}
 
 
 def located(source: str | Path) -> str | Path:
@@ -71,7 +84,7 @@ def short_names(models: Sequence[nn.Module | str | Path]) -> list[str]:
 
 def probe_all(
     models: Sequence[nn.Module | str | Path],
-    text: str | Path,
+    text: str | Path | None = None,
     specs: Sequence[QuantSpec] = (QuantSpec(),),
     *,
     progress: bool = True,
@@ -82,13 +95,10 @@ def probe_all(
     Columns: model, step (see `step_of`), spec, share (of the matrix-multiply weights' entries that are rounded),
     what `Probe.summary` has (R_L, R_L_low, R_L_high, mmr, kurtosis, ...), seconds, reason. A model that cannot be
     probed has a reason instead of numbers, and a warning says so; where none can, that is a ValueError.
-    With `progress`, a bar, and what it will take (see `estimate`) printed first.
+    With `progress`, a bar.
     """
     if not models or not specs:
         raise ValueError("there is no model, or no format, to probe; valid: one or more of each")
-    if progress:
-        sizes = {name: options[name] for name in ("context", "sequences") if name in options}
-        print(estimate(models, specs, **sizes), flush=True)
     rows: list[dict[str, Any]] = []
     found: list[Probe] = []
     with tqdm(total=len(models) * len(specs), desc="probe", disable=None if progress else True) as bar:
@@ -102,9 +112,8 @@ def probe_all(
                 except ValueError as error:
                     row["reason"] = str(error)
                 else:
-                    one = replace(one, name=name)
-                    row |= {"share": one.quantization.share, **one.summary().to_dict(), "reason": ""}
-                    found.append(one)
+                    found.append(replace(one, name=name))
+                    row = _row(name, found[-1])
                 rows.append({**row, "seconds": time.perf_counter() - clock})
                 bar.update()
     table = pd.DataFrame(rows)
@@ -114,75 +123,3 @@ def probe_all(
     if left_out:
         warnings.warn(f"not probed: {'; '.join(left_out)}", stacklevel=2)
     return Probes(table, tuple(found))
-
-
-# ------------------------------------------------------------------------------------------------------- what it takes
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Time and memory of `probe_all`: `gigabytes` of the largest model, `minutes` of all on this machine."""
-
-    gigabytes: float
-    minutes: float
-    unknown: tuple[str, ...]  # models of which nothing can be said before they are loaded
-
-    def __str__(self) -> str:
-        text = f"about {self.minutes:.1f} minutes, and {self.gigabytes:.2g} GB of memory for the largest model"
-        return f"{text}; not counted, since nothing is known yet: {', '.join(self.unknown)}" if self.unknown else text
-
-
-def estimate(
-    models: Sequence[nn.Module | str | Path], specs: Sequence[QuantSpec], context: int = 256, sequences: int = 32
-) -> Estimate:
-    """What `probe_all` will take: a guess, good to a factor of about three, from the models' shapes alone.
-
-    Shapes come from their configurations; no weight is loaded. Time counts the products of the forward passes, and of
-    GPTQ the factorisations, at the speed of a product that is timed here.
-    """
-    speed = _speed()
-    most, operations, unknown = 0.0, 0.0, []
-    for model in models:
-        try:
-            shapes, parameters = _shapes(model)
-        except (OSError, ValueError) as error:
-            unknown.append(f"{str(model)[-60:]} ({str(error).strip().splitlines()[0][:80]})")
-            continue
-        products = 2 * context * sequences * sum(rows * width for rows, width in shapes)
-        most = max(most, 4 * MATRICES_IN_MEMORY * parameters)
-        for spec in specs:
-            operations += PASSES * products
-            if spec.method == "gptq":  # a pass for every layer at worst; factor, invert and update in float64
-                operations += products * len(shapes) / 2 + 2 * sum(2 * w**3 + 2 * r * w**2 for r, w in shapes)
-    return Estimate(most / 1e9, operations / speed / 60, tuple(unknown))
-
-
-def _shapes(model: nn.Module | str | Path) -> tuple[list[tuple[int, int]], int]:
-    """(out, in) of every linear layer but the head, and the number of parameters."""
-    shell = model if isinstance(model, nn.Module) else _shell(located(model))
-    head = find_head(shell)
-    linears = [module for name, module in shell.named_modules() if is_linear(module) and name != head]
-    shapes = [(int(rows), int(width)) for rows, width in (linear_weight(module).shape for module in linears)]
-    return shapes, sum(p.numel() for p in shell.parameters())
-
-
-def _shell(source: str | Path) -> nn.Module:
-    """The model of a configuration, without weights."""
-    import transformers as tf
-
-    config = configuration(source)
-    names = " ".join(getattr(config, "architectures", None) or ())
-    kind = tf.AutoModelForCausalLM if "CausalLM" in names or "LMHeadModel" in names else tf.AutoModel
-    with torch.device("meta"), quiet():
-        shell: nn.Module = kind.from_config(config)
-    return shell
-
-
-def _speed() -> float:
-    """Operations a second of a float32 product here, at a size that fits the caches."""
-    a = torch.rand(384, 384, dtype=torch.float32)
-    a @ a
-    clock, n = time.perf_counter(), 8
-    for _ in range(n):
-        a @ a
-    return n * 2 * 384**3 / (time.perf_counter() - clock)

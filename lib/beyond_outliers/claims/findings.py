@@ -207,13 +207,10 @@ def claims(study) -> str:
 @finding("08_probe_your_model")
 def probed(found) -> str:
     """Of what `probe` found; the one finding that is not of a study."""
-    worst = found.worst(1).iloc[0]
-    interval = Estimate(found.error.value, found.error.low, found.error.high)
-    return (
-        f"{found.name} in {found.spec.name} has an error at its end, R_L, of {interval.text()}. R_L is the relative "
-        f"squared error, over {found.error.n_sequences} sequences. Of its linear layers, {worst['name']} adds most new "
-        f"error (B = {worst['B']:.3f})."
-    )
+    from beyond_outliers.anymodel.advice import advice, finding
+
+    lines = [f"{finding(one)}\n" for one in found.found]
+    return "\n".join([*lines, *(f"- {line}" for line in advice(found.found[0]))])
 
 
 HOW_JUDGED = """## The verdicts

@@ -7,7 +7,7 @@ __getattr__, __all__ = lazily(
     by_optimizer="along_training dumbbells heatmap optimizer_bars optimizer_lines scaling_fits",
     intervals="candidate_scatter centred_points correlation_forest effect_forest efficiencies method_lines rate_paths "
     "ratio_forest",
-    profiles="checkpoint_curves depth_profile probe_profile staircases stacked_abc",
+    profiles="checkpoint_curves depth_profile guide_curves layer_profile staircases stacked_abc",
     theme="COLOURS LABELS MARKERS save set_theme",
     verdicts="verdict_ledger",
 )

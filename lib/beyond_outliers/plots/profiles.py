@@ -3,6 +3,7 @@
 A figure function takes a tidy table and returns a matplotlib figure.
 """
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -39,14 +40,47 @@ def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
     return finish(figure, "share of $R_l$")
 
 
-def probe_profile(modules: pd.DataFrame, title: str) -> Figure:
-    """R along the depth of any model, one point a module, coloured by kind."""
-    figure, ax = subplots(figsize=(9, 3.4))
-    shown = modules[modules.R > 0]
-    ax.plot(shown["index"], shown.R, color="grey", lw=0.8, zorder=1)
-    for kind, rows in shown.groupby("kind", sort=False):
-        ax.scatter(rows["index"], rows.R, s=14, label=kind, zorder=2)
-    ax.set(yscale="log", xlabel="module $l$", ylabel="$R_l$", title=title)
+def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) -> Figure:
+    """What each linear layer of a probed model costs, with names on the axis, the costliest beside their points.
+
+    good, bad: new errors B up to which, and from which on, a layer is marked so.
+    """
+    figure, ax = subplots(figsize=(9, 3.8))
+    kinds = {"new error: low": ("o", "#009E73", layers.B <= good)}
+    kinds |= {"usual": (".", "grey", (layers.B > good) & (layers.B < bad))}
+    kinds |= {"high": ("^", "#D55E00", layers.B >= bad)}
+    for label, (marker, colour, chosen) in kinds.items():
+        rows = layers[chosen]
+        ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=f"{label} ({len(rows)})")
+    for place, row in layers.nlargest(3, "carried").iterrows():
+        place = (place, row.carried)
+        ax.annotate(row["name"], place, xytext=(-6, 3), textcoords="offset points", fontsize=7, ha="right")
+    ticks = range(0, len(layers), max(1, len(layers) // 24))
+    ax.set_xticks(
+        ticks, layers["name"].iloc[list(ticks)].str.removeprefix("model."), rotation=60, ha="right", fontsize=6
+    )
+    ax.set(yscale="log", ylabel=ylabel)
+    return finish(figure)
+
+
+def guide_curves(tables: dict[str, pd.DataFrame], labels: dict[str, str]) -> Figure:
+    """Damage left over mean bits, a panel a table of `compare_guides`, a line a guide; several models by their mean.
+
+    Damage is divided by that of all layers in 4 bits; means are geometric.
+    """
+    figure, axes = panels(tables, 4.4, 3.4)
+    for name, ax in axes.items():
+        rows = tables[name][tables[name].reading == "kl"].set_index(["model", "optimizer"])
+        start = rows[(rows.guide == "uniform") & (rows.bits == 4)].value
+        rows = rows.assign(value=np.log(rows.value / start.reindex(rows.index)))
+        lines = np.exp(rows.groupby(["guide", "bits"]).value.mean()).reset_index()
+        first = lines[(lines.guide == "uniform") & (lines.bits == 4)]
+        for guide, label in labels.items():
+            line = lines[lines.guide == guide]
+            line = line if guide == "uniform" else pd.concat([first, line])
+            dashed = "--" if guide in ("uniform", "random") else "-"
+            ax.plot(line.bits, line.value, dashed, marker="o", ms=3, lw=1.2, label=label)
+        ax.set(yscale="log", xlabel="mean bits per weight", ylabel="KL, 1 at 4 bits", title=name)
     return finish(figure)
 
 

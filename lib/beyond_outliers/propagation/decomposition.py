@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, evaluating, find_head, is_linear, linear_weight
+from beyond_outliers.modules import evaluating, find_head, is_linear, linear_weight, text_batches
 from beyond_outliers.passes import as_real, floats, main_output, plain_settings, text_rows, text_tokens
 from beyond_outliers.propagation.hooks import Call, Tape, opened_attention
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
@@ -283,7 +283,7 @@ def decompose(
 
     runs = Runs(quantized)
     with evaluating(model, quantized), opened_attention(attention, model, quantized), runs.counted():
-        for batch in as_batches(batches):
+        for batch in text_batches(model, batches):
             if watch is None:
                 watch = kind_of_watch(model, quantized, batch, granularity, attention)
                 _check_names(watch.kinds, model, quantized)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, copy_of, evaluating, forward
+from beyond_outliers.modules import as_batches, copy_of, evaluating, forward, text_batches
 from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient
 from beyond_outliers.quantizers.record import Runs
@@ -93,7 +93,7 @@ def relative_error(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     choose("reduction", reduction, REDUCTIONS)
-    batches = as_batches(batches)
+    batches = text_batches(model, batches)
     if sample is not None:
         if sample < 2:
             raise ValueError(f"sample must be at least 2 sequences, not {sample}")
@@ -176,6 +176,7 @@ def rounding_floor(
                 change = size * torch.randn(weight.shape, dtype=torch.float32, generator=generator)
                 weight.data.mul_((1 + change).to(weight.device, weight.dtype))
         found.append(relative_error(moved, quantize(moved), batches, reduction=reduction).value)
+        del moved  # before the next copy is made
     return float(np.std(found, ddof=1))
 
 

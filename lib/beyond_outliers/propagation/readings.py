@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.modules import as_batches, evaluating, find_head, forward
+from beyond_outliers.modules import evaluating, find_head, forward, text_batches
 from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import dot, pieces
 from beyond_outliers.propagation.output_error import ratio_of_sums, text_sequences
@@ -69,7 +69,7 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     sequences: list[dict[str, Tensor]] = []
     runs, head = Runs(quantized), find_head(model)
     with evaluating(model, quantized), runs.counted(), _inputs_of(head, model, quantized) as inputs:
-        for batch in as_batches(batches):
+        for batch in text_batches(model, batches):
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
             read = list(inputs.values()) if len(inputs) == 2 else []
             tokens, places = _tokens(batch, answers[0][0]), len(answers[0])

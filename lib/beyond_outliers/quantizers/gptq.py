@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, evaluating, forward
+from beyond_outliers.modules import evaluating, forward, text_batches
 from beyond_outliers.passes import plain_settings, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import (
     FORMATS,
@@ -199,7 +199,7 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
     to that layer for every layer. Keeps one Hessian. Raises ValueError without a batch, for a layer that never runs,
     and, with the layer's name, where `round_layer` does. Warns of layers in whose inputs padding cannot be told apart.
     """
-    batches = list(as_batches(batches))
+    batches = list(text_batches(model, batches))
     if not batches:
         raise ValueError("there is no batch in calibration")
     with evaluating(model):

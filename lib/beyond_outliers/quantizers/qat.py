@@ -89,10 +89,11 @@ class QuestQuantizer(nn.Module):
         step = wide.square().mean(-1, keepdim=True).sqrt() * self.step_over_rms
         scaled = wide * torch.where(step == 0, 0.0, 1 / step)
         half = 2.0 ** (self.bits - 1)
-        rounded = (scaled.floor() + 0.5).clamp(0.5 - half, half - 0.5) * step
-        # bytes by way of floats: compiled for CPUs, storing booleans alone took ten times as long as all the rest
-        trusted = (scaled.abs() <= half).to(wide.dtype).to(torch.uint8)
-        return rounded.to(x.dtype), trusted
+        rounded = scaled.floor().add_(0.5).clamp(0.5 - half, half - 0.5).mul_(step)
+        trusted = scaled.abs_() <= half
+        if torch.compiler.is_compiling():  # by way of floats: on CPUs booleans alone took ten times as long as the rest
+            return rounded.to(x.dtype), trusted.to(wide.dtype).to(torch.uint8)
+        return rounded.to(x.dtype), trusted.view(torch.uint8)
 
     def forward(self, x: Tensor, held: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`held`: what `round` gave for this x before, to be used again."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch._functorch.config as functorch
 from safetensors.torch import save_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -136,6 +137,8 @@ class _Run:
         self.compiled = should_compile(compile, config, self.device)
         if self.compiled:  # kernels are kept between processes: runs of one shape compile once
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.CACHE / "compiled"))
+            # also of quantizers, whose functions have nothing beside the graph: 3 seconds of a start in place of 9
+            functorch.autograd_cache_allow_custom_autograd_functions = True
         self.loss = self.workers.join(LossModule(self.model, self.compiled), self.optimizer)
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict] = []
