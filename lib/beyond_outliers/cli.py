@@ -292,7 +292,7 @@ def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked
 
     choose("claim", claim, [None, *read_table(paths.PAPER / "claims.csv").id])
     study = study_of(scale)
-    from beyond_outliers.claims.report import show, write_verdicts
+    from beyond_outliers.claims.verdicts import show, write_verdicts
 
     print(show(study, claim, rows or None) if claim else write_verdicts(study, checked))
 

@@ -1,7 +1,5 @@
 """The damage along training, on runs whose course is given."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,35 +8,20 @@ from scipy import stats
 from beyond_outliers.claims import along_training as along
 from beyond_outliers.claims import readings
 from beyond_outliers.study import Study
-from beyond_outliers.study.tables import MissingResults
+from made_up_runs import Made
 
 
-class Followed:
+def followed(fall, **tables):
     """Runs of 100 steps, checkpoints every 10; damage 0.001 a step until 80, then `fall[optimizer][seed]` more."""
-
-    scale = "made up"
-    protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4"))
-
-    def __init__(self, fall):
-        self.fall = fall
-
-    def runs(self, purpose):
-        cells = [(name, seed) for name, values in self.fall.items() for seed in range(len(values))]
-        frame = pd.DataFrame(cells, columns=["optimizer", "seed"])
-        return frame.assign(run=frame.optimizer + frame.seed.astype(str), size="s", steps=100)
-
-    def table(self, name):
-        assert name == "trajectory"
-        rows = []
-        for name, values in self.fall.items():
-            for seed, more in enumerate(values):
-                for step in range(10, 101, 10):
-                    increase = 0.001 * step if step <= 80 else 0.08 + more * (step - 80) / 20
-                    rows.append((f"{name}{seed}", step, 1, "W4A4", 3 + increase, increase))
-                rows.append((f"{name}{seed}", 80, 4, "W4A4", 2.9, 0.05))
-                rows.append((f"{name}{seed}", 100, 4, "W4A4", 2.8, 0.06))
-                rows.append((f"{name}{seed}", 100, 1, "none", 3.0, 0.0))
-        return pd.DataFrame(rows, columns=["run", "step", "averaged", "spec", "val_loss", "increase"])
+    runs, rows = [(name, seed, f"{name}{seed}") for name in fall for seed in range(len(fall[name]))], []
+    for name, seed, run in runs:
+        for step in range(10, 101, 10):
+            increase = 0.001 * step if step <= 80 else 0.08 + fall[name][seed] * (step - 80) / 20
+            rows.append((run, step, 1, "W4A4", 3 + increase, increase))
+        rows += [(run, 80, 4, "W4A4", 2.9, 0.05), (run, 100, 4, "W4A4", 2.8, 0.06), (run, 100, 1, "none", 3.0, 0.0)]
+    table = pd.DataFrame(rows, columns=["run", "step", "averaged", "spec", "val_loss", "increase"])
+    full = pd.DataFrame(runs, columns=["optimizer", "seed", "run"]).assign(size="s", steps=100)
+    return Made({"full_precision": full}, "W4A4", **{"trajectory": table} | tables)
 
 
 FALL = {"adamw": [0.1, 0.2, 0.3], "muon": [0.0, 0.04, 0.02]}
@@ -49,26 +32,28 @@ def value(table, quantity, optimizer, column="mean"):
     return found
 
 
-def test_the_learning_rate_begins_to_fall_at_four_fifths():
-    assert pytest.approx(0.8) == along.DECAY_FROM
-
-
 def test_what_changes_in_the_decay_and_before_it():
-    rows = along.trajectory(Followed(FALL))
+    assert pytest.approx(0.8) == along.DECAY_FROM
+    rows = along.trajectory(followed(FALL))
     assert len(rows) == 6 * 12 and set(rows.spec) == {"W4A4"}
+    curves = along.curves(rows).query("share == 1 and optimizer == 'muon'")  # of the checkpoints themselves
+    assert curves["mean"].tolist() == pytest.approx([0.1])
     table = along.differences(along.changes(rows))
     low, high = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
     found = [value(table, "decay", "adamw", column) for column in ("mean", "low", "high", "n")]
     assert found == pytest.approx([0.2, low, high, 3])
     assert value(table, "before", "adamw") == pytest.approx(0.02)  # from 60 to 80, as long as the decay
-    assert value(table, "averaging, constant", "muon") == pytest.approx(0.05 - 0.08)
-    assert value(table, "averaging, end", "muon") == pytest.approx(0.06 - 0.08 - 0.02)
-    assert value(table, "averaging, end: loss after", "muon") == pytest.approx(2.8 - 3.1)
+    averaging = {"constant": 0.05 - 0.08, "end": 0.06 - 0.08 - 0.02, "end: loss after": 2.8 - 3.1}
+    for name, expected in averaging.items():
+        assert value(table, f"averaging, {name}", "muon") == pytest.approx(expected)
+    few = along.differences(along.changes(along.trajectory(followed({"adamw": [0.1, 0.2], "muon": [0.3]}))))
+    assert few[["low", "high"]].isna().all(axis=None)
+    assert value(few, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
 
 
 def test_the_mean_of_optimizers_has_the_spread_over_runs_alone():
     """Optimizers that differ much, seeds that do not: the interval is narrow. By Welch's formula for equal samples."""
-    table = along.differences(along.changes(along.trajectory(Followed(FALL))))
+    table = along.differences(along.changes(along.trajectory(followed(FALL))))
     assert value(table, "decay", along.EVERY) == pytest.approx(0.11)
     variances = np.array([np.var(values, ddof=1) / 3 / 4 for values in FALL.values()])
     dof = variances.sum() ** 2 / (variances**2 / 2).sum()
@@ -76,40 +61,24 @@ def test_the_mean_of_optimizers_has_the_spread_over_runs_alone():
     assert value(table, "decay", along.EVERY, "high") - 0.11 == pytest.approx(half)
 
 
-def test_few_runs_have_no_interval():
-    table = along.differences(along.changes(along.trajectory(Followed({"adamw": [0.1, 0.2], "muon": [0.3]}))))
-    assert table[["low", "high"]].isna().all(axis=None)
-    assert value(table, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
-
-
 def test_differences_as_text_have_a_row_an_optimizer():
-    table = along.as_text(along.differences(along.changes(along.trajectory(Followed(FALL)))))
+    table = along.wide(along.differences(along.changes(along.trajectory(followed(FALL)))))
     assert list(table.columns) == list(along.QUANTITIES.values())
     assert table.loc[("s", "adamw"), along.QUANTITIES["before"]] == "0.020 [0.020, 0.020]"
     assert [optimizer for _, optimizer in table.index] == ["adamw", "muon", along.EVERY]
 
 
-def test_curves_are_of_the_checkpoints_themselves():
-    curves = along.curves(along.trajectory(Followed(FALL)))
-    end = curves[(curves.share == 1) & (curves.optimizer == "muon")]
-    assert end["mean"].tolist() == pytest.approx([0.1]) and len(curves) == 20
-
-
 def test_the_finding_follows_the_numbers():
-    text = along.finding(Followed(FALL))
+    text = along.in_words(followed(FALL))
     assert text.startswith("- s, n 3: the mean damage changes by 0.110 [")
     assert "Over as long a stretch before, it changes by 0.020 [0.020, 0.020]." in text
     assert "at the constant rate and by -0.130 [" in text
 
 
 def test_a_scale_whose_runs_are_not_followed():
-    class Without(Followed):
-        def table(self, name):
-            raise MissingResults(name)
-
-    study = Without(FALL)
+    study = Made(followed(FALL).by_purpose, "W4A4")
     assert along.differences(along.changes(along.trajectory(study))).empty
-    assert along.finding(study) == "No run of scale made up has been followed along its training."
+    assert along.in_words(study) == "No run of scale made up has been followed along its training."
     assert along.trajectory(Study("pocket")).empty
 
 
@@ -123,24 +92,11 @@ def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
 
 
 def test_damage_at_the_common_loss_lies_between_two_checkpoints():
-    class Reaching(Followed):
-        """Loss in full precision 4 - step / 50; the Common Loss 2.5 is reached halfway between 70 and 80."""
-
-        def has(self, name):
-            return name == "common_loss"
-
-        def table(self, name):
-            if name == "trajectory":
-                return super().table(name)
-            runs = self.runs("full_precision").run
-            if name == "common_loss":
-                return pd.DataFrame({"run": runs, "common_loss": 2.5, "step": 80})
-            steps = np.arange(0, 101, 10)
-            return pd.concat(pd.DataFrame({"run": run, "step": steps, "val_loss": 4 - steps / 50}) for run in runs)
-
-    table = along.at_common_loss(Reaching(FALL))
-    assert len(table) == 6
-    assert table.at_checkpoint.tolist() == pytest.approx([0.08] * 6)
-    assert table.interpolated.tolist() == pytest.approx([0.075] * 6)
-    assert table.share.tolist() == pytest.approx([0.75] * 6)
+    """Loss in full precision 4 - step / 50; the Common Loss 2.5 is reached halfway between 70 and 80."""
+    runs, steps = followed(FALL).runs("full_precision").run, np.arange(0, 101, 10)
+    curves = pd.concat(pd.DataFrame({"run": run, "step": steps, "val_loss": 4 - steps / 50}) for run in runs)
+    reached = pd.DataFrame({"run": runs, "common_loss": 2.5, "step": 80})
+    table = along.at_common_loss(followed(FALL, curves=curves, common_loss=reached))
+    found = table[["at_checkpoint", "interpolated", "share"]].to_numpy()
+    assert found == pytest.approx(np.tile([0.08, 0.075, 0.75], (6, 1)))
     assert along.at_common_loss(Study("pocket")).empty

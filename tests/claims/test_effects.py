@@ -1,14 +1,13 @@
 """Effects against AdamW within pairs, and the choice that follows: made-up tables whose answer is known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from beyond_outliers.claims import PAPER_OPTIMIZERS, decisions, effects
-from beyond_outliers.study import MissingResults
+from beyond_outliers.claims import decisions
+from beyond_outliers.claims.readings import Quantity
+from made_up_runs import Made, runs
 
 LEVELS = {"adamw": 3.0, "muon": 2.8, "psgd": 3.1, "scion": 2.85, "shampoo": 2.9, "soap": 2.95}
 ADDED = {"adamw": 0.2, "muon": 0.5, "psgd": 0.2, "scion": 0.3, "shampoo": 0.1, "soap": 0.3}  # by rounding
@@ -17,46 +16,26 @@ OWN = {"adamw": [0.0, 0.01, -0.01, 0.0]}  # what is left of a seed's noise
 OWN |= {name: [0.0, 0.0, 0.02, -0.02] for name in LEVELS if name != "adamw"}
 
 
-def runs(levels=LEVELS, seeds=3, sizes=("s", "l"), paired=0.0):
-    rows = [
-        (f"{size}-{name}-{seed}", size, name, 0.1, seed, "finished", value + 10 * place + noise)
-        for place, size in enumerate(sizes)
-        for name, value in levels.items()
-        for seed in range(seeds)
-        for noise in [paired * BATCHES[seed] + OWN[name][seed]]
-    ]
-    return pd.DataFrame(rows, columns=["run", "size", "optimizer", "lr", "seed", "status", "val_loss"])
+def losses(levels=LEVELS, seeds=3, sizes=("s", "l"), paired=0.0):
+    noise = lambda name, seed: paired * BATCHES[seed] + OWN[name][seed]  # noqa: E731
+    return runs(levels, seeds, sizes, 10, noise).rename(columns={"value": "val_loss"})
 
 
-class Made:
+def made(seeds=3, qat=False, levels=LEVELS):
     """Runs in full precision and (where asked for) QAT; damage at both checkpoints; no propagation, no outliers."""
-
-    scale = "made-up"
-    protocol = SimpleNamespace(measure=SimpleNamespace(primary="W4A4"), optimizers=PAPER_OPTIMIZERS)
-
-    def __init__(self, seeds=3, qat=False, levels=LEVELS):
-        self.full = runs(levels, seeds)
-        self.qat = runs({name: levels[name] + 0.4 - 0.1 * (name == "soap") for name in levels}, seeds)
-        self.qat = self.qat if qat else self.qat.iloc[:0]
-
-    def runs(self, purpose):
-        return {"full_precision": self.full, "qat": self.qat}[purpose]
-
-    def measured(self, table, purpose="full_precision"):
-        if table != "ptq":
-            raise MissingResults(table)
-        rows = self.full.assign(spec="W4A4", increase=self.full.optimizer.map(ADDED))
-        rows = rows.assign(val_loss=rows.val_loss + rows.increase)
-        common = rows.assign(checkpoint="common", increase=2 * rows.increase, val_loss=99.0)
-        return pd.concat([rows.assign(checkpoint="final"), common], ignore_index=True)
+    full = losses(levels, seeds)
+    rows = full.assign(spec="W4A4", increase=full.optimizer.map(ADDED))
+    common = rows.assign(checkpoint="common", increase=2 * rows.increase, val_loss=99.0)
+    final = rows.assign(checkpoint="final", val_loss=rows.val_loss + rows.increase)
+    dearer = losses({name: levels[name] + 0.4 - 0.1 * (name == "soap") for name in levels}, seeds)
+    return Made({"full_precision": full, "qat": dearer if qat else None}, "W4A4", ptq=pd.concat([final, common]))
 
 
 def test_an_effect_is_the_mean_of_differences_within_pairs():
     """One size: scipy's paired t test; what a seed adds to both runs of a pair takes no part."""
-    table = runs(seeds=4, sizes=("s",), paired=5.0)
-    study = Made()
-    study.full = table
-    found = effects.effects(study).set_index(["quantity", "optimizer"]).loc[("loss", "muon")]
+    table = losses(seeds=4, sizes=("s",), paired=5.0)
+    study = Made({"full_precision": table}, "W4A4")
+    found = decisions.effects(study).set_index(["quantity", "optimizer"]).loc[("loss", "muon")]
     one, two = (table.val_loss[table.optimizer == name].to_numpy() for name in ("muon", "adamw"))
     expected = stats.ttest_rel(one, two).confidence_interval(0.95)
     assert (found.effect, found.low, found.high) == pytest.approx(
@@ -66,7 +45,7 @@ def test_an_effect_is_the_mean_of_differences_within_pairs():
 
 
 def test_sizes_do_not_add_to_the_spread_and_every_quantity_has_its_rows():
-    table = effects.effects(Made(qat=True)).set_index(["quantity", "optimizer"])
+    table = decisions.effects(made(qat=True)).set_index(["quantity", "optimizer"])
     assert list(table.index.unique("quantity")) == ["loss", "common", "final", "qat"]
     expected = {"loss": -0.1, "common": -0.2, "final": -0.1, "qat": 0.0}
     for quantity, value in expected.items():
@@ -76,28 +55,28 @@ def test_sizes_do_not_add_to_the_spread_and_every_quantity_has_its_rows():
 
 
 def test_ratios_are_of_geometric_means():
-    table = runs(seeds=3, sizes=("s",)).assign(R_L=lambda rows: np.where(rows.optimizer == "muon", 2.0, 0.5))
+    table = losses(seeds=3, sizes=("s",)).assign(R_L=lambda rows: np.where(rows.optimizer == "muon", 2.0, 0.5))
     table.loc[(table.optimizer == "muon") & (table.seed == 1), "R_L"] = 4.0
-    pairs = effects.against(table, "R_L", effects.TIMES)
+    pairs = decisions.against(Quantity("R_L", "times", lambda of: of, "R_L").read(table))
     assert np.exp(pairs.effect[pairs.optimizer == "muon"].mean()) == pytest.approx((4 * 8 * 4) ** (1 / 3))
     assert "adamw" not in set(pairs.optimizer)
 
 
 def test_runs_without_a_partner_are_left_out():
-    table = runs()
+    table = losses()
     table = table[~((table.optimizer == "adamw") & (table.seed == 2) & (table["size"] == "l"))]
     table.loc[(table.optimizer == "muon") & (table.seed == 0) & (table["size"] == "s"), "val_loss"] = np.nan
-    pairs = effects.against(table, "val_loss")
+    pairs = decisions.against(table, "val_loss")
     assert pairs.groupby("optimizer").size().to_dict() == {n: 4 if n == "muon" else 5 for n in LEVELS if n != "adamw"}
 
 
 def test_one_seed_has_effects_without_intervals():
-    table = effects.effects(Made(seeds=1))
+    table = decisions.effects(made(seeds=1))
     assert table.effect.notna().all() and table.low.isna().all() and (table.n == 2).all()
 
 
 def test_the_table_names_what_is_not_measured_yet():
-    table = effects.effect_table(Made()).set_index("optimizer")
+    table = decisions.effect_table(made()).set_index("optimizer")
     assert list(table.index) == ["Muon", "PSGD", "Scion", "Shampoo", "SOAP"]
     assert table.loc["Shampoo", "W4A4 increase at the end (nats)"] == "-0.100 [-0.100, -0.100], n 6"
     for missing in ("increase by training in 4 bits (QAT) (nats)", "R_L at the end (times AdamW)"):
@@ -106,7 +85,7 @@ def test_the_table_names_what_is_not_measured_yet():
 
 def test_the_decision_is_by_the_loss_that_one_ends_with():
     """Muon is best as trained and worst hurt; Shampoo ends lowest after rounding; SOAP gains nothing by QAT here."""
-    table = decisions.decisions(Made(qat=True)).set_index("if you will")
+    table = decisions.decisions(made(qat=True)).set_index("if you will")
     assert table["train with"]["leave the model in full precision"] == table["train with"][decisions.QAT] == "**Muon**"
     after = table.loc["round to nearest, W4A4 without head"]
     assert after["train with"] == "**Shampoo**" and after["runs each"] == "6 in 2 sizes"
@@ -115,6 +94,6 @@ def test_the_decision_is_by_the_loss_that_one_ends_with():
 
 
 def test_who_cannot_be_told_from_the_best_is_named_beside_it():
-    table = decisions.decisions(Made(levels=LEVELS | {"scion": 2.801})).set_index("if you will")
+    table = decisions.decisions(made(levels=LEVELS | {"scion": 2.801})).set_index("if you will")
     assert table["train with"]["leave the model in full precision"] == "**Muon (or Scion)**"
     assert table["train with"][decisions.QAT] == decisions.NOT_MEASURED

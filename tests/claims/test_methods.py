@@ -1,7 +1,5 @@
 """Quantizers beside round-to-nearest: readings of tables made by hand, and correlations against scipy's."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,30 +7,20 @@ from scipy import stats
 
 from beyond_outliers.claims import methods
 from beyond_outliers.study import Study
+from made_up_runs import Made
 
 
-class Quantized:
-    """A study whose table ptq has `increase[spec](optimizer place, seed)` at the end of one size of two."""
-
-    scale = "made up"
-
-    def __init__(self, increase, primary="W4A4+head", seeds=3, optimizers=("adamw", "muon", "soap")):
-        measure = SimpleNamespace(primary=primary)
-        self.protocol = SimpleNamespace(measure=measure, sizes=["s", "m"])
-        self.rows = pd.DataFrame(
-            [
-                (f"{name}{seed}", "s", name, 0.1, seed, spec, 3 + value(place, seed), value(place, seed), checkpoint)
-                for spec, value in increase.items()
-                for place, name in enumerate(optimizers)
-                for seed in range(seeds)
-                for checkpoint in ("final", "common")
-            ],
-            columns=["run", "size", "optimizer", "lr", "seed", "spec", "val_loss", "increase", "checkpoint"],
-        )
-
-    def measured(self, table, purpose="full_precision"):
-        assert (table, purpose) == ("ptq", "full_precision")
-        return self.rows
+def quantized(increase, primary="W4A4+head", seeds=3, optimizers=("adamw", "muon", "soap"), sizes=("s", "m")):
+    """A study whose table ptq has `increase[spec](optimizer place, seed)` at the end of one of its sizes."""
+    rows = [
+        (f"{name}{seed}", "s", name, 0.1, seed, spec, 3 + value(place, seed), value(place, seed), checkpoint)
+        for spec, value in increase.items()
+        for place, name in enumerate(optimizers)
+        for seed in range(seeds)
+        for checkpoint in ("final", "common")
+    ]
+    columns = ["run", "size", "optimizer", "lr", "seed", "spec", "val_loss", "increase", "checkpoint"]
+    return Made(primary=primary, protocol={"sizes": sizes}, ptq=pd.DataFrame(rows, columns=columns))
 
 
 def rtn(place, seed):
@@ -41,7 +29,7 @@ def rtn(place, seed):
 
 @pytest.fixture
 def study():
-    return Quantized(
+    return quantized(
         {
             "none": lambda place, seed: 0.0,
             "W4A4+head": rtn,
@@ -54,22 +42,9 @@ def study():
     )
 
 
-@pytest.mark.parametrize(
-    ("spec", "head", "expected"),
-    [
-        ("W4A4+rot+gptq+head", True, ("int4", "rotation + GPTQ")),
-        ("W4A4+rot+gptq+head", False, None),
-        ("mxfp4+gptq", False, ("mxfp4", "GPTQ")),
-        ("nvfp4+rot+head", True, ("nvfp4", "rotation")),
-        ("W4A4", False, ("int4", "RTN")),
-        ("W4+head", True, None),  # weights alone
-        ("Wmxfp4", False, None),
-        ("W4A4+other", False, None),
-        ("none", False, None),
-    ],
-)
-def test_format_and_method_of_a_spec(spec, head, expected):
-    assert methods.format_and_method(spec, head) == expected
+def test_specs_have_their_format_and_method():
+    assert methods.SPECS["W4A4+rot+gptq"] == ("int4", "rotation + GPTQ") and methods.SPECS["nvfp4"] == ("nvfp4", "RTN")
+    assert len(methods.SPECS) == 12 and not {"W4", "Wmxfp4", "none"} & set(methods.SPECS)
 
 
 def test_rows_are_those_of_the_primary_head_at_the_end(study):
@@ -81,11 +56,11 @@ def test_rows_are_those_of_the_primary_head_at_the_end(study):
 
 
 def test_what_is_not_measured_is_said(study):
-    parts = ["any run of m", "int4 by rotation", "mxfp4 by GPTQ, rotation, rotation + GPTQ", "nvfp4"]
+    parts = ["int4 by rotation at s", "int4 by any method at m", "mxfp4 by GPTQ, rotation, rotation + GPTQ at s"]
+    parts += ["mxfp4 by any method at m", "nvfp4 by any method at s, m"]
     assert methods.missing(study) == "Not measured at scale `made up`:\n\n" + "\n".join(f"- {part}" for part in parts)
-    study.protocol.sizes = ["s"]
     specs = [f"{first}{way}+head" for first in methods.FORMATS for way in ("", "+gptq", "+rot", "+rot+gptq")]
-    assert methods.missing(Quantized({spec: rtn for spec in specs})).endswith("\n- any run of m")
+    assert methods.missing(quantized({spec: rtn for spec in specs}, sizes=["s"])) == ""
 
 
 def test_damages_as_text(study):
@@ -127,34 +102,34 @@ def test_the_bootstrap_keeps_what_a_run_shares():
     rng = np.random.default_rng(0)
     noise, other = 1 + 0.3 * rng.random((2, 3, 5))
     ways = {"W4A4": lambda place, seed: noise[place, seed], "W4A4+rot": lambda place, seed: 2 * noise[place, seed]}
-    study = Quantized(ways, "W4A4", seeds=5)
+    study = quantized(ways, "W4A4", seeds=5)
     assert methods.agreement(methods.measured(study)).kendall_low.tolist() == [1]
-    study = Quantized(ways | {"W4A4+rot": lambda place, seed: other[place, seed]}, "W4A4", seeds=5)
+    study = quantized(ways | {"W4A4+rot": lambda place, seed: other[place, seed]}, "W4A4", seeds=5)
     (row,) = methods.agreement(methods.measured(study)).itertuples()
     assert row.kendall_low < row.kendall_high
 
 
 def test_few_seeds_have_no_interval_and_two_optimizers_no_order():
     ways = {"W4A4": rtn, "W4A4+rot": rtn}
-    (row,) = methods.agreement(methods.measured(Quantized(ways, "W4A4", seeds=2))).itertuples()
+    (row,) = methods.agreement(methods.measured(quantized(ways, "W4A4", seeds=2))).itertuples()
     assert row.kendall == 1 and np.isnan(row.kendall_low)
-    assert methods.agreement(methods.measured(Quantized(ways, "W4A4", optimizers=("adamw", "muon")))).empty
+    assert methods.agreement(methods.measured(quantized(ways, "W4A4", optimizers=("adamw", "muon")))).empty
 
 
 def test_the_finding_follows_the_numbers(study):
-    text = methods.finding(study)
+    text = methods.order_in_words(study)
     assert text.startswith("What other methods leave of the order under round to nearest (RTN), in int4:\n\n- s")
     assert "- s, n 3: Muon's damage is 1.91 [" in text and "Under rotation + GPTQ it is 0.52 [" in text
     assert ": more under RTN, less under rotation + GPTQ." in text
     assert "rotation + GPTQ and RTN order 0% of the pairs alike (Kendall's tau -1.00" in text
     assert text.endswith(methods.missing(study))
-    few = methods.finding(Quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
+    few = methods.order_in_words(quantized({"W4A4": rtn, "W4A4+rot": rtn}, "W4A4", seeds=1))
     assert "n 1: Muon's damage is 2.00 times" in few and ": too few seeds for an interval." in few
-    alone = methods.finding(Quantized({"W4A4": rtn}, "W4A4"))
-    assert alone == methods.missing(Quantized({"W4A4": rtn}, "W4A4"))
+    alone = methods.order_in_words(quantized({"W4A4": rtn}, "W4A4"))
+    assert alone == methods.missing(quantized({"W4A4": rtn}, "W4A4"))
 
 
 def test_the_committed_scale_without_gptq_says_so():
     study = Study("laptop")
     assert set(methods.measured(study).method) == {"RTN", "rotation"}
-    assert "int4 by GPTQ, rotation + GPTQ" in methods.finding(study)
+    assert "int4 by GPTQ, rotation + GPTQ" in methods.order_in_words(study)

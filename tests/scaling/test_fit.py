@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 
 from beyond_outliers.scaling import IdentificationWarning, compare_forms, fit_scaling_law, fit_shared
 from beyond_outliers.scaling import fit as scaling
+from beyond_outliers.scaling.fit import resamples
 from beyond_outliers.scaling.least_squares import build_problem, starting_points
-from beyond_outliers.scaling.resampling import resamples
 
 # tests that are about the warning ask for it with pytest.warns or turn it into an error
 pytestmark = pytest.mark.filterwarnings("ignore::beyond_outliers.scaling.IdentificationWarning")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.claims import beside
+from beyond_outliers.claims import decisions
 from beyond_outliers.claims.estimates import Comparison
 from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
@@ -163,10 +163,11 @@ def test_places_and_differences_are_those_of_the_means():
         columns=["size", "optimizer", "seed", "loss"],
     )  # fmt: skip
     study = SimpleNamespace(yours=SGD, protocol=SimpleNamespace(optimizers=OPTIMIZER_NAMES))
-    found = beside.compared(study, rows, "loss")
-    assert isinstance(found, Comparison) and beside.place(study, found) == "4 of 7"
-    row = beside._row(study, rows, "loss")
+    found = decisions.compared(study, rows, "loss")
+    assert isinstance(found, Comparison) and decisions.place(study, found) == "4 of 7"
+    parts = {"all": (rows, "loss"), "six": (rows[rows.optimizer != SGD], "loss")}
+    table = decisions.standing(study, parts).set_index("quantity")
+    row = table.loc["all"]
     assert row["yours"].startswith("2.301 [2.3") and row["lowest of the six"].startswith("AdamW 2.001 [")
     assert row["yours less it"].startswith("0.300 [") and row["runs"] == "over a and b, n 6"
-    alone = beside._row(study, rows[rows.optimizer != SGD], "loss")
-    assert alone == {"yours": "no size at which all of them have one"}
+    assert table.yours["six"] == "no size at which all of them have one"

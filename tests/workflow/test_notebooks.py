@@ -11,8 +11,8 @@ import pytest
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers import notebook as notebook_module
 from beyond_outliers.claims import CLAIMS, judged, read_rules
-from beyond_outliers.claims.report import write_verdicts
 from beyond_outliers.claims.rules import VERDICTS
+from beyond_outliers.claims.verdicts import write_verdicts
 from beyond_outliers.notebook import notebooks, paper, render, run_notebook
 
 pytestmark = pytest.mark.slow

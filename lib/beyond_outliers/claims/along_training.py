@@ -5,11 +5,13 @@ accounts are tested: the decay makes the damage and averaging repairs it (arXiv 
 convergence (arXiv 2604.15167).
 """
 
-import numpy as np
+from dataclasses import replace
+
 import pandas as pd
 
 from beyond_outliers.claims import estimates, readings
-from beyond_outliers.claims.estimates import LEAST_SEEDS, Estimate, cells, contrast
+from beyond_outliers.claims.estimates import LEAST_SEEDS, as_table, as_text, cells, t_interval
+from beyond_outliers.claims.readings import CELL
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.tables import MissingResults
 
@@ -33,8 +35,8 @@ def trajectory(study) -> pd.DataFrame:
     try:
         table = study.table("trajectory")
     except MissingResults:
-        return pd.DataFrame(columns=["run", *readings.CELL, "step", "averaged", "share", "val_loss", "increase"])
-    rows = study.runs("full_precision")[["run", *readings.CELL, "steps"]].merge(table, on="run")
+        return pd.DataFrame(columns=["run", *CELL, "step", "averaged", "share", "val_loss", "increase"])
+    rows = study.runs("full_precision")[["run", *CELL, "steps"]].merge(table, on="run")
     rows = rows[rows.spec == readings.primary(study)]
     return rows.assign(share=rows.step / rows.steps).drop(columns="steps").reset_index(drop=True)
 
@@ -45,21 +47,16 @@ def at_common_loss(study) -> pd.DataFrame:
     One row a run that is followed and has a Common Loss: CELL, damage `at_checkpoint` and `interpolated` (nats, both
     on the trajectory's tokens), and the `share` of the run. Empty without a trajectory.
     """
-    rows = trajectory(study)
-    columns = [*readings.CELL, "at_checkpoint", "interpolated", "share"]
-    if rows.empty or not study.has("common_loss"):
-        return pd.DataFrame(columns=columns)
-    base = study.table("curves")[["run", "step", "val_loss"]].rename(columns={"val_loss": "base_loss"})
-    rows = rows[rows.averaged == 1].merge(base, on=["run", "step"])
-    common = study.table("common_loss")[["run", "common_loss", "step"]].rename(columns={"step": "reached"})
-    found = []
-    for (*cell, threshold, reached), own in rows.merge(common, on="run").groupby(
-        [*readings.CELL, "common_loss", "reached"], sort=False
-    ):
-        own = own.sort_values("step")
-        exact = readings.at_loss(own[["base_loss", "increase", "share"]], threshold)
-        found.append((*cell, own.set_index("step").increase[reached], exact["increase"], exact["share"]))
-    return pd.DataFrame(found, columns=columns)
+    rows, found = trajectory(study), []
+    if len(rows) and study.has("common_loss"):
+        base = study.table("curves")[["run", "step", "val_loss"]].rename(columns={"val_loss": "base_loss"})
+        common = study.table("common_loss")[["run", "common_loss", "step"]].rename(columns={"step": "reached"})
+        rows = rows[rows.averaged == 1].merge(base, on=["run", "step"]).merge(common, on="run")
+        for (*cell, threshold, reached), own in rows.groupby([*CELL, "common_loss", "reached"], sort=False):
+            own = own.sort_values("step")
+            exact = readings.at_loss(own[["base_loss", "increase", "share"]], threshold)
+            found.append((*cell, own.set_index("step").increase[reached], exact["increase"], exact["share"]))
+    return pd.DataFrame(found, columns=[*CELL, "at_checkpoint", "interpolated", "share"])
 
 
 def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
@@ -67,9 +64,8 @@ def beside_checkpoint(exact: pd.DataFrame) -> pd.DataFrame:
     keys, parts = ["size", "optimizer"], []
     for column in ("at_checkpoint", "interpolated"):
         mean = estimates.means(exact, column).set_index(keys)["mean"].rename(column)
-        ratio = estimates.ratios(exact, column).set_index(keys)[["ratio", "low", "high"]]
-        text = [Estimate(*row).text(2) for row in ratio.reindex(mean.index).to_numpy()]
-        parts += [mean, pd.Series(text, mean.index, name=f"{column}, ratio")]
+        ratio = estimates.ratios(exact, column).set_index(keys).reindex(mean.index)
+        parts += [mean, pd.Series(as_text(ratio, "ratio", 2), mean.index, name=f"{column}, ratio")]
     return pd.concat(parts, axis=1).reset_index()
 
 
@@ -81,7 +77,7 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """QUANTITIES of every run, a row each: CELL, quantity, value (nats); without their checkpoints none."""
     found = []
-    for cell, own in rows.groupby(readings.CELL, sort=False):
+    for cell, own in rows.groupby(CELL, sort=False):
         plain = own[own.averaged == 1].sort_values("share").set_index("step")
         averaged = own[own.averaged > 1].set_index("step")
         constant = plain[plain.share <= DECAY_FROM]
@@ -94,54 +90,45 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
             values["before"] = plain.increase[last] - plain.increase[earlier]
         for place, step in (("constant", last), ("end", end)):
             if step in averaged.index:
-                values[f"averaging, {place}"] = averaged.increase[step] - plain.increase[step]
-                values[f"averaging, {place}: loss after"] = averaged.val_loss[step] - plain.val_loss[step]
+                less = averaged.loc[step, ["increase", "val_loss"]] - plain.loc[step, ["increase", "val_loss"]]
+                values |= {f"averaging, {place}": less.increase, f"averaging, {place}: loss after": less.val_loss}
         found += [(*cell, quantity, value) for quantity, value in values.items()]
-    return pd.DataFrame(found, columns=[*readings.CELL, "quantity", "value"])
+    return pd.DataFrame(found, columns=[*CELL, "quantity", "value"])
 
 
 def differences(table: pd.DataFrame) -> pd.DataFrame:
     """Means of `changes` over runs with 95 % intervals: quantity, size, optimizer, mean, low, high, n.
 
     Behind the optimizers of a size stands EVERY: their unweighted mean, with Welch's interval from the spread over runs
-    within optimizers (an estimate alone where one of them has fewer than three runs).
+    within optimizers (an estimate alone where one of them has fewer than three runs), n the fewest runs of one.
     """
-    each = estimates.means(table, "value", ("quantity",))
-    parts = []
-    for quantity in QUANTITIES:
-        for size, own in table[table.quantity == quantity].groupby("size", sort=False):
-            parts.append(each[(each.quantity == quantity) & (each["size"] == size)])
-            parts.append(_over_optimizers(own, quantity, size))
-    return pd.concat(parts, ignore_index=True) if parts else each
+    keys, found = ["quantity", "size", "optimizer"], {}
+    table = table.sort_values("quantity", key=lambda names: names.map([*QUANTITIES].index), kind="stable")
+    for (quantity, size), own in table.groupby(keys[:2], sort=False):
+        for name, values in own.groupby("optimizer", sort=False).value:
+            found[quantity, size, name] = t_interval(values, least=LEAST_SEEDS)
+        strata = own.assign(size=own.optimizer, optimizer=EVERY)  # the optimizers
+        every = cells(strata, "value", (EVERY,), list(dict.fromkeys(own.optimizer)))
+        found[quantity, size, EVERY] = replace(estimates.difference(every, EVERY), n=int(every.n.min()))
+    return as_table(found, keys)
 
 
-def _over_optimizers(own: pd.DataFrame, quantity: str, size: str) -> pd.DataFrame:
-    names = list(dict.fromkeys(own.optimizer))
-    strata = cells(own.assign(size=own.optimizer, optimizer="one"), "value", ("one",), names)  # optimizers as strata
-    low, high = contrast(strata.with_zero(), [("one", "zero")]).interval()
-    mean, n = strata.mean.mean(), int(strata.n.min())
-    ends = (low[0], high[0]) if n >= LEAST_SEEDS else (np.nan, np.nan)
-    row = (quantity, size, EVERY, mean, *ends, n)
-    return pd.DataFrame([row], columns=["quantity", "size", "optimizer", "mean", "low", "high", "n"])
-
-
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
+def wide(table: pd.DataFrame) -> pd.DataFrame:
     """`differences`, a row a size and optimizer, a column a quantity in words, cells like "0.123 [0.110, 0.136]"."""
-    text = [Estimate(*values).text() for values in table[["mean", "low", "high"]].to_numpy()]
-    wide = table.assign(text=text).pivot_table(
+    table = table.assign(text=as_text(table))
+    found = table.pivot_table(
         index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
     )
-    return wide.rename(columns=QUANTITIES).fillna("")
+    return found.rename(columns=QUANTITIES).fillna("")
 
 
-def finding(study) -> str:
+def in_words(study) -> str:
     """What the tables say, in Markdown, one sentence a size; which scale to ask where they have nothing."""
     table = differences(changes(trajectory(study)))
     lines = []
     for size, own in table[table.optimizer == EVERY].groupby("size", sort=False):
-        by = own.set_index("quantity")
-        told = {name: Estimate(*by.loc[name, ["mean", "low", "high"]]).text() for name in by.index}
-        text = f"- {size}, n {by.n.min()}: the mean damage changes by {told['decay']} nats in the decay."
+        told = dict(zip(own.quantity, as_text(own), strict=True))
+        text = f"- {size}, n {own.n.min()}: the mean damage changes by {told['decay']} nats in the decay."
         if "before" in told:
             text += f" Over as long a stretch before, it changes by {told['before']}."
         if {"averaging, end", "averaging, constant"} <= set(told):

@@ -1,19 +1,131 @@
-"""Which optimizer to train with, by what becomes of the model: the table that the README begins with.
+"""Optimizers side by side: how large the differences are, which to train with, and one from outside next to the six.
 
-An optimizer is never named without its quantizer. What counts is the loss after quantization, not the damage.
+An optimizer is never named best without its quantizer; what counts is the loss after quantization, not the damage. No
+rule of the claims reads this, so a seventh optimizer changes no verdict.
 """
 
 import pandas as pd
 
-from beyond_outliers import paths
 from beyond_outliers.claims import readings
-from beyond_outliers.claims.estimates import Comparison, NothingToCompare, label, listed, of_the_paper
+from beyond_outliers.claims.estimates import (
+    PAPER_OPTIMIZERS,
+    REFERENCE,
+    Comparison,
+    NothingToCompare,
+    as_table,
+    as_text,
+    label,
+    listed,
+    of_the_paper,
+)
+from beyond_outliers.claims.readings import CELL, QUANTITIES
+from beyond_outliers.claims.rules import NOT_MEASURED, VERDICTS
+from beyond_outliers.claims.verdicts import judged
 from beyond_outliers.study.study import Study
 from beyond_outliers.study.tables import MissingResults
 
+# ---------------------------------------------------------------------------------------------- differences from AdamW
+
+EFFECTS = ("loss", "common", "final", "qat", "R_L", "mmr")  # of QUANTITIES
+
+
+def against(rows: pd.DataFrame, value: str = "compared", reference: str = REFERENCE) -> pd.DataFrame:
+    """Differences within pairs, one row a run of another optimizer than the reference: size, optimizer, seed, effect.
+
+    A pair is a run and the reference's of the same size and seed, which saw the same batches. Runs without a partner or
+    a value are left out.
+    """
+    own = rows[rows.optimizer == reference].set_index(["size", "seed"])[value].rename("partner")
+    pairs = rows[rows.optimizer != reference].join(own, on=["size", "seed"])
+    return pairs.assign(effect=pairs[value] - pairs.partner)[[*CELL, "effect"]].dropna(subset="effect")
+
+
+def effects(study) -> pd.DataFrame:
+    """One row a quantity and optimizer that has pairs: quantity, optimizer, effect, low, high, n (pairs), over (sizes).
+
+    Means over seeds, then over sizes: sizes are strata, pairs replicates. No interval where an optimizer has fewer than
+    three pairs at a size. A quantity that has not been measured of any optimizer has no row.
+    """
+    found, over = {}, []
+    for name in EFFECTS:
+        quantity = QUANTITIES[name]
+        try:
+            pairs = against(quantity.read(study))
+            compared = Comparison(pairs, "effect", [one for one in PAPER_OPTIMIZERS if one in set(pairs.optimizer)])
+        except (MissingResults, NothingToCompare):
+            continue
+        for one in compared.cells.optimizers:
+            found[name, one] = quantity.told(compared.mean(one))
+            over.append(listed(compared.sizes))
+    return as_table(found, ["quantity", "optimizer"], "effect").assign(over=over)
+
+
+def effect_table(study) -> pd.DataFrame:
+    """`effects` as a reader takes them in: a row an optimizer of its scale, a column a quantity."""
+    table = effects(study)
+    others = [one for one in PAPER_OPTIMIZERS if one != REFERENCE and one in study.protocol.optimizers]
+    columns = {"optimizer": [label(one) for one in others]}
+    for name, (title, unit) in readings.titles(study, EFFECTS).items():
+        rows = table[table.quantity == name]
+        texts = dict(zip(rows.optimizer, as_text(rows, "effect", QUANTITIES[name].digits), strict=True))
+        counts = dict(zip(rows.optimizer, rows.n, strict=True))
+        cells = [f"{texts[one]}, n {counts[one]}" if one in texts else "not measured yet" for one in others]
+        columns[f"{title} ({unit if unit == readings.NATS else 'times AdamW'})"] = cells
+    return pd.DataFrame(columns)
+
+
+# -------------------------------------------------------------------------------------------------- one from outside
+
+
+def compared(study, rows: pd.DataFrame, value: str) -> Comparison:
+    """Yours (`study` is a `study.compare.Beside`) and those of the paper's that the scale has. NothingToCompare where
+    no size has a run of each."""
+    return Comparison(rows, value, [*(n for n in PAPER_OPTIMIZERS if n in study.protocol.optimizers), study.yours])
+
+
+def place(study, found: Comparison) -> str:
+    """ "2 of 7": how many optimizers have a mean that is not higher."""
+    return f"{found.order.index(study.yours) + 1} of {len(found.order)}"
+
+
+def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) -> pd.DataFrame:
+    """Yours, its place from the lowest, the lowest and the highest of the six, with intervals (95 %).
+
+    One row a quantity, or one of `parts`: what it is called -> (rows, column).
+    """
+    if parts is None:
+        named = zip(readings.titles(study).values(), QUANTITIES.values(), strict=True)
+        parts = {title: (of.rows(study), of.value) for (title, _), of in named}
+    rows = {}
+    for name, part in parts.items():
+        try:
+            found = compared(study, *part)
+        except NothingToCompare:
+            rows[name] = {"yours": "no size at which all of them have one"}
+            continue
+        lowest, *_, highest = [one for one in found.order if one != study.yours]
+        rows[name] = {
+            "yours": found.mean(study.yours).text(),
+            "place": place(study, found),
+            "lowest of the six": f"{label(lowest)} {found.mean(lowest).text()}",
+            "yours less it": found.difference(study.yours, lowest).text(),
+            "highest of the six": f"{label(highest)} {found.mean(highest).text()}",
+            "runs": f"{found.over}, {found.n(study.yours)}",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("quantity").reset_index()
+
+
+def by_format(study) -> pd.DataFrame:
+    """The same of the loss increase at the end of training, one row a format."""
+    rows = readings.measured(study, "ptq").query("spec != 'none'")
+    parts = {spec: (own, "increase") for spec, own in rows.groupby("spec", sort=False)}
+    return standing(study, parts).rename(columns={"quantity": "format"})
+
+
+# ---------------------------------------------------------------------------------------------- which to train with
+
 QAT = "train in 4 bits, W4A4 with head (QuEST)"
 RTN_HEAD = "round to nearest, W4A4 with head"
-NOT_MEASURED = "not measured"
 COLUMNS = [
     "if you will",
     "train with",
@@ -22,7 +134,6 @@ COLUMNS = [
     "Llama, of three",
     "found rates",
 ]
-VERDICTS = ("reproduced", "not reproduced", "tie", "undecided")
 # intention -> spec at the end of training; None: the model as it is
 INTENTIONS: dict[str, str | None] = {
     "leave the model in full precision": None,
@@ -121,22 +232,21 @@ def of_confirm() -> pd.DataFrame:
 
 def verdicts_in_words(scale: str) -> str:
     """How many of the paper's claims hold by the rules of the confirmatory study, a sentence per verdict."""
-    table = pd.read_csv(paths.RESULTS / scale / "verdicts.csv")
-    judged = table[(table.spec == "W4A4+head") & (table.optimizers == "six") & (table.part == "whole")]
-    found = {verdict: list(rows.id) for verdict, rows in judged.groupby("verdict")}
-    parts = [f"{len(ids)} {verdict} ({listed(ids)})" for verdict in VERDICTS if (ids := found.get(verdict))]
+    table = judged(Study(scale))
+    found = {verdict: table.id[table.verdict == verdict].tolist() for verdict in VERDICTS}
+    parts = [f"{len(ids)} {verdict} ({listed(ids)})" for verdict, ids in found.items() if ids]
     return f"**Claims of the paper** by rules fixed beforehand: {'. '.join(parts)}."
 
 
-def before_and_after(study, specs: dict[str, str]) -> pd.DataFrame:
+def losses_by_quantizer(study, specs: dict[str, str]) -> pd.DataFrame:
     """Loss before and after quantization, a row per quantizer and optimizer: means over seeds, then over sizes.
 
     specs: quantizer -> spec. Columns: quantizer, optimizer, before, after (nats per token).
     """
-    rows = []
+    parts = []
     for quantizer, spec in specs.items():
-        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec))
-        runs = runs.assign(quantizer=quantizer, after=runs.val_loss, before=runs.val_loss - runs.increase)
-        means = runs.groupby(["quantizer", "optimizer", "size"], sort=False)[["before", "after"]].mean()
-        rows.append(means.groupby(["quantizer", "optimizer"], sort=False).mean().reset_index())
-    return pd.concat(rows, ignore_index=True)
+        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec)).rename(columns={"val_loss": "after"})
+        runs = runs.assign(before=runs.after - runs.increase)
+        means = runs.groupby(["optimizer", "size"], sort=False)[["before", "after"]].mean()
+        parts.append(means.groupby("optimizer", sort=False).mean().reset_index().assign(quantizer=quantizer))
+    return pd.concat(parts, ignore_index=True)

@@ -96,34 +96,15 @@ class Cells:
     n: np.ndarray
     tuning: Any = 0.0
 
-    def of(self, names: Sequence[str]) -> list[int]:
-        """Places of optimizers on the axis O."""
-        return [self.optimizers.index(name) for name in names]
+    def of(self, names: Sequence[str | None]) -> list[int]:
+        """Places of optimizers on the axis O; None: one behind the last."""
+        return [-1 if name is None else self.optimizers.index(name) for name in names]
 
     def at(self, *sizes: str) -> "Cells":
         """Those of some sizes alone."""
         places = [self.sizes.index(size) for size in sizes]
-        tuning = self.tuning if np.isscalar(self.tuning) else self.tuning[..., places]
-        mean, variance, n = (values[..., places] for values in (self.mean, self.variance, self.n))
-        return Cells(self.optimizers, sizes, mean, variance, n, tuning)
-
-    def with_zero(self) -> "Cells":
-        """The optimizers beside one that is a constant 0 ("zero"), so that a contrast with it is a mean over sizes."""
-        mean, variance = (np.concatenate([of, np.zeros_like(of[..., :1, :])], -2) for of in (self.mean, self.variance))
-        n = np.concatenate([self.n, self.n.max(0, keepdims=True)])
-        tuning = 0.0 if np.isscalar(self.tuning) else np.concatenate([self.tuning, np.zeros((1, len(self.sizes)))])
-        return Cells((*self.optimizers, "zero"), self.sizes, mean, variance, n, tuning)
-
-    @property
-    def thin(self) -> str:
-        """Which cells have too few runs for a contrast, in words; empty when none."""
-        few = [
-            f"{label(name)} at {size} has {n}"
-            for name, row in zip(self.optimizers, self.n, strict=True)
-            for size, n in zip(self.sizes, row, strict=True)
-            if n < LEAST_SEEDS
-        ]
-        return f"fewer than {LEAST_SEEDS} runs: {', '.join(few)}" if few else ""
+        parts = self.mean, self.variance, self.n, self.tuning + 0 * self.n
+        return Cells(self.optimizers, sizes, *(values[..., places] for values in parts))
 
 
 @dataclass(frozen=True)
@@ -131,7 +112,6 @@ class Contrasts:
     """Differences first - second of R pairs: `estimate`, `error` (standard) and `dof`, all (..., R); NaN where a cell
     has fewer than LEAST_SEEDS seeds."""
 
-    pairs: tuple[tuple[str, str], ...]
     estimate: np.ndarray
     error: np.ndarray
     dof: np.ndarray
@@ -140,10 +120,21 @@ class Contrasts:
         half = self.error * student.ppf((1 + confidence) / 2, self.dof)
         return self.estimate - half, self.estimate + half
 
-    def one(self, place: int = 0, n: int = 0, unit: str = "") -> Estimate:
+    def one(self, place: int = 0, n: int = 0) -> Estimate:
         """That of one pair, of contrasts without leading axes."""
-        low, high = self.interval()
-        return Estimate(float(self.estimate[place]), float(low[place]), float(high[place]), n, unit)
+        value, low, high = (float(ends[place]) for ends in (self.estimate, *self.interval()))
+        return Estimate(value, low, high, n)
+
+
+@dataclass(frozen=True)
+class Drawn(Contrasts):
+    """Differences of R pairs with percentile intervals from resampled ones, `error` (draws, R)."""
+
+    dof: Any = None
+
+    def interval(self, confidence: float = USUAL) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.quantile(self.error, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        return low, high
 
 
 def cells(table: pd.DataFrame, value: str, optimizers: Sequence[str], sizes: Sequence[str]) -> Cells:
@@ -165,28 +156,39 @@ def cells(table: pd.DataFrame, value: str, optimizers: Sequence[str], sizes: Seq
     return Cells(tuple(optimizers), tuple(sizes), mean, variance, np.nan_to_num(n).astype(int))
 
 
-def contrast(cells: Cells, pairs: Sequence[tuple[str, str]], weights: np.ndarray | None = None) -> Contrasts:
-    """First minus second optimizer of every pair, over all sizes of `cells`.
+def contrast(
+    cells: Cells, pairs: Sequence[tuple[str, str | None]], weights: np.ndarray | None = None, least: int = LEAST_SEEDS
+) -> Contrasts:
+    """First minus second optimizer of every pair (None: minus 0), over all sizes of `cells`.
 
-    weights: one a size, for instance those of a slope; without them the mean over sizes.
+    weights: one a size, for instance those of a slope; without them the mean over sizes. least: seeds of a cell below
+    which there is no contrast; with fewer than two there is an estimate alone.
     """
     first, second = (cells.of([pair[i] for pair in pairs]) for i in (0, 1))
-    n = np.where(cells.n >= LEAST_SEEDS, cells.n, np.nan)
-    known = np.where(cells.n >= LEAST_SEEDS, cells.mean, np.nan)
+    n = np.where(cells.n >= least, cells.n, np.nan)
+    known = np.where(cells.n >= least, cells.mean, np.nan)
     if weights is None:
         share, means = np.array(1 / len(cells.sizes) ** 2), known.mean(-1)
         parts = cells.variance / (n * len(cells.sizes) ** 2)  # (..., O, S)
     else:
         share, means = weights**2, (known * weights).sum(-1)
         parts = cells.variance / n * share
-    squares = (parts**2 / (n - 1)).sum(-1)
-    squared_error = parts.sum(-1)[..., first] + parts.sum(-1)[..., second]
+    freedom = np.where(n > 1, n - 1, np.nan)
+    tuning = np.broadcast_to(cells.tuning * share, parts.shape)  # known, so without degrees of freedom
+    columns = means, parts.sum(-1), (parts**2 / freedom).sum(-1), tuning.sum(-1)
+    means, variance, squares, tuning = (np.concatenate([x, np.zeros_like(x[..., :1])], -1) for x in columns)  # None: 0
+    squared_error = variance[..., first] + variance[..., second] + (tuning[..., first] + tuning[..., second])
     both = squares[..., first] + squares[..., second]
-    tuning = np.broadcast_to(cells.tuning * share, parts.shape).sum(-1)  # known, so without degrees of freedom
-    squared_error = squared_error + (tuning[..., first] + tuning[..., second])
     # no spread at all: the interval is the estimate, whatever the degrees of freedom
     dof = np.divide(squared_error**2, both, out=np.where(np.isnan(both), np.nan, 1.0), where=both > 0)
-    return Contrasts(tuple(pairs), means[..., first] - means[..., second], np.sqrt(squared_error), dof)
+    return Contrasts(means[..., first] - means[..., second], np.sqrt(squared_error), dof)
+
+
+def difference(cells: Cells, first: str, second: str | None = None) -> Estimate:
+    """One contrast over all sizes; n: the fewer runs of the two. Without an interval where a cell has too few seeds."""
+    n = int(cells.n.sum(-1)[cells.of([first, second or first])].min())
+    value = contrast(cells, [(first, second)], least=1).estimate[0]
+    return replace(contrast(cells, [(first, second)]).one(0, n), value=float(value))
 
 
 def slope_weights(x: Any) -> np.ndarray:
@@ -208,27 +210,27 @@ def heterogeneity(estimate: np.ndarray, error: np.ndarray, dof: np.ndarray) -> n
         return f_distribution.sf(statistic, k - 1, (k**2 - 1) / (3 * lack))
 
 
-def t_interval(values: Any, confidence: float = USUAL, unit: str = "") -> Estimate:
-    """Mean of independent values (n,) and its t interval; NaN for fewer than two."""
+def t_interval(values: Any, confidence: float = USUAL, least: int = 2) -> Estimate:
+    """Mean of independent values (n,) and its t interval; NaN for fewer than `least` of them."""
     values = np.asarray(values, dtype=float)
     n = len(values)
-    if n < 2:
-        return Estimate(float(values.mean()) if n else np.nan, n=n, unit=unit)
+    if n < least:
+        return Estimate(float(values.mean()) if n else np.nan, n=n)
     half = values.std(ddof=1) / np.sqrt(n) * student.ppf((1 + confidence) / 2, n - 1)
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n, unit)
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n)
 
 
-def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL, unit: str = "") -> Estimate:
+def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL) -> Estimate:
     """Least-squares slope common to several groups (x, y), each with an intercept of its own, and its t interval from
     the residuals, with n - groups - 1 degrees of freedom. NaN when nothing is left for a spread."""
     x = np.concatenate([np.asarray(x, float) - np.mean(x) for x, _ in groups]) if len(groups) else np.zeros(0)
     y = np.concatenate([np.asarray(y, float) - np.mean(y) for _, y in groups]) if len(groups) else np.zeros(0)
     dof, spread = len(x) - len(groups) - 1, float((x * x).sum())
     if dof < 1 or spread == 0:
-        return Estimate(n=len(x), unit=unit)
+        return Estimate(n=len(x))
     slope = float((x * y).sum() / spread)
     half = np.sqrt(((y - slope * x) ** 2).sum() / dof / spread) * student.ppf((1 + confidence) / 2, dof)
-    return Estimate(slope, float(slope - half), float(slope + half), len(x), unit)
+    return Estimate(slope, float(slope - half), float(slope + half), len(x))
 
 
 # ------------------------------------------------------------------------------------------------------- comparisons
@@ -237,7 +239,7 @@ def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL, u
 class Comparison:
     """Optimizers by one value, over the sizes at which all of them have runs, or enough runs for an interval."""
 
-    def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS, unit: str = ""):
+    def __init__(self, rows: pd.DataFrame, value: str, optimizers: Sequence[str] = PAPER_OPTIMIZERS):
         """`rows`: size, optimizer, seed and `value`, one row a run; NaN for a run that diverged.
 
         Raises NothingToCompare where no size has a run of each optimizer.
@@ -250,27 +252,16 @@ class Comparison:
             raise NothingToCompare(
                 f"no size has runs of {listed([label(name) for name in optimizers])} yet (so far: {listed(there)})"
             )
-        self.unit = unit
         self.sizes = [size for size, n in zip(sizes, least, strict=True) if n >= wanted]
         self.cells = cells(rows, value, optimizers, self.sizes)
         self.certain = wanted == LEAST_SEEDS
         self.order = [optimizers[place] for place in self.cells.mean.mean(-1).argsort(kind="stable")]  # lowest first
 
-    def mean(self, name: str) -> Estimate:
-        """Mean over sizes of the means over seeds, with its interval."""
-        return self._estimate(self.cells.with_zero(), name, "zero", float(self._means([name])[0]), [name])
+    def difference(self, first: str, second: str | None = None) -> Estimate:
+        """First minus second; None: the mean of the first, over sizes of the means over seeds."""
+        return difference(self.cells, first, second)
 
-    def difference(self, first: str, second: str) -> Estimate:
-        """First minus second."""
-        one, two = self._means([first, second])
-        return self._estimate(self.cells, first, second, float(one - two), [first, second])
-
-    def _means(self, names: Sequence[str]) -> np.ndarray:
-        return self.cells.mean[self.cells.of(names)].mean(-1)
-
-    def _estimate(self, of: Cells, first: str, second: str, value: float, names: list[str]) -> Estimate:
-        n = int(self.cells.n.sum(-1)[self.cells.of(names)].min())
-        return replace(contrast(of, [(first, second)]).one(n=n, unit=self.unit), value=value)
+    mean = difference
 
     def n(self, *names: str) -> str:
         """ "n 6 each", or "n 6 and 5": runs behind the numbers of these optimizers (default: all)."""
@@ -298,11 +289,20 @@ def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.optimizer.isin(PAPER_OPTIMIZERS)].reset_index(drop=True)
 
 
-def compare(study, rows: pd.DataFrame, value: str, unit: str = "") -> Comparison:
+def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
     """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`."""
-    return Comparison(
-        of_the_paper(rows), value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers], unit
-    )
+    return Comparison(rows, value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers])
+
+
+def as_table(found: dict[tuple, Estimate], keys: Sequence[str], value: str = "mean") -> pd.DataFrame:
+    """Estimates by their keys as a table: a column a key, `value`, low, high and n."""
+    rows = [(*key, *of.interval, of.n) for key, of in found.items()]
+    return pd.DataFrame(rows, columns=[*keys, value, "low", "high", "n"])
+
+
+def as_text(table: pd.DataFrame, value: str = "mean", digits: int = 3, ends: str = "") -> list[str]:
+    """The estimates of a table of `as_table` as text, "0.123 [0.110, 0.136]". ends: what stands before low and high."""
+    return [Estimate(*row).text(digits) for row in table[[value, f"{ends}low", f"{ends}high"]].to_numpy()]
 
 
 def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -311,11 +311,8 @@ def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFram
     Two runs have no interval here, as in a contrast.
     """
     keys = [*by, "size", "optimizer"]
-    found = []
-    for key, own in rows.groupby(keys, sort=False)[value]:
-        of = t_interval(own.to_numpy())
-        found.append((*key, *(of if of.n >= LEAST_SEEDS else Estimate(of.value)).interval, of.n))
-    return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n"])
+    found = rows.groupby(keys, sort=False)[value]
+    return as_table({key: t_interval(own, least=LEAST_SEEDS) for key, own in found}, keys)
 
 
 def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: str = REFERENCE) -> pd.DataFrame:
@@ -326,35 +323,21 @@ def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: st
     n: the fewer runs of the two. Sizes without the reference are left out, and so are values that are not positive,
     which have no logarithm (n says how many are left).
     """
-    keys = [*by, "size"]
     logs = rows.assign(log=np.log(rows[value].where(rows[value] > 0))).dropna(subset="log")
-    found = []
+    sizes, found = [*dict.fromkeys(logs["size"]), ALL_SIZES], {}
     for key, group in logs.groupby(list(by), sort=False) if by else [((), logs)]:
-        sizes = list(dict.fromkeys(group["size"]))
-        optimizers = list(dict.fromkeys(group.optimizer))
-        if reference not in optimizers:
-            continue
-        every = cells(group, "log", optimizers, sizes)
-        n = np.minimum(every.n, every.n[every.of([reference])])
+        optimizers = tuple(dict.fromkeys(group.optimizer))
+        every = cells(group, "log", optimizers, sizes[:-1])
+        n = np.minimum(every.n, every.n[every.of([reference])]) if reference in optimizers else 0 * every.n
         for name, counts in zip(optimizers, n, strict=True):
-            there = [(size, int(k)) for size, k in zip(sizes, counts, strict=True) if k]
-            strata = [size for size, k in there if k >= LEAST_SEEDS]
-            parts = [([size], size, k) for size, k in there]
-            if len(strata) > 1:
-                parts.append((strata, ALL_SIZES, min(k for size, k in there if size in strata)))
-            for over, at, k in parts:
-                found.append((*key, at, name, *_ratio(group, name, reference, over), k))
-    table = pd.DataFrame(found, columns=[*keys, "optimizer", "ratio", "low", "high", "n"])
-    order = {size: place for place, size in enumerate([*dict.fromkeys(rows["size"]), ALL_SIZES])}
-    return table.sort_values("size", key=lambda column: column.map(order), kind="stable", ignore_index=True)
-
-
-def _ratio(logs: pd.DataFrame, name: str, reference: str, sizes: Sequence[str]) -> tuple[float, float, float]:
-    if name == reference:
-        return 1.0, np.nan, np.nan
-    some = cells(logs, "log", (name, reference), sizes)
-    estimate = some.mean[0].mean() - some.mean[1].mean()  # a contrast of two runs is NaN; the difference itself is not
-    return replace(contrast(some, [(name, reference)]).one(), value=estimate).map(np.exp).interval
+            there = {size: k for size, k in zip(every.sizes, counts.tolist(), strict=True) if k}
+            strata = [size for size, k in there.items() if k >= LEAST_SEEDS]
+            over = {size: [size] for size in there} | ({ALL_SIZES: strata} if len(strata) > 1 else {})
+            for at, parts in over.items():
+                of = difference(every.at(*parts), name, reference).map(np.exp) if name != reference else Estimate(1.0)
+                found[*key, at, name] = replace(of, n=min(there[size] for size in parts))
+    table = as_table(found, [*by, "size", "optimizer"], "ratio")
+    return table.sort_values("size", key=lambda names: names.map(sizes.index), kind="stable", ignore_index=True)
 
 
 def centred(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -364,18 +347,15 @@ def centred(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     its 95 % interval as NAME_half, from the spread over seeds alone. Only sizes that have every optimizer are taken, so
     that what is subtracted is the same for all; without one the table is empty.
     """
-    optimizers = list(dict.fromkeys(rows.optimizer))
+    optimizers = tuple(dict.fromkeys(rows.optimizer))
     sizes = [size for size, own in rows.groupby("size", sort=False) if set(own.optimizer) == set(optimizers)]
-    if not sizes:
-        return pd.DataFrame(columns=["optimizer", "n", *(c + end for c in columns for end in ("", "_half"))])
-    table: dict = {"optimizer": optimizers}
-    for column in columns:
+    table = pd.DataFrame({"optimizer": optimizers if sizes else [], "n": ""})
+    for column in columns if sizes else ():
         every = cells(rows.assign(log=np.log(rows[column].where(rows[column] > 0))), "log", optimizers, sizes)
-        table["n"] = ["/".join(map(str, counts)) for counts in every.n]
-        table[column] = points(every.mean)
-        over = contrast(every.with_zero(), [(name, "zero") for name in optimizers])
-        table[column + "_half"] = over.error * student.ppf((1 + USUAL) / 2, over.dof)
-    return pd.DataFrame(table)
+        ends = contrast(every, [(name, None) for name in optimizers]).interval()
+        halves = {column + "_half": (ends[1] - ends[0]) / 2}
+        table = table.assign(n=["/".join(map(str, n)) for n in every.n], **{column: points(every.mean)}, **halves)
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------ correlations

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.claims import beside, methods, readings
+from beyond_outliers.claims import decisions, methods, readings
 from beyond_outliers.claims.estimates import (
     PAPER_OPTIMIZERS,
     Comparison,
@@ -24,6 +24,7 @@ from beyond_outliers.claims.estimates import (
     of_the_paper,
     t_interval,
 )
+from beyond_outliers.claims.readings import QUANTITIES
 from beyond_outliers.claims.rules import VERDICTS
 from beyond_outliers.claims.verdicts import FROZEN, frozen, judged, read_rules, rule_file, rule_place
 
@@ -300,5 +301,29 @@ def evidence(study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-finding("09_real_quantizers")(methods.finding)
-finding("10_your_optimizer")(beside.finding)
+finding("09_real_quantizers")(methods.order_in_words)
+
+
+@finding("10_your_optimizer")
+def yours(study) -> str:
+    """Where an optimizer from outside stands in loss, in damage and after QAT, in a sentence each."""
+    name, lines, caveat = label(study.yours), [], ""
+    damage = f"loses {{}} nats under {study.protocol.measure.primary} at the Common Loss"
+    sayings = {"loss": "ends at {} nats per token", "common": damage, "loss_qat": "ends at {} nats after QAT"}
+    for quantity, saying in sayings.items():
+        of = QUANTITIES[quantity]
+        try:
+            found = decisions.compared(study, of.rows(study), of.value)
+        except NothingToCompare:
+            lines.append(
+                f"- {name} has no {readings.titles(study)[quantity][0]} at a size where all the others have one."
+            )
+            continue
+        best = next(other for other in found.order if other != study.yours)
+        against = found.difference(study.yours, best)
+        lines.append(
+            f"- {name} {saying.format(found.mean(study.yours).text())}: place {decisions.place(study, found)}, from "
+            f"the lowest. Minus {label(best)} that is {against.text()} ({found.over}, {found.n(study.yours)})."
+        )
+        caveat = caveat or found.caveat
+    return "\n".join([f"{name} next to the six.{caveat}", "", *lines])

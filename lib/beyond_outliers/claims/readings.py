@@ -7,17 +7,16 @@ its `protocol`.
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from beyond_outliers import paths
-from beyond_outliers.claims.estimates import t_interval
+from beyond_outliers.claims.estimates import Estimate, as_table, of_the_paper, t_interval
 from beyond_outliers.metrics import without_down
-from beyond_outliers.scaling.fit import fit_scaling_law
-from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
+from beyond_outliers.scaling.fit import IdentificationWarning, ScalingLaw, fit_scaling_law
 from beyond_outliers.study.tables import read_table
 
 CHECKPOINTS = ("final", "common")
@@ -85,10 +84,8 @@ def machine_shift(study) -> pd.DataFrame:
 
     Over its n runs the mean of the loss there minus that here (nats), and its 95 % t interval (NaN of one run).
     """
-    rows = []
-    for key, runs in _made_twice(study).groupby(MACHINES, sort=False):
-        rows.append((*key, len(runs), *t_interval(runs.signed.to_numpy()).interval))
-    return pd.DataFrame(rows, columns=[*MACHINES, "n", "mean", "low", "high"])
+    runs = _made_twice(study).groupby(MACHINES, sort=False).signed
+    return as_table({key: t_interval(values) for key, values in runs}, MACHINES)
 
 
 def machine_effect(study) -> pd.DataFrame:
@@ -198,13 +195,6 @@ def mmr(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd
     return _run_means(without_down(measured(study, "outliers", purpose, checkpoint)), "mmr")
 
 
-def mmr_trend(study) -> pd.DataFrame:
-    """Rank correlation (`trend`) of MMR with the learning rate, one row a sweep: size, optimizer, seed."""
-    sweeps = mmr(study, "sweep").groupby(CELL, sort=False)
-    rows = [(*cell, spearmanr(runs.lr, runs.mmr).statistic) for cell, runs in sweeps]
-    return pd.DataFrame(rows, columns=[*CELL, "trend"])
-
-
 # -------------------------------------------------------------------------------------------------- error propagation
 
 
@@ -231,11 +221,6 @@ def accumulated_dominates(rows: pd.DataFrame) -> pd.Series:
     return (rows.A > rows.B) & (rows.A > rows.C.abs())
 
 
-def error_falls(rows: pd.DataFrame) -> pd.Series:
-    """Whether the relative error is smaller behind a module than before it."""
-    return rows.R < rows.R_in
-
-
 def error_by(rows: pd.DataFrame, by: str | pd.Series) -> pd.DataFrame:
     """What modules do to the error that reaches them, one row a value of `by`, over those whose input has one.
 
@@ -243,7 +228,7 @@ def error_by(rows: pd.DataFrame, by: str | pd.Series) -> pd.DataFrame:
     of the output's error that is new.
     """
     rows = with_input_error(rows)
-    each = rows.assign(factor=np.log(rows.R / rows.R_in), falls=error_falls(rows), new=rows.B / rows.R)
+    each = rows.assign(factor=np.log(rows.R / rows.R_in), falls=rows.R < rows.R_in, new=rows.B / rows.R)
     found = each.groupby(by, sort=False).agg(
         modules=("R", "size"), factor=("factor", "mean"), falls=("falls", "mean"), new=("new", "mean")
     )
@@ -348,6 +333,55 @@ def qat_accuracies(study) -> pd.DataFrame:
     return both.assign(relative_drop=drop, drop_error=both.accuracy_qat / both.accuracy_fp * errors**0.5)
 
 
+# ------------------------------------------------------------------------------------- what optimizers are compared by
+
+NATS, TIMES = "nats", "times"  # how a difference is told: as it is, or as a ratio
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What optimizers are compared by: rows with size, optimizer, seed and `value`, one a run, read off a study."""
+
+    title: str  # {spec}: the format in which the scale is judged
+    unit: str
+    rows: Callable
+    value: str
+
+    def read(self, study) -> pd.DataFrame:
+        """The rows of the paper's optimizers, and `compared`: what differences are taken of."""
+        rows = of_the_paper(self.rows(study))
+        return rows.assign(compared=self.scaled(rows[self.value]))
+
+    def scaled(self, values: pd.Series) -> pd.Series:
+        """The values, or their logarithms where ratios are told (TIMES)."""
+        return np.log(values) if self.unit == TIMES else values
+
+    def told(self, difference: Estimate) -> Estimate:
+        """A difference of `compared` in the unit: of ratios, how many times."""
+        return difference.map(np.exp) if self.unit == TIMES else difference
+
+    @property
+    def digits(self) -> int:
+        return 3 if self.unit == NATS else 2
+
+
+QUANTITIES = {
+    "loss": Quantity("loss in full precision", NATS, finished, "val_loss"),
+    "common": Quantity("{spec} increase at the Common Loss", NATS, damage, "increase"),
+    "final": Quantity("{spec} increase at the end", NATS, lambda study: damage(study, checkpoint="final"), "increase"),
+    "loss_qat": Quantity("loss after training in 4 bits (QAT)", NATS, finished_qat, "val_loss_qat"),
+    "qat": Quantity("increase by training in 4 bits (QAT)", NATS, finished_qat, "increase"),
+    "R_L": Quantity("R_L at the end", TIMES, output_error, "R_L"),
+    "gain": Quantity("mean linear gain at the end", TIMES, linear_gain, "gain"),
+    "mmr": Quantity("MMR at the end", TIMES, mmr, "mmr"),
+}
+
+
+def titles(study, names: Sequence[str] = tuple(QUANTITIES)) -> dict[str, tuple[str, str]]:
+    """Quantity -> what a reader calls it at this scale, and its unit."""
+    return {name: (QUANTITIES[name].title.format(spec=primary(study)), QUANTITIES[name].unit) for name in names}
+
+
 # ------------------------------------------------------------------------------------------- what predicts the damage
 
 # candidate -> where it comes from; all of them in every table, none picked after the fact
@@ -423,14 +457,11 @@ def scaling_laws(runs: pd.DataFrame) -> dict[str, ScalingLaw]:
     """One law an optimizer, fitted to its `scaling_runs`. What they do not identify stands in the law's `warnings`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdentificationWarning)
-        return {name: fit_scaling_law(rows) for name, rows in runs.groupby("optimizer", sort=False)}
+        return {str(name): fit_scaling_law(rows) for name, rows in runs.groupby("optimizer", sort=False)}
 
 
-def efficiencies(laws: dict[str, ScalingLaw], bits: int = 4) -> pd.DataFrame:
-    """The parameter efficiency at `bits`, a row a law that has one: optimizer, rho, low, high, identified."""
-    rows = [
-        (name, law.rho[bits], *law.intervals["rho"][bits], law.identified["rho"][bits])
-        for name, law in laws.items()
-        if bits in law.rho
-    ]
-    return pd.DataFrame(rows, columns=["optimizer", "rho", "low", "high", "identified"])
+def efficiencies(laws: dict[str, ScalingLaw]) -> pd.DataFrame:
+    """The parameter efficiency at 4 bits, a row a law that has one: optimizer, rho, low, high, identified."""
+    rows = [law.table().query("bits == 4").assign(optimizer=name) for name, law in laws.items()]
+    table = pd.concat(rows, ignore_index=True).rename(columns={"value": "rho"})
+    return table[["optimizer", "rho", "low", "high", "identified"]]

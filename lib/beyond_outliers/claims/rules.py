@@ -31,10 +31,12 @@ from beyond_outliers.claims.estimates import (
     USUAL,
     Cells,
     Contrasts,
+    Drawn,
     Estimate,
     cells,
     common_slope,
     contrast,
+    difference,
     heterogeneity,
     label,
     leave_one_out,
@@ -243,26 +245,21 @@ def extreme(found: Cells, data: Evidence, rule: dict) -> list[Finding]:
         verdict, place, p, sizes = judge_half(found, half)
         who, rival = pairs[int(place)]
         named = rival if len(half["who"]) == 1 else f"{rival} (of {who})"
-        n, unit = int(found.n.sum(-1)[found.of([who, rival])].min()), rule["unit"]
-        estimate = contrast(found, [(who, rival)]).one(n=n, unit=unit)
-        trend = Estimate(unit=f"{unit} per doubling")
+        estimate, trend = difference(found, who, rival), Estimate()
         if len(found.sizes) > 1:
             doublings = slope_weights(np.log2([data.sizes[size] for size in found.sizes]))
-            trend = contrast(found, [(who, rival)], doublings).one(n=n, unit=trend.unit)
-        apart = bool(p <= ALIKE)
+            trend = contrast(found, [(who, rival)], doublings).one()
         told = f"{label(who)} minus {label(rival)}, its nearest rival."
-        if apart:  # no mean over sizes: each speaks for itself
-            estimate = Estimate(n=n, unit=unit)
-            told = f"Sizes differ (p {p:.2g}), each by itself: " + "; ".join(
-                f"{size} {at}" for size, at in zip(found.sizes, sizes, strict=True)
-            )
-            for size, at in zip(found.sizes, sizes, strict=True):
+        if p <= ALIKE:  # no mean over sizes: each speaks for itself
+            estimate, each = Estimate(n=estimate.n), dict(zip(found.sizes, map(str, sizes), strict=True))
+            verdicts = "; ".join(f"{size} {at}" for size, at in each.items())
+            told = f"Sizes differ (p {p:.2g}), each by itself: {verdicts}"
+            for size, at in each.items():
                 here = found.at(size)
                 of = contrast(here, pairs)
                 near = int(judge_extreme(of, half["side"], half["margin"])[1])
-                own = of.one(near, int(here.n.min()), unit)
-                by_size.append(Finding(str(at), f"Nearest: {label(pairs[near][1])}.", f"{half['name']}, {size}", own,
-                                       runs_of(here), pairs[near][1]))  # fmt: skip
+                comment, one = f"Nearest: {label(pairs[near][1])}.", of.one(near, int(here.n.min()))
+                by_size.append(Finding(at, comment, f"{half['name']}, {size}", one, runs_of(here), pairs[near][1]))
         parts.append(Finding(str(verdict), told, half["name"], estimate, runs_of(found), named, trend, float(p)))
     return [*whole(parts), *by_size]
 
@@ -312,7 +309,7 @@ def C2(data: Evidence, rule: dict) -> list[Finding]:
 def _slope(rows: pd.DataFrame, name: str, rule: dict) -> Finding:
     """Slope of log MMR on log rate, common to the lines of one size, seed and auxiliary rate."""
     lines = [(np.log(own.lr), np.log(own.mmr)) for _, own in rows.groupby(["size", "seed", "auxiliary"], dropna=False)]
-    slope, strict = common_slope(lines, unit=rule["unit"]), common_slope(lines, STRICT)
+    slope, strict = common_slope(lines), common_slope(lines, STRICT)
     counts = "/".join(str(n) for n in rows.groupby("size", sort=False).size())
     if not slope.certain:
         return Finding(
@@ -355,7 +352,7 @@ def _prediction(data: Evidence, table: str, metric: str, part: str, rule: dict) 
         said = "It predicts." if predicts else "It does not predict."
     place = int(np.abs(others - r).argmax())  # the one that the correlation hangs on most
     said += f" Without one of them: {others.min():.2f} to {others.max():.2f}."
-    return Finding(verdict, said, part, Estimate(r, low, high, n, rule["unit"]), runs, data.optimizers[place])
+    return Finding(verdict, said, part, Estimate(r, low, high, n), runs, data.optimizers[place])
 
 
 def _over_seeds(x: Cells, y: Cells, covariance: np.ndarray, draws: int, seed: int = 0) -> tuple[float, float]:
@@ -406,7 +403,7 @@ def _share(data: Evidence, runs: pd.DataFrame, rule: dict) -> list[Finding]:
     """A mean share against a threshold. Its unit is an optimizer: runs of one are too alike to count."""
     found = data.cells(runs, "share")
     of_optimizers = found.mean.mean(-1)  # over sizes
-    estimate = t_interval(of_optimizers, unit=rule["unit"])
+    estimate = t_interval(of_optimizers)
     verdict = str(decide(estimate.low > rule["threshold"], estimate.high < rule["threshold"]))
     least = data.optimizers[int(of_optimizers.argmin())]
     comment = f"{len(of_optimizers)} optimizers, the lowest {label(least)} with {of_optimizers.min():.2f}."
@@ -417,13 +414,11 @@ def C10(data: Evidence, rule: dict) -> list[Finding]:
     """The spectral ratio of the linear layers is close to 1."""
     rows = data.rows("linear", "spectral_ratio")
     rows = rows.assign(distance=(rows.spectral_ratio - 1).abs())
-    found = data.cells(
-        rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance"
-    ).with_zero()
-    over = contrast(found, [(name, "zero") for name in data.optimizers])
+    found = data.cells(rows.groupby(["size", "optimizer", "seed"]).distance.mean().reset_index(), "distance")
+    over = contrast(found, [(name, None) for name in data.optimizers])
     parts, strict = [], over.interval(STRICT)[0]
     for place, name in enumerate(data.optimizers):
-        estimate = over.one(place, int(found.n[place].sum()), rule["unit"])
+        estimate = over.one(place, int(found.n[place].sum()))
         verdict = decide(estimate.high < rule["threshold"], strict[place] > rule["threshold"])
         largest = rows.distance[rows.optimizer == name].max()
         parts.append(Finding(str(verdict), f"Largest layer: {largest:.3f}.", name, estimate, runs_of(found)))
@@ -459,18 +454,13 @@ def C12(data: Evidence, rule: dict) -> list[Finding]:
     for size in full.sizes:
         here, there = full.at(size), qat.at(size)
         verdict, best = (values.item() for values in judge_reversal(here, there, comparisons))
-        losses = there.mean[..., 0].copy()
-        losses[best] = np.inf
-        name, rival = data.optimizers[best], data.optimizers[int(losses.argmin())]
-        low, high = (end.item() for end in contrast(there, [(name, rival)]).interval(1 - (1 - USUAL) / comparisons))
-        comment = (
-            f"Under QAT {label(name)}, best in full precision, minus {label(rival)}; corrected {low:.4f} to {high:.4f}."
-        )
-        estimate = contrast(there, [(name, rival)]).one(n=int(there.n.min()), unit=rule["unit"])
-        parts.append(Finding(verdict, comment, size, estimate, str(there.n.min()), rival))
-    verdicts = {
-        part.verdict for part in parts
-    }  # it holds if it holds somewhere, and fails only where it fails everywhere
+        name = data.optimizers[best]
+        rival = min((mean, one) for mean, one in zip(there.mean[:, 0], data.optimizers, strict=True) if one != name)[1]
+        against, n = contrast(there, [(name, rival)]), int(there.n.min())
+        low, high = (end.item() for end in against.interval(1 - (1 - USUAL) / comparisons))
+        comment = f"{label(name)}, best in full precision, minus {label(rival)}; corrected {low:.4f} to {high:.4f}."
+        parts.append(Finding(verdict, f"Under QAT {comment}", size, against.one(n=n), str(n), rival))
+    verdicts = {part.verdict for part in parts}  # it holds if it does somewhere, and fails only if it does everywhere
     verdict = REPRODUCED if REPRODUCED in verdicts else NOT_REPRODUCED if verdicts == {NOT_REPRODUCED} else UNDECIDED
     return [Finding(verdict, "; ".join(f"{p.part}: {p.verdict}" for p in parts), runs=runs_of(qat)), *parts]
 
@@ -491,15 +481,10 @@ def C14(data: Evidence, rule: dict) -> list[Finding]:
         raise Open(UNDECIDED, f"Undecided: the runs do not bound rho of {listed(unknown)}.")
     half = rule["half"][0]
     (who,), rivals = half["who"], [name for name in data.optimizers if name not in half["who"]]
-    values = np.array([estimate[who] - estimate[rival] for rival in rivals])
-    spread = np.stack([draws[who] - draws[rival] for rival in rivals], -1)
-    ends, strict = (np.quantile(spread, [(1 - c) / 2, (1 + c) / 2], axis=0) for c in (USUAL, STRICT))
-    near = int(values.argmin())
-    tie = ends[0, near] > -half["margin"] and ends[1, near] < half["margin"]
-    verdict = str(decide((ends[0] > 0).all(), (strict[1] < 0).any(), tie))
+    against = Drawn(*(np.stack([of[who] - of[rival] for rival in rivals], -1) for of in (estimate, draws)))
+    verdict, near = judge_extreme(against, half["side"], half["margin"])
     comment = ", ".join(f"{label(name)} {np.exp(estimate[name]):.3f}" for name in data.optimizers)
-    found = Estimate(float(values[near]), float(ends[0, near]), float(ends[1, near]), len(rows), rule["unit"])
-    return [Finding(verdict, f"rho: {comment}.", WHOLE, found, runs, rivals[near])]
+    return [Finding(str(verdict), f"rho: {comment}.", WHOLE, against.one(int(near), len(rows)), runs, rivals[near])]
 
 
 # --------------------------------------------------------------------------------------------------------- all of them

@@ -5,16 +5,20 @@ anew. `beyond-outliers claims` writes the verdicts by the rules of today to judg
 """
 
 import json
+import sys
 import tomllib
 from collections.abc import Collection
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from beyond_outliers import paths
+from beyond_outliers import checksums, paths
 from beyond_outliers.claims import readings
+from beyond_outliers.claims.estimates import Estimate
+from beyond_outliers.claims.readings import CELL
 from beyond_outliers.claims.rules import CLAIMS, SETS, WHOLE, evaluate
 from beyond_outliers.study.tables import MissingResults, check_table, read_table
 
@@ -72,40 +76,40 @@ def counted(study, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _runs(study) -> pd.DataFrame:
-    qat = study.runs("qat").query("status == 'finished'")[[*readings.CELL, "val_loss"]]
-    full = readings.finished(study)[["run", *readings.CELL, "val_loss"]].rename(columns={"val_loss": "loss"})
-    return full.merge(qat.rename(columns={"val_loss": "qat_loss"}), on=readings.CELL, how="left")
+    qat = study.runs("qat").query("status == 'finished'").set_index(CELL).val_loss.rename("qat_loss")
+    full = readings.finished(study)[["run", *CELL, "val_loss"]].rename(columns={"val_loss": "loss"})
+    return full.join(qat, on=CELL)
 
 
 def _sweep(study) -> pd.DataFrame:
     """The tuning runs with what they ended with; `auxiliary` is the rate of the embedding, NaN where it has none."""
     runs = study.runs("sweep").query("status == 'finished'")
     auxiliary = [json.loads(text).get("embedding_lr", np.nan) for text in runs.hyper]
-    rows = runs[[*readings.CELL, "run", "lr"]].assign(auxiliary=auxiliary, loss=runs.val_loss)
+    rows = runs[[*CELL, "run", "lr"]].assign(auxiliary=auxiliary, loss=runs.val_loss)
     return rows.merge(readings.predictor_table(study, "sweep")[["run", "mmr", "increase", "mean_gain"]], "left").rename(
         columns={"mean_gain": "gain"}
     )
 
 
 def _common(study) -> pd.DataFrame:
-    """At the Common Loss, under every condition: damage, gain, outlier metrics, and what is read at the end."""
-    parts = []
+    """At the Common Loss, under every condition: damage, gain, outlier metrics, and what is read at the end.
+
+    The mean gain of the linear layers has the head in it "with head", where the primary format quantizes it.
+    """
+    parts = [equal_schedule(study)]
     inputs = readings.measured(study, "outliers", checkpoint="common").groupby("run").kurtosis.mean()
     outliers = readings.mmr(study, checkpoint="common").set_index("run").mmr
-    at = study.table("common_loss")[[*readings.CELL, "run", "step"]]
-    for condition, spec in CONDITIONS.items():
+    at = study.table("common_loss")[[*CELL, "run", "step"]]
+    for condition, spec in reversed(CONDITIONS.items()):
+        head = condition == "with head"
         damage = readings.damage(study, spec=spec).set_index("run").increase
-        of = {"increase": damage, "mmr": outliers, "kurtosis": inputs, "gain": _gain(study, condition)}
+        gain = readings.block_linears(study, checkpoint="common", head=head).groupby("run").gain.mean()
+        if head and "+head" not in readings.primary(study):
+            gain = gain[:0]
+        of = {"increase": damage, "mmr": outliers, "kurtosis": inputs, "gain": gain}
         rows = at.assign(condition=condition, **{name: at.run.map(values) for name, values in of.items()})
         parts.append(rows.merge(at_the_end(study, spec), on=["run", "step"], how="left"))
-    return pd.concat([*parts, equal_schedule(study)], ignore_index=True)
-
-
-def _gain(study, condition: str) -> pd.Series:
-    """Mean gain of the linear layers by run; with the head, where the scale's primary format quantizes it."""
-    head = condition == "with head"
-    rows = readings.block_linears(study, checkpoint="common", head=head)
-    return rows.groupby("run").gain.mean() if not head or "+head" in readings.primary(study) else pd.Series(dtype=float)
+    return pd.concat(parts[::-1], ignore_index=True)
 
 
 def at_the_end(study, spec: str) -> pd.DataFrame:
@@ -126,7 +130,7 @@ def equal_schedule(study) -> pd.DataFrame:
     found = []
     for _, group in table.groupby(["size", "seed"], sort=False) if len(table) else ():
         loss = group.groupby("optimizer").val_loss.min().max()
-        for (size, optimizer, seed), own in group.groupby(readings.CELL, sort=False):
+        for (size, optimizer, seed), own in group.groupby(CELL, sort=False):
             at = readings.at_loss(own.sort_values("tokens").rename(columns={"val_loss": "base_loss"}), loss)
             found.append({"size": size, "optimizer": optimizer, "seed": seed, "condition": "equal schedule"} | at)
     return pd.DataFrame(found)
@@ -142,12 +146,8 @@ def _extra(study, name: str) -> pd.DataFrame:
 
 def _norms(study) -> pd.DataFrame:
     rows = at_the_end(study, readings.primary(study))
-    at = study.table("common_loss")[[*readings.CELL, "run", "step"]]
+    at = study.table("common_loss")[[*CELL, "run", "step"]]
     return at.merge(rows, on=["run", "step"]).rename(columns={"norms_fall_token": "falls"})
-
-
-def _scaling(study) -> pd.DataFrame:
-    return readings.scaling_runs(study)
 
 
 READ = {
@@ -159,26 +159,24 @@ READ = {
     "modules": lambda study: readings.modules(study, checkpoint="common"),
     "norms": _norms,
     "linear": lambda study: readings.block_linears(study, checkpoint="common"),
-    "scaling": _scaling,
+    "scaling": readings.scaling_runs,
 }
 
 
-def judge(study, claims: Collection[str] = tuple(CLAIMS)) -> pd.DataFrame:
+def judge(
+    study, claims: Collection[str] = tuple(CLAIMS), read: dict[str, pd.DataFrame] | None = None, sets=tuple(SETS)
+) -> pd.DataFrame:
     """The verdicts on claims by data/claims.toml, on the six and on the paper's three (column `optimizers`).
 
-    The other columns are those of `rules.evaluate`.
+    read: the tables to judge instead of `tables(study)`. The other columns are those of `rules.evaluate`.
     """
     plan = study.protocol.settings.runs("full_precision")
     sizes = {size: study.protocol.model(size).n_parameters for size in plan.sizes} if plan else {}
     planned = "/".join(str(len(plan.seeds_at(size))) for size in sizes) if plan else ""
     rules = {name: rule for name, rule in read_rules().items() if name in claims}
-    read, tolerance = tables(study), rule_file()["study"]["tolerance"]
-    parts = [
-        evaluate(read, rules, sizes, names, planned, tolerance).assign(optimizers=which)
-        for which, names in SETS.items()
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table[["optimizers", *table.columns.drop("optimizers")]]
+    read, tolerance = read or tables(study), rule_file()["study"]["tolerance"]
+    parts = [evaluate(read, rules, sizes, SETS[which], planned, tolerance) for which in sets]
+    return pd.concat(parts, keys=sets, names=["optimizers", None]).reset_index("optimizers").reset_index(drop=True)
 
 
 def read_verdicts(study) -> pd.DataFrame:
@@ -190,39 +188,56 @@ def read_verdicts(study) -> pd.DataFrame:
     return read_table(file, keep_default_na=True).fillna({"condition": "", "runs": "", "rival": "", "comment": ""})
 
 
-# --------------------------------------------------------------------------------------------------- one row a claim
+def write_verdicts(study, checked: bool = False) -> Path:
+    """Judges every claim and writes judged.csv beside the study's tables. MissingResults where there are none.
+
+    Takes the tables as they are, however they came there: their SHA256SUMS are written anew, and what changed is named.
+    checked: DamagedFile instead.
+    """
+    file = study.results / f"{JUDGED}.csv"
+    if checked:
+        checksums.check(study.results, remedy="without --checked the tables are taken as they are")
+    elif study.results.exists() and (changed := checksums.seal(study.results)):
+        print(f"taken as they are now: {', '.join(changed)}", file=sys.stderr)
+    checksums.write_text(file, judge(study).to_csv(index=False))
+    return file
 
 
-def headlines(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim of `judge`: on the six, as a whole, under the first of its conditions; COLUMNS."""
-    rows = table[(table.optimizers == "six") & (table.part == WHOLE)].drop_duplicates("id")
-    rule = pd.DataFrame.from_dict(read_rules(), orient="index")[["statistic", "paper", "changes", "notebook"]]
-    return (
-        rows.drop(columns="n")
-        .rename(columns={"runs": "n"})
-        .join(rule, on="id")
-        .assign(claim=rows.id.map(texts()))[COLUMNS]
-    )
+# ------------------------------------------------------------------------------------------------ verdicts to be shown
+
+
+def _of_the_six(table: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts on the six alone; n: the fewest runs of an optimizer at each size."""
+    return table[table.optimizers == "six"].drop(columns="n").rename(columns={"runs": "n"})
+
+
+def headlines(table: pd.DataFrame, rules: str = "claims.toml") -> pd.DataFrame:
+    """One row a claim of verdicts (id, part, verdict, ...), as a whole, under the first of its conditions: COLUMNS."""
+    rows = _of_the_six(table) if "optimizers" in table else table
+    rows = rows[rows.part == WHOLE].drop_duplicates("id")
+    told = pd.DataFrame.from_dict(read_rules(rules), orient="index").assign(claim=texts())
+    return rows.join(told.drop(columns=rows.columns, errors="ignore"), on="id").reindex(columns=COLUMNS)
 
 
 def frozen(study) -> pd.DataFrame | None:
-    """What was said of a scale by the rules of its time, a row a claim: COLUMNS; None where nothing is frozen."""
-    name, file, *_ = FROZEN.get(study.scale, ("", ""))
+    """What was said of a scale by the rules of its time, on the six, with the head, a row a claim and part; None where
+    nothing is frozen."""
+    name = FROZEN.get(study.scale, ("",))[0]
     if not name or not (study.results / f"{name}.csv").exists():
         return None
     check_table(study.results, name)
-    table, rule = read_table(study.results / f"{name}.csv"), pd.DataFrame.from_dict(read_rules(file), orient="index")
-    if "part" in table:  # of `confirm`: the verdict is that on the six, with the head
-        table = table[(table.part == WHOLE) & (table.optimizers == "six") & (table.spec == CONDITIONS["with head"])]
-        rule = rule[["statistic", "paper", "changes", "notebook"]]
-        table = table.rename(columns={"estimate": "value"}).join(rule, on="id").assign(claim=table.id.map(texts()))
-    return table.reindex(columns=COLUMNS).fillna({"changes": ""}).reset_index(drop=True)
+    table = read_table(study.results / f"{name}.csv")
+    if "part" not in table:  # of `laptop`
+        return table.assign(part=WHOLE, changes="")
+    table = table[(table.spec == CONDITIONS["with head"]) & (table.optimizers == "six")]
+    return table.drop(columns="optimizers").rename(columns={"estimate": "value"})
 
 
 def judged(study) -> pd.DataFrame:
     """One row a claim: COLUMNS. What was said at the time where that is frozen, else by data/claims.toml."""
     said = frozen(study)
-    return headlines(read_verdicts(study)) if said is None else said
+    rows = headlines(read_verdicts(study)) if said is None else headlines(said, FROZEN[study.scale][1])
+    return rows.reset_index(drop=True)
 
 
 LEDGER = "id part verdict value low high unit n threshold side"  # of a figure of verdicts
@@ -235,25 +250,21 @@ def ledger(study) -> pd.DataFrame:
     Of what was said at the time where that is frozen, else of `read_verdicts`; the whole of a claim stands first.
     """
     said = frozen(study)
-    if study.scale == "laptop" and said is not None:
-        rule = read_rules(FROZEN["laptop"][1])
-        lines = [(rule[name]["threshold"], 1 if rule[name]["side"] == "above" else -1) for name in said.id]
-        table = said.assign(part=WHOLE)
-    else:
-        table = read_verdicts(study) if said is None else frozen_parts(study)
-        table = table[(table.optimizers == "six")].drop(columns="n").rename(columns={"runs": "n"})
-        lines = [line(read_rules()[row.id], row.part) for row in table.itertuples()]
+    table = _of_the_six(read_verdicts(study)) if said is None else said
+    rules = read_rules(FROZEN[study.scale][1]) if said is not None else read_rules()
+    lines = [line(rules[row.id], row.part) for row in table.itertuples()]
     return table.assign(threshold=[at for at, _ in lines], side=[side for _, side in lines])[LEDGER.split()]
 
 
 def line(rule: dict, part: str) -> tuple[float, int]:
     """Where the verdict on a part changes, and the side (1 above, -1 below) on which the claim holds."""
-    if "half" in rule:
-        sides = [half["side"] for half in rule["half"] if part.startswith(half["name"])] or [rule["half"][0]["side"]]
+    sides = [half["side"] for half in rule.get("half", ()) if part == WHOLE or part.startswith(half["name"])]
+    if sides:
         return 0.0, 1 if sides[0] == "highest" else -1
     if "claim" in rule:
         return (rule["predicts"], 1) if rule["claim"] == "predicts" else (rule["silent"], -1)
-    return rule.get("threshold", 0.0), -1 if "spectral" in rule["unit"] else 1
+    below = rule.get("side") == "below" or "spectral" in rule["unit"]
+    return rule.get("threshold", 0.0), -1 if below else 1
 
 
 def then_and_now(study) -> pd.DataFrame:
@@ -262,25 +273,80 @@ def then_and_now(study) -> pd.DataFrame:
     why: how the judging of a claim differs between the two, in words (data/claims-changes.toml).
     """
     now = headlines(read_verdicts(study)).set_index("id")
-    table = now[["claim"]]
-    for scale in FROZEN:
-        said = frozen(type(study)(scale, paths.RESULTS / scale))
-        table[scale] = "" if said is None else said.set_index("id").verdict
-    why = {claim: of["judged"] for claim, of in rule_file("claims-changes.toml").items()}
-    return table.assign(now=now.verdict, why=table.index.map(why)).reset_index()
+    then = {scale: judged(type(study)(scale, paths.RESULTS / scale)).set_index("id").verdict for scale in FROZEN}
+    why = pd.DataFrame.from_dict(rule_file("claims-changes.toml"), orient="index").judged
+    return now[["claim"]].assign(**then, now=now.verdict, why=why).reset_index()
 
 
-def frozen_parts(study) -> pd.DataFrame:
-    """The frozen verdicts of `confirm` on the six with the head, every part, with the names of `evaluate`."""
-    table = read_table(study.results / f"{FROZEN['confirm'][0]}.csv")
-    table = table[table.spec == CONDITIONS["with head"]]
-    return table.rename(columns={"estimate": "value", "n": "runs"}).assign(n=0, condition="")
+AT_FOUND_RATES = ("C1", "C3", "C4", "C5", "C12", "C13", "C14")  # claims whose numbers were measured there
+
+
+def scenarios(study) -> pd.DataFrame:
+    """What the verdicts on the six would be under other circumstances, by data/claims.toml, a row a claim: id, claim,
+    `as it is`, `found rates` (of `readings.found_rates`, "not measured" where nothing was), and `without 0.08M`."""
+    read = tables(study)
+    large = {name: table[table["size"] != "0.08M"] for name, table in read.items() if "size" in table}
+    rows = headlines(read_verdicts(study)).set_index("id")[["claim", "verdict"]].rename(columns={"verdict": "as it is"})
+    for name, tried, claims in (
+        ("found rates", at_found_rates(read), AT_FOUND_RATES),
+        ("without 0.08M", large, CLAIMS),
+    ):
+        rows[name] = headlines(judge(study, claims, tried, ("six",))).set_index("id").verdict
+    return rows.fillna("not measured").reset_index()
+
+
+def at_found_rates(read: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """`tables` with the runs at the found rates in place of those at the rates that the searches chose."""
+    found = readings.found_rates()
+    ends = found.rename(columns={"val_loss": "loss", "val_loss_qat": "qat_loss", "mmr_end": "mmr"})
+    common = found.rename(columns={"increase_common": "increase", "mmr_common": "mmr"}).assign(condition="with head")
+    laws = pd.concat([ends.assign(bits=16), ends.assign(bits=4, loss=ends.qat_loss)])
+    changed = {"runs": (ends, ["loss", "qat_loss"]), "final": (ends, ["mmr"]), "common": (common, ["increase", "mmr"])}
+    for name, (rows, columns) in (changed | {"scaling": (laws, ["loss"])}).items():
+        keys = [*CELL, *({"condition", "bits"} & set(read[name]))]
+        table = read[name].set_index(keys)
+        table.update(rows.set_index(keys)[columns])
+        read = read | {name: table.reset_index()}
+    return read
 
 
 def rule_place(scale: str, claim: str) -> str:
     """ "data/claims.toml#L58": where the rule of a claim stands; ValueError for a claim without one."""
     name = FROZEN[scale][1] if scale in FROZEN else "claims.toml"
-    for number, line in enumerate((paths.DATA / name).read_text().splitlines(), start=1):
-        if line.strip() == f"[{claim}]":
-            return f"data/{name}#L{number}"
-    raise ValueError(f"no rule for {claim!r} in data/{name}")
+    lines = (paths.DATA / name).read_text().splitlines()
+    if f"[{claim}]" not in lines:
+        raise ValueError(f"no rule for {claim!r} in data/{name}")
+    return f"data/{name}#L{lines.index(f'[{claim}]') + 1}"
+
+
+def show(study, name: str, limit: int | None) -> str:
+    """Verdict, what would change it, rule, figure and the first `limit` rows (None: all) behind a claim, as text.
+
+    Where a scale's verdicts are frozen, what was said at the time stands below.
+    """
+    rule, table = read_rules()[name], judge(study, (name,))
+    row, rows = headlines(table).iloc[0], READ[rule["table"]](study)
+    shown = rows.head(len(rows) if limit is None else limit)
+    told = {
+        "verdict": f"{row.verdict}. {row.comment}",
+        "changes": row.changes,
+        "statistic": row.statistic,
+        "estimate": f"{_estimate(row)}, n {row.n} ({row.unit})",
+        "rule": rule_place("", name),
+        "paper": row.paper,
+        "figure": f"{paths.pages(study.scale) / rule['figure']}.png",
+        "notebook": row.notebook,
+    }
+    lines = [f"{name} at scale {study.scale}: {row.claim}", *(f"{what:10} {text}" for what, text in told.items())]
+    for part in _of_the_six(table).query("part != @WHOLE").itertuples():
+        lines.append(f"part       {f'{part.part} {part.condition}'.strip()}: {part.verdict}, {_estimate(part)}")
+    if frozen(study) is not None:
+        then = judged(study).set_index("id").loc[name]
+        lines.append(f"then       {then.verdict}, {_estimate(then)}, n {then.n}: {rule_place(study.scale, name)}")
+    lines += ["", shown.to_string(index=False, float_format="{:.4g}".format)]
+    more = len(rows) - len(shown)
+    return "\n".join(lines + [f"... and {more:,} rows more (--rows 0: all)"] * (more > 0))
+
+
+def _estimate(row) -> str:
+    return Estimate(row.value, row.low, row.high).text(4) if row.value == row.value else "none over all sizes"

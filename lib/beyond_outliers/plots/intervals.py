@@ -91,7 +91,7 @@ def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], refer
     return figure
 
 
-def efficiencies(table: pd.DataFrame) -> Figure:
+def efficiency_points(table: pd.DataFrame) -> Figure:
     """rho_4bit and its interval (open: the data do not identify it), the paper's value as a cross."""
     figure, ax = subplots(figsize=(5, 3))
     table = table.round(4).set_index("optimizer", drop=False).loc[ordered(table.optimizer)]

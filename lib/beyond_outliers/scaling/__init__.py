@@ -1,7 +1,12 @@
 """Scaling laws with a parameter efficiency for every precision."""
 
-from beyond_outliers.scaling.fit import compare_forms, fit_scaling_law, fit_shared
-from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
-from beyond_outliers.scaling.resampling import log_rho_draws
+from beyond_outliers.scaling.fit import (
+    IdentificationWarning,
+    ScalingLaw,
+    compare_forms,
+    fit_scaling_law,
+    fit_shared,
+    log_rho_draws,
+)
 
 __all__ = ["IdentificationWarning", "ScalingLaw", "compare_forms", "fit_scaling_law", "fit_shared", "log_rho_draws"]

@@ -14,12 +14,13 @@ many starts. All starts, all bootstrap resamples and all profiles are minimised 
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import f as f_distribution
 
-from beyond_outliers.scaling.law import IdentificationWarning, ScalingLaw
 from beyond_outliers.scaling.least_squares import (
     FORMS,
     FULL_PRECISION,
@@ -29,11 +30,56 @@ from beyond_outliers.scaling.least_squares import (
     minimise,
     starting_points,
 )
-from beyond_outliers.scaling.resampling import resamples
 
 SIZES_NEEDED = 3  # three numbers, A, alpha and E, describe a curve over N
 RUNS_NEEDED = 3  # at a precision, for its rho: the spread of fewer is not known
 NOISE_FLOOR = 1e-4  # relative; residuals below are taken for noise of this size when a profile is judged
+
+
+class IdentificationWarning(UserWarning):
+    """The runs do not determine a parameter of the scaling law."""
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """A fitted law. `intervals` and `identified` mirror `parameters`, with one entry "rho" that is a dict by bits.
+
+    parameters: A, alpha, E (and B, beta). rho: by bits, 1 at 16. intervals: (low, high). identified: False where the
+    runs leave a parameter open; `warnings` says why, in words. objective: the Huber loss; n: the number of runs.
+    """
+
+    form: str
+    parameters: dict[str, float]
+    rho: dict[float, float]
+    intervals: dict = field(repr=False)
+    identified: dict
+    warnings: list[str]
+    objective: float
+    n: int
+
+    def predict(self, N, D=None, bits=FULL_PRECISION) -> np.ndarray:
+        """Loss in nats per token; N, D and bits broadcast; ValueError for bits without a rho, or no D in "full"."""
+        unknown = sorted(set(np.unique(bits).tolist()) - set(self.rho))
+        if unknown:
+            raise ValueError(f"no rho was fitted for bits {unknown}; fitted: {sorted(self.rho)}")
+        p, bits = self.parameters, np.asarray(bits)
+        rho = np.select([bits == b for b in self.rho], list(self.rho.values()))
+        loss = p["A"] / (np.asarray(N, dtype=float) * rho) ** p["alpha"] + p["E"]
+        if self.form == "full":
+            if D is None:
+                raise ValueError('the form "full" needs D, the number of training tokens')
+            loss = loss + p["B"] / np.asarray(D, dtype=float) ** p["beta"]
+        return loss
+
+    def table(self) -> pd.DataFrame:
+        """One row a parameter: parameter, bits (rho only), value, low, high, identified."""
+        keys = [(name, None) for name in self.parameters] + [("rho", bits) for bits in self.rho]
+        parts: tuple[dict, ...] = ({"rho": self.rho, **self.parameters}, self.intervals, self.identified)
+        found = []
+        for name, bits in keys:
+            value, interval, known = (of[name] if bits is None else of[name][bits] for of in parts)
+            found.append((name, bits, value, *interval, known))
+        return pd.DataFrame(found, columns=["parameter", "bits", "value", "low", "high", "identified"])
 
 
 def fit_scaling_law(
@@ -105,31 +151,53 @@ def compare_forms(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", IdentificationWarning)  # told by the column `identified`
             laws = fit_shared(rest, by, share, form, delta, bootstrap=0)
-        fit_errors, errors = _log_errors(laws, rest, by), _log_errors(laws, heldout, by)
+        within, errors = (_log_errors(laws, part, by) for part in (rest, heldout))
+        row: dict[str, Any] = {"form": form, "share": ", ".join(share) or "nothing"}
         own = len(FORMS[form]) - len(share)
-        n_rho = sum(len(law.rho) - 1 for law in laws.values())
-        rows.append(
-            {
-                "form": form,
-                "share": ", ".join(share) or "nothing",
-                "n_parameters": len(laws) * own + len(share) + n_rho,
-                "n_fit": len(rest),
-                "n_heldout": len(heldout),
-                "fit_error": np.abs(fit_errors).mean(),
-                "heldout_error": np.abs(errors).mean(),
-                "heldout_bias": errors.mean(),
-                "identified": not any(law.warnings for law in laws.values()),
-            }
-        )
+        row["n_parameters"] = len(share) + sum(own + len(law.rho) - 1 for law in laws.values())
+        row |= {"n_fit": len(rest), "n_heldout": len(heldout), "fit_error": np.abs(within).mean()}
+        row |= {"heldout_error": np.abs(errors).mean(), "heldout_bias": errors.mean()}
+        rows.append(row | {"identified": not any(law.warnings for law in laws.values())})
     return pd.DataFrame(rows).sort_values("heldout_error", ignore_index=True)
 
 
 def _log_errors(laws: dict[str, ScalingLaw], runs: pd.DataFrame, by: str) -> np.ndarray:
-    parts = []
-    for name, part in runs.groupby(by):
-        predicted = laws[name].predict(part["N"], part.get("D"), part["bits"])
-        parts.append(np.log(part["loss"]) - np.log(predicted))
-    return np.concatenate(parts)
+    predicted = [laws[name].predict(part["N"], part.get("D"), part["bits"]) for name, part in runs.groupby(by)]
+    losses = [part["loss"] for _, part in runs.groupby(by)]
+    return np.log(np.concatenate(losses)) - np.log(np.concatenate(predicted))
+
+
+def log_rho_draws(
+    runs: pd.DataFrame,
+    by: str = "optimizer",
+    share: Sequence[str] = ("E", "alpha"),
+    bits: float = 4,
+    delta: float = 1e-3,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> tuple[pd.Series, pd.DataFrame]:
+    """log rho of every group at `bits` in the joint "fixed_ratio" fit, and the same in `bootstrap` resamples.
+
+    Runs are resampled within `by` x bits x N, so that every draw has the design of the study, and draws are widened
+    about the estimate by sqrt(runs / (runs - strata)), since each stratum's mean is taken from the data. One draw is
+    one row with a column a group: differences of columns carry what the groups share. An estimate at a limit of the
+    search is NaN. Raises ValueError as `fit_shared`, and for a group without runs at `bits`.
+    """
+    runs = checked_runs(runs, "fixed_ratio", by)
+    lacking = sorted(set(runs[by]) - set(runs.loc[runs["bits"] == bits, by]))
+    if lacking:
+        raise ValueError(f"no run at {bits:g} bits of {lacking}")
+    problem = build_problem(runs, "fixed_ratio", by, share, delta)
+    strata = [by, "bits", "N"]
+    if (spare := len(runs) - runs.groupby(strata).ngroups) < 1:
+        raise ValueError(f"{len(runs)} runs in {len(runs) - spare} strata: nothing is left to resample")
+    best, _, draws = _drawn(problem, runs, strata, bootstrap, seed)
+    draws = best + np.sqrt(len(runs) / spare) * (draws - best)
+    bounded = (best > problem.lower + 1e-6) & (best < problem.upper - 1e-6)
+    groups = sorted(set(runs[by]))
+    columns = [problem.keys.index(("rho", group, bits)) for group in groups]
+    estimate = np.where(bounded, best, np.nan)[columns]
+    return pd.Series(estimate, groups), pd.DataFrame(draws[:, columns], columns=groups)
 
 
 # ----------------------------------------------------------------------------------------------------------- the fit
@@ -144,14 +212,8 @@ def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
         raise ValueError(f"bootstrap must be a whole number of resamples from 0, not {bootstrap}")
     problem = build_problem(runs, form, by, share, delta)
     n, p = len(runs), len(problem.keys)
-    starts = starting_points(problem)
-    fits, costs = minimise(problem, starts, np.ones((len(starts), n)))
-    best, objective = fits[np.argmin(costs)], costs.min()
-
     bootstrap = bootstrap if n > p else 0
-    strata = runs.groupby([by, "bits"] if by else "bits").ngroup().to_numpy()
-    weights = resamples(strata, bootstrap, np.random.default_rng(seed))
-    draws = minimise(problem, np.tile(best, (bootstrap, 1)), weights)[0] if bootstrap else np.empty((0, p))
+    best, objective, draws = _drawn(problem, runs, [by, "bits"] if by else ["bits"], bootstrap, seed)
 
     reasons = _unidentified(problem, runs, form, by, best, objective)
     for message in dict.fromkeys(itertools.chain.from_iterable(reasons.values())):
@@ -177,10 +239,19 @@ def _fit(runs, form, by, share, delta, bootstrap, confidence, seed) -> dict:
             intervals=_mirror(intervals, (1.0, 1.0)),
             identified=_mirror({key: not found for key, found in open_questions.items()}, True),
             warnings=list(dict.fromkeys(itertools.chain.from_iterable(open_questions.values()))),
-            objective=float(objective),
+            objective=objective,
             n=n,
         )
     return laws
+
+
+def _drawn(problem: Problem, runs, strata: list[str], times: int, seed: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """The best theta (P,) from all starts, its objective, and theta (times, P) of resampled runs, from the best on."""
+    starts = starting_points(problem)
+    fits, costs = minimise(problem, starts, np.ones((len(starts), len(runs))))
+    best = fits[np.argmin(costs)]
+    weights = resamples(runs.groupby(strata).ngroup().to_numpy(), times, np.random.default_rng(seed))
+    return best, float(costs.min()), minimise(problem, np.tile(best, (times, 1)), weights)[0]
 
 
 def _mirror(of: Mapping[tuple, object], full_precision) -> dict:
@@ -272,3 +343,12 @@ def _unidentified(problem, runs, form, by, best, objective) -> dict[tuple, list[
 def _label(key: tuple) -> str:
     name, group, bits = key
     return name + (f" at {bits} bits" if bits is not None else "") + (f" of {group}" if group is not None else "")
+
+
+def resamples(strata: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is drawn, with replacement within its stratum, (times, n)."""
+    weights = np.zeros((times, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=times)
+    return weights

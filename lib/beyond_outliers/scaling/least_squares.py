@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.special import huber
 
 FORMS = {"fixed_ratio": ("A", "alpha", "E"), "full": ("A", "alpha", "E", "B", "beta")}
 FULL_PRECISION = 16
@@ -96,8 +97,7 @@ class Problem:
 
     def cost(self, r: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Weighted Huber loss, (S, n) -> (S,)."""
-        size = np.abs(r)
-        return (weights * np.where(size <= self.delta, r * r / 2, self.delta * (size - self.delta / 2))).sum(1)
+        return (weights * huber(self.delta, r)).sum(1)
 
 
 def build_problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence[str], delta: float) -> Problem:
@@ -132,26 +132,21 @@ def build_problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence
 def starting_points(problem: Problem) -> np.ndarray:
     """A grid over alpha, the share of the smallest loss that is E, and beta; amplitudes from the data. (S, P)."""
     loss, c = np.exp(problem.log_loss), problem.columns
-    full = problem.y is not None
-    grid = itertools.product(
-        (0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95), (0.15, 0.4, 0.9) if full else (1.0,)
-    )
+    terms = 1 if problem.y is None else 2
+    axes = (0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95), (0.15, 0.4, 0.9) if terms == 2 else (1.0,)
     starts = []
-    for alpha, share, beta in grid:
-        theta = np.zeros(len(problem.keys))  # rho starts at 1
+    for alpha, share, beta in itertools.product(*axes):
+        theta = {"alpha": np.log(alpha), "beta": np.log(beta), "rho": 0.0}
+        terms_of: dict[str, tuple] = {"A": (alpha, problem.x), "B": (beta, problem.y)}
+        start = []
         for column, (name, _, _) in enumerate(problem.keys):
             members = c[name] == column
-            if name == "alpha":
-                theta[column] = np.log(alpha)
-            elif name == "beta":
-                theta[column] = np.log(beta)
-            elif name == "E":
-                theta[column] = np.log(share * loss[members].min())
-            elif name in ("A", "B"):
-                slope, where = (beta, problem.y) if name == "B" and problem.y is not None else (alpha, problem.x)
-                excess = (loss - share * loss[members].min())[members] / (2 if full else 1)
-                theta[column] = np.log(np.median(excess * np.exp(slope * where[members])))
-        starts.append(theta)
+            floor = share * loss[members].min()
+            if name in terms_of:
+                slope, where = terms_of[name]
+                theta[name] = np.log(np.median((loss - floor)[members] / terms * np.exp(slope * where[members])))
+            start.append(np.log(floor) if name == "E" else theta[name])
+        starts.append(start)
     return np.array(starts)
 
 
