@@ -4,7 +4,7 @@
 #   make test-all               the same with every fault and every architecture, of which make test takes a sample
 #   make test-fast              the tests that take less than a minute in all
 #   make check                  ruff and mypy alone
-#   make bench                  the benchmarks (ONLY="training optimizers"), on a machine that does nothing else: their table, and that of docs/speed.md
+#   make bench                  the benchmarks (ONLY="training optimizers"): their table, and that of docs/speed.md; a busy machine writes none (FORCE=1: all the same)
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
 #   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
@@ -21,7 +21,7 @@ PYTHON ?= python3
 VENV   := .venv
 JOBS    = $(if $(CORES),--jobs $(CORES))
 # What may be said on the command line; another word there is misspelt, and would mean nothing.
-VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR GPUS OPTIONS OPTIMIZER HYPER RATES NAME ONLY PYTHON \
+VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR GPUS OPTIONS OPTIMIZER HYPER RATES NAME ONLY FORCE PYTHON \
 	OMP_NUM_THREADS TOKENIZERS_PARALLELISM SHELL
 GIVEN  := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq ($(filter-out $(VALID),$(GIVEN)),)
@@ -101,7 +101,7 @@ test-fast: $(READY)
 	$(PYTEST) -m "not slow and not exhaustive"
 
 bench: $(READY)
-	$(BIN)/python tests/benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python tests/benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0 no false,$(FORCE)),--force)
 
 # The same versions with their hashes, for Linux and macOS; needs uv. Installed by: pip install --require-hashes -r environment.lock
 lock:

@@ -2,6 +2,8 @@
 
 python tests/benchmarks/bench.py --only optimizers     on a machine that does nothing else; about 15 minutes for all
 python tests/benchmarks/bench.py --only reproduce      `make reproduce` as a whole, 15 minutes more; by name alone
+
+Nothing is written where other processes kept more than a fifth of a core busy, unless --force (make bench FORCE=1).
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 ROOMS = ("training", "optimizers", "quantizers", "propagation", "evaluate", "probe", "figures")
+BUSY = 0.2  # cores that other processes may keep busy
 COMMANDS = {"figures": "laptop", "reproduce": "pocket"}  # timed as a whole -> at which scale
 
 
@@ -31,14 +34,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=[*ROOMS, "reproduce", "cuda"], default=list(ROOMS), help="which benchmarks"
     )
-    for name in parser.parse_args(arguments).only:
+    parser.add_argument("--force", action="store_true", help="write although other processes were at work")
+    given = parser.parse_args(arguments)
+    for name in given.only:
         start, before = time.perf_counter(), busy_elsewhere()
         room = importlib.import_module("test_commands" if name in COMMANDS else f"test_{name}")
         table = room.measure(name, COMMANDS[name]) if name in COMMANDS else room.measure()
         seconds = time.perf_counter() - start
-        others = f"; others kept {(busy_elsewhere() - before) / seconds:.2f} cores busy" if before else ""
-        print(f"{name}, {seconds:.0f} s{others}")
+        others = (busy_elsewhere() - before) / seconds
+        print(f"{name}, {seconds:.0f} s; others kept {others:.2f} cores busy, load {os.getloadavg()[0]:.1f}")
         print(benchmarking.with_targets(table).to_string(index=False))
+        if others > BUSY and not given.force:
+            raise SystemExit(f"not written: {others:.2f} cores were busy; valid: at most {BUSY}, or make bench FORCE=1")
         benchmarking.write(table)
 
 

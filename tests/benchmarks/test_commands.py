@@ -4,6 +4,8 @@ Each is the command behind `make`, so that the environment that is there serves:
 committed tables of a scale, `reproduce` trains, measures and draws a whole study (a quarter of an hour).
 """
 
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -55,3 +58,23 @@ def test_a_command_is_timed_and_a_failure_is_told(tmp_path):
     assert 0 < seconds(["plan", "--scale", "smoke"], tmp_path) < 60
     with pytest.raises(RuntimeError, match="unknown scale 'nowhere'"):
         seconds(["plan", "--scale", "nowhere"], tmp_path / "other")
+
+
+def test_ratios_of_a_busy_machine_are_shown_and_not_written(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("bench", Path(__file__).with_name("bench.py"))
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    import benchmarking
+
+    written, clock = [], itertools.count(step=1e6)
+    monkeypatch.setattr(benchmarking, "write", written.append)
+    monkeypatch.setattr(bench, "busy_elsewhere", lambda: next(clock))
+    row = {"benchmark": "b", "size": "s", "what": "w"}
+    monkeypatch.setattr(
+        bench.importlib, "import_module", lambda _: SimpleNamespace(measure=lambda: pd.DataFrame([row]))
+    )
+    with pytest.raises(SystemExit, match=r"cores were busy; valid: at most 0\.2, or make bench FORCE=1"):
+        bench.main(["--only", "training"])
+    assert not written and "cores busy, load" in capsys.readouterr().out
+    bench.main(["--only", "training", "--force"])
+    assert len(written) == 1

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from benchmarking import compared, on_threads, paired
-from beyond_outliers.config import Olmo2Config
+from beyond_outliers.config import Olmo2Config, Protocol
 from beyond_outliers.model import Olmo2
-from beyond_outliers.optimizers import OPTIMIZERS, REGISTRY, build_optimizer, parameter_groups
+from beyond_outliers.optimizers import OPTIMIZERS, PSGD, REGISTRY, build_optimizer, parameter_groups
+from plain_model import PlainModel
 
 SIZES = {
     "6x256": Olmo2Config(vocab_size=2048, width=256, depth=6, n_heads=4),
@@ -83,27 +84,58 @@ def compare_optimizers(sizes=("6x256", "4x128"), names=tuple(OPTIMIZERS), thread
     return rows
 
 
-def share_of_training_step(sizes=("2x64", "4x128"), threads: int = 1, steps: int = 20) -> list[dict]:
-    """The optimizer's step beside forward and backward pass of 8 x 128 tokens, all parameters; CPU time.
+def updates_in_a_run(steps: int) -> float:
+    """Share of a run's steps in which PSGD updates its factors: all of the first 500, every 34th in the end."""
+    optimizer = PSGD([torch.zeros(1, 1, requires_grad=True)])
+    waited = updates = 0
+    for step in range(steps):
+        waited += 1
+        if waited >= optimizer.period(optimizer.param_groups[0], step):
+            waited, updates = 0, updates + 1
+    return updates / steps
 
-    PSGD updates its preconditioner at every step here, as in the first 500 steps of a run.
+
+def share_of_training_step(sizes=("0.08M", "0.26M", "0.54M"), threads: int = 1, cycles: int = 5) -> list[dict]:
+    """A step of all parameters beside a plain eager forward and backward pass of 8 x 128 tokens, in CPU time.
+
+    Sizes and preconditioned sides are those of scale confirm2, which are the paper's; steps are means over whole cycles
+    from refresh to refresh. PSGD updates its factors ever more rarely: one row with an update in every step, one of a
+    whole run.
     """
-    rows = []
+    rows, protocol, beside = [], Protocol.load("confirm2"), "forward and backward pass"
     for size in sizes:
-        ids = torch.randint(0, SIZES[size].vocab_size, (8, 129))
-        for name, entry in REGISTRY.items():
+        config, hyper = protocol.model(size), protocol.settings.hyper
+        ids = torch.randint(config.vocab_size, (8, 129))
+        plain = PlainModel(config)
+
+        def passes(plain=plain, ids=ids):
+            plain.zero_grad(set_to_none=True)
+            plain.loss(ids[:, :-1], ids[:, 1:]).backward()
+
+        def shares(name, label, period, count, config=config, hyper=hyper, ids=ids, passes=passes, **more):
             torch.manual_seed(0)
-            model = Olmo2(SIZES[size])
-            optimizer = build_optimizer(model, name, 1e-3)
+            model = Olmo2(config)
+            optimizer = build_optimizer(model, name, 1e-3, **hyper.get(name, {}), **more)
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+            calls = {beside: passes, label: optimizer.step}
+            steps = paired(calls, period * count, warm_up=period, clock=time.process_time) / threads
+            return steps.groupby(steps.index // period).mean()
 
-            def passes(model=model, optimizer=optimizer, ids=ids):
-                optimizer.zero_grad()
-                model.loss(ids[:, :-1], ids[:, 1:]).backward()
-
-            calls = {"forward and backward pass": passes, entry.label: optimizer.step}
-            times = paired(calls, steps, clock=time.process_time) / threads
-            times[:] = times.mean().to_numpy()  # refreshes are rare: quartiles of steps would say nothing
-            rows.append(compared(times, entry.label, "forward and backward pass", "optimizer's share", size, threads))
+        for name, entry in REGISTRY.items():
+            if name != "psgd":
+                times = {entry.label: shares(name, entry.label, PERIOD.get(name, 5), cycles)}
+            else:
+                always, label = "PSGD, an update in every step", "PSGD, over a run"
+                times = {always: shares(name, always, 5, cycles, update_probability=1.0)}
+                rare = shares(name, label, 34, cycles, update_probability=1 / 34)
+                step = protocol.config(size, "adamw", 1e-3, 0).steps
+                often = (updates_in_a_run(step) - 1 / 34) / (1 - 1 / 34)
+                times[label] = rare.assign(
+                    **{label: (1 - often) * rare[label] + often * times[always][always].median()}
+                )
+            rows += [
+                compared(table, label, beside, "optimizer's share", size, threads) for label, table in times.items()
+            ]
     return rows
 
 
@@ -117,3 +149,7 @@ def test_every_optimizer_stands_beside_a_public_one():
     rows = pd.DataFrame(compare_optimizers(("2x64",), cycles=1))
     assert len(rows) == len(OPTIMIZERS) + 2  # Muon and Scion in two dtypes
     assert ((rows.low <= rows.value) & (rows.value <= rows.high)).all() and (rows.seconds > 0).all()
+
+
+def test_psgd_updates_ever_more_rarely_over_a_run():
+    assert updates_in_a_run(500) == 1 and 0.6 < updates_in_a_run(1606) < 0.65 and 0.1 < updates_in_a_run(10_577) < 0.2

@@ -14,7 +14,6 @@ from beyond_outliers.optimizers import (
     OPTIMIZERS,
     PSGD,
     REGISTRY,
-    SOAP,
     Muon,
     NonFiniteGradientError,
     Shampoo,
@@ -220,6 +219,7 @@ def test_state_resumes_bit_identically_at_every_step_of_a_cycle(name):
         straight.step()
     final = [p.detach().clone() for p in params]
     for step, (weights, state) in enumerate(snapshots):
+        torch.rand(step + 1)  # the global generator must not matter
         resumed_params, resumed = build()
         with torch.no_grad():
             for p, w in zip(resumed_params, weights, strict=True):
@@ -255,21 +255,6 @@ def test_a_copy_goes_the_same_way_and_leaves_the_original_alone(name):
         set_gradients(params, seed)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_two_runs_agree_to_the_bit(name):
-    results = []
-    for _ in range(2):
-        torch.rand(3)  # the global generator must not matter
-        model = small_model()
-        torch.rand(len(results) + 1)
-        optimizer = build_optimizer(model, name, 0.01, **SHORT_CYCLE.get(name, {}))
-        for seed in range(7):
-            set_gradients(model.parameters(), seed)
-            optimizer.step()
-        results.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_seed_of_psgd_matters():
@@ -312,42 +297,3 @@ def test_psgd_balances_its_factors_at_every_hundredth_update():
         if step == 50:
             assert left.abs().max() > 1000 * right.abs().max()
     assert 0.5 < left.abs().max() / right.abs().max() < 2
-
-
-def test_psgd_clips_the_update_at_rms_1_1():
-    p = torch.zeros(6, 6, requires_grad=True)
-    optimizer = PSGD([p], lr=1.0)
-    p.grad = torch.full((6, 6), 100.0)
-    optimizer.step()
-    assert p.detach().square().mean().sqrt().item() == pytest.approx(1.1, rel=1e-5)
-
-
-def test_soap_turns_its_bases_and_keeps_them_orthogonal():
-    p = torch.zeros(6, 9, dtype=torch.float64, requires_grad=True)
-    optimizer = SOAP([p], frequency=2)
-    set_gradients([p], 0)
-    optimizer.step()
-    assert torch.equal(p, torch.zeros_like(p))  # the first call only initialises
-    first = optimizer.state[p]["right_basis"].clone()
-    for seed in range(1, 8):
-        set_gradients([p], seed)
-        optimizer.step()
-    basis = optimizer.state[p]["right_basis"]
-    assert not torch.allclose(first, basis)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(9, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_training_a_small_model_lowers_the_loss(name):
-    model = small_model()
-    ids = torch.randint(0, 30, (4, 13), generator=torch.Generator().manual_seed(0))
-    lr = {"sgd": 0.1, "muon": 0.02, "scion": 0.05}.get(name, 0.01)
-    optimizer = build_optimizer(model, name, lr)
-    losses = []
-    for _ in range(40):
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1

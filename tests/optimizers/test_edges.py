@@ -69,10 +69,8 @@ def test_parameters_without_entries_are_stepped_over(name):
 @pytest.mark.parametrize(
     "scheduler",
     [
-        lambda one: lr_scheduler.CyclicLR(one, base_lr=3e-4, max_lr=5e-3, cycle_momentum=False),
         lambda one: lr_scheduler.OneCycleLR(one, max_lr=5e-3, total_steps=10, cycle_momentum=False),
         lambda one: lr_scheduler.LinearLR(one, start_factor=0.25, total_iters=4),
-        lambda one: lr_scheduler.CosineAnnealingLR(one, T_max=5),
     ],
 )
 @pytest.mark.parametrize("name", REGISTRY)
@@ -103,22 +101,6 @@ def test_states_with_initial_rates_still_load(name):
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
-WHOLE = {
-    "muon": ["ns_steps"],
-    "scion": ["ns_steps"],
-    "shampoo": ["frequency", "max_block_size"],
-    "soap": ["frequency", "max_preconditioned_size"],
-    "psgd": ["max_size_triangular", "seed"],
-}
-
-
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in WHOLE.items() for key in keys])
-@pytest.mark.parametrize("value", [2.5, 2.0, True, "2", -1, float("nan")])
-def test_whole_numbers_are_whole(name, key, value):
-    with pytest.raises(ValueError, match=f"{key} must be a whole number from .*, not {value!r}"):
-        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], lr=0.01, **{key: value})
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
 def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
     key = "adamw_eps" if name == "muon" else "eps"
@@ -128,22 +110,24 @@ def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
     REGISTRY[name].optimizer([torch.ones(3, dtype=torch.float64, requires_grad=True)], lr=0.01, **{key: 1e-40})
 
 
+KINDS = {
+    "muon": {"ns_dtype": [torch.float16], "nesterov": ["no"], "ns_steps": [2.5, True, "2", float("nan")]},
+    "scion": {"constrained": ["no"], "weight_decay": [0.1], "ns_steps": [2.0]},
+    "adamw": {"betas": [0.9]},
+    "psgd": {"update_probability": ["often", 0.0], "max_size_triangular": [2.5], "seed": [2.5, -1]},
+    "shampoo": {"frequency": [2.0], "max_block_size": [True]},
+    "soap": {"lr": ["0.1"], "frequency": ["2"], "max_preconditioned_size": [2.5]},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "hyper"),
-    [
-        ("muon", {"ns_dtype": torch.float16}),
-        ("muon", {"nesterov": "no"}),
-        ("scion", {"constrained": "no"}),
-        ("adamw", {"betas": 0.9}),
-        ("psgd", {"update_probability": "often"}),
-        ("psgd", {"update_probability": 0.0}),
-        ("scion", {"weight_decay": 0.1, "constrained": True}),
-        ("soap", {"lr": "0.1"}),
-    ],
+    ("name", "key", "value"),
+    [(name, key, value) for name, hyper in KINDS.items() for key, values in hyper.items() for value in values],
 )
-def test_values_of_another_kind_are_refused_by_name(name, hyper):
-    with pytest.raises(ValueError, match=f"{next(iter(hyper))} must be"):
-        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], **hyper)
+def test_values_of_another_kind_are_refused_by_name(name, key, value):
+    more = {"constrained": True} if key == "weight_decay" else {}
+    with pytest.raises(ValueError, match=f"{key} must be .*, not {value!r}"):
+        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], **{key: value}, **more)
 
 
 @pytest.mark.parametrize("name", REGISTRY)

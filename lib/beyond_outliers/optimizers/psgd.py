@@ -106,7 +106,7 @@ class PSGD(StackedOptimizer):
         gradient = stack.gradient()
         state["momentum"].lerp_(gradient, 1 - beta)
         # a gradient of zeros says nothing of the curvature: the probe alone would drive the factors to infinity
-        learns = gradient.flatten(1).any(1) if gradient.ndim > 1 else gradient.bool()
+        learns = gradient.reshape(len(gradient), -1).any(1)
         shape = state["momentum"].shape
         # A vector is one column whose right factor is absent.
         momentum = (state["momentum"] / (1 - beta**step)).view(shape[0], -1, *shape[2:])
@@ -118,10 +118,9 @@ class PSGD(StackedOptimizer):
             momentum.addcmul_(probe, DAMPING * momentum.abs().mean((1, 2), keepdim=True))
             if "right" in state and stack.count("updates") % BALANCE_EVERY == 0:
                 balance(state["left"], state["right"])
-            kept = None if learns.all() else {side: state[side].clone() for side in ("left", "right") if side in state}
-            update_factors(state, momentum, probe, group["preconditioner_lr"])
-            for side, before in (kept or {}).items():
-                state[side][~learns] = before[~learns]
+            update_factors(
+                state, momentum, probe, group["preconditioner_lr"] * learns.to(gradient.dtype).view(-1, 1, 1)
+            )
             stack.derived.clear()
             direction = precondition(state, momentum)
         else:
@@ -187,8 +186,8 @@ def precondition(
     return x
 
 
-def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr: float) -> None:
-    """One step of both factors, in place, from a gradient and a standard normal probe, (N, m, n) each."""
+def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr: float | Tensor) -> None:
+    """One step of both factors, in place, from a gradient and a standard normal probe, (N, m, n) each; lr (N, 1, 1)."""
     sides = [side for side in ("left", "right") if side in state]
     a, b = gradient, probe
     for side in sides:
@@ -206,14 +205,14 @@ def update_factors(state: dict[str, Tensor], gradient: Tensor, probe: Tensor, lr
             update_dense_(q, x, y, lr)
 
 
-def update_diagonal_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+def update_diagonal_(q: Tensor, x: Tensor, y: Tensor, lr: float | Tensor) -> None:
     """q <- q - lr (t1 - t2) q / max(t1 + t2), t the diagonals of x x^T and y y^T: (N, m) and twice (N, m, k)."""
-    term1, term2 = x.square().sum(-1), y.square().sum(-1)
-    largest = (term1 + term2).amax(-1, keepdim=True) + torch.finfo(q.dtype).tiny
-    q.sub_(lr * (term1 - term2) * q / largest)
+    term1, term2 = x.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
+    largest = (term1 + term2).amax(1, keepdim=True) + torch.finfo(q.dtype).tiny
+    q.sub_((lr * (term1 - term2) * q.unsqueeze(-1) / largest).squeeze(-1))
 
 
-def update_dense_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+def update_dense_(q: Tensor, x: Tensor, y: Tensor, lr: float | Tensor) -> None:
     """q <- q - lr triu(x x^T - y y^T) q / |x x^T + y y^T|: upper triangular (N, m, m) and twice (N, m, k).
 
     Entries of x and y are at most of order one (see `norm_lower_bound`).
@@ -225,7 +224,7 @@ def update_dense_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
         q[:, r, r.start :].addcmul_(torch.bmm(difference, q[:, r.start :, r.start :]), rate, value=-1)
 
 
-def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+def update_low_rank_(q: Tensor, x: Tensor, y: Tensor, lr: float | Tensor) -> None:
     """The same for k much smaller than m: x x^T + y y^T = u u^T and x x^T - y y^T = u v^T have rank 2k.
 
     Rows r of triu(u v^T) q are triu(u_r v_r^T) q_r + u_r (sum over the blocks s below r of v_s^T q_s). Going upwards,
