@@ -122,8 +122,6 @@ def test_a_scale_is_a_name_and_not_a_path(name):
 @pytest.mark.parametrize(
     ("kind", "path", "value", "message"),
     [
-        ("swept", ("training", "micro_batch"), 3, "batch_size 8 is not a multiple of micro_batch 3"),
-        ("swept", ("training", "warmup"), 0.9, "warmup 0.9 and decay 0.2"),
         ("swept", ("sizes", "tiny", "width"), 30, "sizes.tiny: width 30 does not divide"),
         ("swept", ("learning_rates", "adamw"), [1e-3], r"different lengths \[1, 2\]"),
         ("swept", ("measure", "propagation_tokens"), 63, r"propagation_tokens must be 64 \(training.context\) or more"),
@@ -153,6 +151,9 @@ def test_a_scale_is_a_name_and_not_a_path(name):
             {"sizes": ["0.08M"], "seeds": [0]},
             "which tunes every size, for none",
         ),
+        ("tuned", ("tuning", "seeds"), [1, 2], "shape must be two numbers, or none with one seed, not .* with 2"),
+        ("tuned", ("tuning", "shape"), [5, 3], "cross_seeds must be of every size but the smallest, .*not {}"),
+        ("tuned", ("tuning", "start", "adamw"), {"lr": 1e-3}, r"tuning.start.adamw lacks \['auxiliary'\]"),
         ("tuned", ("rates_from",), "confirm", "rates_from = 'confirm' and .rates. ask for each other"),
         ("tuned", ("learning_rates",), {"adamw": [1e-3]}, "either .learning_rates. or .tuning.start."),
     ],

@@ -69,19 +69,6 @@ class Tuning:
     finalists: Annotated[int, between(1, 100)] = 4
     cross_seeds: dict[str, Annotated[int, between(1, 100)]] = field(default_factory=dict)  # by size but the smallest
 
-    def __post_init__(self) -> None:
-        most = len(self.seeds)
-        if self.shape and (len(self.shape) != 2 or max(self.cross_seeds.values(), default=1) > most):
-            raise ValueError(
-                f"tuning.shape must be two numbers and tuning.cross_seeds at most the {most} seeds, "
-                f"not {list(self.shape)} and {self.cross_seeds}"
-            )
-        if not self.shape and most > 1:
-            raise ValueError(f"a search along lines has one seed, not {list(self.seeds)}; valid: one, or a shape")
-        for name, rates in self.start.items():
-            if rates.auxiliary is None:
-                raise ValueError(f"tuning.start.{name} lacks ['auxiliary']")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
@@ -142,9 +129,18 @@ class Scale:
             yield "the file must have learning rates in either [learning_rates] or [tuning.start]"
         if ("sweep" in self.plan) == bool(tuning):
             yield "[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none"
-        if tuning and tuning.shape and list(tuning.cross_seeds) != sizes[1:]:
-            crossed = list(tuning.cross_seeds)
-            yield f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, not of {crossed}"
+        if tuning:
+            most, crossed = len(tuning.seeds), tuning.cross_seeds
+            if len(tuning.shape) not in (0, 2) or (not tuning.shape and most > 1):
+                yield f"tuning.shape must be two numbers, or none with one seed, not {list(tuning.shape)} with {most}"
+            if list(crossed) != sizes[1:] * bool(tuning.shape) or max(crossed.values(), default=1) > most:
+                yield (
+                    f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, where there is a shape, "
+                    f"and at most the {most} seeds, not {crossed}"
+                )
+            for name, rates in start.items():
+                if rates.auxiliary is None:
+                    yield f"tuning.start.{name} lacks ['auxiliary']"
         if bool(self.rates_from) != bool(self.rates) or (tuning and self.rates):
             yield f"rates_from = {self.rates_from!r} and [rates] ask for each other, and for no [tuning]"
         for size, row in self.rates.items():
