@@ -170,13 +170,14 @@ def probe(
     """
     if text is not None and not text.is_file():
         raise ValueError(f"no file {str(text)!r}; valid: a file of text")
+    from beyond_outliers.anymodel.sensitivity import bits_of, recommend
     from beyond_outliers.probe import probe as probe_model
-    from beyond_outliers.probe import recommend
     from beyond_outliers.quantizers.spec import QuantSpec
 
     found = probe_model(model, text, QuantSpec.named(spec), trust_remote_code=trust_remote_code)
-    bits = recommend(found.layers, budget)
-    print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
+    if bits_of(found.spec) == 4:
+        bits = recommend(found.layers, budget)
+        print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- a study
