@@ -10,7 +10,7 @@ import re
 import sys
 
 from beyond_outliers import paths
-from beyond_outliers.config import PURPOSES
+from beyond_outliers.config import Planned
 from beyond_outliers.notebook import notebooks
 from beyond_outliers.study.collect import adopted
 from beyond_outliers.study.study import Study
@@ -32,7 +32,7 @@ TAKEN = ["--rows"] if ROWS else []  # by the searches
 
 wildcard_constraints:
     run="[^/]+",
-    level="light|full",
+    level="light|common|full",
     size="|".join(map(re.escape, SIZES)),
     seed="all|[0-9]+",
     optimizer="|".join(map(re.escape, PROTOCOL.optimizers)),
@@ -60,8 +60,15 @@ def here(planned):
 
 def done(runs):
     """The files that say that runs are trained and measured."""
-    levels = {(p.config.name, "light" if p.purpose == "sweep" else "full") for p in runs if here(p)}
-    return [f"{WORK}/{run}/{level}.done" for run, level in sorted(levels)]
+    levels = {"sweep": "light", "branches": "common"}
+    ends = {(p.config.name, levels.get(p.purpose, "full")) for p in runs if here(p)}
+    return [f"{WORK}/{run}/{level}.done" for run, level in sorted(ends)]
+
+
+def trunk(wildcards):
+    """What a branch starts from: the run that it leaves, where that is made here; without it a branch is a run."""
+    found = STUDY.find(wildcards.run).trunk if wildcards.level == "common" else None
+    return done([Planned("full_precision", found)]) if found else []
 
 
 def sweep(size):
@@ -170,6 +177,7 @@ rule corpus:
 rule train:
     input:
         rules.corpus.output,
+        trunk,
     output:
         touch(f"{WORK}/{{run}}/{{level}}.done"),
     log:

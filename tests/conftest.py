@@ -55,7 +55,7 @@ def pytest_sessionfinish(session):
 def pytest_testnodedown(node):
     import faults
 
-    for key, tries in node.workeroutput.get("faults", []):
+    for key, tries in getattr(node, "workeroutput", {}).get("faults", []):  # none of a process that died
         faults.TALLY[tuple(key)] += tries
 
 

@@ -11,7 +11,6 @@ Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file i
 import argparse
 import contextlib
 import errno
-import importlib.util
 import inspect
 import json
 import math
@@ -105,7 +104,6 @@ def train(
     from beyond_outliers.config.protocol import Protocol
 
     config = Protocol.load(scale).config(size, optimizer, lr=lr, seed=seed, scheme=scheme)
-    check_device(device)
     if dry_run:
         import torch
 
@@ -117,23 +115,12 @@ def train(
             torch.set_num_threads(threads or torch.get_num_threads())
             print(forecast(config, device, workers, recompute))
         return
-    from beyond_outliers.train.folder import check
     from beyond_outliers.train.loop import train as train_run
 
-    compiled: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
-    result = train_run(config, device=device, compile=compiled[compile], threads=threads, recompute=recompute)
+    compiled = compile if compile == "auto" else compile == "yes"
+    result = train_run(config, device=device, compile=compiled, threads=threads, recompute=recompute)
     if result.row:  # of the worker that writes
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
-        check(result.folder)  # an earlier checkpoint may have been damaged meanwhile
-
-
-def check_device(name: str) -> None:
-    """ValueError for CUDA where torch was built without it, which its files tell."""
-    spec = importlib.util.find_spec("torch")
-    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    built = re.findall(r"^(?:cuda|hip)\b.*= *'", file.read_text(), re.MULTILINE) if file and file.exists() else [""]
-    if name == "cuda" and not built:
-        raise ValueError("device 'cuda': this torch was built without CUDA; valid: cpu, auto")
 
 
 @command
@@ -160,10 +147,6 @@ def export(
 
         print(export_compressed(run, to, QuantSpec.named(spec or "W4g128")))
         return
-    if not (Path(run).exists() or list(paths.RUNS.glob(f"*/{Path(run).name}/result.json"))):
-        raise ValueError(f"no run {run!r}; valid: a run's folder or name below {paths.RUNS}, or a checkpoint file")
-    if to.exists() and any(to.iterdir()):
-        raise ValueError(f"{to} is not empty; valid: a new folder")
     from beyond_outliers.export.folder import export as export_run
     from beyond_outliers.quantizers.spec import QuantSpec
 
@@ -187,13 +170,14 @@ def probe(
     """
     if text is not None and not text.is_file():
         raise ValueError(f"no file {str(text)!r}; valid: a file of text")
+    from beyond_outliers.anymodel.sensitivity import bits_of, recommend
     from beyond_outliers.probe import probe as probe_model
-    from beyond_outliers.probe import recommend
     from beyond_outliers.quantizers.spec import QuantSpec
 
     found = probe_model(model, text, QuantSpec.named(spec), trust_remote_code=trust_remote_code)
-    bits = recommend(found.layers, budget)
-    print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
+    if bits_of(found.spec) == 4:
+        bits = recommend(found.layers, budget)
+        print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- a study
@@ -223,7 +207,7 @@ def reproduce(
 
     status = run_workflow(study, jobs, executor, shlex.split(options), target, gpus=gpus or 0)
     if not status and target == "all":
-        say_where(study)
+        say_where(scale)
     return status
 
 
@@ -305,10 +289,8 @@ def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
 
     beyond-outliers verify --scale pocket --runs 2
     """
-    from beyond_outliers.config.scale import scales
-
-    studies = sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
-    choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
+    if scale:
+        study_of(scale)  # there is one of that name
     from beyond_outliers.study.verify import verify as verify_study
 
     return verify_study(scale, runs)
@@ -351,9 +333,7 @@ def merge(folder: Path, /, *, scale: str) -> None:
 
     collect.take_up(study)
     both = collect.merge(study, folder)
-    print(
-        f"runs in both, kept as they are here: {len(both)}", both.to_string(index=False) if len(both) else "", sep="\n"
-    )
+    print(f"runs in both, kept as they are here: {len(both)}\n{both.to_string(index=False)}")
 
 
 @command
@@ -421,11 +401,11 @@ def figures(*, scale: str, jobs: Positive = 1) -> None:
 
     beyond-outliers figures --scale laptop
     """
-    study = study_of(scale)
+    study_of(scale)
     from beyond_outliers.notebook import render
 
     render(scale, jobs)
-    say_where(study)
+    say_where(scale)
 
 
 @command
@@ -465,17 +445,16 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
         paths.write_whole(paths.CHECKPOINTS / scale / "README.md", pages.model_card(scale))
 
 
-def say_where(study: Any) -> None:
+def say_where(scale: str) -> None:
     """Where to look, and your runs and verdicts compared with the committed ones."""
     from beyond_outliers.reproduction import NothingToCompare, write
 
-    pages = paths.pages(study.scale)
-    print(f"\nScale {study.scale}: {len(study.table('runs'))} runs.")
-    print(f"  pages     {pages / 'README.md'} (start here), {pages}/*.html")
+    study, pages = study_of(scale), paths.pages(scale)
+    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {pages / 'README.md'} (start here)")
     print(f"  tables    {study.results}/*.csv")
-    if "+" not in study.scale:  # of an optimizer from outside the page is the comparison
+    if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:
-            print(write(study.scale))
+            print(write(scale))
         except NothingToCompare as nothing:
             print(f"Your runs and the committed ones: {nothing}.")
 
@@ -495,17 +474,17 @@ def corpus(*, scale: str) -> None:
 
 
 @command
-def run(*, scale: str, run: str, level: Literal["light", "full"] = "full", processes: Whole = 0) -> int:
+def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
     """Train and measure one run of the plan (a step of the workflow).
 
     run: the name of a planned run
-    level: how much is measured; light: of a sweep's run
+    level: how much is measured; light: of a sweep's run, common: of a branch
     processes: that train it under torchrun, one a GPU
 
     beyond-outliers run --scale pocket --run 0.03M-adamw-lr0.01-s0-0123456789
     """
     study = study_of(scale)
-    planned = study.find(run, main=level == "full")
+    planned = study.find(run, main=level != "light")
     if "RANK" in os.environ:  # one of several processes that train
         study.train(planned, progress=False)
         return 0

@@ -235,8 +235,8 @@ def notebooks(protocol: Protocol | None = None) -> list[str]:
 
     An optimizer from outside ("pocket+lion") has the one that no study has.
     """
-    if protocol and parted(protocol.scale)[1]:
-        return [YOURS]
+    if protocol and "+" in protocol.scale:  # an arm has none
+        return [YOURS] if parted(protocol.scale)[1] else []
     names = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))
     planned = protocol.purposes() if protocol else ASKS_FOR.values()
     return [name for name in names if name not in ASKS_FOR or ASKS_FOR[name] in planned]

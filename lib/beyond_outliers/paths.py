@@ -7,6 +7,7 @@ the repository for all that is written.
 
 import contextlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -56,10 +57,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. Where it is to be checked when it is read, `checksums` writes it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,8 +69,7 @@ def git_commit() -> str:
     Only of this project's own repository: not of one around an unpacked copy, nor of one that GIT_DIR or a hook names.
     """
     git = ["git", "-C", str(ROOT), "--git-dir", str(ROOT / ".git"), "--work-tree", str(ROOT)]
-    ambient = [name for name in os.environ if name.startswith("GIT_") and not name.startswith("GIT_CONFIG")]
-    environment = {name: value for name, value in os.environ.items() if name not in ambient}
+    environment = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG)", name)}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(
             [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, env=environment

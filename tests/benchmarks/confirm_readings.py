@@ -9,33 +9,16 @@ python tests/benchmarks/confirm_readings.py        about 5 minutes on one thread
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
 
 from beyond_outliers import paths
 from beyond_outliers.corpus.tokens import open_corpus
-from beyond_outliers.metrics import activation_metrics, average
-from beyond_outliers.propagation import decompose, output_readings, summarise
-from beyond_outliers.propagation.norms import REDUCTIONS
 from beyond_outliers.quantizers import QuantSpec, quantize_model
 from beyond_outliers.study import Study
 from beyond_outliers.study.checkpoints import checkpoints, load_checkpoint
-from beyond_outliers.study.measure import validation_batches
+from beyond_outliers.study.measure import network_readings, validation_batches
 
 SCALE, SPECS = "confirm", ("W4A4+head", "W4A4")
 FILE = paths.RESULTS / "confirm_readings.csv"
-
-
-def read(model: nn.Module, spec: QuantSpec, batches: list[Tensor]) -> dict[str, float]:
-    """Readings at the end, the predictors of single layers, and the share of sublayer norms at which R falls."""
-    quantized = quantize_model(model, spec)
-    readings = output_readings(model, quantized, batches).value.to_dict()
-    readings["expected_error"] = average(activation_metrics(model, batches, spec))["expected_error"]
-    for reduction, end in zip(REDUCTIONS, ("_token", ""), strict=True):
-        modules = decompose(model, quantized, batches, reduction=reduction)
-        readings["mean_B" + end] = summarise(modules)["mean_B"]
-        norms = modules[(modules.kind == "norm") & (modules.name != "final_norm")]  # as claim C9 is judged
-        readings["norms_fall" + end] = (norms.R < norms.R_in).mean()
-    return readings
 
 
 def measured() -> pd.DataFrame:
@@ -49,7 +32,9 @@ def measured() -> pd.DataFrame:
         batches = validation_batches(corpus, config.context, study.protocol.measure.propagation_tokens)
         for spec in SPECS:
             row = {"run": run, "size": config.size, "optimizer": config.optimizer, "seed": config.seed, "spec": spec}
-            rows.append(row | {"damage": ptq.increase[run, spec]} | read(model, QuantSpec.named(spec), batches))
+            given = QuantSpec.named(spec)
+            readings = network_readings(model, quantize_model(model, given), given, batches)
+            rows.append(row | {"damage": ptq.increase[run, spec]} | readings)
             print(run, spec, flush=True)
     return pd.DataFrame(rows)
 

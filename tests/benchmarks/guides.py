@@ -78,7 +78,7 @@ def compare_guides(
     return pd.DataFrame(rows)
 
 
-SMOLLM2 = ("W4", "A4")  # its weights lie on a grid of 16 levels already, in blocks of 32
+SMOLLM2 = ("W4",)  # its weights lie on a grid of 16 levels already, in blocks of 32
 
 
 def smollm2():

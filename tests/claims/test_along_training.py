@@ -1,12 +1,14 @@
 """The damage along training, on runs whose course is given."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
 from beyond_outliers.claims import along_training as along
-from beyond_outliers.claims import readings
+from beyond_outliers.claims import readings, verdicts
 from beyond_outliers.study import Study
 from made_up_runs import Made
 
@@ -89,6 +91,20 @@ def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
     assert readings.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
     with pytest.raises(ValueError, match=r"1\.5.*lowest is 2\.0"):
         readings.at_loss(table, 1.5)
+
+
+def test_fully_decayed_models_are_read_at_one_loss():
+    """Muon's branches pass the highest of the final losses, 3.0; SOAP's shortest is below it already."""
+    losses = {"adamw": [3.4, 3.2, 3.0], "muon": [3.2, 3.1, 2.9], "soap": [2.9, 2.8, 2.7]}
+    rows = [
+        {"size": "s", "optimizer": name, "seed": 1, "tokens": 10 * k, "val_loss": loss, "increase": k / 10, "gain": 2.0}
+        for name, of in losses.items()
+        for k, loss in enumerate(of, start=1)
+    ]
+    study = SimpleNamespace(has=lambda name: True, table=lambda name: pd.DataFrame(rows)[::-1])  # tokens order them
+    found = verdicts.equal_schedule(study).set_index("optimizer")
+    assert found.increase.to_dict() == pytest.approx({"adamw": 0.3, "muon": 0.25})
+    assert set(found.condition) == {"equal schedule"} and set(found.seed) == {1} and set(found.gain) == {2.0}
 
 
 def test_damage_at_the_common_loss_lies_between_two_checkpoints():

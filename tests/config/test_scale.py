@@ -122,8 +122,6 @@ def test_a_scale_is_a_name_and_not_a_path(name):
 @pytest.mark.parametrize(
     ("kind", "path", "value", "message"),
     [
-        ("swept", ("training", "micro_batch"), 3, "batch_size 8 is not a multiple of micro_batch 3"),
-        ("swept", ("training", "warmup"), 0.9, "warmup 0.9 and decay 0.2"),
         ("swept", ("sizes", "tiny", "width"), 30, "sizes.tiny: width 30 does not divide"),
         ("swept", ("learning_rates", "adamw"), [1e-3], r"different lengths \[1, 2\]"),
         ("swept", ("measure", "propagation_tokens"), 63, r"propagation_tokens must be 64 \(training.context\) or more"),
@@ -138,6 +136,7 @@ def test_a_scale_is_a_name_and_not_a_path(name):
         ("swept", ("sizes",), {"small": {**SMALL, "depth": 3}, "tiny": SMALL}, "smallest size first"),
         ("swept", ("sizes", "tiny", "vocab_size"), 300, r"sizes.tiny has unknown keys \['vocab_size'\]"),
         ("swept", ("sizes", "tiny"), {"width": 32}, r"sizes.tiny lacks \['depth', 'n_heads'\]"),
+        ("swept", ("plan", "branches", "at"), [0.9], "plan.branches.at must be above 0 and at most 0.8"),
         ("swept", ("plan", "schemes", "optimizers"), ["sgd"], "plan.schemes names optimizer 'sgd'; valid: adamw"),
         ("swept", ("plan", "qat", "seeds"), {"small": [0]}, "plan.qat.seeds has no seeds for size 'tiny'"),
         (
@@ -153,6 +152,9 @@ def test_a_scale_is_a_name_and_not_a_path(name):
             {"sizes": ["0.08M"], "seeds": [0]},
             "which tunes every size, for none",
         ),
+        ("tuned", ("tuning", "seeds"), [1, 2], "shape must be two numbers, or none with one seed, not .* with 2"),
+        ("tuned", ("tuning", "shape"), [5, 3], "cross_seeds must be of every size but the smallest, .*not {}"),
+        ("tuned", ("tuning", "start", "adamw"), {"lr": 1e-3}, r"tuning.start.adamw lacks \['auxiliary'\]"),
         ("tuned", ("rates_from",), "confirm", "rates_from = 'confirm' and .rates. ask for each other"),
         ("tuned", ("learning_rates",), {"adamw": [1e-3]}, "either .learning_rates. or .tuning.start."),
     ],
@@ -174,7 +176,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(load, kind, path, value, m
         (("hyper", "muon", "adam_lr"), 1e-3, r"hyper.muon: Muon has no hyperparameter adam_lr.*adamw_lr.*embedding_lr"),
         (("measure", "formats"), ["int9"], r"own.toml: measure.formats: .*'int9'; valid: .*int4"),
         (("measure", "primary"), "W3A3", r"own.toml: measure.primary: unknown spec 'W3A3'; valid: .*W4A4\+head"),
-        (("plan", "qat", "scheme"), "guest", r"own.toml: plan.qat: unknown scheme 'guest'; valid: quest"),
+        (("plan", "qat", "scheme"), "guest", r"unknown scheme 'guest'; valid: quest"),
     ],
 )
 def test_what_only_the_library_can_judge_is_refused_before_anything_runs(load, path, value, message):
@@ -191,7 +193,7 @@ def test_whole_numbers_stay_whole():
 
 def test_a_scale_without_qat_is_valid_and_says_what_it_lacks(load):
     table = copy.deepcopy(WHOLE["swept"])
-    del table["plan"]["qat"], table["plan"]["schemes"]
+    del table["plan"]["qat"], table["plan"]["schemes"], table["plan"]["branches"]
     protocol = load(table)
     assert protocol.purposes() == ["sweep", "full_precision"] and protocol.purposes("small") == ["full_precision"]
 

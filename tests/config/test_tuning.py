@@ -1,7 +1,6 @@
 """Tuned scales: the search run by run, and the main runs that take its rates."""
 
 import itertools
-import json
 import math
 
 import pandas as pd
@@ -76,15 +75,6 @@ def test_the_search_goes_on_from_run_to_run(protocol):
     assert at == [p for p in planned if p.config.size == "0.16M"] and {p.config.seed for p in at} == {100}
 
 
-def test_before_anything_is_known_each_search_of_the_smallest_size_has_one_run(protocol):
-    first = protocol.sweep_runs()
-    assert [(p.config.size, p.config.optimizer) for p in first] == [("0.08M", name) for name in protocol.optimizers]
-    for planned in first:
-        start = protocol.tuning.start[planned.config.optimizer]
-        assert planned.config == tuned_config(protocol, "0.08M", planned.config.optimizer, start.lr, start.auxiliary)
-    assert protocol.find(first[0].config.name) == first[0]
-
-
 def test_main_runs_take_the_rates_of_their_own_size(protocol):
     rates = {
         (size, optimizer): Rates(1e-2 / 2**i, 2e-2 * 2**j)
@@ -103,13 +93,6 @@ def test_main_runs_take_the_rates_of_their_own_size(protocol):
     assert {p.config.size for p in protocol.runs(some)} == {"0.08M"}, "no size takes another's rates"
     with pytest.raises(ValueError, match="lacks the auxiliary rate of scale confirm"):
         protocol.runs({("0.08M", "muon"): Rates(1e-2)})
-
-
-def test_a_scale_that_does_not_ask_for_the_head_says_nothing_of_it():
-    protocol = Protocol.load("laptop")
-    assert protocol.config("0.08M", "muon", lr=1e-2, scheme="quest").quantization == QUEST
-    runs = protocol.runs({(size, name): Rates(1e-2) for size in protocol.sizes for name in protocol.optimizers})
-    assert all(p.config.quantization == QUEST for p in runs if p.purpose == "qat")
 
 
 def test_rates_come_back_from_the_table_as_they_went_in(tmp_path, monkeypatch):
@@ -131,14 +114,6 @@ def test_only_tuned_scales_have_a_rule_and_only_swept_ones_grids(protocol):
         Protocol.load("smoke").tuning  # noqa: B018
     with pytest.raises(ValueError, match="confirm has no grids"):
         protocol.grid("adamw")
-
-
-def test_runs_of_the_search_keep_their_ids(protocol):
-    """Runs of this name were trained before the scale file was parsed into classes."""
-    assert tuned_config(protocol, "0.08M", "psgd", 0.005, 0.01).hyper == {"embedding_lr": 0.01, "vector_lr": 0.01}
-    found = tuned_config(protocol, "0.16M", "adamw", 0.04, 0.04)
-    assert found.name == "0.16M-adamw-lr0.04-s100-47ec0afa92"
-    assert json.loads(found.to_json())["tokens_per_parameter"] == 20
 
 
 def test_a_rate_without_effect_ends_the_search_after_three_runs():

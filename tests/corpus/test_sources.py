@@ -87,35 +87,6 @@ def test_local_text_jsonl_and_parquet_give_the_same_documents(tmp_path):
     assert len(list(local_text(tmp_path))) == 9
 
 
-NAMES = ("part [2]", "[ab]", "a*", "ab", "what?", "whatever", "{x,y}", "**", "!x", " spaced ", "ü", "a%20b", "#1", "~z")
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_every_file_of_a_folder_is_read_once_whatever_its_name(tmp_path, kind):
-    """Names that a shell or a hub would read as patterns, alternatives or addresses, in folders of such names."""
-    import pandas as pd
-
-    expected = set()
-    for inner in ("plain", "in [3]", "*"):
-        folder = tmp_path / inner
-        folder.mkdir()
-        for name in NAMES:
-            texts = [f"{inner} {name} document {i}".strip() for i in range(3)]
-            expected.update(texts)
-            file = folder / f"{name}.{kind}"
-            if kind == "parquet":
-                pd.DataFrame({"text": texts}).to_parquet(file)
-            elif kind == "jsonl":
-                file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-            else:
-                file.write_text("\n\n".join(texts))
-    (tmp_path / "folder.txt").mkdir()  # a folder, not a file
-    for path, count in {tmp_path: 1, tmp_path / "*": 3, tmp_path / "in [3]" / f"a*.{kind}": 3 * len(NAMES)}.items():
-        found = [text for _, text in local_text(path)]
-        assert len(found) == len(set(found)) == len(expected) // count
-        assert set(found) <= expected
-
-
 def write(path, rows):
     """Rows of {"text": ..., "group": ...} as .jsonl or .parquet."""
     import pandas as pd

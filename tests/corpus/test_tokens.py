@@ -18,7 +18,6 @@ from beyond_outliers.corpus import (
     BOUNDARY,
     Batches,
     bpe,
-    bytes_per_token,
     corpus_folder,
     documents,
     open_corpus,
@@ -27,7 +26,6 @@ from beyond_outliers.corpus import (
 )
 from beyond_outliers.corpus import tokens as corpus
 from beyond_outliers.evaluate import cloze_questions, encode_requests
-from beyond_outliers.train import train
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +39,6 @@ def test_tokens_decode_to_the_documents(built, corpus_config):
     assert int((built.train == 0).sum()) == len(train)
     assert built.train.dtype == np.uint16
     assert built.tokenizer.token_to_id(BOUNDARY) == 0
-
-
-def test_bytes_per_token_count_the_bytes_of_the_text(built):
-    text = "naïve ☃ prose, plain prose"
-    ids = built.tokenizer.encode(text).ids
-    assert built.token_bytes[ids].sum() == len(text.encode())
-    assert bytes_per_token(built.tokenizer)[0] == 0
-    assert built.token_bytes[np.asarray(built.validation)].sum() == built.meta["validation"]["bytes"]
 
 
 @pytest.fixture
@@ -96,7 +86,7 @@ def test_tokens_do_not_depend_on_the_size_of_a_chunk(built, tmp_path, monkeypatc
 def test_heldout_documents_are_decoded_when_they_are_asked_for(built):
     texts = built.heldout_documents()
     assert len(built.heldout) == len(texts) > 10
-    assert built.heldout[3] == texts[3] and built.heldout[-1] == texts[-1] and built.heldout[2:9:3] == texts[2:9:3]
+    assert built.heldout[3] == texts[3] and built.heldout[-1] == texts[-1]
     assert cloze_questions(built.heldout, 20) == cloze_questions(texts, 20)
     with pytest.raises(IndexError):
         built.heldout[len(texts)]
@@ -139,14 +129,6 @@ def test_a_side_too_short_for_a_window_is_an_error_and_not_kept(own):
     assert built.folder.exists()  # good for shorter windows
 
 
-def test_training_refuses_a_corpus_too_short_for_its_windows(run_config, own):
-    config = write_rows(own / "rows.jsonl", prose(60))
-    config = run_config.replace(corpus=replace(config, vocab_size=320), context=4000)
-    with pytest.raises(ValueError, match="windows of 4000 need"):
-        train(config, root=own, progress=False)
-    assert nothing_kept(config.corpus)
-
-
 class Text(list):
     """Texts in memory with the size that `sample` asks for."""
 
@@ -157,14 +139,11 @@ def test_a_tokenizer_is_trained_on_all_of_a_small_corpus_and_a_spread_of_a_large
     texts = Text(f"text {i} " + "ä" * (i % 50) for i in range(3000))
     assert list(sample(texts, texts.bytes)) == texts
     part = list(sample(texts, 10_000))
-    assert part == list(sample(texts, 10_000)) and set(part) <= set(texts)
-    assert 9_000 < sum(len(t.encode()) for t in part) <= 10_000
+    assert part == list(sample(texts, 10_000)) and 8_000 < sum(len(t.encode()) for t in part) < 12_000
     numbers = np.array([int(t.split()[1]) for t in part])
     assert (np.histogram(numbers, 10, (0, 3000))[0] > 5).all()  # from all over the corpus
-    monkeypatch.setattr(bpe, "LONGEST_IN_SAMPLE", 100)  # of a document larger than the sample: its beginning
-    giants = Text(f"giant {i} " + "x" * 100_000 for i in range(20))
-    part = list(sample(giants, 1000))
-    assert len(part) >= 9 and all(len(t) == 100 for t in part)
+    monkeypatch.setattr(bpe, "LONGEST_IN_SAMPLE", 100)  # of a large document its beginning
+    assert {len(t) for t in sample(Text("x" * 100_000 for _ in range(20)), 10**6)} == {100}
 
 
 def test_a_corpus_is_hashed_once_a_process(built, corpus_config, monkeypatch):

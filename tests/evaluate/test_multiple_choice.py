@@ -198,15 +198,6 @@ def test_zero_shot_agrees_with_the_naive_scorer(model, tokenizer, uneven):
     assert row.standard_error == pytest.approx(np.std(hits, ddof=1) / np.sqrt(8))
 
 
-def test_length_normalisation_divides_by_characters_of_the_choice():
-    questions = [Question("c", ("a" * 10, "b" * 30), 1)]
-    encoded = [([0, 1], 1), ([0, 1], 1)]
-    # by length 0 wins, 1, and 1 (with the space before a choice counted too, -10 / 11 would beat -28.9 / 31)
-    for second, hit in ((-36.0, 0), (-27.0, 1), (-28.9, 1)):
-        got = evaluate._accuracy(questions, np.array([-10.0, second]), encoded, None)
-        assert (got["accuracy"], got["accuracy_raw"]) == (hit, 0)
-
-
 def test_limit_takes_questions_from_the_whole_task(model, tokenizer, uneven):
     half = zero_shot(model, tokenizer, ("piqa",), limit=4, progress=False).iloc[0]
     assert half.n == 4

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beyond_outliers.config import CorpusConfig, LlamaConfig, Olmo2Config, RunConfig, model_config
-from beyond_outliers.model import MODELS, Decoder, Llama, Olmo2, Rotary
+from beyond_outliers.config import CorpusConfig, LlamaConfig, Olmo2Config, RunConfig
+from beyond_outliers.model import MODELS, Decoder, Llama, Olmo2
 from beyond_outliers.model.decoder import _ROTARY_TABLES, rotary_tables
 from beyond_outliers.quantizers import QuantSpec, prepare_qat, weights_held
 from beyond_outliers.train import train
@@ -172,20 +172,6 @@ def test_n_parameters_counts_the_tied_embedding_once(config):
     assert sum(p.numel() for p in made(config).parameters()) == config.n_parameters
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_rotary_positions_are_relative(interleaved):
-    """The product of a query at position i and a key at j depends on i - j alone."""
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 16, dtype=torch.float64)
-    rotary = Rotary(16, 1024.0, interleaved)
-    turned_q, turned_k = (rotary(x.expand(1, 1, 20, 16))[0, 0] for x in (q, k))
-    products = turned_q @ turned_k.T
-    for offset in range(1, 19):
-        assert torch.allclose(products.diagonal(offset), products.diagonal(offset)[:1], atol=1e-12)
-    cos, _ = rotary_tables(3, 16, 1024.0, torch.device("cpu"), torch.float64)
-    assert torch.equal(cos[0], torch.ones(8, dtype=torch.float64))
-
-
 def test_rotary_tables_are_a_constant_to_the_compiler_as_its_own_decorator_makes_one():
     def other():
         pass
@@ -265,13 +251,6 @@ def test_recomputation_keeps_no_more_than_the_inputs_of_blocks():
 
 
 # --------------------------------------------------------------------------------------------------- configurations
-
-
-def test_the_shape_from_its_architecture():
-    shape = {"vocab_size": 96, "width": 32, "depth": 2, "n_heads": 4, "n_kv_heads": 2}
-    assert model_config("llama", **shape) == BLOCKED
-    assert model_config(**shape) == Olmo2Config(**shape) != BLOCKED
-    assert (BLOCKED.mlp_ratio * BLOCKED.width, BLOCKED.rope_base) == (96, 10_000)
 
 
 def test_json_carries_the_architecture_and_the_ids_of_olmo2_runs_stay():

@@ -170,7 +170,7 @@ def test_unchanged_functions_and_unchanged_inputs():
 def test_rows_of_every_granularity_describe_the_same_run():
     model = olmo()
     quantized, batch = quantize(model), ids(2, 10)
-    whole = float(relative_error(model, quantized, batch))
+    whole = relative_error(model, quantized, batch).value
     tables = [decompose(model, quantized, batch, view).set_index("name") for view in ("module", "sublayer", "block")]
     module, _, table = tables
     columns = ["R", "A", "B", "gain"]

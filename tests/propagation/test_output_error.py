@@ -41,11 +41,6 @@ def test_interval_formula_and_coverage():
         found = relative_error(model, quantized, population, sample=40, confidence=0.9, seed=seed, reduction="global")
         covered += found.low <= truth <= found.high
     assert 0.83 <= covered / 150 <= 0.97
-    # with the tokens that it asks for, 95 % of the estimates lie within 5 %
-    needed = relative_error(model, quantized, population, reduction="global").tokens_for_5_percent
-    rows = np.random.default_rng(0).choice(4000, (2000, round(needed / 2)))
-    estimates = d[rows].sum(1) / n[rows].sum(1)
-    assert np.mean(np.abs(estimates / truth - 1) < 0.05) == pytest.approx(0.95, abs=0.02)
 
 
 def test_a_tolerance_reads_no_more_than_it_needs():

@@ -105,9 +105,6 @@ def test_a_sample_counts_sequences_and_leaves_alone_what_they_share(shared):
     for batch in ({shared: value[shared], "ids": ids}, {"ids": ids, shared: value[shared]}):
         assert relative_error(model, quantized, batch, sample=4).value == pytest.approx(expected.value, rel=1e-12)
         assert relative_error(model, quantized, [batch], sample=100).n_sequences == 8
-    if shared == "positions":
-        found = relative_error(model, quantized, [(value[shared], None, None, ids)], sample=4)
-        assert (found.value, found.n_sequences) == (pytest.approx(expected.value, rel=1e-12), 4)
 
 
 def test_measures_do_not_inherit_autocast_or_the_default_dtype():

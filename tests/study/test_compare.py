@@ -16,7 +16,7 @@ from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
 from beyond_outliers.config.registry import entry
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.common_loss import common_loss
-from beyond_outliers.study.compare import Beside, compare, define, search_rates, source_of
+from beyond_outliers.study.compare import compare, define, search_rates, source_of
 
 SGD = "torch.optim:SGD"
 
@@ -89,7 +89,6 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
         (lambda: define("smook", SGD), ["smook", "pocket"]),
         (lambda: Study("smoke+lion"), ["smoke+lion", "make compare"]),
         (lambda: Study("smoke+a+b"), ["smoke+a+b", "one '+'"]),
-        (lambda: Beside("smoke"), ["smoke+name"]),
         (lambda: Outside(source="sgd", label="x", learning_rates=(0.1,)), ["module:Class", "'sgd'"]),
     ],
 )

@@ -98,7 +98,7 @@ def test_publishing_moves_the_tables_and_says_what_it_replaces(committed, monkey
     monkeypatch.setattr(Study, "complete", lambda self: True)
     said = publish(Study("pocket"))
     n = len(pd.read_csv(COMMITTED / "runs.csv"))
-    assert f"{n} runs, of which {n - 3} were there with the same loss, 3 with another, 0 are new; 0 that" in said
+    assert f"{n} runs, {n - 3} of them with the loss that was there, 0 new; 0 that" in said
     assert "make figures SCALE=pocket" in said
     after = bytes_of(committed)
     assert (

@@ -10,7 +10,7 @@ import pytest
 from checkouts import Checkout, same_tables, tables, tiny_study
 
 pytestmark = pytest.mark.slow
-PLAN = {"full_precision": [0, 1], "qat": [0]}
+PLAN = {"full_precision": [0, 1], "branches": [0], "qat": [0]}
 
 
 def ends(process, code=0):
@@ -33,16 +33,19 @@ def undisturbed(checkout):
 
 def test_a_scale_with_grids_goes_on_past_its_sweep_without_any_tables(undisturbed):
     said, found = undisturbed
-    assert "own: 4 of 4 runs done" in said and "\n4 runs finished; all tables are in " in said
+    assert "own: 5 of 5 runs done" in said and "\n5 runs finished; all tables are in " in said
     runs = found["runs.csv"]
-    assert sorted(runs.purpose) == ["full_precision", "qat", "sweep", "sweep+full_precision"]
+    assert sorted(runs.purpose) == ["branches", "full_precision", "qat", "sweep", "sweep+full_precision"]
+    decayed = found["branches.csv"]
+    assert set(decayed.run) == set(runs.run[runs.purpose.str.contains("branches|sweep.full")])
+    assert decayed.notna().all().all()
     common = found["ptq.csv"].query("checkpoint == 'common'").run
     assert set(common) == set(runs.run[runs.purpose.str.contains("full")]) == set(found["common_loss.csv"].run)
 
 
 def test_a_second_call_does_nothing_and_a_deleted_run_is_made_again(checkout, undisturbed):
     folder = checkout.results.parent
-    assert "own: 4 of 4 runs done" in ends(checkout.start("reproduce", "--target", "tables", "--jobs", "1"))
+    assert "own: 5 of 5 runs done" in ends(checkout.start("reproduce", "--target", "tables", "--jobs", "1"))
     assert "Nothing to be done" in (folder / "reproduce.log").read_text()
     run = undisturbed[1]["runs.csv"].query("purpose == 'qat'").run.item()
     shutil.rmtree(folder / run)

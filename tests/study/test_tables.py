@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import paths
-from beyond_outliers.study import collect
+from beyond_outliers.study import Study, collect
 from beyond_outliers.study.tables import TABLES, TEXT, read_table
 
 LOOK_LIKE_NUMBERS = ("3e99999999", "0007", "1_000", "+5", "0.10", "inf", "True", "0x1f", "2026-12-01")
@@ -19,12 +19,9 @@ def test_a_text_stays_the_text_that_it_was(tmp_path, text):
 
 
 def test_a_table_that_is_written_again_keeps_its_texts(tmp_path):
-    class Study:
-        results, scale = tmp_path, "smoke"
-
     for run in ("first", "second"):  # the second call takes over the row of the first
         row = {"run": run, "run_id": "00e1", "size": "1.10", "commit": "7e7777777", "python": "3.10", "val_loss": 0.5}
-        collect._write(Study, "runs", [pd.DataFrame([row])], {"first", "second"})
+        collect._write(Study("smoke", tmp_path), "runs", [pd.DataFrame([row])], {"first", "second"})
     rows = [line.split(",") for line in (tmp_path / "runs.csv").read_text().splitlines()]
     assert (
         rows[0][1:] == list(row)[1:] and [r[1:] for r in rows[1:]] == [["00e1", "1.10", "7e7777777", "3.10", "0.5"]] * 2

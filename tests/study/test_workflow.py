@@ -62,20 +62,9 @@ def test_the_line_says_what_is_done_what_runs_and_how_long_the_rest_takes(runs, 
     assert found.text() == "smoke: 0 of 26 runs done, now train tiny-muon-lr0.01-s0 light, common tiny all"
     end_of(runs, RUN)
     monkeypatch.setattr(workflow.time, "monotonic", lambda: found.start + 600)
-    for kind, record in (event("job_finished", job_id=5), event("progress", done=4, total=27)):
-        found.take(kind, record)
+    found.take(*event("job_finished", job_id=5))
     text = found.text()
-    assert text.startswith("smoke: 1 of 26 runs done, about ") and text.endswith(
-        " left, step 4 of 27, now common tiny all"
-    )
-
-
-def test_plan_and_line_count_the_same_runs(runs, monkeypatch, capsys):
-    from beyond_outliers.study import plan
-
-    monkeypatch.setattr(plan, "step_seconds", lambda *_, **__: 0.1)
-    assert main(["plan", "--scale", "smoke"]) == 0
-    assert "\n0 of 26 runs done" in capsys.readouterr().out and progress().text() == "smoke: 0 of 26 runs done"
+    assert text.startswith("smoke: 1 of 26 runs done, about ") and text.endswith(" left, now common tiny all")
 
 
 def test_rows_of_the_tables_count_where_that_is_asked_for(runs):
@@ -117,10 +106,9 @@ def test_without_a_terminal_there_is_a_line_every_few_minutes(runs, monkeypatch)
     clock, terminal = [0.0], io.StringIO()
     monkeypatch.setattr(workflow.time, "monotonic", lambda: clock[0])
     found = progress(terminal)
-    for done, seconds in ((1, 0.0), (2, 100.0), (3, 200.0)):
-        clock[0] = seconds
-        found.take(*event("progress", done=done, total=9))
-    assert [line[-11:] for line in terminal.getvalue().splitlines()] == ["step 1 of 9", "step 3 of 9"]
+    for clock[0] in (0.0, 100.0, 200.0):
+        found.take(*event("progress"))
+    assert len(terminal.getvalue().splitlines()) == 2
 
 
 def read_all(terminal):
@@ -161,23 +149,6 @@ def test_on_a_terminal_one_line_is_written_over_and_fits(runs, columns):
 )
 def test_the_time_left_is_that_of_the_pace_so_far(seconds, done, remaining, said):
     assert workflow.left(seconds, done, remaining) == said
-
-
-def test_the_work_of_small_runs_is_in_proportion_to_their_seconds():
-    # parameters times tokens alone put the runs of 0.08M at 8.1 times those of 0.03M; they take 3.1 times as long
-    study = Study("pocket", paths.RESULTS / "pocket")
-    done = study.table("runs").set_index("run")
-    took = pd.DataFrame(
-        {
-            "kind": [f"{planned.config.size} {planned.config.quantization is not None}" for planned in study.planned()],
-            "work": [workflow.work(planned.config) for planned in study.planned()],
-            "seconds": [done.seconds.get(planned.config.name) for planned in study.planned()],
-        }
-    )
-    assert took.seconds.notna().all()
-    pace = took.groupby("kind").median().eval("seconds / work")
-    assert len(pace) == 4
-    assert pace.max() / pace.min() < 1.5
 
 
 @pytest.fixture

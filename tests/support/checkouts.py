@@ -28,9 +28,17 @@ def tiny_study(text_file: Path, **plan: list[int]) -> str:
     table["sizes"] = {"tiny": {"width": 32, "depth": 1, "n_heads": 2}}
     table["learning_rates"], table["hyper"] = {"adamw": [1e-3, 5e-3]}, {}
     table["plan"] = {purpose: {"sizes": ["tiny"], "seeds": seeds} for purpose, seeds in {"sweep": [0], **plan}.items()}
+    if "branches" in plan:
+        table["plan"]["branches"]["at"] = [0.5]
     if "qat" in plan:
         table["plan"]["qat"]["scheme"] = "quest"
-    table["measure"] |= {"validation_tokens": 256, "propagation_tokens": 64, "trajectory": False, "questions": 4}
+    table["measure"] |= {
+        "validation_tokens": 256,
+        "propagation_tokens": 64,
+        "trajectory": False,
+        "common_by_seed": False,
+        "questions": 4,
+    }
     return toml(table)
 
 

@@ -16,6 +16,8 @@ def toml(table: dict, path: tuple[str, ...] = ()) -> str:
 
 
 def literal(value) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {literal(inner)}' for key, inner in value.items())} }}"
     if isinstance(value, list):
         return f"[{', '.join(map(literal, value))}]"
     return {math.inf: "inf"}.get(value, "nan" if value != value else json.dumps(value))
@@ -33,7 +35,14 @@ def swept() -> dict:
     table["sizes"]["tiny"] |= {"n_kv_heads": 2, "mlp_ratio": 4, "rope_base": 1024.0, "norm_eps": 1e-6, "init_std": 0.02}
     table["sizes"]["tiny"]["architecture"] = "olmo2"
     table["plan"]["qat"]["head"] = True
-    table["measure"] |= {"primary": "W4A4", "calibration_tokens": 512, "trajectory": True}
+    table["plan"]["branches"] = {"sizes": ["tiny"], "seeds": [0], "at": [0.5]}
+    table["measure"] |= {
+        "primary": "W4A4",
+        "calibration_tokens": 512,
+        "trajectory": True,
+        "common_by_seed": True,
+        "readings": ["W4A4"],
+    }
     return table
 
 

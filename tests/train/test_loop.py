@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from beyond_outliers.cli import main
+from beyond_outliers.config import OPTIMIZER_NAMES
+from beyond_outliers.config.scale import Runs
 from beyond_outliers.quantizers import QuestQuantizer
+from beyond_outliers.study import verify
 from beyond_outliers.train import (
     build_model,
     evaluation_steps,
@@ -100,6 +103,22 @@ def test_the_initial_weights_depend_on_the_seed_alone(run_config):
 QUEST = {"scheme": "quest", "weights": "int4", "activations": "int4"}
 RESUMED = [(name, None) for name in ("adamw", "muon", "psgd", "scion", "shampoo", "soap")]
 RESUMED += [("adamw", QUEST), ("soap", QUEST), ("muon", {**QUEST, "scheme": "lsq"})]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
+def test_a_branch_is_the_run_of_its_length(run_config, tmp_path, optimizer):
+    trunk = run_config.replace(optimizer=optimizer, evaluations=5)
+    ((branch, start),) = Runs(sizes=("tiny",), seeds=(0,), at=(0.4,)).branches(trunk)
+    assert branch.steps == 1.25 * start and branch.warmup * branch.steps == trunk.warmup * trunk.steps
+    options = {"trunk": trunk, "start": start, "compile": False, "progress": False}
+    whole = train(branch, root=tmp_path / "whole", **options)  # no trunk has left a state there
+    left = train(trunk, root=tmp_path, keep=[start], compile=False, progress=False)
+    assert (kept := left.folder / f"trunk-{start:06d}.pt").exists()
+    part = train(branch, root=tmp_path, **options)
+    assert not kept.exists() and part.row["val_loss"] == whole.row["val_loss"]
+    assert part.metrics.dropna(subset="val_loss").step.tolist() == [0, branch.steps]
+    assert_same_weights(final_weights(part), final_weights(whole))
+    assert not verify.damages(tmp_path)
 
 
 @pytest.mark.parametrize(("optimizer", "quantization"), RESUMED)

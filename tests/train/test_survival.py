@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -315,18 +314,3 @@ def test_a_lock_is_free_when_its_holder_was_killed(tmp_path, capfd):
     faults.ended(child)
     with held(tmp_path / ".lock", wait=False):
         assert capfd.readouterr().err == ""
-
-
-@pytest.mark.slow
-def test_from_the_shell_sigterm_ends_with_the_code_for_try_again(tmp_path):
-    command = [sys.executable, "-m", "beyond_outliers", "train", "--scale", "pocket", "--size", "0.08M"]
-    environment = {**os.environ, "BEYOND_OUTLIERS_OUTPUT": str(tmp_path)}
-    command += ["--optimizer", "adamw", "--lr", "0.01"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list(Path(tmp_path).glob("data/runs/pocket/*/config.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    time.sleep(3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
-    assert "run it again to go on" in process.stderr.read()

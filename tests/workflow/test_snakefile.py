@@ -32,19 +32,6 @@ def jobs_of(text):
     return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", text, re.M)}
 
 
-def test_the_workflow_plans_one_job_a_run(tmp_path):
-    """From nothing, Snakemake sees the sweep's runs; the main runs follow when the learning rates are known."""
-    jobs = jobs_of(dry_run("smoke", tmp_path))
-    assert (jobs["corpus"], jobs["train"], jobs["choose"], jobs["claims"], jobs["notebook"], jobs["index"]) == (
-        1,
-        12,
-        1,
-        1,
-        len(notebooks()),
-        1,
-    )
-
-
 def test_the_workflow_plans_one_job_a_search_of_a_tuned_scale(tmp_path):
     """Which runs a search asks for is known only run by run: one job a size and optimizer."""
     text = dry_run("confirm", tmp_path)

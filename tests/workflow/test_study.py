@@ -1,6 +1,6 @@
 """A whole study at scale smoke: every run, measurement and table, and what they say."""
 
-import dataclasses
+import itertools
 import subprocess
 from types import SimpleNamespace
 
@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.claims import verdicts
 from beyond_outliers.config import OPTIMIZER_NAMES, read_rates
-from beyond_outliers.quantizers import quantize_model
-from beyond_outliers.study import TABLES, MissingResults, Study, measure, workflow
+from beyond_outliers.propagation.output_error import READINGS
+from beyond_outliers.study import TABLES, MissingResults, Study, workflow
 from beyond_outliers.study.tables import OPTIONAL
 
 pytestmark = pytest.mark.slow
@@ -81,26 +82,29 @@ def test_quantization_tables_are_complete_and_consistent(study):
     assert eight < four
 
 
-def test_a_checkpoint_is_quantized_once_a_format(study, monkeypatch):
-    """Its loss, its accuracy and its error propagation are those of one quantized model."""
-    planned = next(p for p in study.planned("tiny") if p.purpose == "full_precision")
-    result, made = study.result(planned), []
-    monkeypatch.setattr(
-        measure, "quantize_model", lambda model, spec, inputs=None: made.append(spec) or quantize_model(model, spec)
-    )
-    model = result.load_model(result.row["steps"])
-    tables = measure.measure_model(model, result.config, "light", study.protocol.measure)
-    assert [spec.name for spec in made] == ["W4A4", "W4"]
-    committed = study.measured("ptq").query("checkpoint == 'final' and spec == 'W4A4'").set_index("run").increase
-    assert tables["ptq"].set_index("spec").increase["W4A4"] == pytest.approx(committed[planned.config.name], rel=1e-9)
-
-
 def test_error_propagation_adds_up(study):
     modules = study.measured("propagation")
     assert np.allclose(modules.R, modules.A + modules.B + modules.C, rtol=1e-9, atol=1e-15)
     assert {"linear", "norm", "residual add", "activation", "attention"} <= set(modules.kind)
     opened = modules[(modules.attention == "open") & (modules.kind == "linear")]
     assert {"q", "k", "v", "out", "up", "down", "head"} == set(opened.name.str.rsplit(".").str[-1])
+
+
+def test_what_the_rules_read_at_the_end_is_there_with_and_without_the_head(study):
+    table = study.table("readings").set_index(["run", "checkpoint", "spec", "reading"]).value
+    wanted = {*READINGS, "expected_error", "mean_B", "mean_B_token", "norms_fall", "norms_fall_token"}
+    full, specs = set(study.runs("full_precision").run), ("W4A4+head", "W4A4")
+    keys = itertools.product(full, ("final", "common"), specs, wanted)
+    assert set(table.index) == set(keys) and table.notna().all()
+    modules = study.table("propagation").query("attention == 'unit'").sort_values("index")
+    last = modules.groupby(["run", "checkpoint"]).R.last()
+    R_L = table.xs(("W4A4", "R_L"), level=("spec", "reading"))
+    assert np.allclose(R_L, last.reindex(R_L.index), rtol=1e-9)
+    common, norms = (verdicts.tables(study)[name] for name in ("common", "norms"))
+    read = ["increase", "mmr", "kurtosis", "R_L_token", "R_L_centred_token"]
+    assert common[read].notna().all().all() and len(common) == 2 * len(full) == 2 * len(norms)
+    damage = common.pivot(index="run", columns="condition", values="increase")
+    assert (damage["with head"] != damage["without head"]).all() and norms.falls.between(0, 1).all()
 
 
 def test_zero_shot_rows_carry_chance_and_error(study):
@@ -136,7 +140,6 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
     checksums.write_text(study.results / "common_loss.csv", more.to_csv(index=False))
     result = Study.result
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
-    monkeypatch.setattr(Study, "common_loss", lambda self, size, seed: before_common[before_common["size"] == size])
     study.collect()
     assert set(study.table("runs").run) == set(before.run)
     assert set(study.table("common_loss").run) == set(before_common.run)
@@ -154,7 +157,11 @@ def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, 
     assert not study.complete()
     # without one run of the size there is no Common Loss yet, and the rest stays
     (tmp_path / "common_loss.csv").unlink()
-    gone = next(p.config.name for p in study.planned("tiny") if p.purpose == "full_precision")
+    gone, runs = (
+        next(p.config.name for p in study.planned("tiny") if p.purpose == "full_precision"),
+        study.table("runs"),
+    )
+    checksums.write_text(tmp_path / "runs.csv", runs[runs.run != gone].to_csv(index=False))
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.name == gone else result(self, p))
     study.collect()
     assert set(study.table("common_loss")["size"]) == {"small"}
@@ -166,19 +173,6 @@ def test_a_study_without_any_run_says_so(study, tmp_path, monkeypatch):
     with pytest.raises(MissingResults, match="no run of smoke has ended"):
         study.collect()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_size_at_which_every_run_diverged_has_no_common_loss(study, monkeypatch):
-    whole = study.common_loss("tiny")
-    ended = Study.result
-
-    def diverged(self, planned):
-        result = ended(self, planned)
-        return dataclasses.replace(result, row={**result.row, "status": "diverged"})
-
-    monkeypatch.setattr(Study, "result", diverged)
-    none = study.common_loss("tiny")
-    assert none.empty and list(none.columns) == list(whole.columns) and len(whole) == len(OPTIMIZER_NAMES)
 
 
 def test_learning_rates_of_one_size_leave_the_others_alone(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def probe(
     readings = output_readings(model, quantized, batches)
     held_out = None
     if text is not None and not np.isnan(readings.value["kl"]):
-        others = read_windows(model, tokenizer, HELD_OUT, context, sequences)
+        others = read_windows(model, tokenizer, HELD_OUT, min(context, 1024), sequences)
         held_out = output_readings(model, quantized, others.split(batch_size))
     metrics = activation_metrics(model, few, spec)
     modules = decompose(model, quantized, few, granularity=granularity, attention=attention, reduction="global")

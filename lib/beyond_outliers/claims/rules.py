@@ -264,29 +264,34 @@ def extreme(found: Cells, data: Evidence, rule: dict) -> list[Finding]:
     return [*whole(parts), *by_size]
 
 
+def extreme_of(data: Evidence, rule: dict, column: str, log: bool = True) -> list[Finding]:
+    """`extreme` of a column of the rule's table, or of its logarithm; intervals know the tuning of that column."""
+    return extreme(data.cells(data.rows(rule["table"], column), column, log=log, tuning=column), data, rule)
+
+
 def C1(data: Evidence, rule: dict) -> list[Finding]:
     """Muon reaches the lowest loss in full precision."""
-    return extreme(data.cells(data.rows("runs", "loss"), "loss", tuning="loss"), data, rule)
+    return extreme_of(data, rule, "loss", log=False)
 
 
 def C3(data: Evidence, rule: dict) -> list[Finding]:
     """Muon has the lowest MMR at the end of training, Shampoo the highest."""
-    return extreme(data.cells(data.rows("final", "mmr"), "mmr", log=True, tuning="mmr"), data, rule)
+    return extreme_of(data, rule, "mmr")
 
 
 def C4(data: Evidence, rule: dict) -> list[Finding]:
     """At equal loss, rounding to W4A4 hurts Shampoo least."""
-    return extreme(data.cells(data.rows("common", "increase"), "increase", log=True, tuning="increase"), data, rule)
+    return extreme_of(data, rule, "increase")
 
 
 def C5(data: Evidence, rule: dict) -> list[Finding]:
     """At equal loss, rounding to W4A4 hurts Muon most."""
-    return C4(data, rule)  # the same numbers, another side
+    return extreme_of(data, rule, "increase")  # the same numbers as C4, another side
 
 
 def C11(data: Evidence, rule: dict) -> list[Finding]:
     """Muon has the highest mean gain of the linear layers, AdamW and Shampoo the lowest."""
-    return extreme(data.cells(data.rows("common", "gain"), "gain", log=True, tuning="gain"), data, rule)
+    return extreme_of(data, rule, "gain")
 
 
 def C13(data: Evidence, rule: dict) -> list[Finding]:

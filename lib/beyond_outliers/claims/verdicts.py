@@ -20,6 +20,7 @@ from beyond_outliers.claims import readings
 from beyond_outliers.claims.estimates import Estimate
 from beyond_outliers.claims.readings import CELL
 from beyond_outliers.claims.rules import CLAIMS, SETS, WHOLE, evaluate
+from beyond_outliers.config.outside import arm_file
 from beyond_outliers.study.tables import MissingResults, check_table, read_table
 
 CONDITIONS = {"with head": "W4A4+head", "without head": "W4A4"}  # of `rules`: the format of the damage
@@ -108,7 +109,7 @@ def _common(study) -> pd.DataFrame:
             gain = gain[:0]
         of = {"increase": damage, "mmr": outliers, "kurtosis": inputs, "gain": gain}
         rows = at.assign(condition=condition, **{name: at.run.map(values) for name, values in of.items()})
-        parts.append(rows.merge(at_the_end(study, spec), on=["run", "step"], how="left"))
+        parts.append(rows.merge(at_the_end(study, spec), on=["run", "step"], how="left", suffixes=("", "_read")))
     return pd.concat(parts[::-1], ignore_index=True)
 
 
@@ -117,7 +118,8 @@ def at_the_end(study, spec: str) -> pd.DataFrame:
     table = _extra(study, "readings")
     if table.empty:
         return pd.DataFrame({"run": pd.Series(dtype=str), "step": pd.Series(dtype=int)})
-    return table[table.spec == spec].pivot(index=["run", "step"], columns="reading", values="value").reset_index()
+    rows = table[table.spec == spec].drop_duplicates(["run", "step", "reading"])  # "common" may be "final", too
+    return rows.pivot(index=["run", "step"], columns="reading", values="value").reset_index()
 
 
 def equal_schedule(study) -> pd.DataFrame:
@@ -131,17 +133,26 @@ def equal_schedule(study) -> pd.DataFrame:
     for _, group in table.groupby(["size", "seed"], sort=False) if len(table) else ():
         loss = group.groupby("optimizer").val_loss.min().max()
         for (size, optimizer, seed), own in group.groupby(CELL, sort=False):
+            if own.val_loss.max() < loss:
+                continue
             at = readings.at_loss(own.sort_values("tokens").rename(columns={"val_loss": "base_loss"}), loss)
             found.append({"size": size, "optimizer": optimizer, "seed": seed, "condition": "equal schedule"} | at)
     return pd.DataFrame(found)
 
 
+def _recipes(study) -> pd.DataFrame:
+    """The arm `recipes` of a scale at its Common Loss: a recipe is an optimizer and a variant. Empty without an arm."""
+    if not arm_file(scale := f"{study.scale}+recipes").exists():
+        return pd.DataFrame()
+    arm = type(study)(scale)
+    rows = _common(arm)
+    recipes = rows.optimizer + ", " + rows.run.map(arm.table("runs").set_index("run").variant)
+    return rows.assign(optimizer=recipes)[[*CELL, "condition", "increase", "R_L_token", "R_L_centred_token"]]
+
+
 def _extra(study, name: str) -> pd.DataFrame:
     """A table that few scales have; empty where there is none."""
-    if not study.has(name):
-        return pd.DataFrame()
-    check_table(study.results, name)
-    return read_table(study.results / f"{name}.csv")
+    return study.table(name) if study.has(name) else pd.DataFrame()
 
 
 def _norms(study) -> pd.DataFrame:
@@ -155,7 +166,7 @@ READ = {
     "sweep": _sweep,
     "final": readings.mmr,
     "common": _common,
-    "recipes": lambda study: _extra(study, "recipes"),
+    "recipes": _recipes,
     "modules": lambda study: readings.modules(study, checkpoint="common"),
     "norms": _norms,
     "linear": lambda study: readings.block_linears(study, checkpoint="common"),

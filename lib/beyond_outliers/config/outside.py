@@ -42,8 +42,13 @@ class Outside:
 
 
 def parted(scale: str) -> tuple[str, str]:
-    """The scale and the name of the optimizer from outside beside it: of "pocket" alone, that is ""."""
-    return scale.partition("+")[0], scale.partition("+")[2]
+    """The scale and the name of the optimizer from outside beside it: of "pocket", or of an arm, that is ""."""
+    return (scale, "") if arm_file(scale).exists() else (scale.partition("+")[0], scale.partition("+")[2])
+
+
+def arm_file(scale: str) -> Path:
+    """The file of a scale, or of an arm of one: of "confirm2+decay" data/scales/confirm2/decay.toml."""
+    return paths.SCALES / f"{scale.replace('+', '/')}.toml"
 
 
 def optimizer_file(scale: str) -> Path:

@@ -24,6 +24,9 @@ class Planned:
 
     purpose: str  # one of PURPOSES
     config: RunConfig
+    trunk: RunConfig | None = None  # of a branch: the run that it leaves after step `start`
+    start: int = 0
+    variant: str = ""  # of the runs of an arm: its label
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class Protocol:
         return [*swept[:1], *below][-1]
 
     def runs(self, rates: Mapping[tuple[str, str], Rates], size: str | None = None) -> list[Planned]:
-        """The main runs, of all sizes or of one, size by size: full precision, then QAT, then the schemes compared.
+        """The main runs, of all sizes or of one, size by size: full precision, its branches, QAT, the schemes compared.
 
         `rates` maps (swept size, optimizer) to the chosen rates. Sizes whose rates are not there, because their sweep
         has not ended, are left out. QAT takes the full-precision rates, as in the paper. ValueError for a tuned scale
@@ -192,17 +195,17 @@ class Protocol:
                 if (chosen := rates.get((self.tuning_size(at), optimizer))) is not None:
                     if self.tuned and chosen.auxiliary is None:
                         raise ValueError(f"{at}, {optimizer}: {chosen} lacks the auxiliary rate of scale {self.scale}")
-                    full = self.config(at, optimizer, lr=chosen.lr, seed=seed, auxiliary=chosen.auxiliary)
-                    planned += [Planned(purpose, full.replace(quantization=q)) for q in plan.quantizations]
+                    for of in plan.variants:
+                        lr, auxiliary = chosen.lr * of.lr, chosen.auxiliary and chosen.auxiliary * of.auxiliary
+                        full = of.of(self.config(at, optimizer, lr=lr, seed=seed, auxiliary=auxiliary))
+                        if purpose == "branches":
+                            planned += [Planned(purpose, run, full, start) for run, start in plan.branches(full)]
+                        else:
+                            made = [full.replace(quantization=q) for q in plan.quantizations]
+                            planned += [Planned(purpose, run, variant=of.label) for run in made]
         return sorted(planned, key=lambda p: self.sizes.index(p.config.size))  # stable: the order within a size stays
 
     def purposes(self, size: str | None = None) -> list[str]:
         """What the runs of a size, or of any size, are for, in the order of PURPOSES."""
         plans = ((purpose, self.settings.runs(purpose)) for purpose in PURPOSES)
         return [purpose for purpose, plan in plans if plan and (size is None or size in plan.sizes)]
-
-    def find(self, name: str, losses: Losses | None = None) -> Planned:
-        """The planned run of that name; ValueError when the protocol has none. `losses` as for `sweep_runs`."""
-        planned = {p.config.name: p for p in reversed(self.sweep_runs(losses=losses) + self.runs(self.rates()))}
-        choose("run", name, planned)
-        return planned[name]

@@ -58,10 +58,12 @@ def choose_learning_rate(lrs: list[float], losses: list[float]) -> tuple[float, 
         raise ValueError(f"every learning rate of {sorted(lrs)} diverged: extend the grid downwards")
     best = int(np.nanargmin(y))
     edge = best in (0, len(y) - 1)
-    if not edge and np.isfinite(y[best - 1 : best + 2]).all():
-        a, b, _ = np.polyfit(x[best - 1 : best + 2] - x[best], y[best - 1 : best + 2], 2)
+    near = slice(best - 1, best + 2)
+    if not edge and np.isfinite(y[near]).all():
+        steps = x[near] - x[best]
+        a, b, _ = np.polyfit(steps, y[near], 2)
         if a > 0:
-            shift = float(np.clip(-b / (2 * a), x[best - 1] - x[best], x[best + 1] - x[best]))
+            shift = float(np.clip(-b / (2 * a), steps[0], steps[2]))
             return float(f"{math.exp(x[best] + shift):.1e}"), False
     return float(np.exp(x[best]).round(12)), edge
 
@@ -156,38 +158,25 @@ def pair_search(
             raise ValueError(f"every pair of rates about {start} diverged: another start is needed")
         return dict(sorted(finite.items(), key=lambda item: item[1]))  # the lowest first
 
-    def lines(pairs: Iterable[Pair]) -> list[list[int]]:
-        found = [sorted(set(places)) for places in zip(*pairs, strict=True)]
-        if max(map(len, found)) > MOST_RATES:
-            raise ValueError(f"no lowest loss inside {len(found[0])} x {len(found[1])} rates: another start is needed")
-        return found
-
-    if cross_seeds:
-        centre, best, pairs = (1, 1), (0, 0), set()
-        while centre != best:
-            centre = best
-            pairs |= {(centre[0] + i, centre[1] + j) for i, j in CROSS}
-            lines(pairs)
-            losses = means(sorted(pairs), rule.seeds[:cross_seeds])
-            best = next(iter(losses))
-    else:
-        pairs = grown = set(itertools.product(range(rule.shape[0]), range(rule.shape[1])))
-        while grown:
-            losses = means(sorted(pairs), rule.seeds[:1])
-            i, j = next(iter(losses))
-            rows, columns = lines(pairs)
+    pairs: set[Pair] = set()
+    grown = set(CROSS) if cross_seeds else set(itertools.product(range(rule.shape[0]), range(rule.shape[1])))
+    while not grown <= pairs:
+        pairs |= grown
+        rows, columns = (sorted(set(places)) for places in zip(*pairs, strict=True))
+        if max(len(rows), len(columns)) > MOST_RATES:
+            raise ValueError(f"no lowest loss inside {len(rows)} x {len(columns)} rates: another start is needed")
+        losses = means(sorted(pairs), rule.seeds[: cross_seeds or 1])
+        i, j = next(iter(losses))
+        if cross_seeds:
+            grown = {(i + x, j + y) for x, y in CROSS}
+        else:
             grown = {(end + way, k) for end, way in ((rows[0], -1), (rows[-1], 1)) if i == end for k in columns}
             grown |= {(k, end + way) for end, way in ((columns[0], -1), (columns[-1], 1)) if j == end for k in rows}
-            pairs = pairs | grown
+    if not cross_seeds:
         losses = means([*losses][: rule.finalists], rule.seeds)
-    chosen = rates(min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance))
-    every = [sorted(set(line)) for line in zip(*(rates(pair) for pair, _ in tried), strict=True)]
-    names = ("lr", "auxiliary")
-    return {
-        **dict(zip(names, chosen, strict=True)),
-        "lines": dict(zip(names, every, strict=True)),
-        "n_runs": len(tried),
-    }
+    lr, auxiliary = rates(min(pair for pair, mean in losses.items() if mean <= min(losses.values()) + rule.tolerance))
+    lrs, auxiliaries = (sorted(set(line)) for line in zip(*(rates(pair) for pair, _ in tried), strict=True))
+    return {"lr": lr, "auxiliary": auxiliary, "lines": {"lr": lrs, "auxiliary": auxiliaries}, "n_runs": len(tried)}
 
 
 def auxiliary_rates(optimizer: str, auxiliary: float, width: int) -> dict[str, float]:

@@ -16,8 +16,13 @@ from beyond_outliers.config.parsing import choose
 if TYPE_CHECKING:
     import torch
 
-# Learning rates of the roles beside the hidden matrices; without them every optimizer keeps its own rule.
-ROLE_RATES = {"embedding_lr": "embedding", "vector_lr": "vector"}
+# What the roles beside the hidden matrices may have of their own: hyperparameter -> role, and setting of its group.
+# Without a learning rate every optimizer keeps its own rule.
+ROLE_RATES = {
+    "embedding_lr": ("embedding", "lr"),
+    "vector_lr": ("vector", "lr"),
+    "embedding_decay": ("embedding", "weight_decay"),
+}
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,28 @@ from typing import Annotated, Any
 
 from beyond_outliers import paths
 from beyond_outliers.config.loading import is_own
-from beyond_outliers.config.outside import beside, optimizer_file, parted
+from beyond_outliers.config.outside import arm_file, beside, optimizer_file
 from beyond_outliers.config.parsing import Name, between, check_keys, check_values, choose, different, parse
-from beyond_outliers.config.rates import Rates
+from beyond_outliers.config.rates import Rates, read_rates
 from beyond_outliers.config.registry import REGISTRY, ROLE_RATES, ordered
-from beyond_outliers.config.run import CorpusConfig, ModelConfig, Rate, ScaleName, Seed, Tokens, Training, model_config
+from beyond_outliers.config.run import (
+    CorpusConfig,
+    ModelConfig,
+    Rate,
+    RunConfig,
+    ScaleName,
+    Seed,
+    Share,
+    Tokens,
+    Training,
+    model_config,
+)
 
 # what runs are for, in their order, and what [plan.PURPOSE] has beside sizes and seeds
 KEYS: dict[str, tuple[str, ...]] = {
     "sweep": (),
     "full_precision": (),
+    "branches": ("at",),
     "qat": ("scheme", "head"),
     "schemes": ("schemes", "optimizers"),
 }
@@ -29,15 +41,43 @@ Seeds = Annotated[tuple[Seed, ...], different()]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the runs of an arm differ from the main runs of its scale: factors of both rates, decay, hyperparameters.
+
+    decay: rate times weight decay times steps, the same for matrices and embeddings; vectors are never decayed.
+    """
+
+    label: str = ""
+    lr: Annotated[float, between(1e-3, 1e3)] = 1  # times 1 a rate stays as it is, bit by bit
+    auxiliary: Annotated[float, between(1e-3, 1e3)] = 1
+    decay: Annotated[float, between(0, 100)] = 0.0
+    hyper: dict[str, bool] = field(default_factory=dict)
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """The run that differs so from `config`, which has its rates already."""
+        hyper = config.hyper | self.hyper
+        if not self.decay:
+            return config.replace(hyper=hyper)
+        each = [self.decay / rate / config.steps for rate in (config.lr, hyper["embedding_lr"])]
+        return config.replace(weight_decay=each[0], hyper={**hyper, "embedding_decay": each[1]})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     """[plan.PURPOSE]: what is run for it. Seeds: of all sizes, or one list a size.
 
     scheme, schemes: of quantization-aware training, one or several to be compared. head: whether the output head is
-    quantized, too. optimizers: where it is not all of the scale.
+    quantized, too. optimizers: where it is not all of the scale. variants: of every run, in an arm.
+
+    at: of branches, the shares of its tokens at which they leave a full-precision run, their trunk. A branch is 5/4 as
+    long as what it has of its trunk: its learning rate falls to 0 over its last fifth. The shares lie in the trunk's
+    constant part: 85 % of the tokens would have a quarter of the decay behind them.
     """
 
     sizes: Names
     seeds: Seeds | dict[str, Seeds]
+    variants: tuple[Variant, ...] = (Variant(),)
+    at: Annotated[tuple[Share, ...], different()] | None = None
     scheme: Name | None = None
     head: bool = False
     schemes: Names | None = None
@@ -45,6 +85,12 @@ class Runs:
 
     def seeds_at(self, size: str) -> tuple[int, ...]:
         return self.seeds[size] if isinstance(self.seeds, dict) else self.seeds
+
+    def branches(self, trunk: RunConfig) -> Iterator[tuple[RunConfig, int]]:
+        """Every branch of a run and the step at which it starts: one run of that length until then, warm-up and all."""
+        for share in self.at or ():
+            branch = trunk.replace(tokens_per_parameter=round(1.25 * share * trunk.tokens_per_parameter, 9), decay=0.2)
+            yield branch.replace(warmup=trunk.warmup * trunk.steps / branch.steps), round(share * trunk.steps)
 
     @property
     def quantizations(self) -> list[dict[str, Any] | None]:
@@ -69,19 +115,6 @@ class Tuning:
     finalists: Annotated[int, between(1, 100)] = 4
     cross_seeds: dict[str, Annotated[int, between(1, 100)]] = field(default_factory=dict)  # by size but the smallest
 
-    def __post_init__(self) -> None:
-        most = len(self.seeds)
-        if self.shape and (len(self.shape) != 2 or max(self.cross_seeds.values(), default=1) > most):
-            raise ValueError(
-                f"tuning.shape must be two numbers and tuning.cross_seeds at most the {most} seeds, "
-                f"not {list(self.shape)} and {self.cross_seeds}"
-            )
-        if not self.shape and most > 1:
-            raise ValueError(f"a search along lines has one seed, not {list(self.seeds)}; valid: one, or a shape")
-        for name, rates in self.start.items():
-            if rates.auxiliary is None:
-                raise ValueError(f"tuning.start.{name} lacks ['auxiliary']")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
@@ -95,6 +128,8 @@ class Measure:
     primary: str = "W4A4"  # the spec by which claims judge
     calibration_tokens: Tokens = 16_384  # of training text, for specs with +gptq
     trajectory: bool = False  # whether the checkpoints along a run are measured, too
+    common_by_seed: bool = False  # whether every seed has a Common Loss of its own
+    readings: Annotated[tuple[str, ...], different()] | None = None  # specs in which all that an end tells is read
 
     def __post_init__(self) -> None:
         if bool(self.formats) == bool(self.specs):
@@ -134,21 +169,31 @@ class Scale:
             check_keys(where, [name for name in given if not is_own(name)], [*subjects, "module:Class of your own"])
         check_keys("labels", self.labels, [name for name in self.optimizers if is_own(name)])
         check_values(self.hyper, "hyper")
-        check_keys("plan", self.plan, PURPOSES, ["full_precision"])
+        check_keys("plan", self.plan, PURPOSES, [] if self.rates_from else ["full_precision"])
         for name, given in self.hyper.items():
             if tuning and (twice := sorted(ROLE_RATES.keys() & given)):
                 yield f"hyper.{name} has {twice}, which [tuning] chooses"
         if bool(self.learning_rates) == bool(start):
             yield "the file must have learning rates in either [learning_rates] or [tuning.start]"
-        if ("sweep" in self.plan) == bool(tuning):
+        if ("sweep" in self.plan) == bool(tuning) and not self.rates_from:
             yield "[learning_rates] asks for [plan.sweep]; [tuning], which tunes every size, for none"
-        if tuning and tuning.shape and list(tuning.cross_seeds) != sizes[1:]:
-            crossed = list(tuning.cross_seeds)
-            yield f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, not of {crossed}"
-        if bool(self.rates_from) != bool(self.rates) or (tuning and self.rates):
+        if tuning:
+            most, crossed = len(tuning.seeds), tuning.cross_seeds
+            if len(tuning.shape) not in (0, 2) or (not tuning.shape and most > 1):
+                yield f"tuning.shape must be two numbers, or none with one seed, not {list(tuning.shape)} with {most}"
+            if list(crossed) != sizes[1:] * bool(tuning.shape) or max(crossed.values(), default=1) > most:
+                yield (
+                    f"tuning.cross_seeds must be of every size but the smallest, {sizes[1:]}, where there is a shape, "
+                    f"and at most the {most} seeds, not {crossed}"
+                )
+            for name, rates in start.items():
+                if rates.auxiliary is None:
+                    yield f"tuning.start.{name} lacks ['auxiliary']"
+        if (bool(self.rates_from) != bool(self.rates) and ("sweep" in self.plan or tuning)) or (tuning and self.rates):
             yield f"rates_from = {self.rates_from!r} and [rates] ask for each other, and for no [tuning]"
         for size, row in self.rates.items():
-            if size not in sizes or size in self.plan["sweep"].sizes or {*row} != {*self.optimizers}:
+            swept = self.plan["sweep"].sizes if "sweep" in self.plan else ()
+            if size not in sizes or size in swept or {*row} != {*self.optimizers}:
                 yield f"rates.{size} must be of a size that is not swept, and of {', '.join(self.optimizers)}"
         if len(lengths := {len(grid) for grid in self.learning_rates.values()}) > 1:
             yield f"[learning_rates] has grids of different lengths {sorted(lengths)}: tune all optimizers alike"
@@ -165,7 +210,7 @@ class Scale:
                     f"{training.evaluations} (training.evaluations) to {MOST_STEPS:,}"
                 )
         for purpose, runs in self.plan.items():
-            told = [key for key in ("scheme", "head", "schemes", "optimizers") if getattr(runs, key)]
+            told = [key for key in set().union(*KEYS.values()) if getattr(runs, key)]
             check_keys(f"plan.{purpose}", told, KEYS[purpose], set(KEYS[purpose]) - {"head"})
             seeds = runs.seeds if isinstance(runs.seeds, dict) else dict.fromkeys(runs.sizes)
             for size in (*runs.sizes, *seeds):
@@ -173,6 +218,9 @@ class Scale:
                     yield f"plan.{purpose} names size {size!r}; valid: {', '.join(sizes)}"
                 if size not in seeds:
                     yield f"plan.{purpose}.seeds has no seeds for size {size!r}"
+            most = 1 - training.decay
+            if not 0 < min(shares := runs.at or (most,)) <= max(shares) <= most:
+                yield f"plan.{purpose}.at must be above 0 and at most {most:g} (1 - training.decay), not {shares}"
             for name in runs.optimizers or ():
                 if name not in self.optimizers:
                     yield f"plan.{purpose} names optimizer {name!r}; valid: {', '.join(self.optimizers)}"
@@ -208,19 +256,43 @@ def scales() -> list[str]:
     return sorted(file.stem for file in paths.SCALES.glob("[!.]*.toml"))
 
 
+def of_arm(table: dict[str, Any], arm: dict[str, Any], base: str) -> dict[str, Any]:
+    """The scale file `table` with what an arm of it says: its plan and sizes in place of all, the rest key by key.
+
+    An arm that does not tune takes the rates that `base` has chosen, for the `optimizers` that it names or all.
+    """
+    start = table["tuning"]["start"]
+    names = arm.pop("optimizers", list(start))
+    for key, value in arm.items():
+        table[key] = table[key] | value if isinstance(value, dict) and key not in ("plan", "sizes") else value
+    if "tuning" not in arm:
+        del table["tuning"]
+        rates = dict[str, dict]()
+        for (size, name), chosen in read_rates(base).items():
+            if name in names:
+                rates.setdefault(size, {})[name] = vars(chosen)
+        table |= {"rates_from": base, "rates": rates, "learning_rates": {name: [start[name]["lr"]] for name in names}}
+    return table
+
+
 def read_scale(name: str) -> Scale:
     """The scale file of that name; of "pocket+lion" that of pocket, with one optimizer from outside in place of all.
+
+    An arm of a scale, "confirm2+decay", has a file of its own, which says how it differs (see `of_arm`).
 
     ValueError for an unknown scale, and, naming file and key, for what does not fit.
     """
     parse(name, ScaleName, "the name of a scale")
-    base, own = parted(name)
+    base, _, own = name.partition("+")
     file = paths.SCALES / f"{base}.toml"
     if not file.exists():
         choose("scale", base, scales())
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
-        if own:
+        if own and (arm := arm_file(name)).exists():
+            file = arm
+            table = of_arm(table, tomllib.loads(arm.read_text(encoding="utf-8")), base)
+        elif own:
             file = optimizer_file(name)
             table = beside(table, name)
         scale: Scale = parse(table, Scale, "")

@@ -1,5 +1,6 @@
 """The corpus's own tokenizer: byte-level BPE, trained on the training texts."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ from beyond_outliers.corpus.store import Texts
 
 BOUNDARY = "<|endoftext|>"  # token 0; stands before every document
 SAMPLE = 2**26  # bytes; a tokenizer is trained on so much of a larger corpus. The embedded corpus is smaller
-LONGEST_IN_SAMPLE = 2**20  # characters of one document in such a sample
+LONGEST_IN_SAMPLE = 2**18  # characters of one document in such a sample
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -27,17 +28,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def sample(texts: Texts, size: int = SAMPLE) -> Iterator[str]:
-    """All texts, or of a corpus of more than `size` bytes a part of at most that size, spread evenly; deterministic."""
-    total, taken, seen = texts.bytes, 0, 0
-    if total <= size:
-        yield from texts
-        return
-    for text in texts:
-        seen += len(text.encode())
-        part = text[:LONGEST_IN_SAMPLE]
-        if (taken + len(part.encode())) * total <= seen * size:
-            taken += len(part.encode())
-            yield part
+    """All texts, or of a corpus of more than `size` bytes the beginning of every k-th one, about so many bytes."""
+    every = max(1, -(-texts.bytes // size))
+    return (text if every == 1 else text[:LONGEST_IN_SAMPLE] for text in itertools.islice(texts, 0, None, every))
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:

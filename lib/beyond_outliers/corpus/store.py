@@ -30,15 +30,12 @@ def split(pairs: Iterable[tuple[str, str]], validation_share: float) -> tuple[li
 
 
 class Texts:
-    """One side of a split, read from disk each time it is iterated: texts in order; `len`, `bytes`, `characters`."""
+    """One side of a split, read from disk each time it is iterated: texts in order; `bytes`, `characters`."""
 
     def __init__(self, store: "Store", held: int):
         self._store, self._held = store, held
-        totals = "SELECT COUNT(*), TOTAL(bytes), TOTAL(characters) FROM kept WHERE held = ?"
-        self._length, self.bytes, self.characters = map(int, store.index.execute(totals, (held,)).fetchone())
-
-    def __len__(self) -> int:
-        return self._length
+        totals = "SELECT TOTAL(bytes), TOTAL(characters) FROM kept WHERE held = ?"
+        self.bytes, self.characters = map(int, store.index.execute(totals, (held,)).fetchone())
 
     def __iter__(self) -> Iterator[str]:
         rows = self._store.index.execute("SELECT place, bytes FROM kept WHERE held = ? ORDER BY rank", (self._held,))

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import operator
 import os
 import shutil
 import sys
@@ -33,7 +32,7 @@ from beyond_outliers.corpus.store import Store
 from beyond_outliers.corpus.wheels import pinned_sources
 from beyond_outliers.lock import held
 
-BUILDERS = {"embedded": 1, "other": 3}  # raise when the same settings would give other tokens
+BUILDERS = {"embedded": 1, "other": 4}  # raise when the same settings would give other tokens
 CHECKSUM_UP_TO = 2**32  # bytes; larger token files are checked by size only when opened, `make verify` reads them
 CHUNK = 2**20  # characters that are tokenized at a time
 
@@ -82,9 +81,6 @@ class Heldout(Sequence):
         return len(self._first)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = operator.index(index)
         return self._tokenizer.decode(self._tokens[self._first[index] : self._end[index]].tolist())
 
 
@@ -208,8 +204,8 @@ def _require_windows(meta: dict, context: int | None) -> None:
 def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> None:
     """Builds the corpus in a folder beside `folder` and moves it there when it is whole; the caller holds the lock.
 
-    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of at
-    most SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
+    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of
+    about SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
     """
     temporary = folder.parent / f".building-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed

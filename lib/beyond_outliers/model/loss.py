@@ -27,23 +27,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(wide)
         hidden_grad, weight_grad = torch.empty_like(hidden, dtype=wide), torch.zeros_like(w)
         total = hidden.new_zeros((), dtype=torch.float64)
-        kept = targets != IGNORED
-        whole = bool(kept.all())
-        n = len(targets) if whole else int(kept.sum())
+        n = len(targets)
         for start in range(0, len(targets), SLICE):
             h, t = hidden[start : start + SLICE].to(wide), targets[start : start + SLICE, None]
-            counts = None if whole else kept[start : start + SLICE, None]
-            t = t if counts is None else t.where(counts, 0)
             z = h @ w.T
             z -= z.amax(1, keepdim=True)
             chosen = z.gather(1, t)
             z.exp_()
             mass = z.sum(1, keepdim=True)
-            losses = mass.log() - chosen
-            total += (losses if counts is None else losses.where(counts, 0.0)).sum()
+            total += (mass.log() - chosen).sum()
             z /= n * mass  # probabilities / n; minus the one-hot target / n it is the gradient of the logits
-            z.scatter_add_(1, t, torch.full_like(chosen, -1 / max(n, 1)))
-            z = z if counts is None else z.where(counts, 0.0)
+            z.scatter_add_(1, t, torch.full_like(chosen, -1 / n))
             torch.mm(z, w, out=hidden_grad[start : start + SLICE])
             weight_grad.addmm_(z.T, h)
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -66,13 +60,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden (..., D) and weight (V, D) floating, targets (...) int64. The loss is float32, or float64 of float64: half
     precision is widened inside. Targets of -100 do not count (all of them: NaN); others outside of 0 .. V - 1 are a
     ValueError that names the first. On CUDA, under autocast, compiled, or without gradients it is the plain two-step
-    computation: there the slices would cost more than they save. So it is inside transforms of torch.func. A second
-    derivative of the sliced one is a RuntimeError.
+    computation: there the slices would cost more than they save. So it is inside transforms of torch.func, and where
+    some targets do not count. A second derivative of the sliced one is a RuntimeError.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     check_targets(targets, len(weight))
     sliced = hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if sliced and not _is_traced():
+    if sliced and not _is_traced() and bool((targets != IGNORED).all()):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
     return cross_entropy(F.linear(hidden, weight), targets)
 

@@ -20,22 +20,32 @@ def build_optimizer(
     """Optimizer `name` of the registry, or `module:Class` from outside, over `model`'s parameters, grouped by role.
 
     Every group carries `role` and `lr`, which a schedule may change. `weight_decay` reaches matrices and embeddings.
-    `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer.
+    `embedding_lr` and `vector_lr` give those roles rates of their own, whatever the optimizer, `embedding_decay` gives
+    embeddings a weight decay of theirs, and `centred_embedding` takes the mean row out of them after every step.
     ValueError for an unknown name or hyperparameter, listing the valid ones.
     """
     one = entry(name)
     if name in REGISTRY:
-        valid = [*inspect.signature(one.optimizer).parameters, *ROLE_RATES][1:]  # after the parameters
+        valid = [*list(inspect.signature(one.optimizer).parameters)[1:], *ROLE_RATES, "centred_embedding"]
         if unknown := sorted(hyper.keys() - set(valid)):
             raise ValueError(
                 f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are {', '.join(valid)}"
             )
     groups = parameter_groups(model)
-    for rate, role in ROLE_RATES.items():
-        if hyper.get(rate) is not None:
-            require(AT_LEAST_0, rate, hyper[rate])
-            own = hyper.pop(rate)
-            groups = [{**group, "lr": own} if group["role"] == role else group for group in groups]
-    if name not in REGISTRY:
-        return Outside(groups, name, lr=lr, weight_decay=weight_decay, **hyper)
-    return one.optimizer(groups, lr=lr, weight_decay=weight_decay, **hyper)
+    for key, (role, setting) in ROLE_RATES.items():
+        if hyper.get(key) is not None:
+            require(AT_LEAST_0, key, hyper[key])
+            own = hyper.pop(key)
+            groups = [{**group, setting: own} if group["role"] == role else group for group in groups]
+    centred = hyper.pop("centred_embedding", False)
+    tables = [table for group in groups if group["role"] == "embedding" for _, table in group["params"]]
+    settings = {"lr": lr, "weight_decay": weight_decay, **hyper}
+    optimizer = one.optimizer(groups, **settings) if name in REGISTRY else Outside(groups, name, **settings)
+
+    def centre(*_: object) -> None:
+        for table in tables:
+            table.data -= table.data.mean(0)  # of all words: the offset that their logits share
+
+    if centred:
+        optimizer.register_step_post_hook(centre)
+    return optimizer

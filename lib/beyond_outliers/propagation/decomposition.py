@@ -188,8 +188,7 @@ class Row:
 
     def as_dict(self) -> dict:
         r, a, b, c = self.output.values(4)
-        sums = [ratios.sums for ratios in self.inputs.values() if isinstance(ratios.sums, Tensor)]
-        changed = [s for s in sums if s[1] != 0]
+        changed = [ratios.sums for ratios in self.inputs.values() if ratios.sums.ndim and ratios.sums[1] != 0]
         r_in = float(sum(s[1] for s in changed) / sum(s[0] for s in changed)) if changed else 0.0
         r_in = np.nan if self.other_integers else r_in
         row = {"name": self.name, "kind": self.kind, "R": r, "A": a, "B": b, "C": c}
@@ -327,6 +326,6 @@ def summarise(table: pd.DataFrame) -> pd.Series:
     """
     own = table[~table["kind"].str.endswith(FUNCTIONAL)]
     linear = own[own["kind"] == "linear"]
-    means = {f"mean_{column}": own[column].mean() for column in ("R", "A", "B", "gain")}
-    means |= {f"linear_{column}": linear[column].mean() for column in ("gain", "spectral_ratio", "alignment_ratio")}
-    return pd.Series({"R_L": table["R"].iloc[-1]} | means)
+    means = own[["R", "A", "B", "gain"]].mean().add_prefix("mean_")
+    of_linear = linear[["gain", "spectral_ratio", "alignment_ratio"]].mean().add_prefix("linear_")
+    return pd.concat([pd.Series({"R_L": table["R"].iloc[-1]}), means, of_linear])

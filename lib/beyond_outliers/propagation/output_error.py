@@ -1,21 +1,38 @@
-"""R_L alone: the relative error of a quantized model's output, its interval over sequences, its floor from rounding.
+"""What can be read at a network's end: R in several readings, the KL divergence and its second order, the loss.
 
-What else can be read at a network's end, most of it closer to the damage than R_L is, stands in `readings`.
+With z the logits of the model, zq those of the quantized one, dz = zq - z and p = softmax(z), all of one token:
+
+    raw               ||dz||^2 / ||z||^2                       R_L as arXiv 2509.23500 defines it, for one vector
+    centred           the same of z - mean(z), dz - mean(dz)   softmax does not see an offset common to all words
+    softmax-weighted  Var_p(dz) / Var_p(z)                     words count by their probability; no offset either
+    second-order KL   Var_p(dz) / 2 = KL(p || pq) + O(dz^3)    in nats, absolute
+    final norm        ||dx||^2 / ||x||^2 of the head's input   before the head adds its share
+    offset share      ||mean(z)||^2 / ||z||^2                  the part of the logits that softmax does not see
+
+Over tokens: the mean of each token's ratio, or the ratio of the sums over all tokens. Which of the two the paper's
+tables hold is not known: it defines R for one vector, and its code is not public. The committed tables of the scales
+up to `confirm` hold the raw ratio of sums. A row added to all rows of the head's weight changes no probability and
+moves raw R; the centred and the softmax-weighted readings stay.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, copy_of, evaluating, forward, text_batches
+from beyond_outliers.modules import as_batches, copy_of, evaluating, find_head, forward, text_batches
 from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
-from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient
+from beyond_outliers.propagation.norms import REDUCTIONS, dot, pieces, quotient
 from beyond_outliers.quantizers.record import Runs
 
+RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
+SIGNED = ("offset_share", "top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale
+READINGS = (*(name + end for name in RELATIVE for end in ("", "_token")), "kl", "kl_second_order", *SIGNED)
 FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text
 
@@ -32,7 +49,7 @@ def text_sequences(text: Tensor | None, values: list[Tensor]) -> Iterator[list[T
 
 @dataclass(frozen=True)
 class RelativeError:
-    """R_L with its interval over sequences, and the tokens that bring the interval's half-width to 5 % of R_L.
+    """R_L with its interval over sequences.
 
     `str` of it says so in words, and where the sequences are too few for the interval to be trusted.
     """
@@ -40,13 +57,8 @@ class RelativeError:
     value: float
     low: float
     high: float
-    confidence: float
     n_sequences: int
     n_tokens: int
-    tokens_for_5_percent: float
-
-    def __float__(self) -> float:
-        return self.value
 
     def __str__(self) -> str:
         few = f"; fewer than {TRUSTED}: the interval is a guess" if self.n_sequences < TRUSTED else ""
@@ -80,7 +92,6 @@ def relative_error(
     error has no negative bound: with residuals e_i = d_i - R n_i of the m sequences and the relative standard error
     s = sd(e) / (sqrt(m) * mean(n) * R), R * exp(+- t_{m-1} * s) (Cochran, Sampling Techniques, chapter 6; no
     finite-population correction, because the text itself is a sample). NaN for a single sequence.
-    `tokens_for_5_percent` gives the m at which the normal quantile times s is 0.05.
 
     `tolerance`: no more batches are read, in random order (`batches` is listed first), once t * s is at most this, from
     10 sequences on; an interval that decides when to stop is a little optimistic.
@@ -88,8 +99,6 @@ def relative_error(
     Raises ValueError for an unknown reduction, no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance
     that is not positive, and as `decompose` for quantized layers that did not run.
     """
-    from scipy import stats
-
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     choose("reduction", reduction, REDUCTIONS)
@@ -103,29 +112,152 @@ def relative_error(
             raise ValueError(f"tolerance must be a positive share of R, not {tolerance}")
         listed = list(batches)
         batches = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed))]
-    sums: list[list[float]] = []  # squares of the output and of its error, or tokens and their ratios
-    n_tokens, runs = 0, Runs(quantized)
-    with evaluating(model, quantized), runs.counted():
+    name = "R_L" + "_centred" * centred + "_token" * (reduction == "token")
+
+    def ratio(sequences: Sequence[_Sums]) -> tuple[float, float, float, float]:
+        return ratio_of_sums([sums.of(name) for sums in sequences], confidence)
+
+    def enough(sequences: Sequence[_Sums]) -> bool:
+        return tolerance is not None and len(sequences) >= FEWEST and ratio(sequences)[3] <= tolerance
+
+    sequences = _sums(model, quantized, batches, (centred,), enough)
+    tokens = sum(sums.tokens for sums in sequences)
+    return RelativeError(*ratio(sequences)[:3], len(sequences), tokens)
+
+
+@plain_settings()
+def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence: float = 0.95) -> pd.DataFrame:
+    """All readings of the module docstring, with the loss, in one pass of each model, in float64.
+
+    One row a reading, which is the index: R_L, R_L_centred, R_softmax, R_final_norm (ratios of sums over all tokens),
+    each with `_token` (the mean of the tokens' ratios); kl, kl_second_order (nats per token); offset_share;
+    top1_agreement (share of tokens whose likeliest word stays); loss, loss_quantized and their difference, increase
+    (nats per token, of the next token within a sequence). Columns: value; low, high, its interval over sequences (as in
+    `relative_error`; not on the log scale for what may be zero or negative); n, sequences.
+
+    `batches`: as in `decompose`, the first dimension counting sequences, padding left out. `input_ids`, else the first
+    tensor (B, T), are the targets of the loss. A model without an output head has R_L of its answer; what needs logits
+    is NaN then, and R_final_norm where the head is not called. Raises ValueError for no batches, and for quantized
+    layers that did not run.
+    """
+    sequences = _sums(model, quantized, text_batches(model, batches))
+    rows = [ratio_of_sums([s.of(name) for s in sequences], confidence, log=name not in SIGNED)[:3] for name in READINGS]
+    table = pd.DataFrame(rows, index=READINGS, columns=["value", "low", "high"])
+    return table.assign(n=len(sequences)).rename_axis("reading")
+
+
+def second_order_kl(logits: Tensor, logits_q: Tensor) -> Tensor:
+    """Var_p(dz) / 2 in nats, (..., V) -> (...,) float64: KL(p || pq) up to terms of third order in dz."""
+    z = logits.double()
+    return _variance(z.softmax(-1), logits_q.double() - z) / 2
+
+
+def softmax_weighted_error(logits: Tensor, logits_q: Tensor) -> Tensor:
+    """Var_p(dz) / Var_p(z), (..., V) -> (...,) float64: the relative error, every word counted by its probability."""
+    z = logits.double()
+    p = z.softmax(-1)
+    return _variance(p, logits_q.double() - z) / _variance(p, z)
+
+
+def _variance(p: Tensor, x: Tensor) -> Tensor:
+    """(...,): variance of x (..., V) under the probabilities p."""
+    return (p * (x - (p * x).sum(-1, keepdim=True)).square()).sum(-1)
+
+
+class _Sums(dict[str, Tensor]):
+    """Reading -> (denominator, numerator), float64, of one sequence of so many `tokens`."""
+
+    tokens = 0
+
+    def of(self, name: str) -> list[float]:
+        """Both; of what was not read, NaN."""
+        return self[name].tolist() if name in self else [0.0, np.nan]
+
+    def add(self, name: str, denominators: Tensor, numerators: Tensor):
+        self[name] = self.get(name, 0) + torch.stack([denominators.sum(), numerators.sum()])
+
+    def add_ratios(self, name: str, signal: Tensor, error: Tensor):
+        self.add(name, signal, error)
+        kept = signal != 0  # a row of zeros has no relative error
+        self.add(name + "_token", kept.double(), error[kept] / signal[kept])
+
+    def add_relative(self, name: str, pair: Sequence[Tensor], centred: bool = False):
+        for x, xq in pieces(tuple(pair), "token", centred):
+            self.add_ratios(name, dot(x, x), dot(xq - x, xq - x))
+
+    def add_logits(self, logits: Tensor, logits_q: Tensor, tokens: Tensor | None):
+        first = 0
+        for z, zq in pieces((logits, logits_q), "token"):
+            log_p, log_q = z.log_softmax(-1), zq.log_softmax(-1)
+            p, one = log_p.exp(), torch.ones_like(z[:, 0])
+            change = _variance(p, zq - z)
+            self.add_ratios("R_softmax", _variance(p, z), change)
+            self.add("offset_share", dot(z, z), z.shape[-1] * z.mean(-1).square())
+            self.add("kl", one, (p * (log_p - log_q)).sum(-1))
+            self.add("kl_second_order", one, change / 2)
+            self.add("top1_agreement", one, (z.argmax(-1) == zq.argmax(-1)).double())
+            if tokens is not None:
+                targets = tokens[first + 1 : first + len(z) + 1, None].to(z.device)
+                loss, loss_q = (-x[: len(targets)].gather(1, targets)[:, 0] for x in (log_p, log_q))
+                for name, values in (("loss", loss), ("loss_quantized", loss_q), ("increase", loss_q - loss)):
+                    self.add(name, one[: len(targets)], values)
+            first += len(z)
+
+
+def _sums(
+    model: nn.Module,
+    quantized: nn.Module,
+    batches,
+    centred: Sequence[bool] | None = None,
+    enough: Callable[[Sequence[_Sums]], bool] = lambda sequences: False,
+) -> list[_Sums]:
+    """The sums of every sequence, until they are `enough` behind a batch. centred: of R_L alone, in these readings."""
+    head, sequences = find_head(model) if centred is None else None, list[_Sums]()
+    runs, ways = Runs(quantized), centred or (False, True)[: 1 + (head is not None)]
+    with evaluating(model, quantized), runs.counted(), _inputs_of(head, model, quantized) as inputs:
         for batch in batches:
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
             if not answers[0]:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
-            for values in text_sequences(text_tokens(batch, model), [*answers[0], *answers[1]]):
-                ratio, places = Ratios(reduction), len(answers[0])
-                for pair in zip(values[:places], values[places:], strict=True):
-                    for h, hq in pieces(pair, reduction, centred):
-                        ratio.add(dot(h, h), dot(hq - h, hq - h))
-                sums.append(ratio.sums.tolist() if ratio.sums.ndim else [0.0, 0.0])
-                n_tokens += values[0][..., 0].numel()
-            if tolerance is not None and len(sums) >= FEWEST and ratio_of_sums(sums, confidence)[3] <= tolerance:
+            read = list(inputs.values()) if len(inputs) == 2 else []
+            tokens, places = _tokens(batch, answers[0][0]), len(answers[0])
+            for values in text_sequences(text_tokens(batch, model), [*answers[0], *answers[1], *tokens, *read]):
+                sums = _Sums()
+                sums.tokens = values[0][..., 0].numel()
+                for pair in zip(values[:places], values[places : 2 * places], strict=True):
+                    for way in ways:
+                        sums.add_relative("R_L" + "_centred" * way, pair, way)
+                if read:
+                    sums.add_relative("R_final_norm", values[-2:])
+                if head is not None:
+                    sums.add_logits(values[0], values[places], values[2 * places] if tokens else None)
+                sequences.append(sums)
+            if enough(sequences):
                 break
-    if not sums:
+    if not sequences:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
-    value, low, high, half = ratio_of_sums(sums, confidence)
-    quantiles = stats.norm.ppf((1 + confidence) / 2) / stats.t.ppf((1 + confidence) / 2, len(sums) - 1)
-    needed = float(n_tokens * (quantiles * half / 0.05) ** 2)
-    return RelativeError(value, low, high, confidence, len(sums), n_tokens, needed)
+    return sequences
+
+
+def _tokens(batch, output: Tensor) -> list[Tensor]:
+    """The token ids (B, T) of a batch, where the output has a row for each; nothing where they are not there."""
+    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else next(tensors(batch), output)
+    return [] if ids.is_floating_point() or ids.shape != output.shape[:-1] else [ids.long()]
+
+
+@contextmanager
+def _inputs_of(head: str | None, *models: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Place of the model -> what its head was given last; empty where there is no head, or nothing calls it."""
+    inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, model in enumerate(models if head else ()):
+
+            def keep(module, args, kwargs, place=place):
+                inputs[place] = next(tensors(args, kwargs))
+
+            stack.enter_context(model.get_submodule(head or "").register_forward_pre_hook(keep, with_kwargs=True))
+        yield inputs
 
 
 def ratio_of_sums(
@@ -170,8 +302,8 @@ def rounding_floor(
     generator = torch.Generator().manual_seed(seed)
     for time in range(times + 1):
         moved = copy_of(model)
-        for weight in moved.parameters() if time else ():
-            if weight.is_floating_point():
+        for weight in moved.parameters():
+            if time and weight.is_floating_point():
                 size = max(1e-6, torch.finfo(weight.dtype).eps)
                 change = size * torch.randn(weight.shape, dtype=torch.float32, generator=generator)
                 weight.data.mul_((1 + change).to(weight.device, weight.dtype))
@@ -181,22 +313,19 @@ def rounding_floor(
 
 
 def _draw(batches: list, sample: int, seed: int) -> Iterator:
-    """`sample` sequences drawn from all batches, still in batches."""
+    """`sample` sequences drawn from all batches, one a batch. What all sequences share stays as it is."""
+    places = [(batch, row) for batch in batches for row in range(_sequences(batch))]
+    drawn = np.random.default_rng(seed).choice(len(places), min(sample, len(places)), replace=False)
+    for batch, row in (places[place] for place in np.sort(drawn)):
+        size = _sequences(batch)
 
-    sizes = [_sequences(batch) for batch in batches]
-    total = sum(sizes)
-    drawn = np.sort(np.random.default_rng(seed).choice(total, min(sample, total), replace=False))
-    for batch, start, size in zip(batches, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
-        rows = torch.from_numpy(drawn[(drawn >= start) & (drawn < start + size)] - start)
+        def take(value, row=row, size=size):
+            return value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
-        def take(value, rows=rows, size=size):
-            return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-        if len(rows):
-            if isinstance(batch, Mapping):
-                yield {key: take(value) for key, value in batch.items()}
-            else:
-                yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
+        if isinstance(batch, Mapping):
+            yield {key: take(value) for key, value in batch.items()}
+        else:
+            yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
 
 
 def _sequences(batch) -> int:

@@ -22,8 +22,6 @@ from beyond_outliers.study.measure import measure_model
 from beyond_outliers.study.study import Study
 from beyond_outliers.train.folder import RunResult, model_of
 
-LARGEST = 20_000_000  # bytes a scale
-
 
 def folder(scale: str) -> Path:
     return paths.CHECKPOINTS / scale
@@ -32,17 +30,14 @@ def folder(scale: str) -> Path:
 def keep(study: Study) -> list[Path]:
     """Writes the checkpoints of the lowest main seed that has ended here, one a (size, optimizer, scheme).
 
-    Returns the files written. ValueError when the scale's checkpoints would exceed LARGEST bytes.
+    Returns the files written.
     """
     chosen: dict[tuple, RunResult] = {}
-    for planned in study.planned():
-        config = planned.config
-        result = study.result(planned) if planned.purpose in ("full_precision", "qat") else None
-        if result is None or result.row["status"] != "finished":
-            continue
-        key = config.size, config.optimizer, (config.quantization or {}).get("scheme")
-        if key not in chosen or config.seed < chosen[key].config.seed:
-            chosen[key] = result
+    main = [planned for planned in study.planned() if planned.purpose in ("full_precision", "qat")]
+    for planned in sorted(main, key=lambda planned: planned.config.seed):
+        config, result = planned.config, study.result(planned)
+        if result and result.row["status"] == "finished":
+            chosen.setdefault((config.size, config.optimizer, (config.quantization or {}).get("scheme")), result)
     written = []
     for result in chosen.values():
         target = folder(study.scale) / f"{result.config.name}.safetensors"
@@ -52,8 +47,6 @@ def keep(study: Study) -> list[Path]:
         metadata = {"config": result.config.to_json(), "run": result.config.name}
         checksums.write_files(target.parent, {target.name: partial(save_file, halves, metadata=metadata)})
         written.append(target)
-    if (size := sum(file.stat().st_size for file in folder(study.scale).glob("*.safetensors"))) > LARGEST:
-        raise ValueError(f"the checkpoints of {study.scale} take {size:,} bytes, more than {LARGEST:,}")
     return written
 
 
@@ -92,18 +85,13 @@ def replay(study: Study) -> pd.DataFrame:
             raise ValueError(f"{file} belongs to no run of the tables of {study.scale}")
         again = measure_model(model, config, "light", study.protocol.measure)
         row = {"run": run, "size": config.size, "optimizer": config.optimizer, "seed": config.seed}
-        own = {name: table[table.run == run] for name, table in final.items()}
-        for end, tables in (("", own), ("_replayed", again)):
-            row |= {f"{name}{end}": value for name, value in _read(tables, study.protocol.measure.primary).items()}
+        for end, tables in (
+            ("", {name: table[table.run == run] for name, table in final.items()}),
+            ("_replayed", again),
+        ):
+            ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
+            row["loss" + end], row["damage" + end] = ptq.val_loss["none"], ptq.increase[study.protocol.measure.primary]
+            row["mmr" + end] = without_down(tables["outliers"]).mmr.mean()
+            row["R_L" + end] = modules.sort_values("index").R.iloc[-1]
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _read(tables: dict[str, pd.DataFrame], primary: str) -> dict[str, float]:
-    ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
-    return {
-        "loss": ptq.val_loss["none"],
-        "damage": ptq.increase[primary],
-        "mmr": without_down(tables["outliers"]).mmr.mean(),
-        "R_L": modules.sort_values("index").R.iloc[-1],
-    }

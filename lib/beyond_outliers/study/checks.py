@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from beyond_outliers import paths
 from beyond_outliers.config.parsing import choose
@@ -15,37 +14,33 @@ def check(protocol: Protocol) -> None:
     from beyond_outliers.corpus.sources import READERS
     from beyond_outliers.model.olmo2 import Olmo2, Olmo2Config
     from beyond_outliers.optimizers.registry import build_optimizer
-    from beyond_outliers.quantizers.qat import SCHEMES
+    from beyond_outliers.quantizers.spec import QuantSpec
     from beyond_outliers.study.measure import specs
 
-    with _named(protocol, "corpus.wheels"):
+    settings = protocol.settings
+    if settings.rates_from and not settings.rates:
+        raise ValueError(f"{settings.rates_from} has chosen no rates yet for {protocol.scale}: tune it first")
+    source, measured = protocol.corpus.source, protocol.measure
+    with _named(protocol, "corpus"):
         for wheel in protocol.corpus.wheels:
             choose("wheel", wheel, READERS)
-    source = protocol.corpus.source
-    with _named(protocol, "corpus.source"):
         if source not in ("embedded", "climbmix") and not Path(source).exists():
-            raise ValueError(f"there is no file or folder {source!r}; valid: embedded, climbmix, or a path")
-    measured = protocol.measure
+            raise ValueError(f"source: there is no file or folder {source!r}; valid: embedded, climbmix, or a path")
     with _named(protocol, "measure.specs" if measured.specs else "measure.formats"):
         valid = {spec.name: spec for spec in specs(measured)}
         for size in protocol.sizes:
             shape = protocol.model(size)
             # specs that a scale names are left out at sizes whose widths they do not divide; the primary never
-            for spec in [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values():
+            asked = [valid[measured.primary]] if measured.specs and measured.primary in valid else valid.values()
+            for spec in (*asked, *map(QuantSpec.named, measured.readings or ())):
                 for width in (shape.width, shape.mlp_ratio * shape.width):  # what the linear layers take in
                     spec.check_width(width)
     with _named(protocol, "measure.primary"):
         choose("spec", measured.primary, valid)
-    for purpose, runs in protocol.settings.plan.items():
-        with _named(protocol, f"plan.{purpose}"):
-            for quantization in runs.quantizations:
-                if quantization:
-                    choose("scheme", quantization["scheme"], SCHEMES)
     model = Olmo2(Olmo2Config(vocab_size=4, width=4, depth=1, n_heads=1))
-    for name, given in protocol.settings.hyper.items():
-        hyper: dict[str, Any] = dict(given)
+    for name, given in settings.hyper.items():
         with _named(protocol, f"hyper.{name}"):
-            build_optimizer(model, name, lr=1e-3, **hyper)
+            build_optimizer(model, name, lr=1e-3, **given)
 
 
 @contextlib.contextmanager

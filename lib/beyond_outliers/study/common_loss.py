@@ -27,19 +27,18 @@ def common_loss(
     returned, whose Common Losses hold; a run that does not reach it, and a group that it does not have, give no row.
     """
     finished = runs[runs.status == "finished"]
-    reached = evaluations[(evaluations.step > 0) & evaluations.val_loss.notna()].sort_values("step")
-    lowest = reached.groupby("run").val_loss.min()
-    parts = []
-    for _, group in finished.groupby(list(by), sort=False):
-        own = group.run.map(lowest).max()
-        threshold = own if given is None else group.merge(given, on=list(by), suffixes=("", "_given")).common_loss.min()
-        first = reached[reached.run.isin(group.run) & (reached.val_loss <= threshold)].groupby("run").first()
-        place = group.set_index("run").join(first[["step", "val_loss"]], rsuffix="_there").reset_index()
-        found = place[["size", "run", "optimizer", "seed", "step"]].assign(
-            common_loss=threshold, val_loss=place.val_loss_there if "val_loss_there" in place else place.val_loss
-        )
-        parts.append(found.assign(final_step=place.steps).dropna(subset="step").astype({"step": int}))
-    return pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
+    if finished.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    group, steps = list(by), evaluations[(evaluations.step > 0) & evaluations.val_loss.notna()].sort_values("step")
+    ended = pd.concat([rows for _, rows in finished.groupby(group, sort=False)]).rename(columns={"steps": "final_step"})
+    ended = ended[["run", "size", "optimizer", "seed", "final_step"]]
+    if given is None:
+        lowest = ended.assign(common_loss=ended.run.map(steps.groupby("run").val_loss.min()))
+        ended["common_loss"] = lowest.groupby(group).common_loss.transform("max")
+    else:
+        ended = ended.merge(given.drop_duplicates(group)[[*group, "common_loss"]], on=group)
+    rows = ended.merge(steps[["run", "step", "val_loss"]], on="run")
+    return rows[rows.val_loss <= rows.common_loss].drop_duplicates("run")[COLUMNS].reset_index(drop=True)
 
 
 def given_beside(study: "Study") -> pd.DataFrame | None:

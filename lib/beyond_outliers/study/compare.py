@@ -7,7 +7,7 @@ given, they are looked for from the class's own default, a factor of 3 apart, un
 """
 
 import re
-import warnings
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ import pandas as pd
 from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
-from beyond_outliers.config.rates import EdgeWarning, line_search
+from beyond_outliers.config.rates import line_search
 from beyond_outliers.config.registry import REGISTRY
 from beyond_outliers.optimizers.outside import load_optimizer
 from beyond_outliers.study.study import Study
@@ -32,10 +32,7 @@ class Beside(Study):
 
     def __init__(self, scale: str):
         """scale: as in "pocket+lion". ValueError for a scale alone."""
-        base, beside = parted(scale)
-        if not beside:
-            raise ValueError(f"scale {scale!r} names no optimizer from outside; valid: {scale}+name, made by compare")
-        super().__init__(base)
+        super().__init__(parted(scale)[0])
         self.outside = Study(scale)
         (self.yours,) = self.outside.protocol.optimizers
 
@@ -119,8 +116,6 @@ def compare(scale: str, beside: str, one: Outside) -> Study:
     if not study.protocol.tuned and len(one.learning_rates) == 1:
         study.prepare_corpus()
         grid = search_rates(study, one)
-        Outside(**{**vars(one), "learning_rates": grid}).write(optimizer_file(beside))
+        replace(one, learning_rates=grid).write(optimizer_file(beside))
         study = Study(beside)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", EdgeWarning)
-        return build(study)
+    return build(study)

@@ -1,4 +1,4 @@
-"""What is measured on a trained model: post-training quantization, zero-shot accuracy, outliers, error propagation.
+"""What is measured on a trained model: quantization, zero-shot accuracy, outliers, error propagation, readings.
 
 `measure_run` writes one folder of tidy tables beside the run's weights, one checkpoint a folder. Measuring again does
 nothing; an interrupted measurement leaves no folder.
@@ -6,11 +6,9 @@ nothing; an interrupted measurement leaves no folder.
 
 import contextlib
 import dataclasses
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +17,22 @@ import torch
 from torch import nn
 
 from beyond_outliers import checksums
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import Corpus, open_corpus
 from beyond_outliers.evaluate.loss import validation_loss, window_starts
 from beyond_outliers.evaluate.multiple_choice import zero_shot
 from beyond_outliers.evaluate.tasks import TASKS
-from beyond_outliers.metrics import activation_metrics
-from beyond_outliers.propagation.decomposition import decompose
+from beyond_outliers.metrics import activation_metrics, average
+from beyond_outliers.propagation.decomposition import decompose, summarise
+from beyond_outliers.propagation.norms import REDUCTIONS
+from beyond_outliers.propagation.output_error import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.train.folder import RunResult
 
-LEVELS = ("full", "light")
+LEVELS = ("light", "common", "full")  # each measures what the one before it does
 
 
 def specs(settings: Measure) -> list[QuantSpec]:
@@ -46,15 +47,14 @@ def specs(settings: Measure) -> list[QuantSpec]:
     return [*both, *weights, QuantSpec(rotate=True), QuantSpec(head=True)]
 
 
-def fitting(found: Sequence[QuantSpec], config: RunConfig) -> list[QuantSpec]:
+def fitting(found: Sequence[QuantSpec], config: RunConfig) -> Iterator[QuantSpec]:
     """Those of the specs whose blocks divide every width of the run's model."""
-    model, kept = config.model, []
+    model = config.model
     for spec in found:
         with contextlib.suppress(ValueError):
             spec.check_width(model.width)
             spec.check_width(model.mlp_ratio * model.width)
-            kept.append(spec)
-    return kept
+            yield spec
 
 
 def validation_batches(corpus: Corpus, context: int, n_tokens: int, batch_size: int = 16) -> list[torch.Tensor]:
@@ -79,30 +79,20 @@ def measure_folder(folder: Path, step: int) -> Path:
 def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
-    level "full": every spec of `settings`, all zero-shot tasks; "light": the primary spec, for both and for weights
-    alone, and `cloze`.
+    level "light": the primary spec, for both and for weights alone, and `cloze`; "common": the specs of
+    `settings.readings`, too, with all that is read at the end; "full": every spec, and all zero-shot tasks.
     A run of quantization-aware training is evaluated as it is, since it is quantized already.
     """
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; valid: {', '.join(LEVELS)}")
+    choose("level", level, LEVELS)
     target = measure_folder(result.folder, step)
-    if (target / f"{level}.done").exists() or (target / "full.done").exists():
+    if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         return target
     tables = measure_model(result.load_model(step), result.config, level, settings)
-    temporary = Path(tempfile.mkdtemp(dir=result.folder, prefix=".measuring-"))
-    for name, table in tables.items():
+    for table in tables.values():
         table.insert(0, "run", result.config.name)
         table.insert(1, "step", step)
-        table.to_csv(temporary / f"{name}.csv", index=False)
-    (temporary / f"{level}.done").touch()
-    checksums.seal(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        os.replace(temporary, target)
-    except OSError:  # another process was faster; its tables are as good as these
-        if not any((target / f"{done}.done").exists() for done in LEVELS):
-            raise
-        shutil.rmtree(temporary)
+    files = {f"{name}.csv": partial(table.to_csv, index=False) for name, table in tables.items()}
+    checksums.write_files(target, {**files, f"{level}.done": Path.touch})
     return target
 
 
@@ -117,14 +107,15 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
     accuracy = _zero_shot(model, corpus, context, settings, tasks).assign(spec="none")
     base = _loss(model, corpus, context, settings)
     ptq, accuracies, copies = [{"spec": "none", **base}], [accuracy], {}
+    read = [QuantSpec.named(name) for name in settings.readings or () if level != "light"]
     light = [primary, dataclasses.replace(primary, activations="none")]
-    for spec in fitting(specs(settings), config) if level == "full" else light:
+    for spec in dict.fromkeys([*(fitting(specs(settings), config) if level == "full" else light), *read]):
         inputs = calibration(corpus, context, settings.calibration_tokens) if spec.method == "gptq" else None
         quantized = quantize_model(model, spec, inputs)
         found = _loss(quantized, corpus, context, settings)
         ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
-        if spec == primary:
-            copies[primary] = quantized
+        if spec in (primary, *read):
+            copies[spec] = quantized
         if settings.formats or spec == primary:  # a scale that names its specs wants accuracies of the primary alone
             chosen = tasks if spec == primary and settings.formats else ("cloze",)
             accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
@@ -133,7 +124,29 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches, primary),
         "propagation": _propagation(model, copies[primary], batches),
-    }
+    } | ({"readings": pd.concat([_readings(model, copies[spec], spec, batches) for spec in read])} if read else {})
+
+
+def _readings(model: nn.Module, quantized: nn.Module, spec: QuantSpec, batches: list[torch.Tensor]) -> pd.DataFrame:
+    found = network_readings(model, quantized, spec, batches)
+    return pd.DataFrame({"spec": spec.name, "reading": found.keys(), "value": found.values()})
+
+
+def network_readings(
+    model: nn.Module, quantized: nn.Module, spec: QuantSpec, batches: list[torch.Tensor]
+) -> dict[str, float]:
+    """The readings at the network's end (see `output_readings`), and single numbers of its layers and modules.
+
+    expected_error: mean over linear inputs. mean_B: mean over modules. norms_fall: share of the sublayer norms at which
+    R falls, the final norm apart (claim C9). The last two by sums over tokens, and, with `_token`, by tokens' ratios.
+    """
+    found = output_readings(model, quantized, batches).value.to_dict()
+    found["expected_error"] = average(activation_metrics(model, batches, spec))["expected_error"]
+    for reduction, end in zip(REDUCTIONS, ("_token", ""), strict=True):
+        modules = decompose(model, quantized, batches, reduction=reduction)
+        norms = modules[(modules.kind == "norm") & (modules.name != "final_norm")]
+        found |= {"mean_B" + end: summarise(modules)["mean_B"], "norms_fall" + end: (norms.R < norms.R_in).mean()}
+    return found
 
 
 def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Tensor]) -> pd.DataFrame:
@@ -141,10 +154,10 @@ def _propagation(model: nn.Module, quantized: nn.Module, batches: list[torch.Ten
 
     R is the ratio of sums over all tokens, as in all committed tables.
     """
-    views = {
-        view: decompose(model, quantized, batches, attention=view, reduction="global") for view in ("unit", "open")
-    }
-    return pd.concat([table.assign(attention=view) for view, table in views.items()], ignore_index=True)
+    views = [
+        decompose(model, quantized, batches, "module", at, "global").assign(attention=at) for at in ("unit", "open")
+    ]
+    return pd.concat(views, ignore_index=True)
 
 
 def _loss(model: nn.Module, corpus: Corpus, context: int, settings: Measure) -> dict:

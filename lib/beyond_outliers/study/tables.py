@@ -21,9 +21,11 @@ TABLES = (
     "outliers",
     "propagation",
     "trajectory",
+    "readings",
+    "branches",
     "machines",
 )
-OPTIONAL = ("trajectory", "machines")  # of scales that ask for it; of runs that were made on a second machine
+OPTIONAL = ("trajectory", "readings", "branches", "machines")  # of scales that ask; of runs made on a second machine
 MEASURED = ("zero_shot", "ptq", "outliers", "propagation")
 
 # The columns that are text, whatever they look like; pandas finds the types of all others: numbers and truth values.
@@ -69,6 +71,8 @@ TEXT = [
     "runs",
     "part",
     "condition",
+    "reading",
+    "variant",
 ]
 
 
@@ -83,10 +87,9 @@ def check_table(folder: Path, name: str) -> None:
     if file.exists():
         committed = folder.parent == paths.RESULTS
         scale = folder.name if committed else folder.parent.name
-        collect = f"remove it, then `beyond-outliers collect --scale {scale}`"
-        again = f"`git restore {folder}`" if committed else collect
-        taken = f"`beyond-outliers claims --scale {scale}`, which takes all tables as they are"
-        checksums.check(folder, file.name, remedy=f"{again}, or, if it was changed on purpose, {taken}")
+        again = f"`git restore {folder}`" if committed else f"remove it, then `beyond-outliers collect --scale {scale}`"
+        remedy = f"{again}, or, if it was changed on purpose, `beyond-outliers claims --scale {scale}`, "
+        checksums.check(folder, file.name, remedy=f"{remedy}which takes all tables as they are")
 
 
 class MissingResults(RuntimeError):

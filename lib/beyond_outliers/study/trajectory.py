@@ -16,7 +16,7 @@ from beyond_outliers.config.scale import Measure
 from beyond_outliers.corpus.tokens import open_corpus
 from beyond_outliers.evaluate.loss import validation_loss
 from beyond_outliers.metrics import activation_metrics, average, without_down
-from beyond_outliers.propagation.readings import output_readings
+from beyond_outliers.propagation.output_error import output_readings
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.spec import QuantSpec
 from beyond_outliers.study.measure import validation_batches
@@ -47,30 +47,25 @@ def trajectory_table(
     batches = validation_batches(corpus, config.context, propagation_tokens)
     steps = [int(step) for step in result.evaluations.step]
     constant = [step for step in steps if step <= (1 - config.decay) * result.row["steps"]]
-    points = [(step, 1, [step]) for step in steps]
-    points += [(some[-1], AVERAGED, some[-AVERAGED:]) for some in (constant, steps) if len(some) >= AVERAGED]
+    points = [[step] for step in steps] + [some[-AVERAGED:] for some in (constant, steps) if len(some) >= AVERAGED]
     rows = []
-    for step, averaged, over in points:
-        model = result.load_model(step) if averaged == 1 else averaged_model(result, over)
+    for over in points:
+        model = averaged_model(result, over)
 
         def loss(one: nn.Module) -> float:
             return validation_loss(one, corpus.validation, config.context, max_tokens=validation_tokens).loss
 
         inputs, base = activation_metrics(model, batches), loss(model)
-        point = {"run": config.name, "step": step, "averaged": averaged}
-        outliers = {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
-        rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0, **outliers})
+        point = {"run": config.name, "step": over[-1], "averaged": len(over)}
+        rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0})
+        rows[-1] |= {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
         for spec in specs:
             quantized = quantize_model(model, spec)
             found = loss(quantized)
             readings = output_readings(model, quantized, batches).value
-            errors = {name: readings[name] for name in ("R_L", "R_L_centred", "R_final_norm")}
+            errors = readings[["R_L", "R_L_centred", "R_final_norm"]]
             rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
     return pd.DataFrame(rows)
-
-
-def trajectory_file(result: RunResult) -> Path:
-    return result.folder / "trajectory.csv"
 
 
 def measure_trajectory(result: RunResult, settings: Measure) -> Path:
@@ -78,7 +73,7 @@ def measure_trajectory(result: RunResult, settings: Measure) -> Path:
 
     At half the tokens of a final measurement, since there are twenty times as many models.
     """
-    file = trajectory_file(result)
+    file = result.folder / "trajectory.csv"
     if not file.exists():
         specs = [QuantSpec.named(settings.primary)]
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2

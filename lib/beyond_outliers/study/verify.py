@@ -4,13 +4,11 @@ import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from beyond_outliers import checksums, paths
-from beyond_outliers.config.parsing import choose
-from beyond_outliers.config.scale import scales
 from beyond_outliers.study.study import Study
-from beyond_outliers.train.loop import train
 from beyond_outliers.train.machine import MACHINE_EFFECT, processor
 
 
@@ -18,7 +16,7 @@ def damages(folder: Path) -> list[str]:
     """What is wrong with the files of a folder and of those below it that have sums, one line a folder."""
     found = []
     for sums in sorted(folder.rglob(checksums.SUMS)):
-        if any(part.startswith(".") for part in sums.relative_to(folder).parts):
+        if "/." in f"/{sums.relative_to(folder)}":
             continue  # what a process that died had begun, and nobody reads
         try:
             checksums.check(sums.parent)
@@ -52,17 +50,16 @@ def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataF
     table = table[(table["size"] == study.protocol.sizes[0]) & (table.status == "finished")].set_index("run")
     known = [planned for planned in study.planned() if planned.config.name in table.index]
     chosen = random.Random(seed).sample(known, min(count, len(known)))
-    rows = []
+    losses = []
     for planned in chosen:
         with tempfile.TemporaryDirectory() as root:
-            there = table.loc[planned.config.name]
-            here = train(planned.config, threads=study.protocol.threads, root=Path(root), progress=False)
-            loss, before = here.row["val_loss"], float(there.val_loss)
-            difference = abs(loss - before)
-            verdict = "same" if loss == before else "machine effect" if difference <= MACHINE_EFFECT[1] else "differs"
-            same = there.device_name == processor()
-            rows.append((planned.config.name, before, loss, difference, same, verdict))
-    return pd.DataFrame(rows, columns=["run", "there", "here", "difference", "same_processor", "verdict"])
+            losses.append(study.train(planned, root=Path(root), progress=False).row["val_loss"])
+    rows = table.loc[[planned.config.name for planned in chosen]].reset_index()
+    found = rows[["run"]].assign(there=rows.val_loss, here=losses, difference=(rows.val_loss - losses).abs())
+    verdict = np.select(
+        [found.difference == 0, found.difference <= MACHINE_EFFECT[1]], ["same", "machine effect"], "differs"
+    )
+    return found.assign(same_processor=rows.device_name == processor(), verdict=verdict)
 
 
 def verify(scale: str | None, count: int) -> int:
@@ -70,9 +67,7 @@ def verify(scale: str | None, count: int) -> int:
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
-    studies = sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
-    choose("scale", scale, [None, *dict.fromkeys([*scales(), *studies])])
-    chosen = [scale] if scale else studies
+    chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     wrong = [line for name in chosen for line in committed(name)]
     if scale:
         wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")

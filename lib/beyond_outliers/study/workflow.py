@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from beyond_outliers import paths
-from beyond_outliers.config.run import RunConfig
+from beyond_outliers.config.protocol import Planned
 from beyond_outliers.study.study import Study
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: what was asked to end has saved; the same command goes on
@@ -183,21 +183,19 @@ class Progress:
         """rows: runs that the tables have are done."""
         self.scale, self.rows, self.terminal = scale, rows, terminal
         self.names: dict[int, str] = {}  # job id -> "run NAME light"
-        self.logs: dict[int, list[str]] = {}
-        self.running: list[int] = []
-        self.steps, self.noted = "", list[str]()
+        self.logs, self.running = dict[int, list[str]](), list[int]()
+        self.noted = list[str]()
         self.start = time.monotonic()
-        self.at, self.shown = float("-inf"), ""
+        self.at = float("-inf")
         self.look()
         self.before = self.done
 
     def look(self) -> None:
         """Which runs there are, as far as they can be known, and which of them are trained."""
         study = Study(self.scale)
-        self.costs = {planned.config.name: work(planned.config) for planned in study.all_runs()}
+        self.costs = {planned.config.name: work(planned) for planned in study.all_runs()}
         known = set(study.table("runs").run) if self.rows and study.has("runs") else set()
-        ended = {name for name in self.costs if (study.runs_folder / name / "result.json").exists()}
-        self.done = ended | known & self.costs.keys()
+        self.done = {n for n in self.costs if n in known or (study.runs_folder / n / "result.json").exists()}
 
     def take(self, event: str, record: Any) -> None:
         """An event of Snakemake, with the attributes of its log record."""
@@ -213,8 +211,6 @@ class Progress:
         elif event == "job_error":
             self.running = [job for job in self.running if job != record.jobid]
             self.note(f"failed: {self.names.get(record.jobid, record.rule_name)}\nreason: {self.reason(record.jobid)}")
-        elif event == "progress":
-            self.steps = f"step {record.done} of {record.total}"
         elif event == "error":
             self.note(f"reason: {str(record.msg).strip().splitlines()[-1]}") if not self.logs else None
         if event:
@@ -223,15 +219,15 @@ class Progress:
     def reason(self, job: int) -> str:
         """The last line of a job's log."""
         files = [Path(file) for file in self.logs.get(job, []) if Path(file).exists()]
-        lines = [line for file in files for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it ended without a word, as when it is killed"
+        said = "".join(file.read_text(errors="replace") for file in files).strip()
+        return said.splitlines()[-1].strip() if said else "it ended without a word, as when it is killed"
 
     def text(self) -> str:
-        """The line: runs done of all, the time left at the pace so far, Snakemake's steps, what runs now."""
+        """The line: runs done of all, the time left at the pace so far, what runs now."""
         ended, ahead = self.done - self.before, self.costs.keys() - self.done
         made, rest = (sum(self.costs[name] for name in names) for names in (ended, ahead))
         parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done"]
-        parts += [left(time.monotonic() - self.start, made, rest), self.steps]
+        parts += [left(time.monotonic() - self.start, made, rest)]
         now = ", ".join(self.names[job] for job in self.running if job in self.names)
         return ", ".join(filter(None, [*parts, now and f"now {now}"]))
 
@@ -240,12 +236,11 @@ class Progress:
         text = self.text()
         if self.terminal.isatty():
             width = (os.get_terminal_size(self.terminal.fileno()).columns or 80) - 1
-            if text != self.shown:
-                print(f"\r\033[K{shortened(text, width)}", end="", file=self.terminal, flush=True)
+            short = text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+            print(f"\r\033[K{short}", end="", file=self.terminal, flush=True)
         elif time.monotonic() - self.at >= EVERY:
             print(text, file=self.terminal, flush=True)
             self.at = time.monotonic()
-        self.shown = text
 
     def note(self, text: str) -> None:
         """Lines that stay, said once."""
@@ -263,13 +258,10 @@ class Progress:
             self.terminal.close()
 
 
-def shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
-
-
-def work(config: RunConfig) -> float:
+def work(planned: Planned) -> float:
     """What training a run takes, in parameters times tokens, with the steps of small models at what they cost."""
-    return config.steps * (
+    config = planned.config
+    return (config.steps - planned.start) * (
         config.model.n_parameters * config.tokens_per_step + (QAT_STEP if config.quantization else STEP)
     )
 

@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +36,7 @@ from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import weights_held
 from beyond_outliers.train.folder import RunResult, load_result, result_row, run_folder, weights_name
 from beyond_outliers.train.machine import LossModule, check_shares, device_named, provenance, should_compile
-from beyond_outliers.train.resume import read_state, states, write_state
+from beyond_outliers.train.resume import read_state, read_trunk, states, trunk_name, write_state
 from beyond_outliers.train.schedule import evaluation_steps, rate_factor
 from beyond_outliers.train.workers import Workers, place
 
@@ -75,6 +77,9 @@ def train(
     recompute: bool = False,
     root: Path | None = None,
     progress: bool = True,
+    keep: Collection[int] = (),
+    trunk: RunConfig | None = None,
+    start: int = 0,
 ) -> RunResult:
     """Trains one run to its end and returns its result; resumes by itself; a finished run is only loaded.
 
@@ -85,6 +90,9 @@ def train(
     device: "auto" (CUDA if there is one), "cpu", "cuda". compile: True, False, or "auto" (where it pays).
     threads: CPU threads, None for torch's default. recompute: less memory for more operations and the same numbers
     (see `Decoder`). root: folder of all runs, by default data/runs.
+    keep: steps whose whole state stays, for branches. trunk, start: the run is a branch, and begins with
+    the state that `trunk` kept at step `start`, which goes when the branch has ended. Until then the two are one run
+    (same rates, batches and warm-up), so that without that state the branch is trained from its first step.
     On CPU the run is float32 and a resumed run ends with bit-identical weights (same machine, threads and compile);
     on CUDA it is bfloat16 autocast. Under torchrun the global batch is shared among the workers.
     """
@@ -93,11 +101,16 @@ def train(
         return done
     if threads:
         torch.set_num_threads(threads)
+    if trunk:  # a compiled kernel rounds in another way
+        compile = should_compile(compile, trunk, device_named(device))
     world, rank = place()
     lock = held(folder / ".lock", wait=world == 1) if rank == 0 else contextlib.nullcontext()
     with plain_settings(training=True), lock:
         if (done := load_result(folder)) is None:  # of the process that held the run
             run = _Run(config, folder, device, compile, recompute, progress)
+            run.keep = keep
+            if trunk and run.step == 0:
+                run.take(read_trunk(run_folder(trunk, root), trunk, start, run.device))
             try:
                 run.loop()
             finally:
@@ -106,6 +119,8 @@ def train(
                 return RunResult(config, folder, {})
             done = load_result(folder)
     assert done is not None, "a run that has ended has written its result"
+    if trunk and (file := run_folder(trunk, root) / trunk_name(start)).exists():
+        checksums.write_files(file.parent, {}, remove=[file.name])
     return done
 
 
@@ -146,7 +161,8 @@ class _Run:
         self.clock = self.saved = time.perf_counter()
         self.termination, self.late = Termination(), False
         self.progress = progress and self.first
-        self._restore()
+        self.keep: Collection[int] = ()
+        self.take(read_state(folder, config, self.device))
         settings, text = folder / "config.json", config.to_json()
         if self.first and not (settings.exists() and settings.read_bytes() == text.encode()):
             checksums.write_text(settings, text)
@@ -195,7 +211,7 @@ class _Run:
         """Saves when the last time is long ago, and when the process is asked to end, which it then does."""
         if self.step == self.config.steps:
             return
-        if self.late or self.termination.asked:
+        if self.late or self.termination.asked or self.step in self.keep:
             self._save()
         if self.termination.asked:
             if self.first:
@@ -275,10 +291,12 @@ class _Run:
             "optimizer": optimizer,
         }
         weights = {weights_name(self.step): lambda path: save_model(self.model, str(path))} if evaluated else {}
-        write_state(self.folder, state, {**weights, "metrics.csv": self._write_metrics})
+        kept = {trunk_name(self.step): lambda path: torch.save(state, path)} if self.step in self.keep else {}
+        write_state(self.folder, state, {**weights, **kept, "metrics.csv": self._write_metrics})
 
-    def _restore(self) -> None:
-        if (state := read_state(self.folder, self.config, self.device)) is None:
+    def take(self, state: dict[str, Any] | None) -> None:
+        """Goes on from a state, if there is one."""
+        if state is None:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

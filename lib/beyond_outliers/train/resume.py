@@ -22,6 +22,20 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob("state-*.pt"), reverse=True)
 
 
+def trunk_name(step: int) -> str:
+    """The file of a state that stays, for a branch that starts from that step."""
+    return f"trunk-{step:06d}.pt"
+
+
+def read_trunk(folder: Path, config: RunConfig, step: int, device: torch.device) -> dict[str, Any] | None:
+    """The state that the run `config` left for a branch, None where there is none. DamagedFile, with the remedy."""
+    if not (file := folder / trunk_name(step)).exists():
+        return None
+    checksums.check(folder, file.name, remedy="delete it, and the branch is trained from its first step")
+    state = _load(file, config, device)
+    return {**state, "rows": state["rows"][:1]}  # the trunk's course is its own; a loss above the first is diverged
+
+
 def write_state(folder: Path, state: Mapping[str, Any], beside: Mapping[str, Callable[[Path], object]]) -> None:
     """Writes a state and files that belong to it, all or none of them; of earlier states the last one stays."""
     name = f"state-{state['step']:06d}.pt"
