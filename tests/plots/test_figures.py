@@ -197,8 +197,3 @@ def test_names_at_the_ends_of_curves_keep_apart(sweep):
     heights = [text.xy[1] for text in texts]
     assert sorted(text.get_text() for text in texts) == sorted(plots.LABELS[name] for name in OPTIMIZER_NAMES)
     assert np.diff(heights).min() > 0.07 and not figure.legends
-
-
-def test_an_unknown_verdict_is_refused():
-    with pytest.raises(ValueError, match="unknown verdicts \\['perhaps'\\]; valid: reproduced"):
-        plots.scorecard(pd.DataFrame({"six": {"C1": "perhaps"}}), CLAIMS)

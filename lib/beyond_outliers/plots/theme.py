@@ -123,12 +123,12 @@ def name_ticks(axis, names: Iterable[str], **style) -> None:
     axis.set_ticks(*zip(*enumerate(map(label, names)), strict=True), **style)
 
 
-def name_lines(ax, apart: float = 0.075) -> None:
-    """The label of every line at its end, in its colour; labels keep `apart` of the height of the axes."""
+def name_lines(ax) -> None:
+    """The label of every line at its end, in its colour; labels keep a height of text apart."""
     to_axes, lowest = ax.transScale + ax.transLimits, -1.0
     for line in sorted(ax.get_lines(), key=lambda line: line.get_ydata()[-1]):
         height = float(to_axes.transform([values[-1] for values in line.get_data()])[1])
-        lowest = max(height, lowest + apart)
+        lowest = max(height, lowest + 0.075)
         style = {"color": line.get_color(), "fontsize": 8, "va": "center", "xycoords": "axes fraction"}
         ax.annotate(line.get_label(), (1.02, lowest), annotation_clip=False, **style)
 
