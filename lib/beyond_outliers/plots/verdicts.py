@@ -34,5 +34,4 @@ def scorecard(table: pd.DataFrame, claims: pd.Series) -> Figure:
     ax.xaxis.tick_top()
     ax.set_frame_on(False)
     ax.set(xlim=(-0.5, table.shape[1] - 0.5), ylim=(len(table) - 0.5, -0.5))
-    ax.grid(visible=False)
     return figure
