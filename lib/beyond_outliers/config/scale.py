@@ -218,9 +218,9 @@ class Scale:
                     yield f"plan.{purpose} names size {size!r}; valid: {', '.join(sizes)}"
                 if size not in seeds:
                     yield f"plan.{purpose}.seeds has no seeds for size {size!r}"
-            most = 1 - training.decay
-            if not 0 < min(shares := runs.at or (most,)) <= max(shares) <= most:
-                yield f"plan.{purpose}.at must be above 0 and at most {most:g} (1 - training.decay), not {shares}"
+            last = 1 - training.decay
+            if not 0 < min(shares := runs.at or (last,)) <= max(shares) <= last:
+                yield f"plan.{purpose}.at must be above 0 and at most {last:g} (1 - training.decay), not {shares}"
             for name in runs.optimizers or ():
                 if name not in self.optimizers:
                     yield f"plan.{purpose} names optimizer {name!r}; valid: {', '.join(self.optimizers)}"
