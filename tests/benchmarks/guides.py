@@ -55,8 +55,11 @@ def compare_guides(
     resamples = [saved.to_numpy()[rng.integers(len(saved), size=len(saved))].mean(0) for _ in range(1000)]
     for guide in GUIDES[1:]:
         several = [stats.spearmanr(layers[guide], resample).statistic for resample in resamples]
-        row = {"value": stats.spearmanr(layers[guide], layers.ablation).statistic}
-        row |= dict(zip(("low", "high"), np.quantile(several, [0.025, 0.975]), strict=True))
+        low, high = np.arctanh(np.quantile(several, [0.025, 0.975]))
+        value = stats.spearmanr(layers[guide], layers.ablation).statistic
+        # of the resamples, whose noise lowers them, the width alone counts, on Fisher's scale
+        ends = np.tanh(np.arctanh(value) + np.array([-1, 1]) * (high - low) / 2)
+        row = {"value": value, "low": ends[0], "high": ends[1]}
         rows.append({"guide": guide, "reading": "rank correlation", "bits": np.nan, **row, "n": len(saved)})
     damage = Damage(model, judged)
 
