@@ -384,7 +384,8 @@ def compare(
     beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
     for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
         print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
-    print(f"What is left takes {time_to_build(study_of(beside))}; a search of rates can add to it.", flush=True)
+    left = time_to_build(compare.begin(scale, beside, outside))
+    print(f"What is left takes {left}; a search of rates can add to it.", flush=True)
     compare.compare(scale, beside, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
     print(f"\n{FINDINGS[YOURS](both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")

@@ -104,15 +104,18 @@ def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
     return tuple(line_search(loss, one.learning_rates[0], FACTOR, 0.0)["tried"])
 
 
-def compare(scale: str, beside: str, one: Outside) -> Study:
-    """Trains and measures the optimizer wherever the scale's own are, as far as it has not been; returns its study.
-
-    MissingResults for a scale without tables to stand beside.
-    """
+def begin(scale: str, beside: str, one: Outside) -> Study:
+    """Writes the definition, and returns its study; MissingResults for a scale without tables to compare with."""
     Study(scale).table("runs")
     one.write(optimizer_file(beside))
     study = Study(beside)
     study.check()
+    return study
+
+
+def compare(scale: str, beside: str, one: Outside) -> Study:
+    """Trains and measures the optimizer wherever the scale's own are, as far as it has not been; returns its study."""
+    study = begin(scale, beside, one)
     if not study.protocol.tuned and len(one.learning_rates) == 1:
         study.prepare_corpus()
         grid = search_rates(study, one)

@@ -82,10 +82,12 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     level "light": the primary spec, for both and for weights alone, and `cloze`; "common": the specs of
     `settings.readings`, too, with all that is read at the end; "full": every spec, and all zero-shot tasks.
     A run of quantization-aware training is evaluated as it is, since it is quantized already.
+    DamagedFile where it is measured and its sums cannot be read.
     """
     choose("level", level, LEVELS)
     target = measure_folder(result.folder, step)
     if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
+        checksums.read_sums(target)  # torn ones are told here, before anything is made of the tables
         return target
     tables = measure_model(result.load_model(step), result.config, level, settings)
     for table in tables.values():

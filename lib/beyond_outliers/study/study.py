@@ -30,11 +30,20 @@ class Study:
         """results: a folder of tables to read, where not the usual one is meant."""
         self.protocol = Protocol.load(scale)
         self.scale = scale
-        self.results = results or paths.results(scale)  # its own tables as soon as there are some, else the committed
+        self._results = results
         self.runs_folder = paths.RUNS / scale
         self._losses: dict[str, float] = {}  # of the runs of a search that have ended
 
     # --------------------------------------------------------------------------------------------------------- tables
+
+    @property
+    def results(self) -> Path:
+        """The folder of its tables: at every call its own as soon as there are some, else the committed ones."""
+        return self._results or paths.results(self.scale)
+
+    @results.setter
+    def results(self, folder: Path) -> None:
+        self._results = folder
 
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""

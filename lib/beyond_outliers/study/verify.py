@@ -67,6 +67,7 @@ def verify(scale: str | None, count: int) -> int:
 
     Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
     """
+    study = Study(scale) if scale else None
     chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     wrong = [line for name in chosen for line in committed(name)]
     if scale:
@@ -74,9 +75,9 @@ def verify(scale: str | None, count: int) -> int:
     print(*wrong, sep="\n", end="\n" * bool(wrong))
     outcome = f"{len(wrong)} damages" if wrong else "every byte is what was written"
     print(f"tables and pages of {', '.join(chosen)}: {outcome}")
-    if not scale or not count:
+    if not study or not count:
         return int(bool(wrong))
-    again = trained_again(Study(scale), count)
+    again = trained_again(study, count)
     print(again.to_string(index=False))
     median, most = MACHINE_EFFECT
     print(
