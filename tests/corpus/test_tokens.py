@@ -35,7 +35,7 @@ def built(corpus_config):
 
 def test_tokens_decode_to_the_documents(built, corpus_config):
     train, validation = split(documents(corpus_config), corpus_config.validation_share)
-    assert built.heldout_documents() == validation
+    assert list(built.heldout) == validation
     assert int((built.train == 0).sum()) == len(train)
     assert built.train.dtype == np.uint16
     assert built.tokenizer.token_to_id(BOUNDARY) == 0
@@ -65,8 +65,8 @@ def test_the_boundary_inside_a_text_is_text(own):
     built = open_corpus(write_rows(own / "rows.jsonl", texts))
     train, validation = np.asarray(built.train), np.asarray(built.validation)
     assert (train == 0).sum() == built.meta["train"]["documents"]
-    assert (validation == 0).sum() == built.meta["validation"]["documents"] == len(built.heldout_documents())
-    assert set(built.heldout_documents()) <= set(texts)
+    assert (validation == 0).sum() == built.meta["validation"]["documents"] == len(list(built.heldout))
+    assert set(list(built.heldout)) <= set(texts)
     assert built.token_bytes[validation].sum() == built.meta["validation"]["bytes"]
     # the same tokens wherever the corpus's tokenizer is used later
     first = built.heldout[0]
@@ -84,7 +84,7 @@ def test_tokens_do_not_depend_on_the_size_of_a_chunk(built, tmp_path, monkeypatc
 
 
 def test_heldout_documents_are_decoded_when_they_are_asked_for(built):
-    texts = built.heldout_documents()
+    texts = list(built.heldout)
     assert len(built.heldout) == len(texts) > 10
     assert built.heldout[3] == texts[3] and built.heldout[-1] == texts[-1]
     assert cloze_questions(built.heldout, 20) == cloze_questions(texts, 20)

@@ -22,9 +22,8 @@ def test_the_plan_counts_what_is_left(study, monkeypatch, tmp_path):
     table = plan.plan_table(study)
     assert (table.done == table.runs).all() and (table.hours == 0).all()
     rows = study.table("runs").set_index("run", drop=False)
-    fresh = Study("smoke")
+    fresh = Study("smoke", tmp_path)  # no table but its rates; the sweep's runs alone have ended
     (tmp_path / "learning_rates.csv").write_bytes((study.results / "learning_rates.csv").read_bytes())
-    fresh.results = tmp_path  # no other table yet; the sweep's runs alone have ended
     ended = SimpleNamespace(row=rows[rows.scheme == "none"].iloc[0].to_dict())
     monkeypatch.setattr(
         Study, "result", lambda self, planned: ended if planned.config.name == ended.row["run"] else None

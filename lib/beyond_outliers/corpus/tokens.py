@@ -114,10 +114,6 @@ class Corpus:
         """The validation documents as a sequence of texts, none of them in memory."""
         return Heldout(self.validation, self.tokenizer)
 
-    def heldout_documents(self) -> list[str]:
-        """The validation documents as texts, all in memory."""
-        return list(self.heldout)
-
 
 # ------------------------------------------------------------------------------------------------- opening, building
 

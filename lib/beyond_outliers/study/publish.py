@@ -30,7 +30,6 @@ def take_up(study: "Study") -> Path:
             if file.stem in TABLES:
                 shutil.copyfile(file, whole / file.name)
         whole.rename(target)
-    study.results = target
     return target
 
 
@@ -41,7 +40,7 @@ def publish(study: "Study", partial: bool = False) -> str:
     that they may.
     """
     own, committed = paths.own_results(study.scale), paths.RESULTS / study.scale
-    if study.results != own or not (own / "runs.csv").exists():
+    if study.results != own or not study.has("runs"):
         raise MissingResults(
             f"scale {study.scale} has no tables of your own in {own}: run `make reproduce SCALE={study.scale}` first"
         )
@@ -68,7 +67,6 @@ def publish(study: "Study", partial: bool = False) -> str:
         os.replace(definition, committed / definition.name)
     checksums.seal(committed)
     shutil.rmtree(own)
-    study.results = committed
     same = int((new[both].fillna(0) == old[both].fillna(0)).sum())  # diverged in both: alike
     return (
         f"{committed}: {len(new)} runs, {same} of them with the loss that was there, {len(new) - len(both)} new; "

@@ -41,10 +41,6 @@ class Study:
         """The folder of its tables: at every call its own as soon as there are some, else the committed ones."""
         return self._results or paths.results(self.scale)
 
-    @results.setter
-    def results(self, folder: Path) -> None:
-        self._results = folder
-
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
         if name not in TABLES:
