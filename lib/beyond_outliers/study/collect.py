@@ -22,10 +22,11 @@ def collect(study: "Study") -> None:
     MissingResults when there is nothing to write. Runs that are damaged are left out, and named by a DamagedFile after
     all others are written.
     """
-    purposes, results, damages = dict[str, str](), {}, []
-    variants = {planned.config.name: planned.variant for planned in study.planned() if planned.variant}
+    purposes, variants, results, damages = dict[str, str](), {}, {}, []
     for planned in study.planned():
         name = planned.config.name
+        if planned.variant:
+            variants[name] = planned.variant
         if name in purposes:
             purposes[name] += f"+{planned.purpose}"
             continue

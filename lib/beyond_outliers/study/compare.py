@@ -32,7 +32,10 @@ class Beside(Study):
 
     def __init__(self, scale: str):
         """scale: as in "pocket+lion". ValueError for a scale alone."""
-        super().__init__(parted(scale)[0])
+        base, name = parted(scale)
+        if not name:
+            raise ValueError(f"scale {scale!r} names no optimizer from outside; valid: {scale}+name, made by compare")
+        super().__init__(base)
         self.outside = Study(scale)
         (self.yours,) = self.outside.protocol.optimizers
 
@@ -113,12 +116,11 @@ def begin(scale: str, beside: str, one: Outside) -> Study:
     return study
 
 
-def compare(scale: str, beside: str, one: Outside) -> Study:
-    """Trains and measures the optimizer wherever the scale's own are, as far as it has not been; returns its study."""
-    study = begin(scale, beside, one)
+def compare(study: Study, one: Outside) -> Study:
+    """Trains and measures wherever the scale's own are, as far as it has not been, what `begin` returned as `study`."""
     if not study.protocol.tuned and len(one.learning_rates) == 1:
         study.prepare_corpus()
         grid = search_rates(study, one)
-        replace(one, learning_rates=grid).write(optimizer_file(beside))
-        study = Study(beside)
+        replace(one, learning_rates=grid).write(optimizer_file(study.scale))
+        study = Study(study.scale)
     return build(study)

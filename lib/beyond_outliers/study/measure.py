@@ -1,7 +1,7 @@
 """What is measured on a trained model: quantization, zero-shot accuracy, outliers, error propagation, readings.
 
 `measure_run` writes one folder of tidy tables beside the run's weights, one checkpoint a folder. Measuring again does
-nothing; an interrupted measurement leaves no folder.
+nothing; an interrupted measurement counts for nothing.
 """
 
 import contextlib

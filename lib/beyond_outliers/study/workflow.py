@@ -226,10 +226,10 @@ class Progress:
         """The line: runs done of all, the time left at the pace so far, what runs now."""
         ended, ahead = self.done - self.before, self.costs.keys() - self.done
         made, rest = (sum(self.costs[name] for name in names) for names in (ended, ahead))
-        parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done"]
-        parts += [left(time.monotonic() - self.start, made, rest)]
         now = ", ".join(self.names[job] for job in self.running if job in self.names)
-        return ", ".join(filter(None, [*parts, now and f"now {now}"]))
+        pace = left(time.monotonic() - self.start, made, rest)
+        parts = [f"{self.scale}: {len(self.done)} of {len(self.costs)} runs done", pace, now and f"now {now}"]
+        return ", ".join(filter(None, parts))
 
     def show(self) -> None:
         """One line of a terminal, as wide as that is, written anew; in a file, or a pipe, a line every few minutes."""
