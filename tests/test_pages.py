@@ -1,5 +1,6 @@
 """Executed notebooks as Markdown pages: outputs rewritten, deterministic bytes, stale pages named."""
 
+import itertools
 import json
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from jupyter_client.manager import AsyncKernelManager
 from nbformat.v4 import new_code_cell
 
+import faults
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.cli import main
@@ -90,6 +92,28 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
         pages.check_pages("smoke", ["01_full_precision"])
     with pytest.raises(ValueError, match="unknown scale 'huge'"):
         pages.names_of("huge")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_a_page_is_whole_or_old_after_a_fault(folder, kind):
+    """At some changes of the disk; a torn file does not count as done."""
+    drawn("01_loss")
+    executed(figure("01_loss"))
+    written(folder)
+    whole = {file: file.read_bytes() for file in folder.iterdir() if file.suffix != ".html"}  # HTML has random ids
+    for number in itertools.count(1 + faults.KINDS.index(kind), 3):
+        for file in whole:
+            file.write_bytes(b"old")
+        code = faults.in_child(lambda: written(folder), faults.at_change(kind, number, folder))
+        after = {file: file.read_bytes() for file in whole}
+        torn = "tears" in kind and code == faults.DIED
+        assert torn or all(content in (b"old", whole[file]) for file, content in after.items()), number
+        assert code not in (0, faults.PASSED_BY) or after == whole, "silent"
+        faults.TALLY[f"page: change {kind}", "old or whole"] += 1
+        if code == 0:
+            break
+    assert number > 2 * len(whole)  # each is opened, then renamed
 
 
 def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder, monkeypatch):

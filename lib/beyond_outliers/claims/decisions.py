@@ -16,6 +16,7 @@ from beyond_outliers.claims.estimates import (
     NothingToCompare,
     as_table,
     as_text,
+    compare,
     label,
     listed,
     of_the_paper,
@@ -78,12 +79,6 @@ def effect_table(study) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------------------- one from outside
 
 
-def compared(study, rows: pd.DataFrame, value: str) -> Comparison:
-    """Yours (`study` is a `study.compare.Beside`) and those of the paper's that the scale has. NothingToCompare where
-    no size has a run of each."""
-    return Comparison(rows, value, [*(n for n in PAPER_OPTIMIZERS if n in study.protocol.optimizers), study.yours])
-
-
 def place(study, found: Comparison) -> str:
     """ "2 of 7": how many optimizers have a mean that is not higher."""
     return f"{found.order.index(study.yours) + 1} of {len(found.order)}"
@@ -100,7 +95,7 @@ def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) ->
     rows = {}
     for name, part in parts.items():
         try:
-            found = compared(study, *part)
+            found = compare(study, *part)
         except NothingToCompare:
             rows[name] = {"yours": "no size at which all of them have one"}
             continue

@@ -286,8 +286,12 @@ def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
-    """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`."""
-    return Comparison(rows, value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers])
+    """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`.
+
+    Yours with them, where `study` is a `study.compare.Beside`.
+    """
+    theirs = [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers]
+    return Comparison(rows, value, [*theirs, study.yours] if hasattr(study, "yours") else theirs)
 
 
 def as_table(found: dict[tuple, Estimate], keys: Sequence[str], value: str = "mean") -> pd.DataFrame:

@@ -307,7 +307,7 @@ def yours(study) -> str:
     for quantity, saying in sayings.items():
         of = QUANTITIES[quantity]
         try:
-            found = decisions.compared(study, of.rows(study), of.value)
+            found = compare(study, of.rows(study), of.value)
         except NothingToCompare:
             lines.append(
                 f"- {name} has no {readings.titles(study)[quantity][0]} at a size where all the others have one."

@@ -313,13 +313,12 @@ def _slope(rows: pd.DataFrame, name: str, rule: dict) -> Finding:
     lines = [(np.log(own.lr), np.log(own.mmr)) for _, own in rows.groupby(["size", "seed", "auxiliary"], dropna=False)]
     slope, strict = common_slope(lines), common_slope(lines, STRICT)
     counts = "/".join(str(n) for n in rows.groupby("size", sort=False).size())
-    if not slope.certain:
-        return Finding(
-            UNDECIDED, f"Undecided: {len(rows)} tuning runs leave nothing for a spread.", name, slope, counts
-        )
     tie = -rule["margin"] < slope.low and slope.high < rule["margin"]
     verdict = str(decide(slope.low > 0, strict.high < 0, tie))
-    said = {REPRODUCED: "Rises.", NOT_REPRODUCED: "Falls, at 99 %.", TIE: "Flat.", UNDECIDED: "The interval has 0."}
+    unsure = "The interval has 0."
+    if not slope.certain:
+        unsure = f"Undecided: {len(rows)} tuning runs leave nothing for a spread."
+    said = {REPRODUCED: "Rises.", NOT_REPRODUCED: "Falls, at 99 %.", TIE: "Flat.", UNDECIDED: unsure}
     return Finding(verdict, said[verdict], name, slope, counts)
 
 
@@ -476,9 +475,8 @@ def C14(data: Evidence, rule: dict) -> list[Finding]:
     runs, sizes = runs_of(qat), [size for size in full.sizes if size in qat.sizes]
     if len(sizes) < LEAST_SIZES:
         raise Open(UNDECIDED, f"Undecided: {len(sizes)} sizes with enough runs, and a law needs {LEAST_SIZES}.")
-    estimate, draws = log_rho_draws(
-        rows[rows["size"].isin(sizes) & rows.optimizer.isin(data.optimizers)], bootstrap=rule["draws"]
-    )
+    kept = rows[rows["size"].isin(sizes) & rows.optimizer.isin(data.optimizers)]
+    estimate, draws = log_rho_draws(kept, rule["draws"])
     if unknown := [label(name) for name in data.optimizers if not np.isfinite(estimate[name])]:
         raise Open(UNDECIDED, f"Undecided: the runs do not bound rho of {listed(unknown)}.")
     half = rule["half"][0]
