@@ -1,7 +1,7 @@
 """The one command, `beyond-outliers`: every use of the project is a subcommand of it.
 
-A subcommand is a function below: its parameters are the options, its docstring is the help, with an example in its last
-line. Names and numbers are checked before torch is imported. What cannot be done is said in one line; --traceback says
+A subcommand is a function below: its parameters are the options (`study` is the one of --scale), its docstring is the
+help, with an example in its last line. Names and numbers are checked before torch is imported. What cannot be done is said in one line; --traceback says
 where.
 
 Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file is damaged, 75 it was stopped and saved
@@ -67,19 +67,13 @@ Shard = Annotated[str, shard_of]
 Rate = Annotated[float, number(float, 0, "a positive number")]
 
 
-def study_of(scale: str) -> Any:
-    from beyond_outliers.study.study import Study
-
-    return Study(scale)
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
 @command
 def train(
     *,
-    scale: str,
+    study: Any,
     size: str,
     optimizer: str,
     lr: Rate | None = None,
@@ -101,9 +95,7 @@ def train(
 
     beyond-outliers train --scale pocket --size 0.08M --optimizer muon --lr 0.01
     """
-    from beyond_outliers.config.protocol import Protocol
-
-    config = Protocol.load(scale).config(size, optimizer, lr=lr, seed=seed, scheme=scheme)
+    config = study.protocol.config(size, optimizer, lr=lr, seed=seed, scheme=scheme)
     if dry_run:
         import torch
 
@@ -188,7 +180,7 @@ def probe(
 @command
 def reproduce(
     *,
-    scale: str,
+    study: Any,
     jobs: Positive | None = None,
     executor: Literal["local", "slurm"] = "local",
     gpus: Positive | None = None,
@@ -204,17 +196,16 @@ def reproduce(
 
     beyond-outliers reproduce --scale pocket
     """
-    study = study_of(scale)
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
     status = run_workflow(study, jobs, executor, shlex.split(options), target, gpus=gpus or 0)
     if not status and target == "all":
-        say_where(scale)
+        say_where(study)
     return status
 
 
 @command
-def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = None, shard: Shard = "1/1") -> int:
+def continue_(*, study: Any, jobs: Positive | None = None, hours: Rate | None = None, shard: Shard = "1/1") -> int:
     """Train and measure as far as the time reaches; rows that are committed count as done.
 
     jobs: side by side; default: the processors that may be used
@@ -223,14 +214,13 @@ def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = 
 
     beyond-outliers continue --scale confirm --hours 8
     """
-    study = study_of(scale)
     from beyond_outliers.study.collect import merge, take_up
     from beyond_outliers.study.tables import MissingResults
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
     take_up(study)
-    if (paths.RESULTS / scale / "runs.csv").exists():
-        merge(study, paths.RESULTS / scale)  # what others have committed since
+    if ((committed := paths.RESULTS / study.scale) / "runs.csv").exists():
+        merge(study, committed)  # what others have committed since
     before = len(study.table("runs")) if study.has("runs") else 0
     status = run_workflow(study, jobs, options=["--keep-going"], target="tables", hours=hours, rows=1, shard=shard)
     with contextlib.suppress(MissingResults):  # nothing has ended
@@ -240,14 +230,13 @@ def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = 
 
 
 @command
-def plan(*, scale: str, cores: Positive | None = None) -> None:
+def plan(*, study: Any, cores: Positive | None = None) -> None:
     """Say what a scale runs, how much is done, and how long the rest takes.
 
     cores: default: the processors that may be used
 
     beyond-outliers plan --scale laptop
     """
-    study = study_of(scale)
     study.check()
     from beyond_outliers.study.plan import print_plan
 
@@ -255,16 +244,16 @@ def plan(*, scale: str, cores: Positive | None = None) -> None:
 
 
 @command
-def collect(*, scale: str) -> None:
+def collect(*, study: Any) -> None:
     """Write the tables of the runs that have ended so far.
 
     beyond-outliers collect --scale laptop
     """
-    study_of(scale).collect()
+    study.collect()
 
 
 @command
-def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked: bool = False) -> None:
+def claims(claim: str | None = None, /, *, study: Any, rows: Whole = 60, checked: bool = False) -> None:
     """Judge the claims by their rules, or show one with the rows behind it.
 
     claim: one to show; without: judge all and write judged.csv
@@ -276,61 +265,55 @@ def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked
     from beyond_outliers.study.tables import read_table
 
     choose("claim", claim, [None, *read_table(paths.PAPER / "claims.csv").id])
-    study = study_of(scale)
     from beyond_outliers.claims.verdicts import show, write_verdicts
 
     print(show(study, claim, rows or None) if claim else write_verdicts(study, checked))
 
 
 @command
-def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
+def verify(*, study: Any = None, runs: Whole = 2) -> int:
     """Check every file against its checksum, and train runs again.
 
-    scale: also train runs of this one again; default: the tables and pages of all studies
+    study: also train runs of this one again; default: the tables and pages of all studies
     runs: how many, of the smallest size
 
     beyond-outliers verify --scale pocket --runs 2
     """
-    if scale:
-        study_of(scale)  # an unknown one is refused before torch is imported
     from beyond_outliers.study.verify import verify as verify_study
 
-    return verify_study(scale, runs)
+    return verify_study(study, runs)
 
 
 @command
-def replay(*, scale: str) -> None:
+def replay(*, study: Any) -> None:
     """Measure the committed checkpoints again, untrained, and set that beside their rows.
 
     beyond-outliers replay --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study.checkpoints import replay as replay_checkpoints
 
     print(replay_checkpoints(study).to_string(index=False))
 
 
 @command
-def keep(*, scale: str) -> None:
+def keep(*, study: Any) -> None:
     """Write the final weights of one seed to data/checkpoints, to be committed.
 
     beyond-outliers keep --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study.checkpoints import keep as keep_checkpoints
 
     print(*keep_checkpoints(study), sep="\n")
 
 
 @command
-def merge(folder: Path, /, *, scale: str) -> None:
+def merge(folder: Path, /, *, study: Any) -> None:
     """Take over the rows of another machine's tables.
 
     folder: its data/results/SCALE, or data/runs/SCALE/results
 
     beyond-outliers merge OTHER/data/results/confirm --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study import collect
 
     collect.take_up(study)
@@ -339,14 +322,13 @@ def merge(folder: Path, /, *, scale: str) -> None:
 
 
 @command
-def publish(*, scale: str, partial: bool = False) -> None:
+def publish(*, study: Any, partial: bool = False) -> None:
     """Move the tables of your own runs over the committed ones.
 
     partial: although runs of the plan are missing
 
     beyond-outliers publish --scale laptop
     """
-    study = study_of(scale)
     from beyond_outliers.study.publish import publish as publish_tables
 
     print(publish_tables(study, partial))
@@ -355,7 +337,7 @@ def publish(*, scale: str, partial: bool = False) -> None:
 @command
 def compare(
     *,
-    scale: str,
+    study: Any,
     optimizer: str,
     name: str | None = None,
     label: str | None = None,
@@ -372,7 +354,6 @@ def compare(
 
     beyond-outliers compare --scale pocket --optimizer pytorch_optimizer:Lion
     """
-    study_of(scale)
     try:
         given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
     except tomllib.TOMLDecodeError as error:
@@ -383,12 +364,12 @@ def compare(
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study import compare
 
-    beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
+    beside, outside = compare.define(study, optimizer, name, label, given, tuple(rates or ()))
     for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
         print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
-    study = compare.begin(scale, beside, outside)
-    print(f"What is left takes {time_to_build(study)}; a search of rates can add to it.", flush=True)
-    compare.compare(study, outside)
+    compared = compare.begin(study, beside, outside)
+    print(f"What is left takes {time_to_build(compared)}; a search of rates can add to it.", flush=True)
+    compare.compare(compared, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
     print(f"\n{FINDINGS[YOURS](both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
 
@@ -397,22 +378,21 @@ def compare(
 
 
 @command
-def figures(*, scale: str, jobs: Positive = 1) -> None:
+def figures(*, study: Any, jobs: Positive = 1) -> None:
     """Draw figures and pages again from the tables; trains nothing.
 
     jobs: notebooks side by side
 
     beyond-outliers figures --scale laptop
     """
-    study_of(scale)
     from beyond_outliers.notebook import render
 
-    render(scale, jobs)
-    say_where(scale)
+    render(study.scale, jobs)
+    say_where(study)
 
 
 @command
-def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
+def notebook(*, study: Any, name: str, tables_only: bool = False) -> None:
     """Run one notebook and write its page.
 
     name: of a file in notebooks
@@ -421,21 +401,20 @@ def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
     beyond-outliers notebook --scale pocket --name 03_ptq
     """
     choose("notebook", name, sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
-    study_of(scale)
     from beyond_outliers.notebook import run_notebook
 
-    print(run_notebook(name, scale, build=not tables_only))
+    print(run_notebook(name, study.scale, build=not tables_only))
 
 
 @command
-def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
+def pages(task: Literal["check", "index", "readme"], /, *, study: Any) -> None:
     """Check the pages of a scale, or write their index or the README's table, docs/rules.md and the model card.
 
     beyond-outliers pages check --scale laptop
     """
-    study_of(scale)
     from beyond_outliers import pages
 
+    scale = study.scale
     if task == "check":
         names = pages.names_of(scale)
         pages.check_pages(scale, names)
@@ -448,12 +427,12 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
         paths.write_whole(paths.CHECKPOINTS / scale / "README.md", pages.model_card(scale))
 
 
-def say_where(scale: str) -> None:
+def say_where(study: Any) -> None:
     """Where to look, and your runs and verdicts compared with the committed ones."""
     from beyond_outliers.reproduction import NothingToCompare, write
 
-    study, pages = study_of(scale), paths.pages(scale)
-    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {pages / 'README.md'} (start here)")
+    scale = study.scale
+    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {paths.pages(scale) / 'README.md'} (start here)")
     print(f"  tables    {study.results}/*.csv")
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:
@@ -466,18 +445,17 @@ def say_where(scale: str) -> None:
 
 
 @command
-def corpus(*, scale: str) -> None:
+def corpus(*, study: Any) -> None:
     """Fetch and tokenize the corpus (a step of the workflow).
 
     beyond-outliers corpus --scale pocket
     """
-    study = study_of(scale)
     study.check()
     print(json.dumps(study.prepare_corpus()))
 
 
 @command
-def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
+def run(*, study: Any, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
     """Train and measure one run of the plan (a step of the workflow).
 
     run: the name of a planned run
@@ -486,14 +464,13 @@ def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "fu
 
     beyond-outliers run --scale pocket --run 0.03M-adamw-lr0.01-s0-0123456789
     """
-    study = study_of(scale)
     planned = study.find(run, main=level != "light")
     if "RANK" in os.environ:  # one of several processes that train
         study.train(planned, progress=False)
         return 0
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words = ["-m", "beyond_outliers", "run", "--scale", scale, "--run", run]
+        words = ["-m", "beyond_outliers", "run", "--scale", study.scale, "--run", run]
         if code := subprocess.run([*torchrun, *words]).returncode:
             return code
     study.run(planned, progress=False)
@@ -501,34 +478,34 @@ def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "fu
 
 
 @command
-def tune(*, scale: str, size: str, optimizer: str, rows: bool = False) -> None:
+def tune(*, study: Any, size: str, optimizer: str, rows: bool = False) -> None:
     """Search the learning rates of an optimizer (a step of the workflow).
 
     rows: runs that the tables have are done
 
     beyond-outliers tune --scale confirm --size 0.08M --optimizer muon
     """
-    print(json.dumps(study_of(scale).tune(size, optimizer, rows, progress=False)))
+    print(json.dumps(study.tune(size, optimizer, rows, progress=False)))
 
 
 @command
-def choose_(*, scale: str, size: str) -> None:
+def choose_(*, study: Any, size: str) -> None:
     """Choose the learning rates of a size from its sweep (a step of the workflow).
 
     beyond-outliers choose --scale pocket --size 0.03M
     """
-    print(study_of(scale).choose_learning_rates(size).to_string(index=False))
+    print(study.choose_learning_rates(size).to_string(index=False))
 
 
 @command
-def common(*, scale: str, size: str, seed: str = "all") -> None:
+def common(*, study: Any, size: str, seed: str = "all") -> None:
     """Measure the runs of a size where they reach their Common Loss (a step of the workflow).
 
     seed: of scales whose Common Loss is taken by seed
 
     beyond-outliers common --scale pocket --size 0.03M
     """
-    study_of(scale).measure_common(size, None if seed == "all" else int(seed))
+    study.measure_common(size, None if seed == "all" else int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------- the entry point
@@ -555,11 +532,12 @@ def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
         elif kind is bool:
             settings["action"] = "store_true"
         else:
-            settings["type"] = kind.__metadata__[0] if get_origin(kind) is Annotated else kind
+            settings["type"] = kind.__metadata__[0] if get_origin(kind) is Annotated else str if kind is Any else kind
         if parameter.kind is parameter.POSITIONAL_ONLY:
             parser.add_argument(name, **(settings if required else settings | {"nargs": "?"}))
         else:
-            parser.add_argument(f"--{name.replace('_', '-')}", required=required, **settings)
+            option = "scale" if name == "study" else name.replace("_", "-")
+            parser.add_argument(f"--{option}", dest=name, required=required, **settings)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -591,6 +569,10 @@ def main(arguments: list[str] | None = None) -> int:
     parameters = inspect.signature(function).parameters.values()
     first = [given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     try:
+        if given.get("study"):
+            from beyond_outliers.study.study import Study
+
+            given["study"] = Study(given["study"])
         return function(*first, **given) or 0
     except KeyboardInterrupt:
         if traceback:

@@ -28,7 +28,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def written(scale="smoke", **changes):
-    beside, one = define(scale, SGD, hyper={"momentum": 0.9}, rates=(0.1, 0.3, 1.0))
+    beside, one = define(Study(scale), SGD, hyper={"momentum": 0.9}, rates=(0.1, 0.3, 1.0))
     one = Outside(**{**vars(one), **changes})
     one.write(optimizer_file(beside))
     return beside, one
@@ -82,11 +82,10 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: source_of("lion"), ["'lion'", "pytorch_optimizer:Lion"]),
+        (lambda: define(Study("smoke"), "lion"), ["'lion'", "module:name"]),
         (lambda: source_of("muon"), ["study's own"]),
-        (lambda: define("smoke", SGD, hyper={"momentum": 0.5}), ["smoke+sgd", "'momentum': 0.9", "'momentum': 0.5"]),
-        (lambda: define("smoke", "torch.optim:SDG"), ["no 'SDG'"]),
-        (lambda: define("smook", SGD), ["smook", "pocket"]),
+        (lambda: define(Study("smoke"), SGD, hyper={"momentum": 0.5}), ["smoke+sgd", "'momentum': 0.9", "'momentum': 0.5"]),
+        (lambda: define(Study("smoke"), "torch.optim:SDG"), ["no 'SDG'"]),
         (lambda: Study("smoke+lion"), ["smoke+lion", "make compare"]),
         (lambda: Study("smoke+a+b"), ["smoke+a+b", "one '+'"]),
         (lambda: Outside(source="sgd", label="x", learning_rates=(0.1,)), ["module:Class", "'sgd'"]),
@@ -135,7 +134,7 @@ def test_hyperparameters_are_checked_before_anything_is_trained():
 def test_without_tables_to_stand_beside_there_is_no_comparison():
     name, one = written()
     with pytest.raises(MissingResults, match="make reproduce SCALE=smoke"):
-        compare(begin("smoke", name, one), one)
+        compare(begin(Study("smoke"), name, one), one)
 
 
 def test_the_common_loss_of_the_six_holds_for_yours():

@@ -17,7 +17,7 @@ from torch import Tensor
 from beyond_outliers.config.loading import load_own
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.optimizers.adamw import AdamW
-from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like
+from beyond_outliers.optimizers.groups import ROLES, RoleGroups, lay_out
 
 KEYS = ("roles", "rest_lr", "groups")  # hyperparameters of `Outside` itself
 
@@ -50,6 +50,8 @@ class Outside(RoleGroups):
     it is made, puts them into other groups, or wants to be told when it trains and when it is evaluated.
     """
 
+    travels = ("role_defaults", "source", "roles", "parts")
+
     def __init__(
         self,
         params,
@@ -68,8 +70,7 @@ class Outside(RoleGroups):
         if weight_decay and "weight_decay" not in arguments:
             raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
         self.source, self.roles = source, tuple(roles)
-        missing = float("nan")
-        rest = {"lr": missing if rest_lr is None else rest_lr}
+        rest = {"lr": math.nan if rest_lr is None else rest_lr}
         self.role_defaults = {role: rest for role in ROLES if role not in roles}
         self.parts: list[torch.optim.Optimizer] = []
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -100,9 +101,6 @@ class Outside(RoleGroups):
         ours = [group for group in self.param_groups if group["role"] in self.roles]
         return ours, [group for group in self.param_groups if group["role"] not in self.roles]
 
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "source": self.source, "roles": self.roles, "parts": self.parts}
-
     def _refuse_strange(self, made: Any, groups: list[dict], before: list[Tensor]) -> None:
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"{self.source} gives a {type(made).__name__}; valid: a torch.optim.Optimizer")
@@ -124,9 +122,7 @@ class Outside(RoleGroups):
         for made, groups in zip(self.parts, self._groups(), strict=False):
             for own, group in zip(made.param_groups, groups, strict=True):
                 own["lr"] = group["lr"]  # as the schedule set it
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad = laid_out_like(p)
+                lay_out(group["params"])
             with self.precisely():
                 made.step()
         return loss

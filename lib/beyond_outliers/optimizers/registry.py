@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from beyond_outliers.config.registry import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
-from beyond_outliers.optimizers.groups import AT_LEAST_0, parameter_groups, require
+from beyond_outliers.optimizers.groups import ZERO_OR_MORE, parameter_groups, require
 from beyond_outliers.optimizers.outside import Outside
 
 __all__ = ["OPTIMIZERS", "REGISTRY", "Entry", "build_optimizer"]
@@ -34,7 +34,7 @@ def build_optimizer(
     groups = parameter_groups(model)
     for key, (role, setting) in ROLE_RATES.items():
         if hyper.get(key) is not None:
-            require(AT_LEAST_0, key, hyper[key])
+            require(ZERO_OR_MORE, key, hyper[key])
             own = hyper.pop(key)
             groups = [{**group, setting: own} if group["role"] == role else group for group in groups]
     centred = hyper.pop("centred_embedding", False)

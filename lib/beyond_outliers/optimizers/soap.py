@@ -20,6 +20,7 @@ correction, but for the weight decay (0.01 in the reference).
 import torch
 from torch import Tensor
 
+from beyond_outliers.optimizers.groups import ROLES
 from beyond_outliers.optimizers.linalg import add_gram_, eigh, orthonormal
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -35,6 +36,8 @@ class SOAP(StackedOptimizer):
     1,024 words has the same sides with 512 (tests/optimizers/test_sides.py).
     """
 
+    squared = ROLES
+
     def __init__(
         self,
         params,
@@ -49,9 +52,6 @@ class SOAP(StackedOptimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "shampoo_beta": shampoo_beta}
         defaults |= {"eps": eps, "frequency": frequency, "max_preconditioned_size": max_preconditioned_size}
         super().__init__(params, defaults)
-
-    def squares(self, group: dict) -> bool:
-        return True
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
