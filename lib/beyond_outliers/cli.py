@@ -1,8 +1,8 @@
 """The one command, `beyond-outliers`: every use of the project is a subcommand of it.
 
 A subcommand is a function below: its parameters are the options (`study` is the one of --scale), its docstring is the
-help, with an example in its last line. Names and numbers are checked before torch is imported. What cannot be done is said in one line; --traceback says
-where.
+help, with an example in its last line. Names and numbers are checked before torch is imported. What cannot be done is
+said in one line; --traceback says where.
 
 Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file is damaged, 75 it was stopped and saved
 (the same command goes on), 130 Ctrl-C.
@@ -432,7 +432,8 @@ def say_where(study: Any) -> None:
     from beyond_outliers.reproduction import NothingToCompare, write
 
     scale = study.scale
-    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {paths.pages(scale) / 'README.md'} (start here)")
+    page = paths.pages(scale) / "README.md"
+    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {page} (start here)")
     print(f"  tables    {study.results}/*.csv")
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:

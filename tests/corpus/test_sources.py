@@ -50,14 +50,6 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
         fetch_source("botocore")
 
 
-def test_a_wheel_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "CACHE", tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"put the file botocore-.*\.whl into"):
-        fetch_source("botocore")
-
-
 def test_climbmix_rows_of_token_ids_become_text(monkeypatch, corpus_config):
     """Rows as the hub streams them, with GPT-2 ids in `tokens` (here: of our tokenizer)."""
     tokenizer = open_corpus(corpus_config).tokenizer

@@ -34,12 +34,6 @@ def written(scale="smoke", **changes):
     return beside, one
 
 
-def test_a_definition_comes_back_from_its_file():
-    name, one = written(label='SGD, "plain"', hyper={"momentum": 0.9, "roles": ["matrix"], "rest_lr": 3e-3})
-    assert name == "smoke+sgd" and read_outside(name) == one
-    assert Protocol.load(name).settings.labels == {SGD: 'SGD, "plain"'} and entry(SGD).label == 'SGD, "plain"'
-
-
 @pytest.mark.parametrize("scale", ["smoke", "pocket", "laptop", "confirm"])
 def test_the_scale_is_the_same_but_for_its_optimizer(scale):
     name, _ = written(scale)
@@ -54,13 +48,6 @@ def test_the_scale_is_the_same_but_for_its_optimizer(scale):
         assert planned.config.scale == name and planned.config.hyper["momentum"] == 0.9
         assert not set(planned.config.name) & set(":/\\") and planned.config.optimizer == SGD
         assert planned.config.from_json(planned.config.to_json()) == planned.config
-
-
-def test_no_run_of_the_six_changes():
-    before = [p.config.name for p in Protocol.load("smoke").sweep_runs()]
-    written()
-    after = Protocol.load("smoke")
-    assert [p.config.name for p in after.sweep_runs()] == before and after.optimizers == OPTIMIZER_NAMES
 
 
 def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
@@ -84,7 +71,10 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
     [
         (lambda: define(Study("smoke"), "lion"), ["'lion'", "module:name"]),
         (lambda: source_of("muon"), ["study's own"]),
-        (lambda: define(Study("smoke"), SGD, hyper={"momentum": 0.5}), ["smoke+sgd", "'momentum': 0.9", "'momentum': 0.5"]),
+        (
+            lambda: define(Study("smoke"), SGD, hyper={"momentum": 0.5}),
+            ["smoke+sgd", "momentum': 0.9", "momentum': 0.5"],
+        ),
         (lambda: define(Study("smoke"), "torch.optim:SDG"), ["no 'SDG'"]),
         (lambda: Study("smoke+lion"), ["smoke+lion", "make compare"]),
         (lambda: Study("smoke+a+b"), ["smoke+a+b", "one '+'"]),
@@ -102,17 +92,15 @@ def test_what_cannot_be_is_refused(call, words):
     ("hyper", "label"),
     [
         ("growth_rate = inf, floor = -inf, eps = 1e-30", "Prodigy"),
-        ("inner = {lr = 0.1, flags = [true, false]}", "Wrapped, 'once' and \"twice\""),
         ('"my key" = 1, "a.b" = "c = 2", "" = 0', "X\t\\n"),
-        ("groups = {matrix = {use_muon = true}}, betas = [0.9, 1]", "Lion \U0001f981"),
-        ("number = 3, real = 3.0, yes = true", "größer"),
+        ("number = 3, real = 3.0, groups = {matrix = {use_muon = true}}, betas = [0.9, 1]", "größer 'once' \U0001f981"),
     ],
 )
 def test_a_definition_comes_back_as_it_was_written(hyper, label):
     given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
     name, one = written(hyper=given, label=label)
     found = read_outside(name)
-    assert found == one and found.label == label
+    assert found == one and Protocol.load(name).settings.labels == {SGD: label} and entry(SGD).label == label
     assert {key: type(value) for key, value in found.hyper.items()} == {k: type(v) for k, v in given.items()}
     # and every later step goes by it: the scale with it, its runs, their JSON
     config = Study(name).planned()[0].config

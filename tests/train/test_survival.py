@@ -88,15 +88,10 @@ def sweep(kind, every, config, whole, tmp_path):
     assert number > 30  # so many changes were there to be hit
 
 
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", faults.KINDS)
-def test_a_run_survives_a_fault_at_some_changes_of_its_folder(tiny, whole, tmp_path, kind):
-    sweep(kind, 13, tiny, whole, tmp_path)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", faults.KINDS)
-def test_a_run_survives_a_fault_at_every_change_of_its_folder(tiny, whole, tmp_path, kind):
-    sweep(kind, 1, tiny, whole, tmp_path)
+def test_a_run_survives_a_fault_at_changes_of_its_folder(tiny, whole, tmp_path, kind, every):
+    sweep(kind, every, tiny, whole, tmp_path)
 
 
 @pytest.mark.parametrize("size", [100, 5_000, pytest.param(20_000, marks=pytest.mark.slow), 60_000, 120_000])

@@ -32,7 +32,9 @@ KINDS: dict[str, Any] = {
     "lr": ZERO_OR_MORE,
     "weight_decay": ZERO_OR_MORE,
     "momentum": SHARE,
-    "betas": Annotated[tuple[float, ...], Limit("of two in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))],
+    "betas": Annotated[
+        tuple[float, ...], Limit("of two in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+    ],
     "eps": ZERO_OR_MORE,
     "ns_steps": Annotated[int, between(1, 100)],
     "ns_dtype": Annotated[object, Limit(str(DTYPES), DTYPES.__contains__)],
@@ -57,9 +59,9 @@ class NonFiniteGradientError(ValueError):
 class RoleGroups(torch.optim.Optimizer):
     """Base, alone or with one of torch's: groups carry `role`; non-finite gradients are refused.
 
-    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults, `kinds` those
-    hyperparameters whose valid values differ from KINDS, `squared` the roles whose state keeps squares of gradients,
-    which an overflow would spoil for good. `travels`: what a copy or a pickle takes along.
+    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults. `kinds`
+    holds those hyperparameters whose valid values differ from KINDS. `squared`: the roles whose state keeps squares of
+    gradients, which an overflow would spoil for good. `travels`: what a copy or a pickle takes along.
     """
 
     role_defaults: dict[str, dict] = {}  # noqa: RUF012  # never written to

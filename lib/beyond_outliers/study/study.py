@@ -168,8 +168,7 @@ class Study:
         result, settings = self.train(planned, **options), self.protocol.measure
         torch.set_num_threads(self.protocol.threads)
         if result.row["status"] == "finished":
-            level = {"sweep": "light", "branches": "common"}.get(planned.purpose, "full")
-            measure_run(result, result.row["steps"], level, settings)
+            measure_run(result, result.row["steps"], planned.level, settings)
             if planned.purpose == "full_precision" and settings.trajectory:
                 measure_trajectory(result, settings)
         return result
