@@ -13,7 +13,6 @@ import contextlib
 import errno
 import inspect
 import json
-import math
 import os
 import re
 import shlex
@@ -22,12 +21,13 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from beyond_outliers import paths
 from beyond_outliers.checksums import DamagedFile
-from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.parsing import Limit, between, choose, matching, parse
 
 DAMAGED = 65  # EX_DATAERR
 COMMANDS: dict[str, Callable[..., int | None]] = {}
@@ -39,32 +39,25 @@ def command(function: Callable[..., int | None]) -> Callable:
     return function
 
 
-def number(kind: type, least: float, what: str) -> Callable[[str], Any]:
-    """A type of arguments: finite numbers of a kind; `least` itself is one of them where kind is int."""
-
-    def of(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least or (kind is float and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return of
+def read(kind: Any, text: str) -> Any:
+    """An argument as an annotation of `config.parsing`; what does not fit is refused in its words."""
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = get_args(kind)[0](text)
+    try:
+        return parse(value, kind, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def shard_of(text: str) -> str:
-    part, _, parts = text.partition("/")
-    if part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no part of a plan; valid: 1/5, 2/5, ..., 5/5")
-
-
-Positive = Annotated[int, number(int, 1, "a whole number of at least 1")]
-Whole = Annotated[int, number(int, 0, "a whole number of at least 0")]
-Shard = Annotated[str, shard_of]
-Rate = Annotated[float, number(float, 0, "a positive number")]
+Positive = Annotated[int, between(1, 2**31)]
+Whole = Annotated[int, between(0, 2**31)]
+Rate = Annotated[float, Limit("above 0", lambda value: value > 0)]
+Shard = Annotated[
+    str,
+    matching(r"[1-9]\d*/\d+", "like 2/5"),
+    Limit("(a part of a plan)", lambda text: int(text.split("/")[0]) <= int(text.split("/")[1])),
+]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -542,7 +535,7 @@ def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
         elif kind is bool:
             settings["action"] = "store_true"
         else:
-            settings["type"] = kind.__metadata__[0] if get_origin(kind) is Annotated else str if kind is Any else kind
+            settings["type"] = partial(read, kind) if get_origin(kind) is Annotated else str if kind is Any else kind
         if parameter.kind is parameter.POSITIONAL_ONLY:
             parser.add_argument(name, **(settings if required else settings | {"nargs": "?"}))
         else:
@@ -550,7 +543,7 @@ def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
             parser.add_argument(f"--{option}", dest=name, required=required, **settings)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="beyond-outliers", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--traceback", action="store_true", help="where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -572,7 +565,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Does what the words of a command line ask for; SystemExit, after one line, where that cannot be."""
-    given = vars(parse(sys.argv[1:] if arguments is None else arguments))
+    given = vars(parsed(sys.argv[1:] if arguments is None else arguments))
     name, traceback = given.pop("command"), given.pop("traceback")
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     function = COMMANDS[name]

@@ -72,9 +72,7 @@ class PSGD(StackedOptimizer):
         seed: int = 0,
     ):
         require(Annotated[int, between(0, 2**63)], "seed", seed)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        defaults |= {"preconditioner_lr": preconditioner_lr, "max_size_triangular": max_size_triangular}
-        super().__init__(params, defaults | {"update_probability": update_probability})
+        super().__init__(params, locals(), beside=("seed",))
         device = next(p.device for group in self.param_groups for p in group["params"])
         self.generator = torch.Generator(device).manual_seed(seed)
 

@@ -54,10 +54,8 @@ class Scion(StackedOptimizer):
     ):
         require(ZERO_OR_MORE, "embedding_lr", embedding_lr)
         require(ZERO_OR_MORE, "vector_lr", vector_lr)
-        defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
-        defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
-        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
-        super().__init__(params, defaults, {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}})
+        role_rates = {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}}
+        super().__init__(params, locals(), role_rates, ("embedding_lr", "vector_lr", "role_rates"))
 
     def check(self, group: dict) -> None:
         super().check(group)

@@ -53,8 +53,7 @@ class Shampoo(StackedOptimizer):
         frequency: int = 20,
         max_block_size: int = 12_288,
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
-        super().__init__(params, defaults | {"frequency": frequency, "max_block_size": max_block_size})
+        super().__init__(params, locals())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

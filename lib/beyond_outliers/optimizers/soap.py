@@ -49,9 +49,7 @@ class SOAP(StackedOptimizer):
         frequency: int = 10,
         max_preconditioned_size: int = 10_000,
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "shampoo_beta": shampoo_beta}
-        defaults |= {"eps": eps, "frequency": frequency, "max_preconditioned_size": max_preconditioned_size}
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
