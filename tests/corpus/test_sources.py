@@ -37,7 +37,7 @@ def test_markup_is_stripped(raw, text):
 
 
 def test_an_unknown_source_is_refused():
-    with pytest.raises(KeyError, match="botocore"):
+    with pytest.raises(ValueError, match="did you mean botocore"):
         fetch_source("bootcore")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.config.parsing import Limit, between, parse
+from beyond_outliers.config.parsing import Limit, between, choose, parse
 from beyond_outliers.modules import find_head
 
 ROLES = ("matrix", "embedding", "vector")
@@ -72,8 +72,8 @@ class RoleGroups(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
         entries, of_group = param_group["params"], param_group.get("role")
-        if of_group not in (None, *ROLES):
-            raise ValueError(f"unknown role {of_group!r}: valid roles are {', '.join(ROLES)}")
+        if of_group is not None:
+            choose("role", of_group, ROLES)
         split: dict[str, list] = {of_group: []} if of_group else {"matrix": [], "vector": []}
         for entry in [entries] if isinstance(entries, Tensor) else entries:
             name, tensor = entry if isinstance(entry, tuple) else ("a parameter", entry)

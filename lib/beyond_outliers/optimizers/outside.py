@@ -7,7 +7,7 @@ a small model (see `trial`): whether a resumed run goes on bit by bit, and wheth
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,13 +31,15 @@ def load_optimizer(source: str) -> tuple[Callable, Mapping[str, inspect.Paramete
         raise ValueError(f"{source} is no optimizer ({error}); valid: a class of torch.optim's form") from None
 
 
-def check_hyperparameters(source: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> None:
-    """ValueError for hyperparameters that the class does not take, naming those that it does."""
+def check_hyperparameters(
+    name: str, parameters: Mapping[str, inspect.Parameter], given: Iterable[str], more: Iterable[str] = ()
+) -> None:
+    """ValueError for hyperparameters that a class does not take, naming those that it does, and `more` of others."""
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return  # it takes everything, and says itself what it cannot use
-    valid = [name for name in list(parameters)[1:] if name not in ("lr", "weight_decay")]
+    valid = [*(key for key in list(parameters)[1:] if key not in ("lr", "weight_decay")), *more]
     if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{source} has no hyperparameter {', '.join(unknown)}; valid: {', '.join([*KEYS, *valid])}")
+        raise ValueError(f"{name} has no hyperparameter {', '.join(unknown)}; valid: {', '.join(valid)}")
 
 
 class Outside(RoleGroups):
@@ -66,7 +68,7 @@ class Outside(RoleGroups):
         for role in (*roles, *groups):
             choose("role", role, ROLES)
         factory, arguments = load_optimizer(source)
-        check_hyperparameters(source, arguments, list(hyper))
+        check_hyperparameters(source, arguments, hyper, KEYS)
         if weight_decay and "weight_decay" not in arguments:
             raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
         self.source, self.roles = source, tuple(roles)

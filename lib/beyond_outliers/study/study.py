@@ -43,8 +43,7 @@ class Study:
 
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
-        if name not in TABLES:
-            raise ValueError(f"unknown table {name!r}; valid: {', '.join(TABLES)}")
+        choose("table", name, TABLES)
         file = self.results / f"{name}.csv"
         if not self.has(name):
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
