@@ -33,10 +33,10 @@ def built(corpus_config):
     return open_corpus(corpus_config)
 
 
-def test_tokens_decode_to_the_documents(built, corpus_config):
-    train, validation = split(documents(corpus_config), corpus_config.validation_share)
-    assert list(built.heldout) == validation
-    assert int((built.train == 0).sum()) == len(train)
+def test_tokens_decode_to_the_documents(built, corpus_config, tmp_path):
+    with split(documents(corpus_config), corpus_config.validation_share, tmp_path) as (train, validation):
+        assert list(built.heldout) == list(validation)
+        assert int((built.train == 0).sum()) == len(list(train))
     assert built.train.dtype == np.uint16
     assert built.tokenizer.token_to_id(BOUNDARY) == 0
 
