@@ -160,7 +160,7 @@ def test_states_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     "name, hyper, words",
     [
-        ("torch.optim:SDG", {}, ["'torch.optim'", "no 'SDG'", "SGD"]),
+        ("torch.optim:SDG", {}, ["'torch.optim'", "unknown optimizer", "'SDG'", "did you mean SGD"]),
         ("nobody:Mine", {}, ["cannot import 'nobody'", "nobody.py"]),
         ("lion", {}, ["unknown optimizer 'lion'", "muon", "module:Class"]),
         ("torch.optim:SGD", {"momentun": 0.9}, ["momentun", "momentum", "roles"]),

@@ -75,7 +75,7 @@ def test_the_rates_are_searched_until_the_best_lies_inside(monkeypatch):
             lambda: define(Study("smoke"), SGD, hyper={"momentum": 0.5}),
             ["smoke+sgd", "momentum': 0.9", "momentum': 0.5"],
         ),
-        (lambda: define(Study("smoke"), "torch.optim:SDG"), ["no 'SDG'"]),
+        (lambda: define(Study("smoke"), "torch.optim:SDG"), ["'SDG'"]),
         (lambda: Study("smoke+lion"), ["smoke+lion", "make compare"]),
         (lambda: Study("smoke+a+b"), ["smoke+a+b", "one '+'"]),
         (lambda: Outside(source="sgd", label="x", learning_rates=(0.1,)), ["module:Class", "'sgd'"]),

@@ -72,10 +72,6 @@ def _windows(tokens: np.ndarray, context: int, n_tokens: int) -> torch.Tensor:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(context)].astype(np.int64))
 
 
-def measure_folder(folder: Path, step: int) -> Path:
-    return folder / f"measure-{step:06d}"
-
-
 def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
@@ -85,7 +81,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     DamagedFile where it is measured and its sums cannot be read.
     """
     choose("level", level, LEVELS)
-    target = measure_folder(result.folder, step)
+    target = result.folder / f"measure-{step:06d}"
     if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         checksums.read_sums(target)  # torn ones are told here, before anything is made of the tables
         return target
