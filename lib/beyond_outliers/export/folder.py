@@ -53,6 +53,13 @@ def open_run(run: str | Path) -> tuple[RunConfig, nn.Module]:
     return result.config, result.load_model()
 
 
+def new_folder(folder: str | Path) -> Path:
+    """The folder; ValueError where it holds something already."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} is not empty; valid: a new folder")
+    return Path(folder)
+
+
 def export(run: str | Path, folder: str | Path, spec: QuantSpec | None = None) -> Path:
     """Writes a run's model, rounded as `spec` says where there is one, for `AutoModelForCausalLM`; returns the folder.
 
@@ -66,9 +73,7 @@ def export(run: str | Path, folder: str | Path, spec: QuantSpec | None = None) -
             f"{config.name} was trained under quantization, whose grid travels with no specification; valid: a run in "
             "full precision, rounded with spec where it is to be"
         )
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; valid: a new folder")
+    folder = new_folder(folder)
     corpus = open_corpus(config.corpus, config.context)
     rotations: dict[str, int | None] = {}
     if spec is not None:

@@ -68,7 +68,7 @@ class SOAP(StackedOptimizer):
             rotated = rotate(gradient, state)
             state["exp_avg"].lerp_(rotated, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-            update = rotate_back(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state)
+            update = rotate(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state, back=True)
             stack.descend(update, group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
             stack.decay(group["lr"], group["weight_decay"])
 
@@ -84,7 +84,7 @@ class SOAP(StackedOptimizer):
 
     def turn_bases(self, state: dict[str, Tensor]) -> None:
         """One power iteration and QR per factor; V follows the sorting, M goes back and forth."""
-        state["exp_avg"].copy_(rotate_back(state["exp_avg"], state))
+        state["exp_avg"].copy_(rotate(state["exp_avg"], state, back=True))
         for axis, side in enumerate(("left", "right")):
             if side not in state:
                 continue
@@ -97,15 +97,13 @@ class SOAP(StackedOptimizer):
         state["exp_avg"].copy_(rotate(state["exp_avg"], state))
 
 
-def rotate(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Q_L^T x Q_R, an absent basis being the identity; (N, rows, cols), or (N, n) without bases."""
-    if "left" in state:
-        x = state["left_basis"].mT @ x
-    return x @ state["right_basis"] if "right" in state else x
+def rotate(x: Tensor, state: dict[str, Tensor], back: bool = False) -> Tensor:
+    """Q_L^T x Q_R, or `back` Q_L x Q_R^T, an absent basis being the identity.
 
-
-def rotate_back(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Q_L x Q_R^T."""
+    x: (N, rows, cols), or (N, n) without bases.
+    """
     if "left" in state:
-        x = state["left_basis"] @ x
-    return x @ state["right_basis"].mT if "right" in state else x
+        x = (state["left_basis"] if back else state["left_basis"].mT) @ x
+    if "right" in state:
+        x = x @ (state["right_basis"].mT if back else state["right_basis"])
+    return x
