@@ -1,4 +1,4 @@
-"""A checkout of its own with a study of seconds, its commands as users give them, and the end of all they started."""
+"""A checkout of its own with a study of seconds, and its commands as users give them."""
 
 import copy
 import os
