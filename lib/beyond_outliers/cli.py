@@ -459,7 +459,8 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
 
 def say_where(scale: str) -> None:
     """Where to look, and your runs and verdicts compared with the committed ones."""
-    from beyond_outliers.reproduction import NothingToCompare, write
+    from beyond_outliers.reproduction import write
+    from beyond_outliers.study.tables import MissingResults
 
     study, pages = study_of(scale), paths.pages(scale)
     print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {pages / 'README.md'} (start here)")
@@ -467,7 +468,7 @@ def say_where(scale: str) -> None:
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(scale))
-        except NothingToCompare as nothing:
+        except MissingResults as nothing:
             print(f"Your runs and the committed ones: {nothing}.")
 
 
