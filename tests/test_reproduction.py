@@ -6,7 +6,7 @@ import pytest
 
 from beyond_outliers import paths, reproduction
 from beyond_outliers.cli import say_where
-from beyond_outliers.study import Study
+from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.publish import take_up
 from made_up_runs import table
 from repository import repository_of_pocket
@@ -96,7 +96,7 @@ def test_without_runs_of_ones_own_it_says_so(repository, capsys):
     say_where(Study("pocket"))
     assert "make reproduce SCALE=pocket" in capsys.readouterr().out
     take_up(Study("pocket"))
-    with pytest.raises(reproduction.NothingToCompare, match="no run of scale pocket was made here"):
+    with pytest.raises(MissingResults, match="no run of scale pocket was made here"):
         reproduction.write("pocket")
-    with pytest.raises(reproduction.NothingToCompare, match="nothing is committed of scale smoke"):
+    with pytest.raises(MissingResults, match="nothing is committed of scale smoke"):
         reproduction.write("smoke")

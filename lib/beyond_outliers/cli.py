@@ -431,7 +431,8 @@ def pages(task: Literal["check", "index", "readme"], /, *, study: Any) -> None:
 
 def say_where(study: Any) -> None:
     """Where to look, and your runs and verdicts compared with the committed ones."""
-    from beyond_outliers.reproduction import NothingToCompare, write
+    from beyond_outliers.reproduction import write
+    from beyond_outliers.study.tables import MissingResults
 
     scale = study.scale
     page = paths.pages(scale) / "README.md"
@@ -440,7 +441,7 @@ def say_where(study: Any) -> None:
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(scale))
-        except NothingToCompare as nothing:
+        except MissingResults as nothing:
             print(f"Your runs and the committed ones: {nothing}.")
 
 
