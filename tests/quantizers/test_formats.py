@@ -139,7 +139,7 @@ def test_a_format_of_your_own_by_module_and_name(own_formats):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("formats_of_mine:binary", ["no 'binary'", "ternary"]),
+        ("formats_of_mine:binary", ["'binary'", "ternary"]),
         ("formats_of_mine:number", ["is a int", "Format"]),
         ("formats_of_nobody:ternary", ["formats_of_nobody.py", "installed module"]),
         ("formats_of_mine", ["unknown format", "module:name"]),
