@@ -128,6 +128,19 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     return pd.DataFrame(rows, index=READINGS).assign(n=len(sequences)).rename_axis("reading")
 
 
+def second_order_kl(logits: Tensor, logits_q: Tensor) -> Tensor:
+    """Var_p(dz) / 2 in nats, (..., V) -> (...,) float64: KL(p || pq) up to terms of third order in dz."""
+    z = logits.double()
+    return _variance(z.softmax(-1), logits_q.double() - z) / 2
+
+
+def softmax_weighted_error(logits: Tensor, logits_q: Tensor) -> Tensor:
+    """Var_p(dz) / Var_p(z), (..., V) -> (...,) float64: the relative error, every word counted by its probability."""
+    z = logits.double()
+    p = z.softmax(-1)
+    return _variance(p, logits_q.double() - z) / _variance(p, z)
+
+
 def _variance(p: Tensor, x: Tensor) -> Tensor:
     """(...,): variance of x (..., V) under the probabilities p."""
     return (p * (x - (p * x).sum(-1, keepdim=True)).square()).sum(-1)
