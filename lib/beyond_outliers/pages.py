@@ -36,7 +36,8 @@ TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
 {% endif -%}{%- endblock input -%}
 {%- block stream -%}{%- if output.name == 'stdout' -%}{{ super() }}{%- endif -%}{%- endblock stream -%}
 {%- block data_png -%}
-{%- set image = output.metadata.get('image/png', {}) -%}![{{ image.caption or image.figure }}]({{ image.figure }}.png)
+{%- set image = output.metadata.get('image/png', {}) -%}
+<img src="{{ image.figure }}.png" width="{{ image.width }}" alt="{{ image.alt or image.figure }}">
 {%- if image.caption %}
 
 *{{ image.caption }}*{%- endif %}
@@ -48,7 +49,7 @@ SETTINGS = {  # of nbconvert; figures are files already
     "TagRemovePreprocessor": {"enabled": True, "remove_all_outputs_tags": {"setup"}},
     "ExtractOutputPreprocessor": {"enabled": False},
 }
-SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]*)\.png\)")  # a figure on a page
+SHOWN = re.compile(r'<img src="([^"]*)\.png"')  # a figure on a page
 LARGEST = 150_000  # bytes per page
 BEGIN, END = "<!-- decisions of scale {scale}: beyond-outliers pages readme -->", "<!-- end of decisions -->"
 CAPTION = """*Lowest loss on held-out text in scale [{scale}](figures/{scale}/README.md), with 95 % intervals. In
