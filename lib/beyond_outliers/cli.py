@@ -158,7 +158,14 @@ def export(
 
 @command
 def probe(
-    model: str, /, *, text: Path | None = None, spec: str = "W4A4", budget: Rate = 4.5, trust_remote_code: bool = False
+    model: str,
+    /,
+    *,
+    text: Path | None = None,
+    spec: str = "W4A4",
+    budget: Rate = 4.5,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Say what quantization does to any checkpoint, which layers cost most, and what to do.
 
@@ -166,6 +173,7 @@ def probe(
     text: a file of text to run it on; default: data/held_out.txt
     spec: the format, for instance W8A8
     budget: bits per weight, of 4 and 8, to be shared out among the layers
+    tokenizer: a folder or name to take it from, where the model has none
     trust_remote_code: run code that comes with the checkpoint
 
     beyond-outliers probe HuggingFaceTB/SmolLM2-135M --text sample.txt --spec W4A4
@@ -176,7 +184,8 @@ def probe(
     from beyond_outliers.probe import probe as probe_model
     from beyond_outliers.quantizers.spec import QuantSpec
 
-    found = probe_model(model, text, QuantSpec.named(spec), trust_remote_code=trust_remote_code)
+    settings = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+    found = probe_model(model, text, QuantSpec.named(spec), **settings)
     if bits_of(found.spec) == 4:
         bits = recommend(found.layers, budget)
         print(f"\n8 bits, within {budget:g} on average: {', '.join(bits.index[bits == 8]) or 'none'}")

@@ -119,9 +119,17 @@ def test_what_is_missing_is_named(tmp_path, tokenizer):
         probe(tmp_path / "absent.gguf", TEXT)
     with pytest.raises(ValueError, match=r"no config\.json"):
         probe(tmp_path, TEXT)
+    tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=9, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path / "alone")
+    for missing in ({}, {"tokenizer": tmp_path / "alone"}):
+        with pytest.raises(ValueError, match=r"alone' holds no tokenizer; valid: tokenizer="):
+            probe(tmp_path / "alone", TEXT, **missing)
+    with pytest.raises(ValueError, match=r"no model folder at .*absent"):
+        probe(model, TEXT, tokenizer=tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     with pytest.raises(ValueError, match="cannot load"):
-        probe(tmp_path, TEXT)
+        probe(tmp_path, TEXT, tokenizer=tokenizer)
     short = tmp_path / "short.txt"
     short.write_text("too short")
     with pytest.raises(ValueError, match="fills 0 windows of 16"):

@@ -30,47 +30,11 @@ def quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-def load(
-    source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False, **options: Any
-) -> tuple[nn.Module, Any]:
-    """Model (float32, evaluation mode) and tokenizer, None where it is not asked for.
-
-    source: a folder, a GGUF file (whose weights are dequantized), a hub name, or one of `EXAMPLES`. options: more of
-    `from_pretrained`.
-    Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
-    encoder and decoder, and where weights of the model are not in the checkpoint, have another shape, or belong to
-    layers that the configuration does not have (naming them).
-    """
-    import transformers as tf
-
-    source = bundled(str(source)) if str(source) in EXAMPLES else source
-    folder = Path(source).expanduser()
-    file: dict[str, Any] = {}
-    local = isinstance(source, Path) or str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1
-    if folder.suffix == ".gguf":
-        if not folder.is_file():
-            raise ValueError(f"no GGUF file at {str(source)!r}")
-        source, file = folder.parent, {"gguf_file": folder.name}
-    elif folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"the folder {str(source)!r} holds no config.json: not a model of transformers")
-        source = folder
-    elif local or folder.exists():
-        raise ValueError(f"no model folder at {str(source)!r}")
+@contextlib.contextmanager
+def explained(source: str | Path) -> Iterator[None]:
+    """With one line of why, and what to do, where `transformers` cannot load `source` or wants to run its code."""
     try:
-        trust = {"trust_remote_code": trust_remote_code, **file}  # without it, transformers asks on a terminal
-        config = configuration(source, **trust)
-        tokenizer = tf.AutoTokenizer.from_pretrained(source, **trust) if with_tokenizer else None  # before the weights
-        names = " ".join(getattr(config, "architectures", None) or ())
-        decoder = file or "CausalLM" in names or "LMHeadModel" in names  # a GGUF file names no class
-        kind: type = tf.AutoModelForCausalLM if decoder else tf.AutoModel
-        if "EncoderModel" in names:  # of T5: AutoModel would add a decoder, drawn at random
-            kind = tf.AutoModelForTextEncoding
-        elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
-            raise ValueError(f"{str(source)!r} is {names}, {PAIR}")
-        with quiet():
-            settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trust, **options}
-            model, info = kind.from_pretrained(source, **settings)  # type: ignore[attr-defined]
+        yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -84,8 +48,73 @@ def load(
             f"cannot load {str(source)!r}: not a folder with model and tokenizer, and no hub model that can be "
             f"reached ({first_line})"
         ) from error
+
+
+def load(
+    source: str | Path, with_tokenizer: bool = True, trust_remote_code: bool = False, **options: Any
+) -> tuple[nn.Module, Any]:
+    """Model (float32, evaluation mode) and tokenizer, None where it is not asked for.
+
+    source: a folder, a GGUF file (whose weights are dequantized), a hub name, or one of `EXAMPLES`. options: more of
+    `from_pretrained`.
+    Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
+    encoder and decoder, and where weights of the model are not in the checkpoint, have another shape, or belong to
+    layers that the configuration does not have (naming them).
+    """
+    import transformers as tf
+
+    source, file = located(source)
+    with explained(source):
+        trust: dict[str, Any] = {
+            "trust_remote_code": trust_remote_code,
+            **file,
+        }  # without it, transformers asks on a terminal
+        config = configuration(source, **trust)
+        tokenizer = load_tokenizer(source, **trust) if with_tokenizer else None  # before the weights
+        names = " ".join(getattr(config, "architectures", None) or ())
+        decoder = file or "CausalLM" in names or "LMHeadModel" in names  # a GGUF file names no class
+        kind: type = tf.AutoModelForCausalLM if decoder else tf.AutoModel
+        if "EncoderModel" in names:  # of T5: AutoModel would add a decoder, drawn at random
+            kind = tf.AutoModelForTextEncoding
+        elif getattr(config, "is_encoder_decoder", False) and "CausalLM" not in names:
+            raise ValueError(f"{str(source)!r} is {names}, {PAIR}")
+        with quiet():
+            settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trust, **options}
+            model, info = kind.from_pretrained(source, **settings)  # type: ignore[attr-defined]
     _check_keys(str(source), info)
     return model.eval(), tokenizer
+
+
+def located(source: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """A folder or hub name, and the GGUF file in it, as arguments of `transformers`; ValueError where none is."""
+    source = bundled(str(source)) if str(source) in EXAMPLES else source
+    folder = Path(source).expanduser()
+    if folder.suffix == ".gguf":
+        if not folder.is_file():
+            raise ValueError(f"no GGUF file at {str(source)!r}")
+        return folder.parent, {"gguf_file": folder.name}
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"the folder {str(source)!r} holds no config.json: not a model of transformers")
+        return folder, {}
+    local = isinstance(source, Path) or str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1
+    if local or folder.exists():
+        raise ValueError(f"no model folder at {str(source)!r}")
+    return source, {}
+
+
+def load_tokenizer(source: str | Path, **options: Any) -> Any:
+    """The tokenizer of a folder, a hub name, a GGUF file or an example; ValueError where there is none."""
+    import transformers as tf
+
+    source, file = (source, {}) if Path(source).expanduser().is_dir() else located(source)
+    with explained(source):
+        tokenizer = tf.AutoTokenizer.from_pretrained(source, **file, **options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up where none is
+        raise ValueError(
+            f"{str(source)!r} holds no tokenizer; valid: tokenizer=..., for instance one of another folder"
+        )
+    return tokenizer
 
 
 def configuration(source: str | Path, trust_remote_code: bool = False, **file: str) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers import paths
-from beyond_outliers.anymodel.loading import EXAMPLES, PAIR, bundled, load, longest, windows
+from beyond_outliers.anymodel.loading import EXAMPLES, PAIR, bundled, load, load_tokenizer, longest, windows
 from beyond_outliers.anymodel.open import open_layers
 from beyond_outliers.anymodel.sensitivity import bits_of, carried, linear_layers, mixed
 from beyond_outliers.corpus.encoding import TextEncoder
@@ -136,10 +136,10 @@ def probe(
     Says first how long it will take, at the end what it found.
 
     model: a local folder in the `transformers` format, a GGUF file, a name on the hub, "SmolLM2" or "MiniLM" (see
-        `bundled`), or a loaded module (deep-copied, never changed), which needs its `tokenizer` (of `transformers` or
-        `tokenizers`). Weights are loaded in float32. Layers that hide linear layers (GPT-2's Conv1D, torch's attention)
-        are put in terms of nn.Linear first, so that they are measured like the others. An encoder's pooler is left out:
-        R_L is that of its hidden states.
+        `bundled`), or a loaded module (deep-copied, never changed), which needs its `tokenizer`. Weights are loaded in
+        float32. Layers that hide linear layers (GPT-2's Conv1D, torch's attention) are put in terms of nn.Linear first,
+        so that they are measured like the others. An encoder's pooler is left out: R_L is that of its hidden states.
+    tokenizer: of `transformers` or `tokenizers`, or the folder or name of one; by default the model's.
     text: path of a UTF-8 text file, by default HELD_OUT; its first `sequences` windows of `context` tokens are used
         (`context` is cut to what the model can read), no padding, a shorter rest dropped. Tables of layers are over the
         first `LAYERWISE` of them.
@@ -159,6 +159,8 @@ def probe(
     spec, path = spec or QuantSpec(), Path(text or HELD_OUT)
     if not path.is_file():
         raise ValueError(f"no text file at {str(path)!r}")
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         TextEncoder(tokenizer)  # a ValueError for what is none, before anything that takes time
     if isinstance(model, nn.Module):
