@@ -198,11 +198,12 @@ def claims(study) -> str:
         if len(rows := table[table.verdict == verdict])
     ]
     beforehand = study.scale in ("laptop", rule_file()["study"]["judges"])
-    rules = (
-        "rules written down beforehand" if beforehand else "the rules of data/claims.toml, which is exploratory here"
-    )
+    rules = "rules written down beforehand" if beforehand else "the rules of data/claims.toml, as an exploration"
     rules = "the rules of the confirmatory study" if study.scale == "confirm" else rules
-    return f"{' '.join(by_verdict)} The paper's {len(table)} claims are judged by {rules}."
+    some = (
+        "Some of the paper's claims hold" if VERDICTS[0] in set(table.verdict) else "No claim of the paper is confirmed"
+    )
+    return f"{some} here. {' '.join(by_verdict)} The paper's {len(table)} claims are judged by {rules}."
 
 
 @finding("08_probe_your_model")
