@@ -53,7 +53,8 @@ def compare_guides(
     layers["ablation"] = saved.mean().to_numpy()
     rows = []
     resamples = [saved.to_numpy()[rng.integers(len(saved), size=len(saved))].mean(0) for _ in range(1000)]
-    for guide in GUIDES[1:]:
+    guides = [guide for guide in GUIDES if layers[guide].nunique() > 1]  # activations alone: no error of weights
+    for guide in guides[1:]:
         several = [stats.spearmanr(layers[guide], resample).statistic for resample in resamples]
         low, high = np.arctanh(np.quantile(several, [0.025, 0.975]))
         value = stats.spearmanr(layers[guide], layers.ablation).statistic
@@ -74,14 +75,14 @@ def compare_guides(
         judge("uniform", width, [dict.fromkeys(layers.name, width) if width > LOW else {}])
     for budget in budgets:
         orders = [layers.assign(random=rng.permutation(len(layers)) * layers.entries) for _ in range(draws)]
-        shares = {guide: [recommend(layers, budget, guide)] for guide in GUIDES}
+        shares = {guide: [recommend(layers, budget, guide)] for guide in guides}
         shares["any width"] = [recommend(layers, budget, "carried", tuple(range(LOW - 1, HIGH + 1)))]
         for guide, several in (shares | {"random": [recommend(o, budget, "random") for o in orders]}).items():
             judge(guide, budget, [bits[bits != LOW].to_dict() for bits in several])
     return pd.DataFrame(rows)
 
 
-SMOLLM2 = ("W4",)  # its weights lie on a grid of 16 levels already, in blocks of 32
+SMOLLM2 = ("A4", "W4")  # its weights lie on a grid of 16 levels already, in blocks of 32
 
 
 def smollm2():

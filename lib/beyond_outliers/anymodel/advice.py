@@ -103,8 +103,12 @@ def on_guides(table: pd.DataFrame, budget: float = 4.5, rival: str = "kurtosis")
     ahead, n = int((ranks.carried > ranks[rival]).sum()), len(ranks)
     saves = int((kl["carried", budget] < kl[rival, budget]).sum())
     left = kl.median().map("{:.0%}".format)
-    better = ahead > n / 2 and saves > n / 2
-    verdict = "Propagation is the better guide" if better else f"Propagation is no better guide than {rival}"
+    verdicts = (
+        f"Propagation is no better guide than {rival}",
+        "The two tests disagree",
+        "Propagation is the better guide",
+    )
+    verdict = verdicts[(ahead > n / 2) + (saves > n / 2)]
     text = (
         f"{verdict}. The rank correlation with ablation is {ranks.carried.median():.2f} for propagation and "
         f"{ranks[rival].median():.2f} for {rival}. Propagation is ahead on {ahead} of {n}. At {budget:g} bits, "

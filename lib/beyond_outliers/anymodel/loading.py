@@ -1,6 +1,7 @@
 """Checkpoints from a folder, a hub, a GGUF file, or one of two examples; and the text to run them on."""
 
 import contextlib
+import functools
 import logging
 import os
 import zipfile
@@ -28,6 +29,19 @@ def quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """GGUF files are parsed once in it, where `transformers` does so for configuration, tokenizer and weights each."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 @contextlib.contextmanager
@@ -64,7 +78,7 @@ def load(
     import transformers as tf
 
     source, file = located(source)
-    with explained(source):
+    with explained(source), read_once() if file else contextlib.nullcontext():
         trust: dict[str, Any] = {
             "trust_remote_code": trust_remote_code,
             **file,
