@@ -54,10 +54,10 @@ LARGEST = 150_000  # bytes per page
 BEGIN, END = "<!-- decisions of scale {scale}: beyond-outliers pages readme -->", "<!-- end of decisions -->"
 CAPTION = """*Lowest loss on held-out text in scale [{scale}](figures/{scale}/README.md): three sizes of at most 0.26M
 parameters, `runs` per optimizer. Brackets: 95 % interval of the gap. In parentheses: not told apart from the best.
-W4A4: weights and activations in 4 bits. RTN rounds to nearest. QAT trains in 4 bits. The output head is rounded, unless it is
-kept. Llama: whether the best of AdamW, Muon and Shampoo, the three tried there, is the same. Better rates: the best at
-0.08M after a wider search for AdamW and PSGD. A dash: not measured. The same table at equal schedules awaits scale
-`confirm2`.*"""
+W4A4: weights and activations in 4 bits. RTN rounds to nearest. QAT trains in 4 bits. The output head is rounded,
+unless it is kept. Llama: whether the best of AdamW, Muon and Shampoo, the three tried there, is the same. Better
+rates: the best at 0.08M after a wider search for AdamW and PSGD. A dash: not measured. The same table at equal
+schedules awaits scale `confirm2`.*"""
 CAVEAT = """Since 2026-12-01 we know one caveat: `confirm`'s SOAP, PSGD and Shampoo precondition the vocabulary side of
 the embedding, and the paper's [do not](docs/differences.md)."""
 
