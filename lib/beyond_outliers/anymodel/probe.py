@@ -1,4 +1,4 @@
-"""One call for a checkpoint of your own: what quantization after training costs, which layers cost it, what to do.
+"""One call for your checkpoint: what quantization after training costs, which layers cost it, what to do.
 
 `probe(model)` takes a causal LM or an encoder of the `transformers` library, as a folder, a hub name or a GGUF file, or
 any module that maps token ids (B, T) to logits or hidden states, such as this project's `Olmo2`.
@@ -145,7 +145,7 @@ def probe(
         first `LAYERWISE` of them.
     granularity, attention: as in `decompose`; "open" gives every linear layer its row.
 
-    memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and said, where it must
+    memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and printed, where it must
         be. Beside them stand three copies of the weights. A single window that takes more is an error up front.
     calibration: windows of the text behind the measured ones that a spec of method "gptq" calibrates on.
     trust_remote_code: runs code that comes with a checkpoint. Otherwise none is, nobody is asked, and a checkpoint that
@@ -226,7 +226,7 @@ def read_windows(model: nn.Module, tokenizer, path: Path, context: int, sequence
 
 
 def _layers(modules: pd.DataFrame, metrics: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """The linear layers that were rounded: cost, error where a row of its own has it, metrics of the input."""
+    """The linear layers that were rounded: cost, error where a separate row has it, metrics of the input."""
     error = modules[modules["kind"] == "linear"][["name", "R", "A", "C", "gain", "alignment_ratio"]]
     return costs.merge(error, on="name", how="left").merge(
         metrics.drop(columns=["index", "kind"]), on="name", how="left"

@@ -50,7 +50,7 @@ def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
 
 
 def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) -> Figure:
-    """What each linear layer of a probed model costs, with names on the axis, the costliest beside their points.
+    """What each linear layer of a probed model costs, with names on the axis, the costliest next to their points.
 
     good, bad: new errors B up to which, and from which on, a layer is marked so.
     """

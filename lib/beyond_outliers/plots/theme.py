@@ -22,7 +22,7 @@ from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
 
 
 class _Each(dict[str, str]):
-    """One field of the entry of an optimizer: of the study's own in their order, of others as they are asked for."""
+    """One field of the entry of an optimizer: of the study's six in their order, of others as they are asked for."""
 
     def __init__(self, field: str):
         self.field = field
