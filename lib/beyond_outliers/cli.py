@@ -1,8 +1,8 @@
 """The one command, `beyond-outliers`: every use of the project is a subcommand of it.
 
 A subcommand is a function below: its parameters are the options, its docstring is the help, with an example in its last
-line. Names and numbers are checked before torch is imported. What cannot be done is an error of one line; --traceback says
-where.
+line. Names and numbers are checked before torch is imported. What cannot be done is an error of one line. `--traceback`
+says where.
 
 Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file is damaged, 75 it was stopped and saved
 (the same command goes on), 130 Ctrl-C.
