@@ -253,7 +253,8 @@ def verdict_lines(study, notebook: str) -> str:
         changes = f" *Would change it:* {_shortened(row.changes)}" * bool(row.changes)
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../docs/rules.md#{row.id.lower()})"
-            f"{_estimate(row, ': ')} ({f'n {row.n}, ' * bool(row.n)}{row.unit}). {_shortened(_ended(row.comment))}{changes}"
+            f"{_estimate(row, ': ')} ({f'n {row.n}, ' * bool(row.n)}{row.unit}). "
+            f"{_shortened(_ended(row.comment))}{changes}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
 
