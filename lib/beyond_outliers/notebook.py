@@ -157,12 +157,18 @@ def setting(study: Study) -> "Markdown":
     protocol = study.protocol
     head = {True: "rounded", False: "not rounded"}
     source = protocol.settings.rates_from
+    scaled = "max_preconditioned_size" in protocol.settings.hyper.get("soap", {})
+    papers_sides = scaled or protocol.corpus.vocab_size > 12_288
     carried = f", or from scale `{source}` where a size has none" if source else ""
     parts = [
         f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
         f"{head['+head' in protocol.measure.primary]}.",
         f"In QAT the head is {head[qat.head]}." if (qat := protocol.settings.plan.get("qat")) else "",
         f"Learning rates come from {'a search at every size' if protocol.tuned else 'a grid'}{carried}.",
+        ""
+        if papers_sides
+        else "Unlike in the paper's runs, SOAP, PSGD and Shampoo precondition "
+        "[the vocabulary side](../../docs/shrinking.md#the-vocabulary-side) of the embedding (noted on 2026-12-01).",
     ]
     return Markdown(" ".join(filter(None, parts)))
 

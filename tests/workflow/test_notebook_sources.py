@@ -96,12 +96,14 @@ def test_prose_that_scales_share_holds_no_fact_of_one(name):
 
 
 @pytest.mark.parametrize(
-    ("scale", "head", "rates"), [("confirm", "is rounded", "a search"), ("laptop", "is not", "a grid")]
+    ("scale", "head", "rates"),
+    [("confirm", "is rounded", "a search"), ("laptop", "is not", "a grid"), ("confirm2", "is rounded", "a search")],
 )
 def test_a_scale_says_what_its_pages_take_for_granted(scale, head, rates):
     text = setting(Study(scale)).data
     primary = tomllib.loads((paths.SCALES / f"{scale}.toml").read_text())["measure"].get("primary", "W4A4")
     assert f"`{primary}`" in text and text.count(head) == 2 and rates in text
+    assert ("Unlike in the paper's runs" in text) == (scale != "confirm2")
 
 
 def test_the_verdicts_of_its_claims_follow_where_a_notebook_has_claims():
