@@ -196,14 +196,13 @@ def test_names_at_the_ends_of_curves_keep_apart(sweep):
     texts = figure.axes[0].texts
     heights = [text.xy[1] for text in texts]
     assert sorted(text.get_text() for text in texts) == sorted(plots.LABELS[name] for name in OPTIMIZER_NAMES)
-    assert np.diff(heights).min() > 0.07 and max(heights) < 1.001 and not figure.legends
+    assert np.diff(heights).max() < -0.07 and max(heights) < 1.001 and not figure.legends
 
 
-def test_points_show_every_row_and_the_mean_as_a_number():
+def test_points_show_the_mean_as_a_number():
     runs = table("size optimizer loss", ("s", "muon", 1), ("s", "muon", 3), ("s", "adamw", 3))
     (ax,) = plots.optimizer_points(runs, "loss", "size", "loss").axes
     assert [text.get_text() for text in ax.texts] == ["3.00", "2.00"]
-    assert [list(line.get_xdata()) for line in ax.get_lines()[::2]] == [[3], [1, 3]]
 
 
 def test_shares_name_the_modules_that_add_an_error():
@@ -215,5 +214,5 @@ def test_shares_name_the_modules_that_add_an_error():
 
 def test_who_cannot_see_a_figure_is_told_its_axes(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    alt = plots.save(draw(sweep), "smoke", "a_figure").alt
-    assert alt == "Panels: s, m, l, xl, xxl. Across: learning rate. Up: loss."
+    shown = plots.save(draw(sweep), "smoke", "a_figure").shown
+    assert shown["alt"] == "Panels: s, m, l, xl, xxl. Across: learning rate. Up: loss."

@@ -29,10 +29,8 @@ def test_sentences_are_short_and_plain(file):
 
 def test_the_newest_changes_and_the_help_of_make_have_plain_words():
     newest = (paths.ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
-    help_of_make = re.sub("^#", "", (paths.ROOT / "Makefile").read_text().split("\n\n")[0], flags=re.M)
-    for text in (newest, help_of_make):
-        found = prose_style.wrong(text)
-        assert [line for line in found if line.split(":")[0] in prose_style.FORBIDDEN.values()] == []
+    for text in (newest, (paths.ROOT / "Makefile").read_text()):
+        assert not re.search("|".join(prose_style.FORBIDDEN), prose_style.plain(text), re.I)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +41,7 @@ def test_the_newest_changes_and_the_help_of_make_have_plain_words():
         ("One (of two) is (almost) there.", "2 brackets"),
         ("It costs 0.1 nats a token.", "'per', not 'a'"),
         ("The loss stands beside it.", "a private word"),
-        ("One room: attention opened up.", "a private word"),
-        ("A folder of its own.", "'own'"),
+        ("A room of its own.", "'own'"),
         (f"{'word ' * 20}. {'Word ' * 20}.", "20 words on average"),
     ],
 )

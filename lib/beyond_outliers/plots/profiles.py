@@ -32,13 +32,14 @@ def stacked_abc(table: pd.DataFrame, title: str) -> Figure:
     """A, B and C as shares of R, of every module that adds an error, a panel an optimizer: C is the dot on its row."""
     adding = table[table.B > 0].sort_values("index", kind="stable")
     names = list(dict.fromkeys(adding.name.str.replace("blocks.", "")))
-    grid = {"sharex": True, "sharey": True, "xlabel": "share of $R_l$"}
-    figure, axes = panels(ordered(table.optimizer), height=0.17 * len(names) + 0.5, **grid)
+    figure, axes = panels(
+        ordered(table.optimizer), height=0.17 * len(names) + 0.5, xlabel="share of $R_l$", sharex=True, sharey=True
+    )
     for optimizer, rows in adding.groupby("optimizer"):
         ax, means = axes[optimizer], rows.groupby("index")[["R", *PARTS]].mean()
         shares = means[[*PARTS]].div(means.R, axis=0).set_axis(range(len(means)))
-        ax.barh(shares.index, shares.A, color=PARTS["A"], height=0.9)
-        ax.barh(shares.index, shares.B, left=shares.A, color=PARTS["B"], height=0.9)
+        for part, left in (("A", 0), ("B", shares.A)):
+            ax.barh(shares.index, shares[part], left=left, color=PARTS[part], height=0.9)
         ax.plot(shares.C, shares.index, ".", color=PARTS["C"], ms=6)
         ax.axvline(1, color="black", lw=0.6)
         ax.set_yticks(range(len(names)), names, fontsize=8)
@@ -55,12 +56,11 @@ def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) ->
     good, bad: new errors B up to which, and from which on, a layer is marked so.
     """
     figure, ax = subplots(figsize=(6.6, 4.6))
-    kinds = {"new error: low": ("o", "#009E73", layers.B <= good)}
-    kinds |= {"usual": (".", "grey", (layers.B > good) & (layers.B < bad))}
-    kinds |= {"high": ("^", "#D55E00", layers.B >= bad)}
-    for label, (marker, colour, chosen) in kinds.items():
-        if len(rows := layers[chosen]):
-            ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=f"{label} ({len(rows)})")
+    level = (layers.B > good).astype(int) + (layers.B >= bad)
+    for kind, rows in layers.groupby(level):
+        label, marker, colour = (("low", "o", "#009E73"), ("usual", ".", "grey"), ("high", "^", "#D55E00"))[kind]
+        label = f"new error: {label} ({len(rows)})"
+        ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=label)
     for place, row in layers.nlargest(3, "carried").iterrows():
         place = (place, row.carried)
         ax.annotate(row["name"], place, xytext=(-6, 3), textcoords="offset points", fontsize=8, ha="right")

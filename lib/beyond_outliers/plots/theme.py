@@ -65,17 +65,16 @@ def set_theme() -> None:
 class SavedFigure:
     """A figure that `save` wrote: a notebook shows the very file, and a page links to it by its name."""
 
-    def __init__(self, figure: Figure, path: Path, caption: str, alt: str):
-        self.figure, self.path, self.caption, self.alt = figure, path, caption, alt
+    def __init__(self, path: Path, width: float, caption: str, alt: str):
+        self.path = path
+        self.shown = {"width": round(110 * width), "figure": path.stem, "caption": caption, "alt": alt}
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        width = round(110 * self.figure.get_size_inches()[0])  # pixels; the file has more, for sharp screens
         data = {
             "image/png": base64.b64encode(self.path.read_bytes()).decode(),
             "text/plain": f"figure {self.path.stem}",
         }
-        metadata = {"width": width, "figure": self.path.stem, "caption": self.caption, "alt": self.alt}
-        return data, {"image/png": metadata}
+        return data, {"image/png": self.shown}
 
 
 def described(figure: Figure) -> str:
@@ -100,7 +99,7 @@ def save(figure: Figure, scale: str, name: str, caption: str = "", alt: str = ""
         figure.savefig(drawn, format=kind, metadata={left_out: None})
         paths.write_whole(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
-    return SavedFigure(figure, folder / f"{name}.png", caption, alt or described(figure))
+    return SavedFigure(folder / f"{name}.png", figure.get_size_inches()[0], caption, alt or described(figure))
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options):
@@ -141,16 +140,14 @@ def name_ticks(axis, names: Iterable[str], **style) -> None:
 
 
 def name_lines(ax) -> None:
-    """The label of every line at its end, in its colour, once a name; labels keep a height of text apart."""
-    to_axes, heights = ax.transScale + ax.transLimits, [-1.0]
-    lines = {line.get_label(): line for line in sorted(ax.get_lines(), key=lambda line: line.get_ydata()[-1])}
+    """The label of every line at its end, in its colour; labels keep a height of text apart."""
     apart = 13 / 72 / (ax.get_position().height * ax.figure.get_size_inches()[1])
-    for line in lines.values():
-        height = float(to_axes.transform([values[-1] for values in line.get_data()])[1])
-        heights.append(max(height, heights[-1] + apart))
-    for (name, line), height in zip(lines.items(), heights[1:], strict=True):
+    to_axes, height = ax.transScale + ax.transLimits, 1 + apart
+    ends = [(to_axes.transform([values[-1] for values in line.get_data()])[1], line) for line in ax.get_lines()]
+    for end, line in sorted(ends, key=lambda end: -end[0]):
+        height = min(end, height - apart)
         style = {"color": line.get_color(), "fontsize": 9, "va": "center", "xycoords": "axes fraction"}
-        ax.annotate(name, (1.03, height - max(0, heights[-1] - 1)), annotation_clip=False, **style)
+        ax.annotate(line.get_label(), (1.03, height), annotation_clip=False, **style)
 
 
 def tidy_log(axis, format=None) -> None:
