@@ -83,7 +83,8 @@ def test_a_notebook_begins_with_its_title_and_its_finding(name):
 
 # sizes, scales, formats, judged checkpoints and forms
 OF_ONE_SCALE = r"""(?x)\b0\.\d+M\b|`(?:confirm|laptop|llama|pocket)`(?!\ )|\((?:on\ which|both\ beside)
-    |is\ not\ quantized|is\ left\ out\ \(|\(yet\)|\bjudged\ (?:at|on|by\ the)\b|Verdicts\ use|(?<!to\ the\ damage\ of\ )W\dA\d"""
+    |is\ not\ quantized|is\ left\ out\ \(|\(yet\)|\bjudged\ (?:at|on|by\ the)\b|Verdicts\ use
+    |(?<!to\ the\ damage\ of\ )W\dA\d"""
 
 
 @pytest.mark.parametrize("name", notebooks())
