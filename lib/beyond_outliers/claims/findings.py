@@ -221,7 +221,7 @@ Every claim has one rule, the same at every scale: `data/claims.toml`. Sizes are
 is a difference, slope, share or correlation, with a 95 % interval that knows seeds and tuning.
 
 - *Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several.
-- *Not reproduced*: one lies on the other side (of differences at 99 %).
+- *Not reproduced*: an interval lies on the other side (for differences at 99 %).
 - *Tie*: the nearest rival lies within a margin stated beforehand.
 - *Undecided*: the rest, where there are data.
 - *Not measured*: a number that the rule reads is not there.

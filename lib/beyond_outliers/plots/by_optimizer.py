@@ -96,9 +96,9 @@ def optimizer_points(
     return figure
 
 
-def dumbbells(table: pd.DataFrame, panel: str, label: str) -> Figure:
+def dumbbells(table: pd.DataFrame, panel: str, label: str, sharex: bool = True) -> Figure:
     """From `before` to `after`, a row an optimizer, lowest `after` first, a panel a value of `panel`."""
-    figure, axes = panels(table[panel], 2.9, 2.5, xlabel=label, sharex=True)
+    figure, axes = panels(table[panel], 2.9, 2.5, xlabel=label, sharex=sharex)
     for value, rows in table.sort_values("after").groupby(panel):
         ax = axes[value]
         for position, row in enumerate(rows.itertuples()):

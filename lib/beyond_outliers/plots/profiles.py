@@ -62,8 +62,9 @@ def layer_profile(layers: pd.DataFrame, good: float, bad: float, ylabel: str) ->
         label = f"new error: {label} ({len(rows)})"
         ax.scatter(rows.index, rows.carried, s=22, marker=marker, color=colour, label=label)
     for place, row in layers.nlargest(3, "carried").iterrows():
-        place = (place, row.carried)
-        ax.annotate(row["name"], place, xytext=(-6, 3), textcoords="offset points", fontsize=8, ha="right")
+        ax.annotate(
+            row["name"], (place, row.carried), xytext=(-6, 3), textcoords="offset points", fontsize=8, ha="right"
+        )
     ticks = range(0, len(layers), max(1, len(layers) // 18))
     ax.set_xticks(
         ticks, layers["name"].iloc[list(ticks)].str.removeprefix("model."), rotation=60, ha="right", fontsize=8
