@@ -1,4 +1,4 @@
-"""Heads, whatever they are called; layers that only look linear; the walk over hidden modules."""
+"""Heads, whatever they are called; layers that only look linear."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from beyond_outliers.anymodel.linears import computes_linear
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.modules import HEAD_NAMES, evaluating, find_head, hidden_modules, is_linear
+from beyond_outliers.modules import HEAD_NAMES, evaluating, find_head, is_linear
 from beyond_outliers.optimizers.groups import parameter_groups
 
 
@@ -101,15 +101,6 @@ def test_what_computes_a_linear_layer():
     state = torch.get_rng_state()
     computes_linear(layer)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_hidden_modules():
-    model = nn.Sequential(nn.Linear(2, 2))
-    model.aliases = [model[0], model]  # registered: not hidden
-    inner = nn.Sequential(nn.ReLU())
-    inner.more = {"deep": (nn.Linear(2, 2),)}
-    model[0].parts = [inner]
-    assert list(hidden_modules(model).values()) == ["0.parts[0]", "0.parts[0].0", "0.parts[0].more['deep'][0]"]
 
 
 def test_fused_kernels_are_off_only_inside():

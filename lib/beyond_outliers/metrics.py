@@ -19,15 +19,22 @@ nothing of the weight, of the layer's gain, or of formats with blocks. `noise_ga
 that the layer has on an accumulated error without direction: what the paper calls alignment, from full precision alone.
 """
 
-from contextlib import ExitStack
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import evaluating, find_head, forward, is_linear, linear_weight, text_batches
+from beyond_outliers.modules import (
+    evaluating,
+    find_head,
+    forward,
+    hooked,
+    is_linear,
+    linear_weight,
+    module_names,
+    text_batches,
+)
 from beyond_outliers.passes import plain_settings, tensors, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.hadamard import hadamard_block, hadamard_transform
@@ -149,7 +156,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
     nothing was left to average. Raises ValueError for a model without linear layers, or no batches.
     """
     spec = spec or QuantSpec()
-    linears = {module: name for name, module in model.named_modules() if is_linear(module)}
+    linears = {module: name for module, name in module_names(model).items() if is_linear(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layer")
     head = None if spec.head else find_head(model)
@@ -172,10 +179,7 @@ def activation_metrics(model: nn.Module, batches, spec: QuantSpec | None = None)
         name = linears[module]
         sums[name] = sums[name] + row if name in sums else row
 
-    with ExitStack() as stack:
-        for module in linears:
-            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-        stack.enter_context(evaluating(model))
+    with hooked(linears, after=hook), evaluating(model):
         for batch in text_batches(model, batches):
             text = text_tokens(batch, model)
             forward(model, batch)

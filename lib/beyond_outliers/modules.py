@@ -5,14 +5,16 @@ Every other module that looks into a model goes through here, so that each of th
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from beyond_outliers.passes import same_tensors, text_tokens
+from beyond_outliers.passes import mapped, same_tensors, text_tokens
 
 
 @contextmanager
@@ -45,17 +47,18 @@ def evaluating(*models: nn.Module) -> Iterator[torch.device]:
 def caching_configs(model: nn.Module) -> list[Any]:
     """Configurations that switch a key/value cache on: of any module, for generation, and nested in another one."""
     found: dict[int, Any] = {}
-    waiting = [vars(module).get(name) for module in model.modules() for name in ("config", "generation_config")]
-    seen: set[int] = set()
-    while waiting:
-        config = waiting.pop()
-        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        if vars(config).get("use_cache"):
+
+    def look(config: Any):
+        if config is not None and id(config) not in found and hasattr(config, "__dict__"):
             found[id(config)] = config
-        waiting += [v for v in vars(config).values() if "config" in type(v).__name__.lower() or hasattr(v, "to_dict")]
-    return list(found.values())
+            for value in vars(config).values():
+                if "config" in type(value).__name__.lower() or hasattr(value, "to_dict"):
+                    look(value)
+
+    for module in model.modules():
+        look(vars(module).get("config"))
+        look(vars(module).get("generation_config"))
+    return [config for config in found.values() if vars(config).get("use_cache")]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -73,12 +76,10 @@ def forward(model: nn.Module, batch):
     device = device_of(model)
 
     def call():
-        if isinstance(batch, Mapping):
-            return model(**{key: move(value) for key, value in batch.items()})
-        return model(*map(move, batch)) if isinstance(batch, (tuple, list)) else model(move(batch))
-
-    def move(value):
-        return value.to(device, copy=True) if isinstance(value, Tensor) else value
+        given = mapped(lambda x: x.to(device, copy=True), batch)
+        if isinstance(given, dict):
+            return model(**given)
+        return model(*given) if isinstance(given, (tuple, list)) else model(given)
 
     if isinstance(batch, Mapping):
         from beyond_outliers.anymodel.checks import check_batch
@@ -109,21 +110,19 @@ def text_batches(model: nn.Module, batches) -> Iterator:
 
     No mask tells which of the rows that a router sends to an expert are padding.
     """
-    names = {type(module).__name__.lower() for module in model.modules()}
-    routes = any(word in name for name in names for word in ("expert", "router", "moe"))
+    routes = re.search("expert|router|moe", " ".join(type(module).__name__.lower() for module in model.modules()))
     for batch in as_batches(batches):
         text = text_tokens(batch, model) if routes else None
-        for row, kept in enumerate([] if text is None else text):
-
-            def cut(value, row=row, kept=kept, shape=None if text is None else text.shape):
-                is_ours = isinstance(value, Tensor) and value.shape[:2] == shape
-                return value[row : row + 1, kept.to(value.device)] if is_ours else value
-
-            if kept.any():
-                is_mapping = isinstance(batch, Mapping)
-                yield {key: cut(value) for key, value in batch.items()} if is_mapping else tuple(map(cut, batch))
         if text is None:
             yield batch
+            continue
+        for row, kept in enumerate(text):
+
+            def cut(x: Tensor, row=row, kept=kept, shape=text.shape) -> Tensor:
+                return x[row : row + 1, kept.to(x.device)] if x.shape[:2] == shape else x
+
+            if kept.any():
+                yield mapped(cut, batch)
 
 
 # --------------------------------------------------------------------------------------------------- linear layers
@@ -197,86 +196,60 @@ def declared(model: nn.Module, method: str) -> nn.Module | None:
         return None
 
 
-# --------------------------------------------------------------------------------------------- layers in containers
-
-_INTERNAL = frozenset(vars(nn.Module()))
+# --------------------------------------------------------------------------------------------- modules and their names
 
 
-def _held(value, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in nested lists, tuples and dicts, with names that say where."""
-    if isinstance(value, nn.Module):
-        yield name, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _held(item, f"{name}[{i}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _held(item, f"{name}[{key!r}]")
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """All modules of a model, with the first name of each."""
+    return {module: name for name, module in model.named_modules()}
 
 
-def hidden_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that only a plain attribute holds (a Python list of layers): `model.modules()` does not see them.
+def check_registered(model: nn.Module):
+    """ValueError for layers that a plain attribute holds (a Python list): no state_dict, `.to` or `.eval` sees them."""
+    held = [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute != "_modules"
+        and any(any(True for _ in x.parameters()) for x in tree_leaves(value) if isinstance(x, nn.Module))
+    ]
+    if held:
+        raise ValueError(f"layers in Python lists are in no state_dict: {', '.join(held)}; valid: nn.ModuleList")
 
-    With names such as "blocks.0.parts[1].up"; neither `state_dict` nor `.to` nor `.eval()` reaches them.
+
+@contextmanager
+def hooked(
+    modules: Iterable[nn.Module], before: Callable | None = None, after: Callable | None = None
+) -> Iterator[None]:
+    """Inside, `before(module, args, kwargs)` and `after(module, args, kwargs, output)` run around every call.
+
+    Other hooks of the modules run between the two.
     """
-    seen, found = set(model.modules()), {}
-    waiting = list(model.named_modules())
-    while waiting:
-        owner, module = waiting.pop(0)
-        for attribute, value in vars(module).items():
-            if attribute in _INTERNAL:
-                continue
-            for name, root in _held(value, f"{owner}.{attribute}" if owner else attribute):
-                for inner, part in root.named_modules() if root not in seen else ():
-                    if part not in seen:
-                        seen.add(part)
-                        found[part] = f"{name}.{inner}" if inner else name
-                        waiting.append((found[part], part))
-    return found
-
-
-def every_module(model: nn.Module) -> dict[nn.Module, str]:
-    """All modules that the model can call, registered or hidden, with the first name of each."""
-    return {module: name for name, module in model.named_modules()} | hidden_modules(model)
+    with ExitStack() as stack:
+        for module in modules:
+            if before:
+                stack.enter_context(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            if after:
+                stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
+        yield
 
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, also of modules that keep a computed tensor, as torch's old weight_norm and pruning do."""
-    kept = (value for module in every_module(model) for value in vars(module).values())
+    kept = (value for module in model.modules() for value in vars(module).values())
     computed = [value for value in kept if isinstance(value, Tensor) and value.grad_fn is not None]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
-def substitute(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Puts made[module] in place of every `module` below `model` or held in its attributes, under all of its names.
+def substitute(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts made[module] in place of every `module` of `model`, under all of its names; hooks go on running around it.
 
     Returns `model`, or what stands for it.
     """
-
-    def swap(value):
-        if isinstance(value, nn.Module):
-            return made.get(value, value)
-        if isinstance(value, list):
-            value[:] = map(swap, value)
-        elif isinstance(value, tuple):
-            swapped = map(swap, value)
-            return type(value)(*swapped) if hasattr(value, "_fields") else type(value)(swapped)
-        elif isinstance(value, dict):
-            value.update({key: swap(item) for key, item in value.items()})
-        return value
-
-    for module in list(every_module(model)):
-        for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = made.get(child, child)
-        for attribute, value in list(vars(module).items()):
-            if attribute not in _INTERNAL and any(True for _ in _held(value, "")):
-                vars(module)[attribute] = swap(value)
+    for module, replacement in made.items():
+        for attribute, hooks in vars(module).items():
+            if "hook" in attribute and "state_dict" not in attribute and hooks:
+                vars(replacement)[attribute] = hooks
+    for module in list(model.modules()):
+        module._modules.update({name: made.get(child, child) for name, child in module._modules.items()})  # type: ignore[arg-type]  # a child may be None
     return made.get(model, model)
-
-
-def take_hooks(source: nn.Module, target: nn.Module):
-    """Hooks on a layer that is replaced go on running around its replacement."""
-    for attribute in _INTERNAL:
-        if "hook" in attribute and "state_dict" not in attribute and vars(source)[attribute]:
-            vars(target)[attribute] = vars(source)[attribute]

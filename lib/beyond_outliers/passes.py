@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 # ---------------------------------------------------------------------------------------------- tensors in structures
 
@@ -21,9 +23,22 @@ def tensors(*values) -> Iterator[Tensor]:
             yield from tensors(*value.values())
 
 
+def mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with `function(x)` for every tensor x in it, however nested; a mapping comes back as a dict."""
+    return tree_map_only(Tensor, function, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
 def floats(*values) -> list[Tensor]:
     """Those of `tensors` that hold real or complex numbers, not integers."""
     return [x for x in tensors(*values) if x.is_floating_point() or x.is_complex()]
+
+
+def reals(*values) -> list[Tensor]:
+    """`floats`, the complex ones as pairs of real numbers: (..., n) as (..., 2 n), so that rows stay rows."""
+    return [
+        torch.view_as_real(x.resolve_conj()).flatten(-2 if x.ndim else 0) if x.is_complex() else x
+        for x in floats(*values)
+    ]
 
 
 def main_output(output) -> list[Tensor]:
@@ -33,22 +48,13 @@ def main_output(output) -> list[Tensor]:
     what lists the layers' states. Of a tuple or list: its first tensor. Complex numbers come as pairs of real ones.
     """
     if isinstance(output, Mapping):
-        chosen = [key for key in output if "logits" in str(key)] or [
-            key for key in output if key == "last_hidden_state"
-        ]
         beside = ("hidden_states", "attentions", "past_key_values", "mems", "loss")
+        chosen = [key for key in output if "logits" in str(key)]
+        chosen = chosen or [key for key in output if key == "last_hidden_state"]
         chosen = chosen or [key for key in output if not str(key).endswith(beside)]
-        found = floats(*(output[key] for key in chosen))
-    else:
-        found = floats(output)
-        if isinstance(output, (tuple, list)) and isinstance(output[0] if output else None, Tensor):
-            found = found[:1]
-    return [as_real(x) for x in found]
-
-
-def as_real(x: Tensor) -> Tensor:
-    """Complex numbers (..., n) as real ones (..., 2 n), so that rows stay rows; real ones as they are."""
-    return torch.view_as_real(x.resolve_conj()).flatten(-2 if x.ndim else 0) if x.is_complex() else x
+        return reals(*(output[key] for key in chosen))
+    is_first = isinstance(output, (tuple, list)) and isinstance(output[0] if output else None, Tensor)
+    return reals(output)[:1] if is_first else reals(output)
 
 
 # ---------------------------------------------------------------------------------------------------------- padding

@@ -25,20 +25,11 @@ def filled(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def experts_of(name: str):
+def mixtral_experts():
     tf = pytest.importorskip("transformers")
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    if name == "gpt_oss":
-        config = tf.GptOssConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=E)
-        return filled(GptOssExperts(config))
-    if name == "llama4":
-        config = tf.Llama4TextConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=E)
-        return filled(Llama4TextExperts(config))
-    config = tf.MixtralConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=E)
-    return filled(MixtralExperts(config))
+    return filled(MixtralExperts(tf.MixtralConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=E)))
 
 
 def mixtral_by_hand(experts, x, chosen, share):
@@ -52,29 +43,15 @@ def mixtral_by_hand(experts, x, chosen, share):
     return y
 
 
-def gpt_oss_by_hand(experts, x, chosen, share):
-    """The same with weights stored (in, out), biases, and the activation of GPT-OSS."""
-    y = torch.zeros_like(x)
-    for token in range(len(x)):
-        for place in range(chosen.shape[1]):
-            e = chosen[token, place]
-            inner = q(x[token]) @ q(experts.gate_up_proj[e].T).T + experts.gate_up_proj_bias[e]
-            gate, up = inner[0::2].clamp(max=experts.limit), inner[1::2].clamp(-experts.limit, experts.limit)
-            inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
-            y[token] += share[token, place] * (q(inner) @ q(experts.down_proj[e].T).T + experts.down_proj_bias[e])
-    return y
-
-
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_fused_experts(name, implementation):
-    experts = experts_of(name)
+def test_fused_experts(implementation):
+    experts = mixtral_experts()
     experts.config._experts_implementation = implementation
     x = torch.randn(N, WIDTH)
     chosen = torch.stack([torch.randperm(E)[:2] for _ in range(N)])
     share = torch.rand(N, 2)
     quantized = quantize_model(experts, QuantSpec("int3", "int3"), strict=True)
-    expected = {"mixtral": mixtral_by_hand, "gpt_oss": gpt_oss_by_hand}[name](experts, x, chosen, share)
+    expected = mixtral_by_hand(experts, x, chosen, share)
     with torch.no_grad():
         y = quantized(x, chosen, share)
         assert (y - experts(x, chosen, share)).norm() > 0.1 * y.norm()
@@ -87,19 +64,9 @@ def test_fused_experts(name, implementation):
             assert torch.equal(copied(x, chosen, share), y)
 
 
-def test_llama4_experts():
-    experts = experts_of("llama4")
-    x = torch.randn(E * 3, WIDTH)
-    expected = []
-    for e, rows in enumerate(x.split(3)):
-        gate, up = (q(rows) @ q(experts.gate_up_proj[e].T).T).chunk(2, dim=-1)
-        expected.append(q(up * F.silu(gate)) @ q(experts.down_proj[e].T).T)
-    torch.testing.assert_close(quantize_model(experts, QuantSpec("int3", "int3"))(x), torch.cat(expected))
-
-
 @pytest.mark.parametrize("spec", [QuantSpec("int4", "none", "tensor"), QuantSpec("nvfp4", "none")])
 def test_a_scale_of_a_tensor_is_of_one_expert(spec):
-    experts = experts_of("mixtral")
+    experts = mixtral_experts()
     experts.gate_up_proj.data[0] *= 100
     experts.down_proj = nn.Parameter(experts.down_proj[..., :16].contiguous())  # a width that blocks of 16 divide
     quantized = quantize_model(experts, spec)
@@ -108,7 +75,7 @@ def test_a_scale_of_a_tensor_is_of_one_expert(spec):
 
 
 def test_experts_train_and_freeze():
-    experts = experts_of("mixtral")
+    experts = mixtral_experts()
     experts.config._experts_implementation = "grouped_mm"
     x, chosen, share = torch.randn(N, WIDTH), torch.randint(E, (N, 2)), torch.rand(N, 2)
     qat = prepare_qat(experts, QuantSpec("int3", "int3"), "ste")
@@ -123,11 +90,6 @@ def test_experts_train_and_freeze():
         torch.testing.assert_close(frozen(x, chosen, share), qat(x, chosen, share).detach(), rtol=1e-4, atol=1e-5)
     with pytest.warns(UserWarning, match="fused experts"):
         prepare_qat(nn.Sequential(experts, nn.Linear(4, 4)), QuantSpec(), "lsq")
-
-
-class Half(nn.Linear):
-    def forward(self, x):
-        return super().forward(x)[..., : self.out_features // 2]
 
 
 class Router(nn.Linear):
@@ -167,17 +129,15 @@ class Matmul(nn.Linear):
 
 def test_subclasses_of_linear_are_rounded_exactly_or_named():
     torch.manual_seed(0)
-    model = nn.ModuleDict({"slice": Half(16, 8), "router": Router(16, 8), "same": Matmul(16, 8)})
+    model = nn.ModuleDict({"router": Router(16, 8), "same": Matmul(16, 8)})
     model["scaled"], model["lora"] = Scaled(16, 8), LoRA(16, 8)
     with pytest.warns(UserWarning, match="scaled .subclass with its own forward.*lora .*lora.down.*lora.up"):
         quantized = quantize_model(model, QuantSpec("int3", "int3"))
     x = torch.randn(5, 16)
     product = {name: q(x) @ q(layer.weight).T + layer.bias for name, layer in model.items()}
-    torch.testing.assert_close(quantized["slice"](x), product["slice"][:, :4])
     torch.testing.assert_close(quantized["same"](x), product["same"])
-    torch.testing.assert_close(
-        quantized["router"](x).values, (product["router"] - model["router"].bias).topk(2, -1).values
-    )
+    expected = (product["router"] - model["router"].bias).topk(2, -1).values
+    torch.testing.assert_close(quantized["router"](x).values, expected)
     for name in ("scaled", "lora"):
         assert torch.equal(quantized[name](x), model[name](x))
     gated = quantize_model(nn.Sequential(ElementwiseGate(), nn.Linear(16, 16)), QuantSpec(), example=x, strict=True)
@@ -194,7 +154,7 @@ def test_other_uses_of_a_weight_are_errors():
         (lambda: x @ (weight[0] + 1).T, "add"),
         (lambda: x[:, :6] @ weight[0], "sums over 6"),
         (lambda: weight[0] @ weight[1].T, "two weights"),
-        (lambda: torch.einsum("ti,eoi,ts->eos", x, weight, x), "two operands"),
+        (lambda: torch.einsum("ti,eoi->eto", x, weight), "einsum"),
     ):
         with pytest.raises(RuntimeError, match=text), RoundedProducts({"w": weight}, sums, torch.zeros_like):
             use()
@@ -210,14 +170,9 @@ def test_products_of_every_kind():
             torch.bmm(x, weight.transpose(1, 2)),
             torch.bmm(weight, x.mT).mT,
             torch.baddbmm(torch.zeros(4, 3, 6, dtype=torch.float64), x, weight.permute(0, 2, 1)),
-            torch.stack([F.linear(x[e], weight[e]) for e in range(4)]),
+            torch.stack([F.linear(rows, part) for rows, part in zip(x, weight, strict=True)]),
             torch.stack([x[e].matmul(weight.select(0, e).T) for e in range(4)]),
             torch.stack([torch.stack([weight[e].mv(row) for row in x[e]]) for e in range(4)]),
-            torch.einsum("eti,eoi->eto", x, weight),
-            torch.einsum("eoi,e...i->e...o", weight, x),
-            torch.stack(
-                [torch.addmm(torch.zeros(6, dtype=torch.float64), x[e], weight.unbind(0)[e].t()) for e in range(4)]
-            ),
         ]
     for product in got:
         torch.testing.assert_close(product, exact)

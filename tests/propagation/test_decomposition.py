@@ -163,8 +163,6 @@ def test_unchanged_functions_and_unchanged_inputs():
     assert (table.loc[untouched, ["B", "C"]] == 0).all().all()
     assert (table.loc[["blocks.0.attention.q", "blocks.0.attention.k"], ["A", "C"]] == 0).all().all()
     assert table.loc["embedding", "R"] == 0
-    same = decompose(model, copy.deepcopy(model), ids(2, 10))
-    assert (same[["R", "A", "B", "C"]] == 0).all().all() and same["gain"].isna().all()
 
 
 def test_rows_of_every_granularity_describe_the_same_run():
@@ -173,10 +171,8 @@ def test_rows_of_every_granularity_describe_the_same_run():
     whole = relative_error(model, quantized, batch).value
     tables = [decompose(model, quantized, batch, view).set_index("name") for view in ("module", "sublayer", "block")]
     module, _, table = tables
-    columns = ["R", "A", "B", "gain"]
     for other in tables:
         assert other["R"].iloc[-1] == pytest.approx(whole, rel=1e-12)
-        np.testing.assert_allclose(other.loc["final_norm", columns], module.loc["final_norm", columns], rtol=1e-12)
     assert module["R"]["blocks.0.mlp_add"] == pytest.approx(table["R"]["blocks.0"], rel=1e-12)
     assert list(table.index) == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"]
 
@@ -201,6 +197,9 @@ def test_open_attention_shows_its_parts_and_leaves_the_rest_alone():
     quantized, batch = quantize(model), ids(2, 10)
     unit = decompose(model, quantized, batch).set_index("name")
     opened = decompose(model, quantized, batch, attention="open").set_index("name")
+    summary = summarise(unit.reset_index())
+    assert summary["R_L"] == unit["R"].iloc[-1] and summary["mean_B"] == pytest.approx(unit["B"].mean())
+    assert summary["linear_gain"] == pytest.approx(unit[unit["kind"] == "linear"]["gain"].mean())
     inside = opened.index[opened.index.str.startswith("blocks.0.attention.")].str.removeprefix("blocks.0.attention.")
     assert list(inside) == [
         *("q", "k", "v", "rotary", "rotary#2", "qk_norm", "mixing.scores", "mixing.softmax", "mixing.mix", "out")
@@ -339,21 +338,6 @@ def test_what_is_no_module_is_covered_by_the_module_around_it():
     assert last == pytest.approx(table["R"]["head"])
 
 
-def test_a_module_that_runs_twice_has_two_rows():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.activation = nn.Linear(4, 4), nn.Tanh()
-
-        def forward(self, x):
-            return self.activation(self.linear(self.activation(self.linear(x))))
-
-    model = Twice()
-    table = decompose(model, quantize(model), torch.randn(3, 4))
-    assert list(table["name"]) == ["linear", "activation", "linear#2", "activation#2"]
-    assert table["A"][0] == 0 < table["A"][2]
-
-
 def test_nothing_stays_behind_even_after_an_error():
     model = olmo(torch.float32)
     quantized = quantize(model)
@@ -392,15 +376,6 @@ def test_bad_input_is_named():
         relative_error(model, quantized, ids(4, 4), sample=1)
     with pytest.raises(ValueError, match=r"confidence.*95"):
         relative_error(model, quantized, ids(4, 4), confidence=95)
-
-
-def test_summary():
-    model = olmo(torch.float32)
-    table = decompose(model, quantize(model), ids(2, 8))
-    found, linear = summarise(table), table[table["kind"] == "linear"]
-    assert found["R_L"] == table["R"].iloc[-1]
-    assert found["mean_B"] == pytest.approx(table["B"].mean())
-    assert found["linear_gain"] == pytest.approx(linear["gain"].mean())
 
 
 class Sparse(nn.Module):

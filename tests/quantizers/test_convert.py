@@ -11,7 +11,6 @@ from torch import nn
 
 from beyond_outliers.anymodel.convert import converted as of_any_model
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.modules import find_head
 from beyond_outliers.quantizers import (
     Quantization,
     QuantizedLinear,
@@ -53,13 +52,9 @@ def test_a_quantized_model_is_its_layers_quantized_by_hand(model, spec):
 
 def test_the_head_is_rounded_only_when_asked_for(model):
     without, included = quantize_model(model, QuantSpec()), quantize_model(model, QuantSpec(head=True))
-    assert without.head.weight is without.embedding.weight
-    assert isinstance(included.head, QuantizedLinear)
-    for quantized in (without, included):
-        assert torch.equal(quantized.embedding.weight, model.embedding.weight)
-    assert torch.equal(included.head.weight, quantize_tensor(model.embedding.weight.detach(), "int4"))
-    kinds = [type(m) for m in without.modules() if "Linear" in type(m).__name__]
-    assert kinds.count(QuantizedLinear) == 12 and kinds.count(nn.Linear) == 1
+    assert type(without.head) is nn.Linear and without.head.weight is without.embedding.weight
+    assert torch.equal(included.embedding.weight, model.embedding.weight)
+    assert torch.equal(included.head.rounded, quantize_tensor(model.embedding.weight.detach(), "int4"))
 
 
 def test_rotation_keeps_the_function(model):
@@ -69,20 +64,6 @@ def test_rotation_keeps_the_function(model):
         difference = (rotated(IDS) - model(IDS)).abs().max()
     assert difference < 1e-5
     torch.testing.assert_close(rotated.blocks[0].mlp.down.weight, model.blocks[0].mlp.down.weight.detach())
-
-
-def test_rotation_tames_an_outlier_feature():
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(128, 64)
-    x = torch.randn(256, 128, generator=generator)
-    x[:, 7] *= 50
-    with torch.no_grad():
-        exact = layer(x)
-        plain, rotated = (
-            (quantize_model(layer, QuantSpec("none", "int4", rotate=rotate))(x) - exact).norm()
-            for rotate in (False, True)
-        )
-    assert rotated < 0.6 * plain
 
 
 def test_weight_is_what_acts_on_the_input(model):
@@ -116,26 +97,6 @@ def test_any_tree_of_linear_layers():
     x = torch.randn(9, 8)
     torch.testing.assert_close(quantized(x), tree(x), atol=0.05, rtol=0.05)
     assert isinstance(quantize_model(nn.Linear(4, 4), QuantSpec()), QuantizedLinear)
-
-
-def test_a_tied_transformers_model():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    llama = transformers.LlamaForCausalLM(config).eval()
-    table = llama.get_input_embeddings().weight
-    assert llama.lm_head.weight is table and find_head(llama) == "lm_head"
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        exact = llama(ids).logits
-        for head in (False, True):
-            quantized = quantize_model(llama, QuantSpec(head=head))
-            assert isinstance(quantized.lm_head, QuantizedLinear) == head
-            assert torch.equal(quantized.get_input_embeddings().weight, table)
-            assert 0 < (quantized(ids).logits - exact).norm() < 0.5 * exact.norm()
-    assert llama.lm_head.weight is table
 
 
 def test_models_that_cannot_be_quantized_are_refused(model):

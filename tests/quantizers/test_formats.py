@@ -42,34 +42,12 @@ def test_every_level_and_every_tie_between_two(format):
     assert quantize_tensor(torch.from_numpy(x).float(), format).tolist() == nearest(x, levels).tolist()
 
 
-def test_int4_by_hand():
-    x = torch.tensor([[7.0, 3.4, -3.6, 0.5, 1.5, -7.0], [-14.0, 1.0, 3.0, -0.9, 13.1, 0.0]])
-    expected = torch.tensor([[7.0, 3, -4, 0, 2, -7], [-14, 0, 4, 0, 14, 0]])  # 0.5, 1.5: ties to even
-    assert torch.equal(quantize_tensor(x, "int4"), expected)
-
-
 def test_fp8_is_torchs_e4m3():
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.isfinite()]
     between = (every[:, None] + every[None, :]).flatten() / 2  # includes every midpoint, that is every tie
     x = torch.cat([torch.tensor([448.0]), every, between])
     assert torch.equal(quantize_tensor(x, "fp8"), x.to(torch.float8_e4m3fn).float())
-
-
-def test_block_granularity_is_row_granularity_of_the_blocks(normal):
-    blocks = quantize_tensor(normal.reshape(-1, 16), "int4").reshape(normal.shape)
-    assert torch.equal(quantize_tensor(normal, "int4", "block", 16), blocks)
-    assert not torch.equal(quantize_tensor(normal, "int4"), blocks)
-
-
-def test_mxfp4_by_hand():
-    block = torch.zeros(32)
-    block[:6] = torch.tensor([7.9, 5.0, -1.0, 0.3, 0.26, 0.24])  # floor(log2 7.9) = 2: scale 1, 7.9 saturates to 6
-    expected = torch.zeros(32)
-    expected[:6] = torch.tensor([6.0, 4.0, -1.0, 0.5, 0.5, 0.0])
-    assert torch.equal(quantize_tensor(block, "mxfp4"), expected)
-    x = torch.cat([block, block * 2**-9, block * 2**20])  # the scale is a power of two: rounding commutes with it
-    assert torch.equal(quantize_tensor(x, "mxfp4"), torch.cat([expected, expected * 2**-9, expected * 2**20]))
 
 
 def test_mxfp4_is_torchaos(normal):
@@ -104,39 +82,26 @@ def test_nf4_is_made_of_normal_quantiles(normal):
     assert len(np.unique(np.round(found / np.abs(x).max(-1, keepdims=True), 9))) == 16
 
 
-def test_uint4_against_all_sixteen_levels(normal):
-    x = normal.clone()
-    x[0] += 5  # all positive: 0 is the lowest level all the same
-    x[1] -= 5
-    x[2, 0] = 40
-    found = quantize_tensor(x, "uint4").numpy()
-    low, high = np.minimum(x.numpy().min(-1), 0), np.maximum(x.numpy().max(-1), 0)
-    step = (high - low) / 15
-    for row, values in enumerate(x.numpy()):
-        levels = (np.arange(16) - np.rint(-low[row] / step[row])) * step[row]
-        assert 0 in levels
-        best = levels[np.abs(values[:, None] - levels).argmin(-1)]
-        np.testing.assert_allclose(found[row], best, rtol=1e-12, atol=1e-14)
-
-
 def test_uint4_is_torchs_affine_quantization(normal):
     from torch.ao.quantization import PerChannelMinMaxObserver
 
     observer = PerChannelMinMaxObserver(ch_axis=0, dtype=torch.quint8, quant_min=0, quant_max=15)
     x = normal.float()
+    x[0] += 5  # all positive: 0 is the lowest level all the same
+    x[1] -= 5
     observer(x)
     scale, zero = observer.calculate_qparams()
     theirs = torch.fake_quantize_per_channel_affine(x, scale, zero.int(), 0, 0, 15)
     torch.testing.assert_close(quantize_tensor(x, "uint4"), theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_int4_with_groups_is_int4_in_blocks_whatever_the_granularity(size):
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(size)).cumsum(-1)
-    expected = quantize_tensor(x, "int4", "block", size)
-    for granularity in ("row", "tensor"):
-        assert torch.equal(quantize_tensor(x, f"int4g{size}", granularity), expected)
-    assert not torch.equal(quantize_tensor(x, "int4"), expected)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_int4_with_groups_is_int4_in_blocks_whatever_the_granularity(granularity):
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    for size in (32, 64, 128):
+        blocks = quantize_tensor(x.reshape(-1, size), "int4").reshape(x.shape)
+        assert torch.equal(quantize_tensor(x, "int4", "block", size), blocks)
+        assert torch.equal(quantize_tensor(x, f"int4g{size}", granularity), blocks)
 
 
 OWN = """
@@ -211,11 +176,6 @@ def test_invariants(normal, format):
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
         assert torch.equal(quantize_tensor(half, format), quantize_tensor(half.float(), format).to(dtype))
-
-
-def test_error_falls_with_every_bit(normal):
-    errors = [(quantize_tensor(normal, f"int{b}") - normal).norm() for b in range(2, 9)]
-    assert all(a > 1.5 * b for a, b in itertools.pairwise(errors))
 
 
 # largest entry from which on a group vanishes, float32, over 2^-126: the largest level, that of e4m3 too for nvfp4's

@@ -42,27 +42,6 @@ def loss(weight, rounded, hessian):
 # ------------------------------------------------------------------------------------------------- one weight
 
 
-@pytest.mark.parametrize("bits, width", [(2, 5), (2, 7), (3, 4), (3, 5)])
-def test_between_the_optimum_and_rounding_to_nearest(bits, width):
-    top = 2 ** (bits - 1) - 1
-    grid = np.array(list(itertools.product(range(-top, top + 1), repeat=width)), dtype=float)  # every choice there is
-    excess = {"gptq": 0.0, "rtn": 0.0}
-    for seed in range(20):
-        weight, hessian = draw(2, width, 16, seed)
-        found = gptq_weight(weight, hessian, f"int{bits}")
-        scale = weight.abs().amax(1, keepdim=True) / top
-        np.testing.assert_allclose(found / scale, np.rint(found / scale), atol=1e-12)
-        losses = {"gptq": loss(weight, found, hessian)}
-        losses["rtn"] = loss(weight, quantize_tensor(weight, f"int{bits}"), hessian)
-        for row in range(2):
-            errors = weight[row].numpy() - grid * scale[row].item()
-            optimum = np.einsum("ci,ij,cj->c", errors, hessian.numpy(), errors).min()
-            assert optimum <= losses["gptq"][row] * (1 + 1e-9) <= losses["rtn"][row] * (1 + 2e-9)
-            for name in excess:
-                excess[name] += losses[name][row] / optimum - 1
-    assert excess["gptq"] < 0.5 * excess["rtn"]  # of the way from the optimum to rounding, more than half is gone
-
-
 def reference(weight, hessian, format, granularity, block, damping, order):
     """Column by column, the Hessian of the columns that are still free inverted anew for each."""
     w, h = weight.numpy().copy(), hessian.numpy().copy()
@@ -117,10 +96,7 @@ def test_wide_updates_in_pieces_change_nothing(monkeypatch, format, size):
 def test_without_correlations_it_is_rounding_to_nearest(format, granularity, block, dtype):
     weight, _ = draw(dtype=dtype)
     plain = quantize_tensor(weight, format, granularity, block)
-    size = quantizers.FORMATS[format].block or block
-    scales = gptq._Scales(weight, format, granularity, size)
     identity = torch.eye(64, dtype=torch.float64)
-    assert torch.equal(gptq._compensate(weight, identity, scales), plain)  # bit by bit, before any fallback
     for diagonal in (identity, torch.linspace(0.1, 7, 64, dtype=torch.float64).diag()):
         assert torch.equal(gptq_weight(weight, diagonal, format, granularity, block), plain)
 
@@ -163,28 +139,7 @@ def test_no_row_is_ever_worse_than_rounding_to_nearest(kind, dtype):
         assert (reached <= bound + noise).all(), (format, granularity, order)
 
 
-def test_the_fallback_is_needed():
-    worse = 0
-    for seed in range(20):
-        weight, hessian = draw(32, 8, 6, seed)
-        factor = gptq._inverse_factor(hessian, 0.01)
-        rounded = gptq._compensate(weight, factor, gptq._Scales(weight, "int2", "row", None))
-        plain = quantize_tensor(weight, "int2")
-        rows = loss(weight, rounded, hessian) > loss(weight, plain, hessian)
-        worse += rows.sum()
-        found = gptq_weight(weight, hessian, "int2", order=None)
-        np.testing.assert_array_equal(found, np.where(rows[:, None], plain, rounded))
-    assert worse > 0
-
-
-def test_dead_columns_are_rounded_to_nearest():
-    weight, _ = draw()
-    found = gptq_weight(weight, hostile("dead"), "int4")
-    plain = quantize_tensor(weight, "int4")
-    assert torch.equal(found[:, 5::3], plain[:, 5::3]) and not torch.equal(found, plain)
-
-
-def test_dead_columns_change_nothing_for_the_others():
+def test_dead_columns_are_rounded_to_nearest_and_change_nothing_for_the_others():
     weight, _ = draw()
     hessian, alive = hostile("dead"), torch.ones(64, dtype=torch.bool)
     alive[5::3] = False
@@ -192,32 +147,15 @@ def test_dead_columns_change_nothing_for_the_others():
     found = gptq_weight(weight, hessian, "int4", damping=0.5)
     without = gptq_weight(weight[:, alive], hessian[alive][:, alive], "int4", damping=0.5)
     torch.testing.assert_close(found[:, alive], without)
+    assert torch.equal(found[:, ~alive], quantize_tensor(weight, "int4")[:, ~alive])
     assert not torch.equal(without, quantize_tensor(weight[:, alive], "int4"))
 
 
-def test_the_factor_is_that_of_the_inverse():
-    _, hessian = draw()
-    factor = gptq._inverse_factor(hessian, 0.1)
-    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(64)
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped))
-
-
-def test_the_scale_of_the_hessian_does_not_matter():
-    weight, hessian = draw()
-    for factor in (2.0**-30, 2.0**30):
-        assert torch.equal(gptq_weight(weight, factor * hessian, "int3"), gptq_weight(weight, hessian, "int3"))
-
-
 def test_hessian_of_batches():
-    x = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole, parts = Hessian(), Hessian()
-    whole.add(x)
-    for piece in x.reshape(30, 7).split([1, 20, 9]):
-        parts.add(piece)
-    rows = x.reshape(30, 7).numpy()
-    np.testing.assert_allclose(whole.value(), 2 / 30 * rows.T @ rows, atol=1e-12)
-    torch.testing.assert_close(parts.value(), whole.value())
+    x, found = torch.randn(30, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64), Hessian()
+    for piece in x.split([1, 20, 9]):
+        found.add(piece[None])
+    np.testing.assert_allclose(found.value(), 2 / 30 * x.numpy().T @ x.numpy(), atol=1e-12)
     half = Hessian()
     half.add(torch.full((3, 2), 1000.0, dtype=torch.float16))
     assert torch.equal(half.value(), torch.full((2, 2), 2e6, dtype=torch.float64))  # no overflow at 65504
@@ -229,10 +167,7 @@ W, H = draw()
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: gptq_weight(W, H, "int9"), ["int9", "int8", "mxfp4"]),
         (lambda: gptq_weight(W, H, "none"), ["none", "int8"]),
-        (lambda: gptq_weight(W, H, "int4", "column"), ["column", "row"]),
-        (lambda: gptq_weight(W, H, "int4", "block", 24), ["24", "64", "32"]),
         (lambda: gptq_weight(W, H, "int4", order="random"), ["random", "activation", "None"]),
         (lambda: gptq_weight(W, H, "int4", damping=-0.1), ["-0.1"]),
         (lambda: gptq_weight(W, H[:8, :8], "int4"), ["(8, 8)", "(64, 64)"]),
@@ -282,30 +217,13 @@ def tree():
     return tree
 
 
-@pytest.fixture(scope="module")
-def text():
-    """(96, 33) tokens of a random chain in which two tokens determine the next but for little."""
-    generator = torch.Generator().manual_seed(0)
-    successor = torch.randint(0, 48, (48, 48), generator=generator)
-    ids = torch.randint(0, 48, (96, 2), generator=generator)
-    for _ in range(31):
-        noise = torch.randint(0, 48, (96,), generator=generator)
-        known = torch.rand(96, generator=generator) < 0.9
-        ids = torch.cat([ids, torch.where(known, successor[ids[:, -2], ids[:, -1]], noise)[:, None]], 1)
-    return ids
+IDS = torch.randint(0, 48, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def trained(text):
+@pytest.fixture
+def model():
     torch.manual_seed(0)
-    model = Olmo2(Olmo2Config(vocab_size=48, width=32, depth=2, n_heads=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        batch = text[torch.randint(0, 96, (16,))]
-        optimizer.zero_grad()
-        model.loss(batch[:, :-1], batch[:, 1:]).backward()
-        optimizer.step()
-    return model
+    return Olmo2(Olmo2Config(vocab_size=48, width=32, depth=2, n_heads=2)).double()
 
 
 SPECS = [
@@ -319,16 +237,15 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_every_layer_is_gptq_on_what_reaches_it_in_the_quantized_model(trained, text, spec):
-    model = copy.deepcopy(trained).double()
-    quantized = quantize_model(model, spec, calibration=text[:16, :-1])
+def test_every_layer_is_gptq_on_what_reaches_it_in_the_quantized_model(model, spec):
+    quantized = quantize_model(model, spec, calibration=IDS)
     inputs = {}
     layers = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
     assert len(layers) == 12 + spec.head
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
     with torch.no_grad():
-        quantized(text[:16, :-1])
+        quantized(IDS)
     for name, layer in layers.items():
         x, weight = inputs[name].flatten(0, -2), model.get_submodule(name).weight.detach()
         if spec.rotate:
@@ -340,21 +257,19 @@ def test_every_layer_is_gptq_on_what_reaches_it_in_the_quantized_model(trained, 
         assert not torch.equal(layer.rounded, plain)
 
 
-@pytest.mark.parametrize("sizes", [[8, 8], [1, 12, 3]])
-def test_how_the_inputs_are_batched_does_not_matter(trained, text, sizes):
-    model = copy.deepcopy(trained).double()
-    whole = quantize_model(model, SPECS[0], calibration=text[:16, :-1])
-    parts = quantize_model(model, SPECS[0], calibration=(piece for piece in text[:16, :-1].split(sizes)))
+def test_how_the_inputs_are_batched_does_not_matter(model):
+    whole = quantize_model(model, SPECS[0], calibration=IDS)
+    parts = quantize_model(model, SPECS[0], calibration=iter(IDS.split([1, 12, 3])))
     for (name, a), (_, b) in zip(whole.named_buffers(), parts.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=name)
 
 
-def test_the_model_and_a_tied_embedding_stay_as_they_are(trained, text):
-    model = copy.deepcopy(trained).train()
-    quantized = quantize_model(model, SPECS[-1], calibration=text[:16, :-1])
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+def test_the_model_and_a_tied_embedding_stay_as_they_are(model):
+    before = copy.deepcopy(model.train())
+    quantized = quantize_model(model, SPECS[-1], calibration=IDS)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert model.head.weight is model.embedding.weight and isinstance(quantized.head, QuantizedLinear)
-    assert torch.equal(quantized.embedding.weight, trained.embedding.weight)
+    assert torch.equal(quantized.embedding.weight, before.embedding.weight)
     assert quantized.training and all(module.training for module in quantized.modules())
     assert not any(module._forward_pre_hooks for module in quantized.modules())
     assert all(not tensor.requires_grad for tensor in quantized.buffers())
@@ -418,70 +333,3 @@ def test_padding_is_not_calibrated_on():
     for name in ("up", "flat", "pooler"):
         found, wanted, other = (m.get_submodule(name).rounded for m in (padded, texts, everything))
         assert torch.equal(found, wanted) and (name == "pooler" or not torch.equal(found, other))
-
-
-def test_a_lone_layer_and_half_precision():
-    torch.manual_seed(0)
-    layer = nn.Linear(64, 16).bfloat16()
-    x = torch.randn(100, 64).bfloat16() @ torch.randn(64, 64).bfloat16()
-    rounded = quantize_model(layer, QuantSpec(method="gptq"), calibration=x)
-    assert rounded.rounded.dtype == torch.bfloat16
-    plain, exact = quantize_model(layer, QuantSpec()), layer(x)
-    assert 0 < (rounded(x) - exact).norm() < (plain(x) - exact).norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", [False, True])
-def test_the_loss_rises_less_than_by_rounding_to_nearest(trained, text, head):
-    inputs, targets = text[:, :-1], text[:, 1:]
-    rises = {}
-    with torch.no_grad():
-        base = trained.loss(inputs, targets)
-        for weights, rotate in itertools.product(["int3", "int4", "mxfp4", "nvfp4"], [False, True]):
-            for activations in ("none", "int8" if weights.startswith("int") else weights):
-                for method, calibration in (("rtn", None), ("gptq", inputs)):
-                    spec = QuantSpec(weights, activations, head=head, rotate=rotate, method=method)
-                    rise = quantize_model(trained, spec, calibration).loss(inputs, targets) - base
-                    rises.setdefault(method, []).append(rise.item())
-    rtn, compensated = np.array(rises["rtn"]), np.array(rises["gptq"])
-    assert 0 < compensated.mean() < 0.8 * rtn.mean()
-    assert (compensated < rtn).mean() > 0.75
-
-
-# ------------------------------------------------------------------------------------ a public implementation
-
-
-def published(weight, inputs, order):
-    """What neural-compressor's GPTQ makes of a weight, 4 bits with a zero point, a scale a row: float32 on CPU."""
-    public = pytest.importorskip("neural_compressor.torch.algorithms.weight_only.gptq")
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    run = public.GPTQ(layer, weight.clone())
-    settings = {"bits": 4, "sym": False, "perchannel": True, "dtype": "int", "mse": False}
-    settings |= {"use_double_quant": False, "double_quant_sym": False}
-    run.quantizer.configure(settings)
-    run.add_batch(inputs.float(), None)
-    found = run.fasterquant(weight.clone().float(), blocksize=32, percdamp=0.01, act_order=order is not None)
-    return next(part for part in found if part.shape == weight.shape).double()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [None, "activation"])
-def test_equals_a_public_implementation(order):
-    """Asymmetric 4 bits, where both have the same grid: the same levels but where float32 falls on another side."""
-    same, reached = [], {"ours": 0.0, "theirs": 0.0, "nearest": 0.0}
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(24, 64, generator=generator, dtype=torch.float64)
-        inputs = torch.randn(512, 64, generator=generator, dtype=torch.float64)
-        inputs = inputs @ (torch.eye(64) + 0.3 * torch.randn(64, 64, generator=generator)).double()
-        hessian = 2 / 512 * inputs.T @ inputs
-        theirs = published(weight, inputs, order)
-        ours = gptq_weight(weight, hessian, "uint4", order=order)
-        nearest = quantize_tensor(weight, "uint4")
-        fallen = (ours == nearest).all(1)  # rows that ours leaves to rounding to nearest, which theirs does not do
-        same.append(((ours - theirs).abs() < 1e-4)[~fallen].double().mean().item())
-        for name, rounded in (("ours", ours), ("theirs", theirs), ("nearest", nearest)):
-            reached[name] += loss(weight, rounded, hessian).sum()
-    assert min(same) > 0.97
-    assert reached["ours"] == pytest.approx(reached["theirs"], rel=0.01)
-    assert reached["ours"] < 0.9 * reached["nearest"]

@@ -1,12 +1,11 @@
 """What a caller has switched on (autocast, a default dtype or device, inference mode) changes no rounded weight."""
 
 import contextlib
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from beyond_outliers.model import Olmo2, Olmo2Config
 from beyond_outliers.quantizers import (
@@ -114,14 +113,6 @@ def test_what_is_made_does_not_depend_on_the_caller(setting, tmp_path):
             assert y.dtype == torch.float32 and not any(t.is_inference() for t in made.state_dict().values()), name
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_made_in_inference_mode_trains_once_it_is_prepared():
-    with torch.inference_mode():
-        model = prepare_qat(nn.Sequential(nn.Linear(32, 8)), QuantSpec())
-    model(X).square().sum().backward()
-    assert model[0].weight.grad.abs().sum() > 0
-
-
 def test_a_compiled_inference_leaves_nothing_that_cannot_be_trained_with():
     """A width that no other test rotates in half precision."""
     model = prepare_qat(nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48)), QuantSpec()).bfloat16()
@@ -146,29 +137,6 @@ def test_transforms_of_torch_func(quantizer):
     assert torch.equal(vmap(quantizer)(x), rows)
     each = vmap(grad(lambda x, w: (quantizer(x) * w).sum()))(x, weights)
     torch.testing.assert_close(each, leaf.grad if quantizer.extra_repr() != "'nvfp4', 'row'" else each)
-
-
-@pytest.mark.parametrize("scheme", ["quest", "ste", "lsq"])
-def test_gradients_of_every_sequence_by_torch_func(scheme):
-    """Their mean is the gradient of the mean loss; LSQ must have started, which a functional call cannot do."""
-    torch.manual_seed(0)
-    model, ids = prepare_qat(Olmo2(Olmo2Config(64, 24, 1, 2)), QuantSpec(), scheme), torch.randint(64, (3, 7))
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def loss(parameters, ids):
-        return nn.functional.cross_entropy(functional_call(model, parameters, (ids[None],))[0], ids)
-
-    if scheme == "lsq":
-        with pytest.raises(RuntimeError, match="valid: one forward pass"):
-            loss(parameters, ids[0])
-        model(ids)
-        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's attention has no batching rule
-        each = vmap(grad(loss), (None, 0))(parameters, ids)
-        whole = grad(lambda p, ids: torch.stack([loss(p, one) for one in ids]).mean())(parameters, ids)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(each[name].mean(0), gradient, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -42,3 +42,10 @@ def olmo(dtype=torch.float64, **changes):
 
 def ids(*shape, seed=0):
     return torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def squared_error(model, quantized, x, answer="logits", **options):
+    """||dh||^2 / ||h||^2 over all of x, of what the models give, or of this part of it."""
+    with torch.no_grad():
+        h, hq = ((getattr(y, answer) if answer else y).double() for y in (model(x, **options), quantized(x, **options)))
+    return float((hq - h).square().sum() / h.square().sum())

@@ -3,12 +3,15 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beyond_outliers.passes import as_real, floats
+from beyond_outliers.anymodel.invariants import difference
+from beyond_outliers.modules import hooked, module_names
+from beyond_outliers.passes import reals
 
 _CACHES = ("past_key_values", "past_key_value", "cache_params", "mems", "use_cache")
 
@@ -23,39 +26,48 @@ def check_batch(batch: Mapping):
         )
 
 
-# ---------------------------------------------------------------------------------------------------- random numbers
-
-
-class _Draws(TorchDispatchMode):
-    """Names the modules in which random numbers are drawn, with the operators that do it."""
+class WatchedPass(TorchDispatchMode):
+    """One pass of a model, operator by operator. open: the modules that run, the innermost last."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.names = {module: name for name, module in model.named_modules()}
-        self.open: list[str] = []
-        self.found: dict[str, None] = {}
+        self.names = module_names(model)
+        self.open: list[nn.Module] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.saw(function, function.overloadpacket.__name__, (args, kwargs), output)
+        return output
+
+    def saw(self, function: Any, operator: str, given: tuple, output: Any):
+        """After every operator. given: its arguments, positional and by keyword."""
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict):
+        self.open.append(module)
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
+        self.open.pop()
+
+    def run(self, call: Callable) -> Any:
+        """What `call()` returns, a pass of the model."""
+        with hooked(self.names, self.enter, self.leave), self:
+            return call()
+
+
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+class _Draws(WatchedPass):
+    """Names the modules in which random numbers are drawn, with the operators that do it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.found: dict[str, None] = {}
+
+    def saw(self, function, operator, given, output):
         if torch.Tag.nondeterministic_seeded in function.tags:
-            module = self.open[-1] if self.open else ""
-            self.found[f"{module or '(model)'} ({function.overloadpacket.__name__})"] = None
-        return function(*args, **(kwargs or {}))
-
-    def run(self, call: Callable) -> object:
-        def enter(module, args):
-            self.open.append(self.names[module])
-
-        def leave(module, args, output):
-            self.open.pop()
-
-        handles = [module.register_forward_pre_hook(enter) for module in self.names]
-        handles += [module.register_forward_hook(leave) for module in self.names]
-        try:
-            with self:
-                return call()
-        finally:
-            for handle in handles:
-                handle.remove()
+            place = self.names[self.open[-1]] if self.open else ""
+            self.found[f"{place or '(model)'} ({operator})"] = None
 
 
 @contextmanager
@@ -78,19 +90,10 @@ def check_draws(model: nn.Module, call: Callable):
     """
     draws = _Draws(model)
     with _without_hooks(model):  # what counts or records passes must not see these two
-        first, again = floats(call()), floats(draws.run(call))
-    if len(first) != len(again) or not all(map(_near, first, again)):
-        where = ", ".join(draws.found) or "not seen where"
+        first, again = reals(call()), reals(draws.run(call))
+    if difference(first, again):
         raise ValueError(
-            f"{type(model).__name__} answers by random numbers in evaluation mode, drawn in {where}; valid: dropout as "
-            "nn.Dropout, or F.dropout(x, p, training=self.training)"
+            f"{type(model).__name__} answers by random numbers in evaluation mode, drawn in "
+            f"{', '.join(draws.found) or 'not seen where'}; valid: dropout as nn.Dropout, or "
+            "F.dropout(x, p, training=self.training)"
         )
-
-
-def _near(x: Tensor, y: Tensor) -> bool:
-    """Equal but for what the order of a sum changes (a watched pass may take other kernels)."""
-    if x.shape != y.shape:
-        return False
-    x, y = as_real(x), as_real(y)
-    largest = x.abs().nan_to_num(posinf=0.0).amax().item() if x.numel() else 0.0
-    return torch.allclose(x, y, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from beyond_outliers.anymodel.coverage import first_pass, known_weights, path, watched_weights
 from beyond_outliers.anymodel.linears import UNCALLED, is_plain, why_not_replaced
 from beyond_outliers.anymodel.open import open_layers
-from beyond_outliers.anymodel.operands import Rounding, along, as_buffer, products_of
+from beyond_outliers.anymodel.operands import Rounding, products_of
 from beyond_outliers.anymodel.save import refuse_save_pretrained
-from beyond_outliers.modules import copy_of, every_module, find_head, substitute, take_hooks
-from beyond_outliers.quantizers.convert import activation_quantizer, converted_linear
-from beyond_outliers.quantizers.formats import quantize_tensor
+from beyond_outliers.modules import copy_of, find_head, module_names, substitute
+from beyond_outliers.quantizers.convert import converted_linear
 from beyond_outliers.quantizers.hadamard import hadamard_transform
 from beyond_outliers.quantizers.qat import QATLinear, make_quantizer
 from beyond_outliers.quantizers.record import Quantization, rounding_layers
-from beyond_outliers.quantizers.spec import QuantSpec
 
 
 def converted(
@@ -32,16 +30,15 @@ def converted(
     head = find_head(copied)
     made: dict[nn.Module, nn.Module] = {}
     kept = None if head is None or record.spec.head else copied.get_submodule(head)
-    for module, name in every_module(copied).items():
+    for module, name in module_names(copied).items():
         if module is kept or name in past:
             continue
         try:
             if isinstance(module, nn.Linear) and why_not_replaced(module) is None:
                 training = module.training
                 made[module] = _linear(module.eval(), record, round_weights).train(training)
-                take_hooks(module, made[module])
                 continue
-            sums = products_of(module) if record.scheme != "lsq" else None
+            sums = None if record.scheme == "lsq" else products_of(module)
             if sums and not any(path(name, attribute) in past for attribute in sums):
                 _round_products(module, sums, record)
         except ValueError as error:
@@ -55,7 +52,7 @@ def converted(
         record.weights = watched_weights(copied, record, example)
         if read := [w.name for w in record.weights if w.reason == UNCALLED and w.rounded]:
             return converted(model, record, round_weights, example, [*past, *read])
-    elif record.spec.activations != "none" and not all(map(is_plain, every_module(copied))):
+    elif record.spec.activations != "none" and not all(map(is_plain, copied.modules())):
         record.first_pass = True
         copied.register_forward_pre_hook(first_pass)
     if record.stage == "ptq":  # what trains keeps the names of the model: its files load
@@ -106,20 +103,18 @@ class ParametrizedQATLinear(QATLinear):
 
 
 def _round_products(module: nn.Module, sums: dict[str, int], record: Quantization):
-    """Rounds in place, or makes trainable, a module that multiplies by weights of its own (see `operands`)."""
-    spec = record.spec
+    """Makes a module that multiplies by weights of its own round these, after training once, and their operands."""
+    spec, scheme = record.spec, record.scheme or "ste"
     for name, dim in sums.items():
         spec.check_width(module.get_parameter(name).shape[dim])
+    parts: list[nn.Module | None] = [make_quantizer(scheme, form, spec) for form in (spec.activations, spec.weights)]
+    if spec.rotate or scheme == "quest":
+        parts = [nn.Sequential(Rotation(), nn.Identity() if part is None else part) for part in parts]
+    operand, weight = parts
+    rounding = Rounding(sums, operand, None if weight is None else EachMatrix(weight))
+    rounding.attach(module)
     if record.scheme is None:
-        for name, dim in sums.items():
-            as_buffer(module, name, along(lambda w: _round_matrices(w, spec), module.get_parameter(name).detach(), dim))
-        parts = [_rotated(activation_quantizer(spec), spec.rotate)]
-    else:
-        rotate = record.scheme == "quest" or spec.rotate
-        quantizers = (make_quantizer(record.scheme, format, spec) for format in (spec.activations, spec.weights))
-        parts = [_rotated(quantizer, rotate) for quantizer in quantizers]
-    module.operand_rounding = Rounding(sums, *parts)  # where `rounding_of` finds it
-    module.operand_rounding.attach(module)
+        rounding.freeze(module)
 
 
 class Rotation(nn.Module):
@@ -129,15 +124,12 @@ class Rotation(nn.Module):
         return hadamard_transform(x)
 
 
-def _rotated(quantizer: nn.Module | None, rotate: bool) -> nn.Module | None:
-    if not rotate:
-        return quantizer
-    return Rotation() if quantizer is None else nn.Sequential(Rotation(), quantizer)
+class EachMatrix(nn.Module):
+    """`inner` of every matrix of (..., out, in) by itself: a scale of a tensor is that of one expert."""
 
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
 
-def _round_matrices(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Rounds (..., out, in), every matrix as a tensor of its own."""
-    weight = hadamard_transform(weight) if spec.rotate else weight
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    rounded = [quantize_tensor(matrix, spec.weights, spec.granularity, spec.block) for matrix in matrices]
-    return torch.stack(rounded).view(weight.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.inner(matrix) for matrix in x.reshape(-1, *x.shape[-2:])]).view(x.shape)

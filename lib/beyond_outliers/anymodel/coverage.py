@@ -4,27 +4,28 @@ By what its modules are (`known_weights`), and by one watched forward pass (`wat
 multiplied by, and whether their layers were called for it.
 """
 
+import itertools
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from beyond_outliers.anymodel.linears import COMPLEX, UNCALLED, why_not_replaced
-from beyond_outliers.anymodel.operands import rounding_of
-from beyond_outliers.modules import evaluating, every_module, forward, linear_weight
+from beyond_outliers.anymodel.checks import WatchedPass
+from beyond_outliers.anymodel.linears import COMPLEX, OWN_FORWARD, QUANTIZED, UNCALLED, why_not_replaced
+from beyond_outliers.anymodel.operands import Rounding
+from beyond_outliers.modules import evaluating, forward, linear_weight, module_names
 from beyond_outliers.passes import floats, plain_settings
 from beyond_outliers.quantizers.convert import QuantizedLinear, rounding_layers
 from beyond_outliers.quantizers.qat import QATLinear
 from beyond_outliers.quantizers.record import HEAD, CoverageWarning, Quantization, Runs, Weight, record_of
 from beyond_outliers.quantizers.spec import QuantSpec
 
-EXPERTS = "fused experts"
 OUTSIDE = "the module multiplies by a parameter of its own"
 UNSEEN = "parameter outside of a layer: only a forward pass shows whether it is multiplied by; pass example="
 NEAREST = "rounded to nearest: GPTQ takes linear layers only"
@@ -39,12 +40,10 @@ def treated_weights(model: nn.Module) -> list[tuple[Weight, Tensor | None, nn.Mo
     """Rounded weights with their tensors (None for computed ones) and owners."""
     found: list[tuple[Weight, Tensor | None, nn.Module]] = []
     for module, name in rounding_layers(model).items():
-        if (rounding := rounding_of(module)) is not None:
+        if isinstance(rounding := module._modules.get("operand_rounding"), Rounding):
             for attribute in rounding.sums:
                 tensor = getattr(module, attribute)
-                kind = (
-                    "experts" if tensor.ndim > 2 else "linear subclass" if isinstance(module, nn.Linear) else "router"
-                )
+                kind = "experts" if tensor.ndim > 2 else "router"
                 found.append((Weight(path(name, attribute), kind, tensor.numel(), True), tensor, module))
         elif isinstance(module, (QuantizedLinear, QATLinear)):
             tensor = module.rounded if isinstance(module, QuantizedLinear) else module._parameters.get("weight")
@@ -58,21 +57,23 @@ def known_weights(model: nn.Module, head: str | None, spec: QuantSpec, past: Col
 
     head: the name of its head. past: names of weights that are known to be read past their layers.
     """
-    rows = [weight for weight, _, _ in treated_weights(model)]
-    if spec.method == "gptq":
-        rows = [row if row.kind == "linear" else replace(row, reason=NEAREST) for row in rows]
-    handled, kept = rounding_layers(model), None if head is None or spec.head else model.get_submodule(head)
-    modules = every_module(model)
+    treated: dict[nn.Module, list[Weight]] = {}
+    for row, _, owner in treated_weights(model):
+        is_nearest = spec.method == "gptq" and row.kind != "linear"
+        treated.setdefault(owner, []).append(replace(row, reason=NEAREST) if is_nearest else row)
+    kept = None if head is None or spec.head else model.get_submodule(head)
+    modules, rows = module_names(model), list[Weight]()
     for module, name in modules.items():
         if module is kept:
             rows.append(Weight(name, "linear", linear_weight(module).numel(), False, HEAD))
-        elif module not in handled:
+        elif module in treated:
+            rows += treated[module]
+        else:
             rows += (replace(row, reason=UNCALLED) if row.name in past else row for row in _left_alone(module, name))
     if spec.head and head is None:
         tables = [(m, n) for m, n in modules.items() if isinstance(m, nn.Embedding)]
         rows += [Weight(path(n, "weight"), "embedding", m.weight.numel(), False, NO_HEAD) for m, n in tables[:1]]
-    order = {name: i for i, name in enumerate(modules.values())}
-    return sorted(rows, key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], len(order))))
+    return rows
 
 
 _QUIET = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -85,33 +86,34 @@ _KNOWN = {
 }
 
 
+def _why_left(module: nn.Module, name: str, attribute: str, tensor: Tensor) -> tuple[str, str]:
+    """Kind of a matrix that is not rounded, and the reason; "" for what no product is made with."""
+    is_layer = isinstance(module, nn.Linear)
+    if tensor.is_complex():
+        return "linear" if is_layer else "parameter", COMPLEX
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return "linear", QUANTIZED
+    if is_layer:
+        return "linear", (attribute.startswith("weight") and why_not_replaced(module)) or OWN_FORWARD
+    known = [told for kind, told in _KNOWN.items() if isinstance(module, kind)]
+    if known or "bias" in attribute:
+        return known[0] if known else ("parameter", "")
+    is_expert = tensor.ndim == 3 and "expert" in (name + type(module).__name__).lower()
+    return ("experts", "fused experts") if is_expert else ("parameter", UNSEEN)
+
+
 def _left_alone(module: nn.Module, name: str) -> Iterator[Weight]:
     """Rows for the matrices that a module which does not round holds itself."""
     if isinstance(module, (*_QUIET, nn.utils.parametrize.ParametrizationList)):
         return
     for attribute, tensor in _matrices(module).items():
-        row = Weight(
-            name if attribute == "weight" else path(name, attribute), "parameter", tensor.numel(), False, UNSEEN
-        )
-        known = next((value for kind, value in _KNOWN.items() if isinstance(module, kind)), None)
-        if tensor.is_complex():
-            yield replace(row, kind="linear" if isinstance(module, nn.Linear) else "parameter", reason=COMPLEX)
-        elif not tensor.is_floating_point() or tensor.element_size() < 2:
-            yield replace(row, kind="linear", reason="already quantized")
-        elif isinstance(module, nn.Linear):
-            reason = why_not_replaced(module) or "subclass with its own forward"
-            yield replace(
-                row, kind="linear", reason=reason if attribute.startswith("weight") else "subclass with its own forward"
-            )
-        elif known:
-            yield replace(row, kind=known[0], reason=known[1])
-        elif tensor.ndim == 3 and "expert" in (name + type(module).__name__).lower() and "bias" not in attribute:
-            yield replace(row, kind="experts", reason=EXPERTS)
-        elif "bias" not in attribute:
-            yield row
+        kind, reason = _why_left(module, name, attribute, tensor)
+        if reason:
+            label = name if attribute == "weight" else path(name, attribute)
+            yield Weight(label, kind, tensor.numel(), False, reason)
     if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "in_features"):
         entries = cast(int, module.in_features) * cast(int, module.out_features)
-        yield Weight(name, "linear", entries, False, "already quantized")
+        yield Weight(name, "linear", entries, False, QUANTIZED)
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -138,36 +140,34 @@ _SUMS = frozenset(["addbmm", "addmm", "addmv", "baddbmm"])  # those whose first 
 # fmt: on
 
 
-class _Products(TorchDispatchMode):
+class _Products(WatchedPass):
     """Watches one forward pass for products of an activation with something made of a weight alone.
 
     An activation descends from an embedding lookup, a floating-point input, or a product. uses: id of the weight ->
-    (operator, whether a module that owns the weight was running).
+    (operator, whether a module that owns the weight was running). ran: the modules that did.
     """
 
-    def __init__(self, model: nn.Module, weights: list[Tensor]):
-        super().__init__()
-        self.modules = every_module(model)
-        self.owners: dict[int, set] = {}
-        for module in self.modules:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self.owners.setdefault(id(tensor), set()).add(module)
-            for part in getattr(module, "parametrizations", {}).values():
-                for tensor in part.parameters():
-                    self.owners.setdefault(id(tensor), set()).add(module)
+    def __init__(self, model: nn.Module, weights: Iterable[Tensor], batch):
+        super().__init__(model)
+        self.owners: dict[int, set[nn.Module]] = {}
+        for module in self.names:
+            parts = getattr(module, "parametrizations", {}).values()
+            held = [module._parameters.values(), module._buffers.values(), *(part.parameters() for part in parts)]
+            for tensor in itertools.chain(*held):
+                self.owners.setdefault(id(tensor), set()).add(module)
         self.sources, self.activations = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         for tensor in weights:
             self.sources[tensor] = frozenset([id(tensor)])
-        self.open: list[nn.Module] = []
         self.ran: set[nn.Module] = set()
         self.uses: dict[int, set[tuple[str, bool]]] = {}
+        for x in floats(batch):
+            self.activations[x] = True
+        with evaluating(model):
+            self.run(lambda: forward(model, batch))
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        operator = function.overloadpacket.__name__
-        inputs = floats(args, kwargs)
-        active = any(x in self.activations for x in inputs)
+    def saw(self, function, operator, given, output):
+        args, kwargs = given
+        active = any(x in self.activations for x in floats(given))
         operands = floats(args[1:] if operator in _SUMS else args, kwargs)
         origins = [self.sources[x] for x in operands if x not in self.activations and x in self.sources]
         made_of = frozenset().union(*origins)
@@ -184,28 +184,10 @@ class _Products(TorchDispatchMode):
                 self.activations[x] = True
             elif made_of and x not in self.sources:
                 self.sources[x] = made_of
-        return output
 
-    def _enter(self, module, args):
-        self.open.append(module)
+    def enter(self, module, args, kwargs):
+        super().enter(module, args, kwargs)
         self.ran.add(module)
-
-    def _leave(self, module, args, output):
-        if self.open and self.open[-1] is module:
-            self.open.pop()
-
-    def run(self, model: nn.Module, batch) -> "_Products":
-        handles = [m.register_forward_pre_hook(self._enter, prepend=True) for m in self.modules]
-        handles += [m.register_forward_hook(self._leave) for m in self.modules]
-        for x in floats(batch):
-            self.activations[x] = True
-        try:
-            with evaluating(model), self:
-                forward(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self
 
 
 def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weight]:
@@ -213,30 +195,27 @@ def watched_weights(model: nn.Module, record: Quantization, batch) -> list[Weigh
 
     A row of reason `UNCALLED` that is rounded: the layer rounds, and others read its weight without its inputs.
     """
-    treated = treated_weights(model)
-    names = {id(tensor): weight.name for weight, tensor, _ in treated if tensor is not None}
-    candidates = {id(tensor): tensor for _, tensor, _ in treated if tensor is not None}
-    modules, tables, owner = every_module(model), set(), {}
+    modules, treated = module_names(model), treated_weights(model)
+    tracked = {id(tensor): (row.name, tensor, owner) for row, tensor, owner in treated if tensor is not None}
     for module, name in modules.items():
-        is_table = isinstance(module, nn.Embedding)
-        for attribute, tensor in _candidates(module).items():
-            if id(tensor) not in names:
-                label = name if attribute == "weight" and not is_table else path(name, attribute)
-                names[id(tensor)], candidates[id(tensor)], owner[label] = label, tensor, module
-            if is_table:
-                tables.add(id(tensor))
-    seen = _Products(model, list(candidates.values())).run(model, batch)
-    uses = {names[i]: found for i, found in seen.uses.items()}
+        if not isinstance(module, nn.utils.parametrize.ParametrizationList):
+            for attribute, p in module._parameters.items():
+                if p is not None and p.is_floating_point() and p.ndim > 1:
+                    is_layer = attribute == "weight" and not isinstance(module, nn.Embedding)
+                    tracked.setdefault(id(p), (name if is_layer else path(name, attribute), p, module))
+    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    seen = _Products(model, [tensor for _, tensor, _ in tracked.values()], batch)
+    uses = {tracked[i][0]: found for i, found in seen.uses.items()}
+    ran = {name for name, _, owner in tracked.values() if owner in seen.ran}
     rows = [_corrected(row, uses.get(row.name, set()), record.spec) for row in record.weights]
-    rows = [row for row in rows if row.reason != UNSEEN or owner.get(row.name) not in seen.ran]
-    rows = [row for row in rows if row.reason != NO_HEAD]
+    rows = [row for row in rows if row.reason != NO_HEAD and not (row.reason == UNSEEN and row.name in ran)]
     heads = {row.name for row in rows if row.reason == HEAD}
-    told = {row.name for row in record.weights} | {names[id(m.weight)] for m, n in modules.items() if n in heads}
-    for name in sorted(uses.keys() - told):
-        (i,) = (i for i, label in names.items() if label == name)
-        reason = OUTSIDE if i not in tables else UNCALLED if record.spec.head else HEAD
-        kind = "embedding" if i in tables else "parameter"
-        rows.append(Weight(name, kind, candidates[i].numel(), False, reason))
+    told = {row.name for row in record.weights} | {tracked[id(m.weight)][0] for m, n in modules.items() if n in heads}
+    for i, (name, tensor, _) in sorted(tracked.items(), key=lambda item: item[1][0]):
+        if name in uses.keys() - told:
+            reason = OUTSIDE if i not in tables else UNCALLED if record.spec.head else HEAD
+            kind = "embedding" if i in tables else "parameter"
+            rows.append(Weight(name, kind, tensor.numel(), False, reason))
     return rows
 
 
@@ -249,12 +228,6 @@ def _corrected(row: Weight, uses: set[tuple[str, bool]], spec: QuantSpec) -> Wei
     if row.reason == UNSEEN and uses:
         return replace(row, reason="convolution" if any("convolution" in name for name, _ in uses) else OUTSIDE)
     return row
-
-
-def _candidates(module: nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return {}
-    return {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point() and p.ndim > 1}
 
 
 @plain_settings()
@@ -279,7 +252,7 @@ def check_idle(quantized: nn.Module, idle: dict[nn.Module, str], batch):
     """
     record = vars(quantized).get("quantization")
     treated = [(w, t) for w, t, owner in treated_weights(quantized) if owner in idle and t is not None]
-    uses = _Products(quantized, [tensor for _, tensor in treated]).run(quantized, batch).uses
+    uses = _Products(quantized, [tensor for _, tensor in treated], batch).uses
     read = [weight.name for weight, tensor in treated if id(tensor) in uses]
     if read and record is not None and record.spec.activations != "none":
         raise ValueError(
@@ -299,22 +272,19 @@ def first_pass(quantized: nn.Module, _args):
     record = record_of(quantized)
     if torch.compiler.is_compiling() or not record.first_pass:
         return
-    runs = Runs(quantized)
-    counting = runs.counted()
-    counting.__enter__()
+    runs, counting = Runs(quantized), ExitStack()
+    counting.enter_context(runs.counted())
     runs.counts.update([quantized])  # runs, hooked too late
 
     def end(quantized, _args, output):
-        handle.remove()
-        counting.__exit__(None, None, None)
+        counting.close()
         record.first_pass = output is None  # it failed: the next one is the first
         if runs.idle and output is not None:
-            names = ", ".join(runs.idle.values())
             warnings.warn(
-                f"layers that round but did not run in the model's first pass: {names}. Where another module reads "
-                "their weights, its inputs are not rounded: coverage(model, batch) tells",
+                f"layers that round but did not run in the model's first pass: {', '.join(runs.idle.values())}. Where "
+                "another module reads their weights, its inputs are not rounded: coverage(model, batch) tells",
                 CoverageWarning,
                 stacklevel=2,
             )
 
-    handle = quantized.register_forward_hook(end, always_call=True)
+    counting.enter_context(quantized.register_forward_hook(end, always_call=True))

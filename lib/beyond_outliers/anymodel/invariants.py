@@ -4,75 +4,62 @@ A = 0 where no input differs, B = 0 where the function has not changed, and a mo
 input again. R = A + B + C holds for any four tensors, so that it would not notice.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from beyond_outliers.anymodel.linears import is_plain
 from beyond_outliers.passes import same_tensors
 from beyond_outliers.propagation.norms import dot, pieces
 
 
-def repeats(module: nn.Module) -> bool:
-    """Whether all of `module` is of classes that keep no state between two calls in evaluation mode."""
-    return all(map(is_plain, module.modules()))
-
-
 def unchanged(module: nn.Module, quantized: nn.Module) -> bool:
     """Whether two modules are the same function, as far as classes, tensors, plain attributes and hooks tell."""
-    parts, parts_q = list(module.named_modules()), list(quantized.named_modules())
-    if [(name, type(part)) for name, part in parts] != [(name, type(part)) for name, part in parts_q]:
-        return False
-    states = [
-        {key: value for key, value in vars(part).items() if key not in ("_modules", "training")}
-        for _, part in (*parts, *parts_q)
-    ]
-    return all(map(_same, states[: len(parts)], states[len(parts) :]))
+    parts, parts_q = (
+        {
+            name: (type(part), {key: value for key, value in vars(part).items() if key not in ("_modules", "training")})
+            for name, part in one.named_modules()
+        }
+        for one in (module, quantized)
+    )
+    leaves, leaves_q = tree_leaves(parts), tree_leaves(parts_q)
+    return parts.keys() == parts_q.keys() and len(leaves) == len(leaves_q) and all(map(_same, leaves, leaves_q))
 
 
-def _same(a, b) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Whether two attributes are equal; of what is no tensor, number, text or function the class decides."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
         return same_tensors([a], [b])
-    if isinstance(a, dict):  # attributes, parameters, hooks
-        return len(a) == len(b) and all(map(_same, a.values(), b.values()))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, (bool, int, float, str)):
+    if isinstance(a, (bool, int, float, str, type)):
         return a == b
     return not callable(a) or isinstance(a, nn.Module) or getattr(a, "__qualname__", a) == getattr(b, "__qualname__", b)
 
 
-def check_repeated(label: str, first: list[Tensor], again: list[Tensor], given: tuple):
-    """ValueError naming the module `label` unless an evaluation on equal inputs gave equal outputs."""
-    how = "gives another output for the same input when it runs again, by {:.2g} of its squared norm"
-    _refuse_difference(label, first, again, given, how, "A, B and C")
+# what a module does that it should not, with room for by how much, and the terms that would be wrong
+REPEATED = ("gives another output for the same input when it runs again, by {:.2g} of its squared norm", "A, B and C")
+UNCHANGED = ("is the same in both models, yet its outputs for one input differ by {:.2g} of their squared norm", "B")
 
 
-def check_unchanged(label: str, ours: list[Tensor], theirs: list[Tensor], given: tuple):
-    """ValueError naming the module `label` unless both models' evaluations of an unchanged function agree."""
-    how = "is the same in both models, yet its outputs for one input differ by {:.2g} of their squared norm"
-    _refuse_difference(label, ours, theirs, given, how, "B")
-
-
-def _refuse_difference(label: str, first: list[Tensor], again: list[Tensor], given: tuple, how: str, wrong: str):
-    """ValueError where they differ; how: in words, with room for by how much; wrong: the terms that would be."""
-    if difference := _difference(first, again):
+def check_equal(label: str, outputs: tuple[list[Tensor], list[Tensor]], given: tuple, what: tuple[str, str]):
+    """ValueError naming the module `label` where two outputs for `given` differ; what: REPEATED or UNCHANGED."""
+    if size := difference(*outputs):
         kinds = {
             type(x).__name__ for x in tree_leaves(given) if not type(x).__module__.startswith(("torch", "builtins"))
         }
         cause = "it keeps a state between calls, or draws random numbers (F.dropout without training=self.training)"
         if kinds:
             cause = f"it is given a {', '.join(sorted(kinds))}, which may change (a key/value cache does), or {cause}"
+        how, wrong = what
         raise ValueError(
-            f"module {label!r} {how.format(difference)}: {cause}. Its {wrong} would be wrong; valid: modules whose "
+            f"module {label!r} {how.format(size)}: {cause}. Its {wrong} would be wrong; valid: modules whose "
             "output depends on what they are given alone"
         )
 
 
-def _difference(first: list[Tensor], again: list[Tensor]) -> float:
+def difference(first: list[Tensor], again: list[Tensor]) -> float:
     """Squared norm of the difference over that of `first`; 0 where rounding explains it (kernels may sum anew)."""
     if same_tensors(first, again):
         return 0.0

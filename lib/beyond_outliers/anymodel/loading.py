@@ -20,15 +20,11 @@ from beyond_outliers.corpus.wheels import fetch_source
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what torchao, which transformers imports with its models, says of kernels and types that nobody uses."""
-    loggers = {name: logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree")):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
 
 
 @contextlib.contextmanager
@@ -36,12 +32,13 @@ def read_once() -> Iterator[None]:
     """GGUF files are parsed once in it, where `transformers` does so for configuration, tokenizer and weights each."""
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
+    module: Any = gguf
+    reader = module.GGUFReader
+    module.GGUFReader = functools.cache(reader)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        module.GGUFReader = reader
 
 
 @contextlib.contextmanager
@@ -69,24 +66,21 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """Model (float32, evaluation mode) and tokenizer, None where it is not asked for.
 
-    source: a folder, a GGUF file (whose weights are dequantized), a hub name, or one of `EXAMPLES`. options: more of
-    `from_pretrained`.
+    source: a folder, a GGUF file (whose weights are dequantized), a hub name, with "@" and a revision behind it or
+    without, or one of `EXAMPLES`. options: more of `from_pretrained`.
     Raises ValueError where there is none, where it needs code that is not to be run (see `probe`), for a pair of
     encoder and decoder, and where weights of the model are not in the checkpoint, have another shape, or belong to
     layers that the configuration does not have (naming them).
     """
     import transformers as tf
 
-    source, file = located(source)
-    with explained(source), read_once() if file else contextlib.nullcontext():
-        trust: dict[str, Any] = {
-            "trust_remote_code": trust_remote_code,
-            **file,
-        }  # without it, transformers asks on a terminal
-        config = configuration(source, **trust)
-        tokenizer = load_tokenizer(source, **trust) if with_tokenizer else None  # before the weights
+    place, file = located(source)
+    with explained(source), read_once() if "gguf_file" in file else contextlib.nullcontext():
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, **file}  # None would ask on a terminal
+        config = configuration(place, **trust)
+        tokenizer = load_tokenizer(place, **trust) if with_tokenizer else None  # before the weights
         names = " ".join(getattr(config, "architectures", None) or ())
-        decoder = file or "CausalLM" in names or "LMHeadModel" in names  # a GGUF file names no class
+        decoder = "gguf_file" in file or "CausalLM" in names or "LMHeadModel" in names  # a GGUF file names no class
         kind: type = tf.AutoModelForCausalLM if decoder else tf.AutoModel
         if "EncoderModel" in names:  # of T5: AutoModel would add a decoder, drawn at random
             kind = tf.AutoModelForTextEncoding
@@ -94,13 +88,13 @@ def load(
             raise ValueError(f"{str(source)!r} is {names}, {PAIR}")
         with quiet():
             settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, **trust, **options}
-            model, info = kind.from_pretrained(source, **settings)  # type: ignore[attr-defined]
+            model, info = kind.from_pretrained(place, **settings)  # type: ignore[attr-defined]
     _check_keys(str(source), info)
     return model.eval(), tokenizer
 
 
 def located(source: str | Path) -> tuple[str | Path, dict[str, str]]:
-    """A folder or hub name, and the GGUF file in it, as arguments of `transformers`; ValueError where none is."""
+    """A folder or hub name, and its GGUF file or revision, as arguments of `transformers`; ValueError where none is."""
     source = bundled(str(source)) if str(source) in EXAMPLES else source
     folder = Path(source).expanduser()
     if folder.suffix == ".gguf":
@@ -114,7 +108,8 @@ def located(source: str | Path) -> tuple[str | Path, dict[str, str]]:
     local = isinstance(source, Path) or str(source).startswith((".", "~", os.sep)) or str(source).count("/") > 1
     if local or folder.exists():
         raise ValueError(f"no model folder at {str(source)!r}")
-    return source, {}
+    name, _, revision = str(source).rpartition("@")
+    return (name, {"revision": revision}) if name else (source, {})
 
 
 def load_tokenizer(source: str | Path, **options: Any) -> Any:
@@ -134,11 +129,13 @@ def load_tokenizer(source: str | Path, **options: Any) -> Any:
 def configuration(source: str | Path, trust_remote_code: bool = False, **file: str) -> Any:
     """The configuration of a folder or a hub name, as `transformers` reads it; nobody is asked whether code may run.
 
-    Folders of this project's export are read by this project's classes. file: `gguf_file`, for one of the folder.
+    Folders of this project's export are read by this project's classes. file: `gguf_file`, for one of the folder, or
+    `revision`.
     """
     import transformers as tf
 
-    if not file and tf.PretrainedConfig.get_config_dict(source)[0].get("model_type") == "beyond_outliers":
+    settings = {} if "gguf_file" in file else tf.PretrainedConfig.get_config_dict(source, **file)[0]
+    if settings.get("model_type") == "beyond_outliers":
         from beyond_outliers.export.hub import BeyondOutliersConfig, BeyondOutliersForCausalLM
 
         tf.AutoConfig.register("beyond_outliers", BeyondOutliersConfig, exist_ok=True)

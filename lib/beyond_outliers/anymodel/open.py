@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.anymodel.linears import overrides_forward
-from beyond_outliers.modules import every_module, is_conv1d, substitute, take_hooks
+from beyond_outliers.modules import is_conv1d, substitute
 
 
 def open_layers(model: nn.Module) -> nn.Module:
@@ -20,35 +20,17 @@ def open_layers(model: nn.Module) -> nn.Module:
     Encoder layers of torch lose their fused kernel. Attention whose weights are parametrized or whose class has a
     forward of its own stays as it is.
     """
-    model = conv1d_to_linear(model)
     made: dict[nn.Module, nn.Module] = {}
-    for module in every_module(model):
-        if isinstance(module, nn.MultiheadAttention) and _can_open(module):
+    for module in model.modules():
+        if is_conv1d(module):  # of GPT-2, its weight is (in, out)
+            made[module] = _linear(cast(Tensor, module.weight).T, cast(Tensor, module.bias)).train(module.training)
+        elif isinstance(module, nn.MultiheadAttention) and _can_open(module):
             made[module] = OpenAttention(module)
-            take_hooks(module, made[module])
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its forward asks for 1 or 2 before it takes the kernel
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    return substitute(model, made) if made else model
-
-
-def conv1d_to_linear(model: nn.Module) -> nn.Module:
-    """Replaces, in place, the Conv1D layers of GPT-2 models (weight (in, out)) by nn.Linear of the same function."""
-    made: dict[nn.Module, nn.Module] = {}
-    for module in every_module(model):
-        if is_conv1d(module):
-            made[module] = _as_linear(module)
-            take_hooks(module, made[module])
-    return substitute(model, made) if made else model
-
-
-def _as_linear(conv: nn.Module) -> nn.Linear:
-    weight = cast(Tensor, conv.weight)
-    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=True, device="meta")
-    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
-    linear.bias = cast(nn.Parameter, conv.bias)
-    return linear.train(conv.training)
+    return substitute(model, made)
 
 
 def _can_open(attention: nn.MultiheadAttention) -> bool:
@@ -126,11 +108,15 @@ class OpenAttention(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of copies of `weight` (out, in) and `bias`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    linear.weight = _copied(weight)
+    linear.bias = None if bias is None else _copied(bias)  # type: ignore[assignment]  # torch's annotation forgets it
     return linear
+
+
+def _copied(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format), requires_grad=x.requires_grad)
 
 
 def _split_projections(attention: OpenAttention, state: dict, prefix: str, *_):

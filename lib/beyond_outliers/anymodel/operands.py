@@ -1,4 +1,4 @@
-"""Modules that multiply by weights of their own, not by a layer: fused experts, routers, subclasses of nn.Linear.
+"""Modules that multiply by weights of their own, not by a layer: fused experts and routers.
 
 Their forward pass stays as it is. While it runs, every matrix product with one of their weights (or a part, transpose
 or cast of one) gets its other operand rounded, along the dimension that the product sums over. A weight that is used
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from beyond_outliers.anymodel.linears import overrides_forward
 from beyond_outliers.passes import tensors
 
 # fmt: off
@@ -21,11 +20,12 @@ _MOVES = frozenset([  # of a weight: what comes out holds entries of the weight 
     "select", "split", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type", "type_as",
     "unbind", "unflatten", "unsqueeze", "view",
 ])
-# products a b that sum over a's last dimension and b's last but one, and the positions of a and b
-_PRODUCTS = {
-    "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "__rmatmul__": (1, 0),
-    "addmm": (1, 2), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "grouped_mm": (0, 1), "grouped_mm_fallback": (0, 1),
-}
+# products a b that sum over a's last dimension and b's last but one (of a linear layer last)
+_PRODUCTS = frozenset([
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "_grouped_mm", "grouped_mm",
+    "grouped_mm_fallback",
+])
+_PLACES = {"__rmatmul__": (1, 0), "addmm": (1, 2), "baddbmm": (1, 2)}  # of a and b among the arguments, unless 0 and 1
 # fmt: on
 
 
@@ -37,7 +37,6 @@ class RoundedProducts(TorchFunctionMode):
     """Rounds both operands of products with `weights`: the other one by `operand`, the weight by `weight`, if given.
 
     Both functions take (..., n) with the dimension that is summed over last. sums: that dimension of each weight.
-    met: names of the weights that a product was made with.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class RoundedProducts(TorchFunctionMode):
         self.tracked = {id(tensor): (name, tensor) for name, tensor in weights.items()}
         self.widths = {name: tensor.shape[sums[name]] for name, tensor in weights.items()}
         self.operand, self.weight = operand, weight
-        self.met: set[str] = set()
 
     def name(self, value) -> str | None:
         return self.tracked[id(value)][0] if isinstance(value, Tensor) and id(value) in self.tracked else None
@@ -58,29 +56,21 @@ class RoundedProducts(TorchFunctionMode):
         names = {name for value in tensors(args, kwargs) if (name := self.name(value))}
         if not names:
             return function(*args, **kwargs)
-        if label == "linear":
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            return function(*self._pair(given["input"], -1, given["weight"], -1), given.get("bias"))
-        if label == "einsum":
-            return function(*self._einsum(args))
         if label in _PRODUCTS and not (kwargs.keys() - {"offs", "bias", "out_dtype", "out"}):
-            return function(*self._product(args, *_PRODUCTS[label]), **kwargs)
-        if label not in _MOVES:
-            return self._read(function, label, args, kwargs, sorted(names)[0])
-        output = function(*args, **kwargs)
-        for tensor in tensors(output):
-            self.tracked[id(tensor)] = sorted(names)[0], tensor
-        return output
-
-    def _read(self, function, label: str, args: tuple, kwargs: dict, name: str):
-        """The result of a function that makes no tensor of a weight, such as its shape; any other is an error."""
+            given, (first, second) = list(args), _PLACES.get(label, (0, 1))
+            summed = -1 if label == "linear" else -min(2, given[second].ndim)
+            given[first], given[second] = self._pair(given[first], -1, given[second], summed)
+            return function(*given, **kwargs)
+        name = min(names)
         refusal = NotAProduct(f"the weight {name!r} is used by {label}, which is no matrix product")
         try:
             output = function(*args, **kwargs)
         except RuntimeError as error:
             raise refusal from error
-        if any(True for _ in tensors(output)):
-            raise refusal
+        for tensor in tensors(output):  # none comes of looking at a weight's shape
+            if label not in _MOVES:
+                raise refusal
+            self.tracked[id(tensor)] = name, tensor
         return output
 
     def _pair(self, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> tuple[Tensor, Tensor]:
@@ -92,34 +82,8 @@ class RoundedProducts(TorchFunctionMode):
                 raise NotAProduct(
                     f"a product sums over {x.shape[dim]} entries of {name!r}; its rows have {self.widths[name]}"
                 )
-        self.met.update(filter(None, names))
         rounds = [self.weight if name else self.operand for name in names]
         return along(rounds[0], a, a_dim), along(rounds[1], b, b_dim)
-
-    def _product(self, args: tuple, first: int, second: int) -> tuple:
-        a, b = args[first], args[second]
-        rounded = self._pair(a, -1, b, -1 if b.ndim == 1 else -2)
-        given = list(args)
-        given[first], given[second] = rounded
-        return tuple(given)
-
-    def _einsum(self, args: tuple) -> tuple:
-        equation, *given = args
-        operands = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
-        inputs, _, output = equation.replace(" ", "").partition("->")
-        letters = inputs.replace("...", ".").split(",")
-        summed = set(letters[0]) & set(letters[-1]) - set(output) - {"."}
-        if len(operands) != 2 or len(summed) != 1 or not output:
-            raise NotAProduct(
-                f"einsum({equation!r}) with a weight: only two operands that share one summed index can be rounded"
-            )
-        index = summed.pop()
-        places = [
-            part.index(index) - len(part) if "." in part[: part.index(index) + 1] else part.index(index)
-            for part in letters
-        ]
-        # an ellipsis stands for several dimensions: count from the side of the index where there is none
-        return (equation, *self._pair(operands[0], places[0], operands[1], places[1]))
 
 
 def along(function: Callable | None, x: Tensor, dim: int) -> Tensor:
@@ -144,15 +108,12 @@ class Rounding(nn.Module):
     def attach(self, module: nn.Module):
         module.register_forward_pre_hook(self.enter)
         module.register_forward_hook(self.leave, always_call=True)
-
-    def mode(self, module: nn.Module) -> RoundedProducts:
-        weights = {name: getattr(module, name) for name in self.sums}
-        return RoundedProducts(weights, self.sums, self.operand, self.weight)
+        module.operand_rounding = self  # where `coverage` finds it
 
     def enter(self, module: nn.Module, _args):
-        mode = self.mode(module)
-        mode.__enter__()
-        self.running.append(mode)
+        weights = {name: getattr(module, name) for name in self.sums}
+        self.running.append(RoundedProducts(weights, self.sums, self.operand, self.weight))
+        self.running[-1].__enter__()
 
     def leave(self, module: nn.Module, _args, _output):
         if self.running:
@@ -160,21 +121,11 @@ class Rounding(nn.Module):
 
     def freeze(self, module: nn.Module):
         """Weights rounded once, as buffers, in place of those that train."""
-        if self.weight is not None:
-            for name, dim in self.sums.items():
-                as_buffer(module, name, along(self.weight, module.get_parameter(name), dim))
-            self.weight = None
-
-
-def as_buffer(module: nn.Module, name: str, value: Tensor):
-    del module._parameters[name]
-    module.register_buffer(name, value.detach().contiguous().clone())
-
-
-def rounding_of(module: nn.Module) -> Rounding | None:
-    """What `module` carries where its own products are rounded; None for other modules."""
-    rounding = module._modules.get("operand_rounding")
-    return rounding if isinstance(rounding, Rounding) else None
+        for name, dim in self.sums.items():
+            rounded = along(self.weight, module.get_parameter(name), dim)
+            del module._parameters[name]
+            module.register_buffer(name, rounded.detach().contiguous().clone())
+        self.weight = None
 
 
 # ---------------------------------------------------------------------------------------------- which modules, how
@@ -194,12 +145,10 @@ _TRANSPOSED_EXPERTS = {"Llama4TextExperts": ("gate_up_proj", "down_proj")}  # (e
 def products_of(module: nn.Module) -> dict[str, int] | None:
     """Weights of `module` that its forward multiplies by, name -> dimension summed over; None where it is not known.
 
-    Known are the fused experts of `transformers` and their routers, by what their classes say, and subclasses of
-    nn.Linear, if their forward on a few rows makes products with the weight and does nothing else with it.
+    Known are the fused experts of `transformers` and their routers, by what their classes say. A router is tried on
+    a few rows: it may do nothing with its weight but multiply by it.
     """
     label, weights = type(module).__name__, {n: p for n, p in module._parameters.items() if p is not None}
-    if isinstance(module, nn.Linear):
-        return {"weight": -1} if _multiplies(module) else None
     if isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "has_gate"):
         names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
         found = dict.fromkeys(names, -2 if module.is_transposed else -1)
@@ -208,7 +157,8 @@ def products_of(module: nn.Module) -> dict[str, int] | None:
     elif label in _TRANSPOSED_EXPERTS:
         found = dict.fromkeys(_TRANSPOSED_EXPERTS[label], -2)
     elif label.lower().endswith(("router", "gate")) and "weight" in weights and weights["weight"].ndim == 2:
-        if _has_layers(module) or _refuses(module, weights["weight"]):
+        has_layers = any(isinstance(child, nn.Linear) for child in module.modules() if child is not module)
+        if has_layers or _refuses(module, weights["weight"]):
             return None
         found = {"weight": -1}
     else:
@@ -216,41 +166,20 @@ def products_of(module: nn.Module) -> dict[str, int] | None:
     return found if all(name in weights and weights[name].ndim > 1 for name in found) else None
 
 
-def _has_layers(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Linear) for child in module.modules())
-
-
-def _multiplies(linear: nn.Linear) -> bool:
-    """Whether a forward of its own makes nothing but products with `weight`, as far as a few rows show."""
-    names = {name for name, _ in linear.named_parameters()}
-    if not overrides_forward(linear, nn.Linear) or names - {"weight", "bias"} or any(True for _ in linear.children()):
-        return False
-    return (
-        "forward" not in vars(linear)
-        and linear.weight.device.type != "meta"
-        and _refuses(linear, linear.weight) is False
-    )
-
-
 @torch.no_grad()
-def _refuses(module: nn.Module, weight: Tensor) -> bool | None:
-    """Whether `module` uses its `weight` (out, in) in another way than in products, tried on rows of two shapes.
-
-    None: not to be seen, because the module does not take such rows.
-    """
-    training, answer = module.training, None
+def _refuses(module: nn.Module, weight: Tensor) -> bool:
+    """Whether `module` uses its `weight` (out, in) in another way than in products, as far as some rows show."""
+    training = module.training
     rows = torch.arange(8 * weight.shape[1], dtype=torch.float32, device=weight.device).add(1).sin().to(weight.dtype)
     try:
         module.eval()
         for shape in ((8, -1), (2, 4, weight.shape[1])):
-            mode = RoundedProducts({"weight": weight}, {"weight": -1}, None)
-            with torch.random.fork_rng(devices=[]), mode:
+            with torch.random.fork_rng(devices=[]), RoundedProducts({"weight": weight}, {"weight": -1}, None):
                 module.forward(rows.reshape(shape).clone())
-            answer = False if mode.met else answer
     except NotAProduct:
         return True
     except Exception:  # whatever a forward of its own asks of its input that these rows are not
-        return None if not isinstance(module, nn.Linear) else answer
+        return False
     finally:
         module.train(training)
-    return answer
+    return False

@@ -1,4 +1,4 @@
-"""One call for your checkpoint: what quantization after training costs, which layers cost it, what to do.
+"""One call for a checkpoint of your own: what quantization after training costs, which layers cost it, what to do.
 
 `probe(model)` takes a causal LM or an encoder of the `transformers` library, as a folder, a hub name or a GGUF file, or
 any module that maps token ids (B, T) to logits or hidden states, such as this project's `Olmo2`.
@@ -25,7 +25,7 @@ from beyond_outliers.anymodel.open import open_layers
 from beyond_outliers.anymodel.sensitivity import bits_of, carried, linear_layers, mixed
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.metrics import activation_metrics, average
-from beyond_outliers.modules import declared, evaluating, forward, linear_weight
+from beyond_outliers.modules import declared, evaluating, forward, hooked, linear_weight
 from beyond_outliers.passes import tensors
 from beyond_outliers.propagation import decompose, output_readings, rounding_floor, summarise
 from beyond_outliers.quantizers.convert import quantize_model
@@ -123,8 +123,6 @@ def probe(
     context: int = 128,
     sequences: int = 16,
     batch_size: int = 8,
-    granularity: str = "module",
-    attention: str = "open",
     device: str | torch.device | None = None,
     strict: bool = True,
     calibration: int = 32,
@@ -143,9 +141,7 @@ def probe(
     text: path of a UTF-8 text file, by default HELD_OUT; its first `sequences` windows of `context` tokens are used
         (`context` is cut to what the model can read), no padding, a shorter rest dropped. Tables of layers are over the
         first `LAYERWISE` of them.
-    granularity, attention: as in `decompose`; "open" gives every linear layer its row.
-
-    memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and printed, where it must
+    memory: bytes that the activations of a batch may take; `batch_size` is cut to what fits, and said, where it must
         be. Beside them stand three copies of the weights. A single window that takes more is an error up front.
     calibration: windows of the text behind the measured ones that a spec of method "gptq" calibrates on.
     trust_remote_code: runs code that comes with a checkpoint. Otherwise none is, nobody is asked, and a checkpoint that
@@ -197,7 +193,7 @@ def probe(
         others = read_windows(model, tokenizer, HELD_OUT, min(context, 1024), sequences)
         held_out = output_readings(model, quantized, others.split(batch_size))
     metrics = activation_metrics(model, few, spec)
-    modules = decompose(model, quantized, few, granularity=granularity, attention=attention, reduction="global")
+    modules = decompose(model, quantized, few, attention="open", reduction="global")
     layers = _layers(modules, metrics, carried(model, quantized, measured[:LAYERWISE]))
     if spec.activations != "none" and not spec.rotate:
         rotated = activation_metrics(model, few, replace(spec, rotate=True)).set_index("name").input_error
@@ -226,7 +222,7 @@ def read_windows(model: nn.Module, tokenizer, path: Path, context: int, sequence
 
 
 def _layers(modules: pd.DataFrame, metrics: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """The linear layers that were rounded: cost, error where a separate row has it, metrics of the input."""
+    """The linear layers that were rounded: cost, error where a row of its own has it, metrics of the input."""
     error = modules[modules["kind"] == "linear"][["name", "R", "A", "C", "gain", "alignment_ratio"]]
     return costs.merge(error, on="name", how="left").merge(
         metrics.drop(columns=["index", "kind"]), on="name", how="left"
@@ -275,11 +271,6 @@ def activation_bytes(model: nn.Module, batch) -> int:
     def keep(module, args, kwargs, output):
         held.update({x.untyped_storage().data_ptr(): x for x in tensors(args, kwargs, output)})
 
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
-    try:
-        with evaluating(model):
-            forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model.modules(), after=keep), evaluating(model):
+        forward(model, batch)
     return max(1, sum(x.untyped_storage().nbytes() for x in held.values()))

@@ -6,6 +6,7 @@
 A name of a hub may carry a revision behind "@": the checkpoints of one training run.
 """
 
+import itertools
 import re
 import time
 import warnings
@@ -48,23 +49,6 @@ def _row(name: str, one: Probe) -> dict[str, Any]:
     return row | {"share": one.quantization.share, **one.summary().to_dict(), "reason": ""}
 
 
-def located(source: str | Path) -> str | Path:
-    """A folder or hub name as it is; of "name@revision" the folder of that revision, fetched where it is not there.
-
-    ValueError where there is no such revision.
-    """
-    name, _, revision = str(source).rpartition("@")
-    if not name or Path(source).exists():
-        return source
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, revision=revision)
-    except (OSError, ValueError) as error:  # no network, no such repository, no such revision
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load {str(source)!r}: no revision {revision!r} of {name!r} ({reason})") from error
-
-
 def step_of(name: str) -> int | None:
     """The number that a checkpoint's name ends with: 1000 of "run@step1000" or "checkpoint-1000"; None without one."""
     found = re.search(r"(?:step|checkpoint|iter)[-_]?(\d+)|[@-](\d+)$", name)
@@ -74,12 +58,8 @@ def step_of(name: str) -> int | None:
 def short_names(models: Sequence[nn.Module | str | Path]) -> list[str]:
     """The last parts of the models' paths, as many as tell them apart; of a loaded module its class."""
     names = [type(model).__name__ if isinstance(model, nn.Module) else str(model).rstrip("/") for model in models]
-    parts = [name.split("/") for name in names]
-    for depth in range(1, max(map(len, parts)) + 1):
-        short = ["/".join(part[-depth:]) for part in parts]
-        if len(set(short)) == len(set(names)):
-            break
-    return short
+    by_depth = (["/".join(name.split("/")[-depth:]) for name in names] for depth in itertools.count(1))
+    return next(short for short in by_depth if len(set(short)) == len(set(names)))
 
 
 def probe_all(
@@ -108,7 +88,7 @@ def probe_all(
                 row: dict[str, Any] = {"model": name, "step": step_of(name), "spec": spec.name}
                 clock = time.perf_counter()
                 try:
-                    one = probe(model if isinstance(model, nn.Module) else located(model), text, spec, **options)
+                    one = probe(model, text, spec, **options)
                 except ValueError as error:
                     row["reason"] = str(error)
                 else:

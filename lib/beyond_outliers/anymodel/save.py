@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from beyond_outliers import paths
 from beyond_outliers.anymodel.linears import UNCALLED
-from beyond_outliers.modules import hidden_modules
 from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.convert import converted, freeze_qat
 from beyond_outliers.quantizers.record import Quantization, Weight, record_of
@@ -32,28 +31,22 @@ def _refuse(label: str, *_args, **_kwargs):
     )
 
 
-def refuse_save_pretrained(model: nn.Module) -> nn.Module:
+def refuse_save_pretrained(model: nn.Module):
     """Makes `save_pretrained` and `push_to_hub` of every part of `model` an error that says what to do instead."""
     module: Any  # torch types the attributes of modules as Tensor or Module
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
-            module.save_pretrained = partial(_refuse, type(module).__name__)
-            if hasattr(type(module), "push_to_hub"):
-                module.push_to_hub = module.save_pretrained
-    return model
+            module.save_pretrained = module.push_to_hub = partial(_refuse, type(module).__name__)
 
 
 def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     """Writes what `quantize_model`, `prepare_qat` or `freeze_qat` returned into `folder`; returns it.
 
-    Raises ValueError for other models, for one with layers in Python lists, which its state_dict does not hold, and for
-    modules whose get_extra_state gives no tensor, which no file of tensors does.
+    Raises ValueError for other models, and for modules whose get_extra_state gives no tensor.
     """
     from safetensors.torch import save
 
     record = record_of(model)
-    if hidden := [name for module, name in hidden_modules(model).items() if any(True for _ in module.state_dict())]:
-        raise ValueError(f"layers in Python lists are in no state_dict: {', '.join(hidden)}; valid: nn.ModuleList")
     if extra := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         raise ValueError(f"states that are no tensors: {', '.join(extra)}; valid: a get_extra_state that gives tensors")
     folder = Path(folder)
@@ -88,11 +81,7 @@ def load_quantized(model: nn.Module | Callable[[], nn.Module], folder: str | Pat
     loaded = freeze_qat(loaded) if stage == "frozen" else loaded
     tensors, state = load_file(folder / TENSORS), loaded.state_dict()
     wrong = sorted(tensors.keys() ^ state.keys())
-    wrong += [
-        n
-        for n in tensors.keys() & state.keys()
-        if (tensors[n].shape, tensors[n].dtype) != (state[n].shape, state[n].dtype)
-    ]
+    wrong += [n for n, x in tensors.items() if n in state and (x.shape, x.dtype) != (state[n].shape, state[n].dtype)]
     if wrong:
         raise ValueError(f"{type(model).__name__} does not fit {settings['model']}, saved: {', '.join(wrong[:8])}")
     loaded.load_state_dict(tensors)

@@ -14,7 +14,6 @@ buys most per weight entry.
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.metrics import METRICS
-from beyond_outliers.modules import evaluating, find_head, forward
+from beyond_outliers.modules import evaluating, find_head, forward, hooked
 from beyond_outliers.passes import main_output, plain_settings
 from beyond_outliers.propagation.output_error import ratio_of_sums
 from beyond_outliers.quantizers.convert import QuantizedLinear, converted_linear
@@ -60,9 +59,8 @@ def mixed(model: nn.Module, quantized: nn.Module, bits: Mapping[str, int]) -> nn
 
 
 def linear_layers(quantized: nn.Module) -> dict[str, QuantizedLinear]:
-    """Rounded linear layers by name; without those in Python lists, which no name leads to."""
-    layers = {name: m for m, name in rounding_layers(quantized).items() if isinstance(m, QuantizedLinear)}
-    return {name: layer for name, layer in layers.items() if "[" not in name}
+    """Rounded linear layers by name."""
+    return {name: m for m, name in rounding_layers(quantized).items() if isinstance(m, QuantizedLinear)}
 
 
 class Damage:
@@ -101,8 +99,7 @@ class Damage:
 
 def estimate_with(values: Iterable[float], log: bool = True) -> dict[str, float]:
     """Mean over sequences with its 95 % interval, on the log scale for what cannot be negative."""
-    value, low, high, _ = ratio_of_sums([(1.0, value) for value in values], 0.95, log)
-    return {"value": value, "low": low, "high": high}
+    return ratio_of_sums([(1.0, value) for value in values], log=log)
 
 
 @plain_settings()
@@ -115,28 +112,22 @@ def carried(model: nn.Module, quantized: nn.Module, ids: Tensor, samples: int = 
     """
     record_of(quantized)
     with_logits, layers = find_head(model) is not None, linear_layers(quantized)
+    places = {model.get_submodule(name): (i, layer) for i, (name, layer) in enumerate(layers.items())}
     generator = torch.Generator().manual_seed(seed)
     runs: list[tuple[int, Tensor, Tensor]] = []  # of one pass: layer, its new error, the zero that takes its gradient
     norms = torch.zeros(len(layers), 2, dtype=torch.float64)
     costs = torch.zeros(len(layers), len(ids), dtype=torch.float64)
     signal = 2.0 * ids.shape[1] if with_logits else 0.0
 
-    def hook_of(place: int, rounded: QuantizedLinear):
-        def after(module, args, kwargs, output):
-            with torch.no_grad():
-                error = rounded(*args, **kwargs) - output
-                norms[place] += torch.stack([x.double().square().sum() for x in (output, error)]).cpu()
-            runs.append((place, error, torch.zeros_like(output, requires_grad=True)))
-            return output + runs[-1][2]
+    def after(module, args, kwargs, output):
+        place, rounded = places[module]
+        with torch.no_grad():
+            error = rounded(*args, **kwargs) - output
+            norms[place] += torch.stack([x.double().square().sum() for x in (output, error)]).cpu()
+        runs.append((place, error, torch.zeros_like(output, requires_grad=True)))
+        return output + runs[-1][2]
 
-        return after
-
-    with ExitStack() as stack:
-        for place, (name, layer) in enumerate(layers.items()):
-            hook = model.get_submodule(name).register_forward_hook(hook_of(place, layer), with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.enter_context(evaluating(model, quantized))
-        stack.enter_context(torch.enable_grad())
+    with hooked(places, after=after), evaluating(model, quantized), torch.enable_grad():
         for sequence, row in enumerate(ids):
             runs.clear()
             output = main_output(forward(model, row[None]))[0].float()
@@ -154,13 +145,12 @@ def carried(model: nn.Module, quantized: nn.Module, ids: Tensor, samples: int = 
                 for (place, error, _), gradient in zip(runs, gradients, strict=True):
                     dots[place] += 0.0 if gradient is None else (gradient * error).sum(dtype=torch.float64).cpu()
                 costs[:, sequence] += dots.square() / samples
-    rows = []
-    for (name, layer), (size, change), values in zip(layers.items(), norms.tolist(), costs / signal, strict=True):
-        if size:
-            estimate = estimate_with(values.tolist())
-            row = {"name": name, "entries": layer.rounded.numel(), "B": change / size}
-            rows.append(row | {"carried": estimate.pop("value"), **estimate})
-    table = pd.DataFrame(rows)
+    rows = [
+        {"name": name, "entries": layer.rounded.numel(), "B": change / size, **estimate_with(values.tolist())}
+        for (name, layer), (size, change), values in zip(layers.items(), norms.tolist(), costs / signal, strict=True)
+        if size
+    ]
+    table = pd.DataFrame(rows).rename(columns={"value": "carried"})
     return table.assign(share=table.carried / table.carried.sum())
 
 

@@ -8,21 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from beyond_outliers.anymodel.invariants import check_repeated, check_unchanged, repeats, unchanged
+from beyond_outliers.anymodel.invariants import REPEATED, UNCHANGED, check_equal, unchanged
 from beyond_outliers.anymodel.routing import Watch, other_tokens
-from beyond_outliers.passes import as_real, floats, main_output, same_tensors, tensors
+from beyond_outliers.passes import floats, main_output, mapped, reals, same_tensors, tensors
 from beyond_outliers.propagation.decomposition import FUNCTIONAL, Ours, Row, kind_of, units
 from beyond_outliers.propagation.hooks import Call, Tape
 
-# aten operators that only move, copy or recast numbers: between modules they are no function of their own
+# aten operators beside views that only move, copy or recast numbers: between modules they are no function of their own
 # fmt: off
 _MOVES = frozenset([
-    "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "as_strided", "cat", "clone", "copy_", "detach",
-    "empty_like", "expand", "index", "index_select", "lift_fresh", "new_empty", "new_zeros", "permute", "repeat",
-    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
-    "unfold", "unsqueeze", "view", "zeros_like",
+    "_to_copy", "_unsafe_view", "cat", "clone", "copy_", "empty_like", "index", "index_select", "lift_fresh",
+    "new_empty", "new_zeros", "repeat", "stack", "zeros_like",
 ])
 # fmt: on
 
@@ -30,57 +27,38 @@ _MOVES = frozenset([
 class _Trace(Watch):
     """Watches one forward pass: which modules touch activations, which call others, which compute between the calls.
 
-    output: what the model gave. last: the name and the output of the last of `units` to finish.
+    last: the output of the last of `units` to finish.
     """
 
-    def __init__(self, model: nn.Module, batch, units: set[nn.Module]):
-        super().__init__(model, batch)
+    def __init__(self, model: nn.Module, batch: Any, units: set[nn.Module]):
         self.units = units
         self.seen: set[str] = set()  # modules whose output is an activation
         self.parents: set[str] = set()  # modules that call modules
         self.functional: set[str] = set()  # modules that compute on activations themselves
         self.last: list[Tensor] = []
-        self.output = self.run()
+        super().__init__(model, batch)
 
-    def computed(self, operator: str):
-        if operator not in _MOVES and self.open:
-            self.functional.add(self.open[-1][0])
+    def computed(self, function, operator):
+        if not (function.is_view or operator in _MOVES) and self.open:
+            self.functional.add(self.names[self.open[-1]])
 
     def enter(self, module, args, kwargs):
-        self.parents.update(name for name, _ in self.open[-1:])
+        self.parents.update(self.names[parent] for parent in self.open[-1:])
         super().enter(module, args, kwargs)
 
     def leave(self, module, args, kwargs, output):
         super().leave(module, args, kwargs, output)
-        found = floats(output)
-        if any(x in self.activations for x in found):
+        if any(x in self.activations for x in floats(output)):
             self.seen.add(self.names[module])
             if module in self.units:
-                self.last = found
+                self.last = reals(output)
 
     def ends_with_the_last(self) -> bool:
         """Whether the model's answer holds the numbers that the last unit gave, in whatever shape."""
-        answer = [as_real(x).double() for x in main_output(self.output)]
-        last = [as_real(x).double() for x in self.last]
-        return {(x.numel(), float(x.sum())) for x in answer} <= {(x.numel(), float(x.sum())) for x in last}
-
-
-def clones(values: Any) -> Any:
-    """The same nested structure with every tensor copied."""
-    return tree_map_only(Tensor, Tensor.clone, values)
-
-
-class CarefulTape(Tape):
-    """Keeps copies with `clone`; notes the versions of what it keeps where there is a list for them."""
-
-    clone = False
-    versions: list[tuple[Tensor, int]] | None = None
-
-    def kept(self, values: Any) -> Any:
-        values = clones(values) if self.clone else values
-        if self.versions is not None:
-            self.versions += [(x, x._version) for x in tensors(values) if not x.is_inference()]
-        return values
+        answer, last = (
+            {(x.numel(), float(x.double().sum())) for x in values} for values in (main_output(self.output), self.last)
+        )
+        return answer <= last
 
 
 class Foreign(Ours):
@@ -112,36 +90,40 @@ class Foreign(Ours):
     def run(self, batch: Any, keep: Callable, compare: Callable) -> None:
         self.elsewhere |= other_tokens(self.model, self.quantized, batch, self.picking - self.elsewhere)
         names = [name for name in self.kinds if name not in self.elsewhere]
-        tape, tape_q = CarefulTape(self.model, names, keep), CarefulTape(self.quantized, names, compare)
-        tape.clone = tape_q.clone = self.clone
         versions: list[tuple[Tensor, int]] = []
-        tape.versions = versions
-        tape.run(batch)
+
+        def noted(values: Any) -> Any:
+            values = self.copy(values)
+            versions.extend((x, x._version) for x in tensors(values) if not x.is_inference())
+            return values
+
+        Tape(self.model, names, keep, noted).run(batch)
         if not self.clone and any(x._version != version for x, version in versions):
             self.clone = True
             return self.run(batch, keep, compare)
         versions.clear()  # the quantized pass releases what was kept, call by call
-        tape_q.run(batch)
+        Tape(self.quantized, names, compare, self.copy).run(batch)
 
     def copy(self, values: Any) -> Any:
-        return clones(values) if self.clone else values
+        return mapped(Tensor.clone, values) if self.clone else values
 
     def check(self, row: Row, calls: tuple[Call, Call], evaluate: Callable, outputs: tuple) -> None:
         f_h, fq_hq, f_hq, fq_h = outputs
         module, quantized = row.pair
         label, held = row.name, (calls[0].args, calls[0].kwargs)
         given, given_q = (list(tensors(call.args, call.kwargs)) for call in calls)
+        repeated = []
         if same_tensors(given, given_q):
-            check_repeated(label, f_h, f_hq, held)
-            check_repeated(label, fq_hq, fq_h, held)
+            repeated = [(f_h, f_hq), (fq_hq, fq_h)]
         else:
             integers = ([x for x in values if not floats(x)] for values in (given, given_q))
             row.other_integers |= not same_tensors(*integers)
-            if label not in self.repeated and not repeats(module):
-                check_repeated(label, f_h, evaluate(module, calls[0]), held)
+            if label not in self.repeated:
+                repeated = [(f_h, evaluate(module, calls[0]))]
         self.repeated.add(label)  # once is enough
         if module not in self.same:
             self.same[module] = unchanged(module, quantized)
-        if self.same[module]:
-            check_unchanged(label, f_hq, fq_hq, held)
-            check_unchanged(label, f_h, fq_h, held)
+        for pair in repeated:
+            check_equal(label, pair, held, REPEATED)
+        for pair in [(f_hq, fq_hq), (f_h, fq_h)] if self.same[module] else []:
+            check_equal(label, pair, held, UNCHANGED)

@@ -6,5 +6,5 @@ __getattr__, __all__ = lazily(
     __name__,
     decomposition="FUNCTIONAL decompose summarise",
     norms="spectral_norm",
-    output_error="RelativeError output_readings relative_error rounding_floor second_order_kl softmax_weighted_error",
+    output_error="RelativeError output_readings relative_error rounding_floor",
 )

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.modules import evaluating, find_head, is_linear, linear_weight, text_batches
-from beyond_outliers.passes import as_real, floats, main_output, plain_settings, text_rows, text_tokens
+from beyond_outliers.passes import main_output, plain_settings, reals, text_rows, text_tokens
 from beyond_outliers.propagation.hooks import Call, Tape, opened_attention
 from beyond_outliers.propagation.norms import REDUCTIONS, Ratios, dot, pieces, quotient, spectral_norm, squared_norms
 from beyond_outliers.quantizers.record import CoverageWarning, Runs
@@ -160,7 +160,7 @@ class Row:
         def evaluate(module: nn.Module, given: Call) -> list[Tensor]:
             return outputs(module(*watch.copy(given.args), **watch.copy(given.kwargs)))
 
-        h, hq = ([as_real(x) for x in floats(given.args, given.kwargs)] for given in (call, call_q))
+        h, hq = (reals(given.args, given.kwargs) for given in (call, call_q))
         f_h, fq_hq = outputs(call.output), outputs(call_q.output)
         f_hq, fq_h = evaluate(self.pair[0], call_q), evaluate(self.pair[1], call)
         four = f_h, fq_hq, f_hq, fq_h
@@ -238,7 +238,7 @@ def decompose(
     answer (see `passes.main_output`: logits, not a pooled state beside them) has the last row, whatever ran last.
 
     Checked as it goes (`anymodel.invariants`): A = 0 where the input has no error, B = 0 where the function has not
-    changed, modules of other libraries give the same again for the same input. Experts that get other tokens in the
+    changed, modules give the same again for the same input. Experts that get other tokens in the
     quantized model have no row; a CoverageWarning names them.
 
     Columns: index, name, kind, R, A, B, C, gain, spectral_ratio, alignment_ratio, cos_phi, cos_psi, R_in. NaN where a
@@ -278,7 +278,7 @@ def decompose(
             pair = model.get_submodule(name), quantized.get_submodule(name)
             label = (name or "(model)") + (f"#{number}" if number > 1 else "")
             rows[name, number] = Row(label, watch.kinds[name], pair, reduction, name in logits)
-        rows[name, number].add(original, call, watch, _outputs if name else main_output, text)
+        rows[name, number].add(original, call, watch, reals if name else main_output, text)
 
     runs = Runs(quantized)
     with evaluating(model, quantized), opened_attention(attention, model, quantized), runs.counted():
@@ -303,10 +303,6 @@ def decompose(
         )
     table.insert(0, "index", range(len(table)))
     return table
-
-
-def _outputs(output) -> list[Tensor]:
-    return [as_real(x) for x in floats(output)]
 
 
 def _check_names(kinds: dict[str, str], model: nn.Module, quantized: nn.Module):

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from beyond_outliers.modules import forward
+from beyond_outliers.modules import forward, hooked
 
 
 @contextmanager
@@ -36,44 +36,41 @@ class Call:
 class Tape:
     """Hooks that hand every finished call of the watched modules to `finish(name, number, call)`.
 
+    kept: what is kept of inputs or outputs, by default the tensors themselves.
     While `finish` evaluates modules on other inputs, the hooks of their children keep still.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], finish: Callable[[str, int, Call], None]):
-        self.model, self.names, self.finish = model, names, finish
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        finish: Callable[[str, int, Call], None],
+        kept: Callable[[Any], Any] = lambda values: values,
+    ):
+        self.model, self.finish, self.kept = model, finish, kept
+        self.names = {model.get_submodule(name): name for name in names}
         self.paused = False
         self.open: list[Call] = []
         self.count: Counter[str] = Counter()
 
-    def kept(self, values: Any) -> Any:
-        """What is kept of inputs or outputs: the tensors themselves."""
-        return values
-
     def run(self, batch):
         self.count.clear()
         self.open.clear()
-        with ExitStack() as stack:
-            for name in self.names:
-                module = self.model.get_submodule(name)
-                stack.enter_context(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(self._leaver(name), with_kwargs=True))
+        with hooked(self.names, self._enter, self._leave):
             forward(self.model, batch)
 
     def _enter(self, module, args, kwargs):
         if not self.paused:
             self.open.append(Call(*self.kept((args, kwargs))))
 
-    def _leaver(self, name: str):
-        def leave(module, args, kwargs, output):
-            if self.paused:
-                return
-            call = self.open.pop()
-            call.output = self.kept(output)
-            self.count[name] += 1
-            self.paused = True
-            try:
-                self.finish(name, self.count[name], call)
-            finally:
-                self.paused = False
-
-        return leave
+    def _leave(self, module, args, kwargs, output):
+        if self.paused:
+            return
+        call, name = self.open.pop(), self.names[module]
+        call.output = self.kept(output)
+        self.count[name] += 1
+        self.paused = True
+        try:
+            self.finish(name, self.count[name], call)
+        finally:
+            self.paused = False

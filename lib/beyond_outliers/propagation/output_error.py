@@ -16,7 +16,6 @@ moves raw R; the centred and the softmax-weighted readings stay.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, copy_of, evaluating, find_head, forward, text_batches
-from beyond_outliers.passes import main_output, plain_settings, tensors, text_tokens
+from beyond_outliers.modules import as_batches, copy_of, evaluating, find_head, forward, hooked, text_batches
+from beyond_outliers.passes import main_output, mapped, plain_settings, tensors, text_tokens
 from beyond_outliers.propagation.norms import REDUCTIONS, dot, pieces, quotient
 from beyond_outliers.quantizers.record import Runs
 
 RELATIVE = ("R_L", "R_L_centred", "R_softmax", "R_final_norm")
 SIGNED = ("offset_share", "top1_agreement", "loss", "loss_quantized", "increase")  # not on the log scale
 READINGS = (*(name + end for name in RELATIVE for end in ("", "_token")), "kl", "kl_second_order", *SIGNED)
-FEWEST = 10  # sequences before an interval may decide that they are enough
 TRUSTED = 8  # sequences from which on the spread among them says something of the text
 
 
@@ -73,7 +71,6 @@ def relative_error(
     sample: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-    tolerance: float | None = None,
     reduction: str = "token",
     centred: bool = False,
 ) -> RelativeError:
@@ -93,11 +90,8 @@ def relative_error(
     s = sd(e) / (sqrt(m) * mean(n) * R), R * exp(+- t_{m-1} * s) (Cochran, Sampling Techniques, chapter 6; no
     finite-population correction, because the text itself is a sample). NaN for a single sequence.
 
-    `tolerance`: no more batches are read, in random order (`batches` is listed first), once t * s is at most this, from
-    10 sequences on; an interval that decides when to stop is a little optimistic.
-
-    Raises ValueError for an unknown reduction, no batches, `sample` below 2, `confidence` outside (0, 1), a tolerance
-    that is not positive, and as `decompose` for quantized layers that did not run.
+    Raises ValueError for an unknown reduction, no batches, `sample` below 2, `confidence` outside (0, 1), and as
+    `decompose` for quantized layers that did not run.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
@@ -107,22 +101,11 @@ def relative_error(
         if sample < 2:
             raise ValueError(f"sample must be at least 2 sequences, not {sample}")
         batches = _draw(list(batches), sample, seed)
-    if tolerance is not None:
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be a positive share of R, not {tolerance}")
-        listed = list(batches)
-        batches = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed))]
     name = "R_L" + "_centred" * centred + "_token" * (reduction == "token")
 
-    def ratio(sequences: Sequence[_Sums]) -> tuple[float, float, float, float]:
-        return ratio_of_sums([sums.of(name) for sums in sequences], confidence)
-
-    def enough(sequences: Sequence[_Sums]) -> bool:
-        return tolerance is not None and len(sequences) >= FEWEST and ratio(sequences)[3] <= tolerance
-
-    sequences = _sums(model, quantized, batches, (centred,), enough)
-    tokens = sum(sums.tokens for sums in sequences)
-    return RelativeError(*ratio(sequences)[:3], len(sequences), tokens)
+    sequences = _sums(model, quantized, batches, (centred,))
+    estimate = ratio_of_sums([sums.of(name) for sums in sequences], confidence)
+    return RelativeError(**estimate, n_sequences=len(sequences), n_tokens=sum(sums.tokens for sums in sequences))
 
 
 @plain_settings()
@@ -141,22 +124,8 @@ def output_readings(model: nn.Module, quantized: nn.Module, batches, confidence:
     layers that did not run.
     """
     sequences = _sums(model, quantized, text_batches(model, batches))
-    rows = [ratio_of_sums([s.of(name) for s in sequences], confidence, log=name not in SIGNED)[:3] for name in READINGS]
-    table = pd.DataFrame(rows, index=READINGS, columns=["value", "low", "high"])
-    return table.assign(n=len(sequences)).rename_axis("reading")
-
-
-def second_order_kl(logits: Tensor, logits_q: Tensor) -> Tensor:
-    """Var_p(dz) / 2 in nats, (..., V) -> (...,) float64: KL(p || pq) up to terms of third order in dz."""
-    z = logits.double()
-    return _variance(z.softmax(-1), logits_q.double() - z) / 2
-
-
-def softmax_weighted_error(logits: Tensor, logits_q: Tensor) -> Tensor:
-    """Var_p(dz) / Var_p(z), (..., V) -> (...,) float64: the relative error, every word counted by its probability."""
-    z = logits.double()
-    p = z.softmax(-1)
-    return _variance(p, logits_q.double() - z) / _variance(p, z)
+    rows = [ratio_of_sums([s.of(name) for s in sequences], confidence, log=name not in SIGNED) for name in READINGS]
+    return pd.DataFrame(rows, index=READINGS).assign(n=len(sequences)).rename_axis("reading")
 
 
 def _variance(p: Tensor, x: Tensor) -> Tensor:
@@ -204,22 +173,22 @@ class _Sums(dict[str, Tensor]):
             first += len(z)
 
 
-def _sums(
-    model: nn.Module,
-    quantized: nn.Module,
-    batches,
-    centred: Sequence[bool] | None = None,
-    enough: Callable[[Sequence[_Sums]], bool] = lambda sequences: False,
-) -> list[_Sums]:
-    """The sums of every sequence, until they are `enough` behind a batch. centred: of R_L alone, in these readings."""
+def _sums(model: nn.Module, quantized: nn.Module, batches, centred: Sequence[bool] | None = None) -> list[_Sums]:
+    """The sums of every sequence. centred: of R_L alone, in these readings."""
     head, sequences = find_head(model) if centred is None else None, list[_Sums]()
     runs, ways = Runs(quantized), centred or (False, True)[: 1 + (head is not None)]
-    with evaluating(model, quantized), runs.counted(), _inputs_of(head, model, quantized) as inputs:
+    heads = [one.get_submodule(head) for one in (model, quantized)] if head else []
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module, args, kwargs):
+        inputs[module] = next(tensors(args, kwargs))
+
+    with evaluating(model, quantized), runs.counted(), hooked(heads, keep):
         for batch in batches:
             answers = [main_output(forward(one, batch)) for one in (model, quantized)]
             if not answers[0]:
                 raise ValueError(f"{type(model).__name__} returns no floating-point tensor")
-            read = list(inputs.values()) if len(inputs) == 2 else []
+            read = [inputs[module] for module in heads] if len(inputs) == 2 else []  # where something calls the heads
             tokens, places = _tokens(batch, answers[0][0]), len(answers[0])
             for values in text_sequences(text_tokens(batch, model), [*answers[0], *answers[1], *tokens, *read]):
                 sums = _Sums()
@@ -232,8 +201,6 @@ def _sums(
                 if head is not None:
                     sums.add_logits(values[0], values[places], values[2 * places] if tokens else None)
                 sequences.append(sums)
-            if enough(sequences):
-                break
     if not sequences:
         raise ValueError("there is no batch in batches")
     runs.check(batch)
@@ -246,24 +213,8 @@ def _tokens(batch, output: Tensor) -> list[Tensor]:
     return [] if ids.is_floating_point() or ids.shape != output.shape[:-1] else [ids.long()]
 
 
-@contextmanager
-def _inputs_of(head: str | None, *models: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Place of the model -> what its head was given last; empty where there is no head, or nothing calls it."""
-    inputs: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for place, model in enumerate(models if head else ()):
-
-            def keep(module, args, kwargs, place=place):
-                inputs[place] = next(tensors(args, kwargs))
-
-            stack.enter_context(model.get_submodule(head or "").register_forward_pre_hook(keep, with_kwargs=True))
-        yield inputs
-
-
-def ratio_of_sums(
-    sums: Sequence[Sequence[float]], confidence: float, log: bool = True
-) -> tuple[float, float, float, float]:
-    """Ratio of two sums over sequences, the ends of its interval, and half its width: of the logarithm with `log`.
+def ratio_of_sums(sums: Sequence[Sequence[float]], confidence: float = 0.95, log: bool = True) -> dict[str, float]:
+    """Ratio of two sums over sequences and the ends of its interval: value, low, high; on the log scale with `log`.
 
     sums: (denominator, numerator) of each sequence.
     """
@@ -272,12 +223,12 @@ def ratio_of_sums(
     n, d = np.array(sums).T
     ratio = quotient(d.sum(), n.sum())
     if len(d) < 2:
-        return ratio, np.nan, np.nan, np.nan
+        return {"value": ratio, "low": np.nan, "high": np.nan}
     half = stats.t.ppf((1 + confidence) / 2, len(d) - 1) * np.std(d - ratio * n, ddof=1) / len(d) ** 0.5 / n.mean()
     if not log:
-        return ratio, ratio - half, ratio + half, half
+        return {"value": ratio, "low": ratio - half, "high": ratio + half}
     half = half / ratio if ratio else 0.0
-    return ratio, ratio * np.exp(-half), ratio * np.exp(half), half
+    return {"value": ratio, "low": ratio * np.exp(-half), "high": ratio * np.exp(half)}
 
 
 def rounding_floor(
@@ -319,13 +270,10 @@ def _draw(batches: list, sample: int, seed: int) -> Iterator:
     for batch, row in (places[place] for place in np.sort(drawn)):
         size = _sequences(batch)
 
-        def take(value, row=row, size=size):
-            return value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        def take(x: Tensor, row=row, size=size) -> Tensor:
+            return x[row : row + 1] if x.ndim and len(x) == size else x
 
-        if isinstance(batch, Mapping):
-            yield {key: take(value) for key, value in batch.items()}
-        else:
-            yield tuple(map(take, batch)) if isinstance(batch, (tuple, list)) else take(batch)
+        yield mapped(take, batch)
 
 
 def _sequences(batch) -> int:

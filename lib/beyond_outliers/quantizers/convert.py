@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import as_batches, every_module, find_head, hidden_modules, substitute, take_hooks
+from beyond_outliers.modules import as_batches, check_registered, find_head, substitute
 from beyond_outliers.passes import plain_settings
 from beyond_outliers.quantizers.formats import quantize_tensor
 from beyond_outliers.quantizers.gptq import gptq_weight, round_in_order
@@ -69,16 +69,12 @@ _SIMPLE += (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)  # type: ignore[assignment]  # a
 def _is_simple(model: nn.Module) -> bool:
     """Whether layers are called, and weights are in them: nothing that `anymodel` would have to find out."""
     ours = "beyond_outliers.model."
-    return (
-        not hidden_modules(model)
-        and all(
-            (type(module) in _SIMPLE or type(module).__module__.startswith(ours))
-            and "forward" not in vars(module)
-            and not (type(module) is nn.Linear and "weight" not in module._parameters)
-            for module in model.modules()
-        )
-        and all(type(p.data) is Tensor and p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
-    )
+    return all(
+        (type(module) in _SIMPLE or type(module).__module__.startswith(ours))
+        and "forward" not in vars(module)
+        and not (type(module) is nn.Linear and "weight" not in module._parameters)
+        for module in model.modules()
+    ) and all(type(p.data) is Tensor and p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
 
 
 def activation_quantizer(spec: QuantSpec) -> AbsMaxQuantizer | None:
@@ -108,6 +104,7 @@ def converted(
     """
     if rounding_layers(model):
         raise ValueError(f"{type(model).__name__} is quantized already; valid: a full-precision model")
+    check_registered(model)
     head = find_head(model)
     if past or not _is_simple(model) or (record.spec.head and head is None):
         from beyond_outliers.anymodel.convert import converted as of_any_model
@@ -124,7 +121,6 @@ def converted(
                     made[layer] = converted_linear(layer, record, round_weights).train(layer.training)
                 except ValueError as error:
                     raise ValueError(f"layer {name!r}: {error}") from error
-                take_hooks(layer, made[layer])
     if not made:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
     copied = substitute(copied, made)
@@ -138,7 +134,7 @@ def quantize_model(
 ) -> nn.Module:
     """Post-training quantization: a copy of `model` whose linear layers are `QuantizedLinear`; `model` stays as it is.
 
-    Works on any tree of modules. Rounded are nn.Linear (with hooks, parametrizations and in Python lists too), GPT-2's
+    Works on any tree of modules. Rounded are nn.Linear (with hooks, parametrizations too), GPT-2's
     Conv1D, torch's MultiheadAttention, and the fused experts and routers of `transformers`. With `spec.head` the head
     is rounded too; where it is tied, the copy's embedding keeps the unrounded table. With `spec.rotate` every layer
     rounds in its rotated basis.
@@ -207,7 +203,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     Gradients reach the weights in every pass, through the same trust mask. Outside, every forward pass rounds anew, so
     that nothing can go stale. Raises RuntimeError at the end if a weight was changed inside (step the optimizer after).
     """
-    layers = [module for module in every_module(model) if isinstance(module, QATLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QATLinear)]
     weights = [parameter for layer in layers for parameter in layer.parameters()]
     versions = [weight._version for weight in weights]
     try:
@@ -231,7 +227,6 @@ def freeze_qat(model: nn.Module) -> nn.Module:
             training = module.training
             weight, bias = module.eval().rounded_weight(), module.bias
             made[module] = QuantizedLinear(weight, bias, module.activation_quantizer, module.rotation).train(training)
-            take_hooks(module, made[module])
         elif not isinstance(module, QuantizedLinear):
             module.operand_rounding.freeze(module)  # type: ignore[operator,union-attr]  # a module of `anymodel`
     record: Quantization | None = vars(model).get("quantization")

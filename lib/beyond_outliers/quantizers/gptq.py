@@ -23,14 +23,14 @@ What the paper leaves open, or what differs here:
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beyond_outliers.config.parsing import choose
-from beyond_outliers.modules import evaluating, forward, text_batches
+from beyond_outliers.modules import evaluating, forward, hooked, text_batches
 from beyond_outliers.passes import plain_settings, text_rows, text_tokens
 from beyond_outliers.quantizers.formats import (
     FORMATS,
@@ -215,12 +215,8 @@ def round_in_order(model: nn.Module, layers: dict[nn.Module, str], batches, roun
 def _count_runs(model: nn.Module, layers: dict[nn.Module, str], batch) -> Counter:
     """How often each layer runs for one batch, in order of the first run."""
     counts: Counter[nn.Module] = Counter()
-    handles = [layer.register_forward_pre_hook(lambda layer, _: counts.update([layer])) for layer in layers]
-    try:
+    with hooked(layers, lambda layer, *_: counts.update([layer])):
         forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return counts
 
 
@@ -251,8 +247,9 @@ class _Walk:
         self.padded: dict[str, None] = {}
 
     def go(self, model: nn.Module, batches: list) -> list[str]:
-        handles = [layer.register_forward_pre_hook(self.watch, with_kwargs=True) for layer in self.waiting]
-        try:
+        with ExitStack() as stack:
+            for layer in self.waiting:  # behind other hooks: the weight multiplies what these make of the input
+                stack.enter_context(layer.register_forward_pre_hook(self.watch, with_kwargs=True))
             while self.waiting:
                 for batch, counts in zip(batches, self.runs, strict=True):
                     self.left = counts[self.waiting[0]]
@@ -262,9 +259,6 @@ class _Walk:
                             forward(model, batch)
                 if self.waiting:
                     self.finish()
-        finally:
-            for handle in handles:
-                handle.remove()
         return list(self.padded)
 
     def watch(self, layer: Any, args: tuple, kwargs: dict):

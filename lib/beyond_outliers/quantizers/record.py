@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from torch import nn
 
-from beyond_outliers.modules import every_module
+from beyond_outliers.modules import hooked, module_names
 from beyond_outliers.quantizers.spec import QuantSpec
 
 HEAD = "head"  # the only reason that a specification itself asks for
@@ -102,12 +102,12 @@ def record_of(quantized: nn.Module) -> Quantization:
 
 
 def rounding_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that round, hidden ones too (see `every_module`), with their names."""
-    return {m: name for m, name in every_module(model).items() if _rounds(m)}
-
-
-def _rounds(module: nn.Module) -> bool:
-    return getattr(type(module), "rounds_operands", False) or "operand_rounding" in module._modules
+    """Modules that round, with their names."""
+    return {
+        module: name
+        for module, name in module_names(model).items()
+        if getattr(module, "rounds_operands", False) or "operand_rounding" in module._modules
+    }
 
 
 class Runs:
@@ -130,14 +130,8 @@ class Runs:
     def counted(self) -> Iterator["Runs"]:
         if self.record is not None:
             self.record.first_pass = False  # `check` says it better
-        handles = [
-            layer.register_forward_pre_hook(lambda layer, _: self.counts.update([layer])) for layer in self.layers
-        ]
-        try:
+        with hooked(self.layers, lambda layer, *_: self.counts.update([layer])):
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def check(self, batch):
         if self.record is not None:
