@@ -155,13 +155,6 @@ def test_decisions_name_who_ends_lowest_under_each_quantizer():
             assert row["runner-up, nats above"].startswith(f"{label(second)} +{gap:.3f}"), intention
 
 
-def test_the_history_counts_the_verdicts_of_the_exploratory_study():
-    verdicts = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").verdict.value_counts()
-    counts = verdicts["reproduced"], verdicts["not reproduced"], verdicts["undecided"]
-    text = " ".join((paths.ROOT / "docs" / "history.md").read_text().split())
-    assert "{} claims reproduced and {} did not. The other {} are undecided".format(*counts) in text
-
-
 def test_the_history_counts_runs_and_hours():
     text = (paths.ROOT / "docs" / "history.md").read_text()
     for scale in ("laptop", "confirm", "llama", "pocket"):
