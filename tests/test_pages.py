@@ -1,5 +1,6 @@
 """Executed notebooks as Markdown pages: outputs rewritten, deterministic bytes, stale pages named."""
 
+import itertools
 import json
 import sys
 
@@ -7,24 +8,24 @@ import nbformat
 import pandas as pd
 import pytest
 from jupyter_client.manager import AsyncKernelManager
+from nbformat.v4 import new_code_cell
 
+import faults
 from beyond_outliers import checksums, pages, paths
 from beyond_outliers.checksums import DamagedFile
 from beyond_outliers.cli import main
 from beyond_outliers.notebook import table as notebook_table
 from beyond_outliers.study.verify import committed
 
+TEXT = "# 1. Title\n\n**Question.** Who | what?\n\nsee [four](04_error_propagation.ipynb)"
 
-def executed(tmp_path, *outputs):
-    cells = [
-        nbformat.v4.new_markdown_cell(
-            "# 1. Title\n\n**Question.** Who | what?\n\nsee [four](04_error_propagation.ipynb)"
-        )
-    ]
-    cells += [nbformat.v4.new_code_cell("secret = 1", outputs=[nbformat.from_dict(output)]) for output in outputs]
+
+def executed(*outputs, more=()):
+    """Writes a notebook that put these out."""
+    cells = [new_code_cell("secret = 1", outputs=[nbformat.from_dict(output)]) for output in outputs]
     path = pages.executed_notebook("smoke", "01_full_precision")
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(TEXT), *cells, *more]), path)
 
 
 def shown(**data):
@@ -49,10 +50,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "smoke"
 
 
-def table(frame):
-    return shown(text_markdown=notebook_table(frame).data, text_plain="<Markdown>")
-
-
 def drawn(name):
     for kind in ("png", "pdf"):
         (paths.figures("smoke") / f"{name}.{kind}").write_bytes(kind.encode())
@@ -62,10 +59,10 @@ def written(folder):
     return pages.write_page("smoke", "01_full_precision", folder)
 
 
-def test_a_page_links_to_saved_figures_and_shows_no_code(tmp_path, folder):
+def test_a_page_links_to_saved_figures_and_shows_no_code(folder):
     drawn("01_loss")
     noise = {"output_type": "stream", "name": "stderr", "text": "UserWarning"}
-    executed(tmp_path, figure("01_loss"), noise)
+    executed(figure("01_loss"), noise)
     page = written(folder).read_text()
     assert (folder / "01_loss.pdf").read_bytes() == b"pdf" and (folder / "01_full_precision.html").exists()
     shown_so = '<img src="01_loss.png" width="700" alt="What it shows.">\n\n*What to see.*\n'
@@ -74,19 +71,15 @@ def test_a_page_links_to_saved_figures_and_shows_no_code(tmp_path, folder):
     assert "(04_error_propagation.md)" in page
 
 
-def test_the_same_notebook_gives_the_same_bytes(tmp_path, folder):
-    executed(tmp_path, table(pd.DataFrame({"x": [1]})))
-    first = written(folder).read_bytes()
-    executed(tmp_path, table(pd.DataFrame({"x": [1]})))
-    assert written(folder).read_bytes() == first
-
-
-def test_unsaved_and_missing_figures_are_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"without plots\.save"):
-        executed(tmp_path, shown(image_png="AAAA", text_plain="<Figure>"))
-        written(folder)
-    with pytest.raises(FileNotFoundError, match=r"01_gone\.png"):
-        executed(tmp_path, figure("01_gone"))
+@pytest.mark.parametrize(("output", "error", "message"), [
+    (shown(image_png="AAAA", text_plain="<Figure>"), ValueError, r"without plots\.save"),
+    (figure("01_gone"), FileNotFoundError, r"01_gone\.png"),
+    (shown(text_markdown="\u03c1" * 400, text_plain=""), ValueError, r"has \d+ bytes, more than 800"),  # two bytes each
+])  # fmt: skip
+def test_unsaved_and_missing_figures_and_large_pages_are_refused(folder, monkeypatch, output, error, message):
+    monkeypatch.setattr(pages, "LARGEST", 800)
+    executed(output)
+    with pytest.raises(error, match=message):
         written(folder)
 
 
@@ -95,7 +88,7 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
     (tmp_path / "results" / "smoke").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="make figures SCALE=smoke"):
         pages.check_pages("smoke", ["01_full_precision"])
-    executed(tmp_path)
+    executed()
     written(folder)
     pages.check_pages("smoke", ["01_full_precision"])
     (tmp_path / "results" / "smoke" / "runs.csv").write_text("run\n")
@@ -105,10 +98,32 @@ def test_stale_missing_and_unknown_pages_are_named(tmp_path, folder, monkeypatch
         pages.names_of("huge")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_a_page_is_whole_or_old_after_a_fault(folder, kind):
+    """At some changes of the disk; a torn file does not count as done."""
+    drawn("01_loss")
+    executed(figure("01_loss"))
+    written(folder)
+    whole = {file: file.read_bytes() for file in folder.iterdir() if file.suffix != ".html"}  # HTML has random ids
+    for number in itertools.count(1 + faults.KINDS.index(kind), 3):
+        for file in whole:
+            file.write_bytes(b"old")
+        code = faults.in_child(lambda: written(folder), faults.at_change(kind, number, folder))
+        after = {file: file.read_bytes() for file in whole}
+        torn = "tears" in kind and code == faults.DIED
+        assert torn or all(content in (b"old", whole[file]) for file, content in after.items()), number
+        assert code not in (0, faults.PASSED_BY) or after == whole, "silent"
+        faults.TALLY[f"page: change {kind}", "old or whole"] += 1
+        if code == 0:
+            break
+    assert number > 2 * len(whole)  # each is opened, then renamed
+
+
 def test_damaged_and_unlisted_pages_are_named_with_their_remedy(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "none")
     drawn("01_loss")
-    executed(tmp_path, figure("01_loss"))
+    executed(figure("01_loss"))
     page = written(folder)
     checksums.seal(folder, checksums.PAGES)
     (folder / "01_full_precision.html").unlink()
@@ -133,13 +148,6 @@ def test_every_committed_table_page_and_figure_is_what_was_written(scale):
     assert measured == (paths.ROOT / "figures" / scale / "SHA256SUMS").exists()
 
 
-def test_a_page_is_measured_in_bytes(tmp_path, folder, monkeypatch):
-    executed(tmp_path, shown(text_markdown="\u03c1" * 400, text_plain=""))  # two bytes each
-    monkeypatch.setattr(pages, "LARGEST", 800)
-    with pytest.raises(ValueError, match=r"has \d+ bytes, more than 800"):
-        written(folder)
-
-
 def test_committed_pages_are_small_and_lie_beside_what_they_show():
     committed = sorted((paths.ROOT / "figures").glob("[!.]*/*.md"))
     assert len(committed) > 20
@@ -158,16 +166,11 @@ def test_links_of_a_notebook_lead_somewhere_from_its_page():
     assert pages.relinked('<a href="07_claims.ipynb">', "smoke", folder, "html") == '<a href="07_claims.html">'
 
 
-def test_a_page_shows_code_of_worked_examples_alone_and_no_bar(tmp_path, folder):
+def test_a_page_shows_code_of_worked_examples_alone_and_no_bar(folder):
     bar = shown(**{"application_vnd.jupyter.widget-view+json": {"model_id": "x"}, "text_plain": "50%"})
-    executed(tmp_path, bar)
-    source = pages.executed_notebook("smoke", "01_full_precision")
-    notebook = nbformat.read(source, 4)
-    tagged = {"tags": ["by-hand"]}
-    notebook.cells.append(nbformat.v4.new_code_cell("step = 1.9 / 7", metadata=tagged))
     text = nbformat.v4.new_output("stream", text="the versions")
-    notebook.cells.append(nbformat.v4.new_code_cell("begin()", metadata={"tags": ["setup"]}, outputs=[text]))
-    nbformat.write(notebook, source)
+    by_hand = new_code_cell("step = 1.9 / 7", metadata={"tags": ["by-hand"]})
+    executed(bar, more=[by_hand, new_code_cell("begin()", metadata={"tags": ["setup"]}, outputs=[text])])
     page = written(folder)
     for shown_text in (page.read_text(), page.with_suffix(".html").read_text()):
         assert "the versions" not in shown_text and "secret" not in shown_text
@@ -188,10 +191,10 @@ def test_a_table_says_what_pandas_has():
 
 
 @pytest.fixture
-def one_page(tmp_path, folder, monkeypatch):
+def one_page(folder, monkeypatch):
     monkeypatch.setattr(pages, "names_of", lambda scale: ["01_full_precision"])
     found = shown(text_markdown="**Finding.** Muon, 1.0 [0.9, 1.1] under W4A4 | n 3. More (n 2).", text_plain="")
-    executed(tmp_path, found)
+    executed(found)
     return written(folder)
 
 
@@ -200,8 +203,7 @@ def test_the_index_has_a_row_per_page_with_the_first_sentence_of_its_finding(one
     row = "| [1. Title](01_full_precision.md) | Muon, 1.0 [0.9, 1.1] under W4A4 \\| n 3. |"
     assert row in index.splitlines()
     assert "[W4A4](../../docs/terms.md#w4a4): weights and activations" in index
-    before = index
-    assert pages.write_index("smoke").read_text() == before
+    assert pages.write_index("smoke").read_text() == index
 
 
 def test_an_index_of_missing_or_mute_pages_is_refused(one_page):

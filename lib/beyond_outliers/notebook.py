@@ -86,8 +86,7 @@ def finding(name: str, of: Any) -> "Markdown":
     from beyond_outliers.claims.findings import FINDINGS
     from beyond_outliers.terms import explained
 
-    if name not in FINDINGS:
-        raise ValueError(f"no finding for the notebook {name!r}; valid: {', '.join(FINDINGS)}")
+    choose("notebook", name, FINDINGS)
     text = FINDINGS[name](of)
     cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
@@ -223,12 +222,8 @@ def _cell(value: Any, form: str | None, usual: str) -> str:
 
 def paper(name: str) -> pd.DataFrame:
     """A table of the paper, from data/paper: "table2_full_precision", "claims", ..."""
-    file = paths.PAPER / f"{name}.csv"
-    if not file.exists():
-        raise ValueError(
-            f"unknown table {name!r}; valid: {', '.join(sorted(f.stem for f in paths.PAPER.glob('*.csv')))}"
-        )
-    return pd.read_csv(file)
+    choose("table", name, sorted(file.stem for file in paths.PAPER.glob("*.csv")))
+    return pd.read_csv(paths.PAPER / f"{name}.csv")
 
 
 YOURS = "10_your_optimizer"  # of `make compare`
@@ -289,16 +284,9 @@ def render(scale: str, jobs: int) -> None:
         print(f"left out, because scale {scale} does not plan their runs: {', '.join(left_out)}")
     command = [sys.executable, "-m", "beyond_outliers", "notebook", "--scale", scale, "--tables-only", "--name"]
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(
-            tqdm(
-                pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), names),
-                total=len(names),
-                desc="notebooks",
-            )
-        )
-    failed = [name for name, outcome in zip(names, outcomes, strict=True) if outcome.returncode]
+        outcomes = pool.map(lambda name: subprocess.run([*command, name], capture_output=True, text=True), names)
+        ended = zip(names, tqdm(outcomes, total=len(names), desc="notebooks"), strict=True)
+        failed = {name: outcome.stderr[-2000:] for name, outcome in ended if outcome.returncode}
     if failed:
-        raise SystemExit(
-            f"failed: {', '.join(failed)}\n" + "\n".join(o.stderr[-2000:] for o in outcomes if o.returncode)
-        )
+        raise SystemExit("\n".join([f"failed: {', '.join(failed)}", *failed.values()]))
     publish(scale, names)

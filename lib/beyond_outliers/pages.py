@@ -129,12 +129,12 @@ def write_page(scale: str, name: str, folder: Path) -> Path:
 def publish(scale: str, names: list[str]) -> None:
     """Pages and figures of committed tables into figures/SCALE, their index and checksums; a study's own stay."""
     folder = paths.pages(scale)
-    if folder != paths.figures(scale):
-        for name in names:
-            write_page(scale, name, folder)
+    committed = folder != paths.figures(scale)
+    for name in names if committed else ():
+        write_page(scale, name, folder)
     if not parted(scale)[1]:
         write_index(scale)
-    if folder != paths.figures(scale):
+    if committed:
         checksums.seal(folder, checksums.PAGES)
 
 
@@ -161,6 +161,11 @@ def first_finding(page: Path) -> str:
     return found[1]
 
 
+def _row(cells: list[str]) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
 def write_index(scale: str) -> Path:
     """README.md from the pages that lie there: a row per page with its question and the first sentence of its finding.
 
@@ -173,7 +178,7 @@ def write_index(scale: str) -> Path:
         page = page_of(scale, name)
         title = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
         cells = [f"[{title[1] if title else name}]({name}.md)", first_finding(page)]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append(_row(cells))
     folder = paths.pages(scale)
     up, tables = paths.way_up(folder), "results" if folder == paths.FIGURES / scale else "runs"
     text = [
@@ -211,14 +216,14 @@ def rules() -> str:
 
     parts = ["# The rules\n\nHow each claim of the paper is judged. `beyond-outliers pages readme` writes this page."]
     files = {f"`{scale}`": FROZEN[scale][1] for scale in FROZEN} | {"all others": "claims.toml"}
+    read = {f"[{scale}](../data/{name})": read_rules(name) for scale, name in files.items()}
     for claim, text in texts().items():
         parts.append(
             f"## {claim}\n\n{text}.\n\n| scale | statistic | unit | would change it |\n| --- | --- | --- | --- |"
         )
-        for scale, name in files.items():
-            rule = read_rules(name)[claim]
-            cells = [f"[{scale}](../data/{name})", rule["statistic"], rule["unit"], rule.get("changes", "")]
-            parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        for scale, rules in read.items():
+            cells = [scale, *(rules[claim].get(column, "") for column in ("statistic", "unit", "changes"))]
+            parts[-1] += f"\n{_row(cells)}"
     return "\n\n".join(parts) + "\n"
 
 

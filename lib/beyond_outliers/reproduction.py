@@ -40,36 +40,31 @@ def write(scale: str) -> str:
     from beyond_outliers.claims.verdicts import headlines, read_verdicts
 
     study, other = Study(scale), Study(scale, paths.RESULTS / scale)
-    if not (other.results / "runs.csv").exists():
+    if not other.has("runs"):
         raise NothingToCompare(f"nothing is committed of scale {scale}, so there is nothing to compare with")
-    here = pd.DataFrame(columns=["run"])
-    if study.results != other.results and (study.results / "runs.csv").exists():
-        here = read_table(study.results / "runs.csv")
-        ended = {planned.config.name for planned in study.planned() if study.result(planned) is not None}
-        here = here[here.run.isin(ended)]
+    here = read_table(study.results / "runs.csv") if study.has("runs") else pd.DataFrame(columns=["run"])
+    here = here[here.run.isin([planned.config.name for planned in study.planned() if study.result(planned)])]
     if here.empty:
         raise NothingToCompare(f"no run of scale {scale} was made here: run `make reproduce SCALE={scale}`")
     committed = read_table(other.results / "runs.csv")
     runs = compare_runs(here.reset_index(drop=True), committed)
-    distance, counts = runs.difference.abs(), runs.match.value_counts()
+    distance = runs.difference.abs()
     lines = [f"Of {len(runs)} runs made here, {runs.same.sum()} end at the committed loss to the last digit."]
-    if distance.max() > 0:
+    if (most := distance.max()) > 0:
         farthest = runs.run[distance.idxmax()]
-        lines.append(
-            f"Losses differ by {distance.median():.4f} nats in the median, {distance.max():.4f} at most ({farthest})."
-        )
-    lines += [f"{counts[match]} runs are {match}." for match in (OTHER_RATE, NOT_COMMITTED) if match in counts]
-    keys = ["id", "claim"]
-    yours, theirs = (headlines(read_verdicts(of))[[*keys, "verdict"]] for of in (study, other))
-    verdicts = yours.merge(theirs, on=keys)
-    verdicts.columns = [*keys, "yours", "committed"]
-    changed = [
-        f"{row.id} ({row.yours}; committed {row.committed})" for row in verdicts.itertuples() if row[3] != row[4]
-    ]
+        lines.append(f"Losses differ by {distance.median():.4f} nats in the median, {most:.4f} at most ({farthest}).")
+    lines += [f"{n} runs are {match}." for match, n in runs.match.value_counts().items() if match != SAME_RATE]
+    yours, theirs = (
+        headlines(read_verdicts(of))[["id", "claim", "verdict"]].rename(columns={"verdict": name})
+        for name, of in (("yours", study), ("committed", other))
+    )
+    verdicts = yours.merge(theirs)
+    differ = verdicts.query("yours != committed").itertuples()
+    changed = [f"{row.id} ({row.yours}; committed {row.committed})" for row in differ]
     agree = f"{len(verdicts) - len(changed)} of {len(verdicts)} verdicts agree"
-    lines.append(f"{agree}{': not ' if changed else ''}{', '.join(changed)}.")
+    lines.append(f"{agree}{': not ' * bool(changed)}{', '.join(changed)}.")
     machines = [", ".join(sorted(set(table.device_name))) for table in (here, committed)]
-    way_up = paths.way_up(paths.figures(scale))
+    page, way_up = paths.figures(scale) / "comparison.md", paths.way_up(paths.figures(scale))
     apart = runs[~runs.same].sort_values("difference", key=abs, ascending=False).drop(columns=["optimizer", "same"])
     parts = [
         f"# Your runs and the committed ones: scale `{scale}`",
@@ -81,7 +76,6 @@ def write(scale: str) -> str:
         "## Runs that differ, farthest first",
         apart.to_markdown(index=False, floatfmt=".6f"),
     ]
-    page = paths.figures(scale) / "comparison.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     paths.write_whole(page, "\n\n".join(parts) + "\n")
     return "\n".join(

@@ -1,7 +1,5 @@
 """The damage along training, on runs whose course is given."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,8 +10,10 @@ from beyond_outliers.claims import readings, verdicts
 from beyond_outliers.study import Study
 from made_up_runs import Made
 
+FALL = {"adamw": [0.1, 0.2, 0.3], "muon": [0.0, 0.04, 0.02]}
 
-def followed(fall, **tables):
+
+def followed(fall=FALL, **tables):
     """Runs of 100 steps, checkpoints every 10; damage 0.001 a step until 80, then `fall[optimizer][seed]` more."""
     runs, rows = [(name, seed, f"{name}{seed}") for name in fall for seed in range(len(fall[name]))], []
     for name, seed, run in runs:
@@ -26,69 +26,59 @@ def followed(fall, **tables):
     return Made({"full_precision": full}, "W4A4", **{"trajectory": table} | tables)
 
 
-FALL = {"adamw": [0.1, 0.2, 0.3], "muon": [0.0, 0.04, 0.02]}
-
-
-def value(table, quantity, optimizer, column="mean"):
-    (found,) = table[(table.quantity == quantity) & (table.optimizer == optimizer)][column]
-    return found
+def differences(fall=FALL):
+    table = along.differences(along.changes(along.trajectory(followed(fall))))
+    return table.set_index(["quantity", "optimizer"])[["mean", "low", "high", "n"]]
 
 
 def test_what_changes_in_the_decay_and_before_it():
     assert pytest.approx(0.8) == along.DECAY_FROM
-    rows = along.trajectory(followed(FALL))
+    rows = along.trajectory(followed())
     assert len(rows) == 6 * 12 and set(rows.spec) == {"W4A4"}
     curves = along.curves(rows).query("share == 1 and optimizer == 'muon'")  # of the checkpoints themselves
     assert curves["mean"].tolist() == pytest.approx([0.1])
-    table = along.differences(along.changes(rows))
-    low, high = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
-    found = [value(table, "decay", "adamw", column) for column in ("mean", "low", "high", "n")]
-    assert found == pytest.approx([0.2, low, high, 3])
-    assert value(table, "before", "adamw") == pytest.approx(0.02)  # from 60 to 80, as long as the decay
+    table, interval = differences(), stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
+    assert table.loc[("decay", "adamw")].tolist() == pytest.approx([0.2, *interval, 3])
+    assert table.loc[("before", "adamw"), "mean"] == pytest.approx(0.02)  # from 60 to 80, as long as the decay
     averaging = {"constant": 0.05 - 0.08, "end": 0.06 - 0.08 - 0.02, "end: loss after": 2.8 - 3.1}
     for name, expected in averaging.items():
-        assert value(table, f"averaging, {name}", "muon") == pytest.approx(expected)
-    few = along.differences(along.changes(along.trajectory(followed({"adamw": [0.1, 0.2], "muon": [0.3]}))))
-    assert few[["low", "high"]].isna().all(axis=None)
-    assert value(few, "decay", along.EVERY) == pytest.approx((0.15 + 0.3) / 2)
+        assert table.loc[(f"averaging, {name}", "muon"), "mean"] == pytest.approx(expected)
 
 
 def test_the_mean_of_optimizers_has_the_spread_over_runs_alone():
     """Optimizers that differ much, seeds that do not: the interval is narrow. By Welch's formula for equal samples."""
-    table = along.differences(along.changes(along.trajectory(followed(FALL))))
-    assert value(table, "decay", along.EVERY) == pytest.approx(0.11)
     variances = np.array([np.var(values, ddof=1) / 3 / 4 for values in FALL.values()])
     dof = variances.sum() ** 2 / (variances**2 / 2).sum()
     half = np.sqrt(variances.sum()) * stats.t.ppf(0.975, dof)
-    assert value(table, "decay", along.EVERY, "high") - 0.11 == pytest.approx(half)
+    expected = [0.11, 0.11 - half, 0.11 + half, 3]
+    assert differences().loc[("decay", along.EVERY)].tolist() == pytest.approx(expected)
+    few = differences({"adamw": [0.1, 0.2], "muon": [0.3]})
+    assert few[["low", "high"]].isna().all(axis=None) and few["mean"]["decay", along.EVERY] == pytest.approx(0.225)
 
 
-def test_differences_as_text_have_a_row_an_optimizer():
-    table = along.wide(along.differences(along.changes(along.trajectory(followed(FALL)))))
+def test_the_words_follow_the_numbers():
+    table = along.wide(differences().reset_index().assign(size="s"))
     assert list(table.columns) == list(along.QUANTITIES.values())
     assert table.loc[("s", "adamw"), along.QUANTITIES["before"]] == "0.020 [0.020, 0.020]"
     assert [optimizer for _, optimizer in table.index] == ["adamw", "muon", along.EVERY]
-
-
-def test_the_finding_follows_the_numbers():
-    text = along.in_words(followed(FALL))
+    text = along.in_words(followed())
     assert text.startswith("- s, n 3: the mean damage changes by 0.110 [")
     assert "Over as long a stretch before, it changes by 0.020 [0.020, 0.020]." in text
     assert "at the constant rate and by -0.130 [" in text
 
 
 def test_a_scale_whose_runs_are_not_followed():
-    study = Made(followed(FALL).by_purpose, "W4A4")
+    study = Made(followed().by_purpose, "W4A4")
     assert along.differences(along.changes(along.trajectory(study))).empty
     assert along.in_words(study) == "No run of scale made up has been followed along its training."
-    assert along.trajectory(Study("pocket")).empty
+    assert along.at_common_loss(Study("pocket")).empty
 
 
 def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
     table = pd.DataFrame({"step": [1, 2, 3], "base_loss": [4.0, 3.0, 2.0], "increase": [0.1, 0.2, 0.6]})
     assert readings.at_loss(table, 2.5) == pytest.approx({"step": 2.5, "base_loss": 2.5, "increase": 0.4})
-    assert readings.at_loss(table, 3.0)["increase"] == pytest.approx(0.2)
-    assert readings.at_loss(table, 5.0)["increase"] == pytest.approx(0.1)  # the first checkpoint is below already
+    # at a checkpoint itself; the first one is below already
+    assert [readings.at_loss(table, at)["increase"] for at in (3.0, 5.0)] == pytest.approx([0.2, 0.1])
     with pytest.raises(ValueError, match=r"1\.5.*lowest is 2\.0"):
         readings.at_loss(table, 1.5)
 
@@ -96,23 +86,19 @@ def test_a_quantity_at_a_loss_is_interpolated_between_its_neighbours():
 def test_fully_decayed_models_are_read_at_one_loss():
     """Muon's branches pass the highest of the final losses, 3.0; SOAP's shortest is below it already."""
     losses = {"adamw": [3.4, 3.2, 3.0], "muon": [3.2, 3.1, 2.9], "soap": [2.9, 2.8, 2.7]}
-    rows = [
-        {"size": "s", "optimizer": name, "seed": 1, "tokens": 10 * k, "val_loss": loss, "increase": k / 10, "gain": 2.0}
-        for name, of in losses.items()
-        for k, loss in enumerate(of, start=1)
-    ]
-    study = SimpleNamespace(has=lambda name: True, table=lambda name: pd.DataFrame(rows)[::-1])  # tokens order them
-    found = verdicts.equal_schedule(study).set_index("optimizer")
+    rows = [("s", name, 1, 10 * k, loss, k / 10, 2.0) for name in losses for k, loss in enumerate(losses[name], 1)]
+    columns = ["size", "optimizer", "seed", "tokens", "val_loss", "increase", "gain"]
+    table = pd.DataFrame(rows, columns=columns)[::-1]  # tokens order them
+    found = verdicts.equal_schedule(Made(branches=table)).set_index("optimizer")
     assert found.increase.to_dict() == pytest.approx({"adamw": 0.3, "muon": 0.25})
     assert set(found.condition) == {"equal schedule"} and set(found.seed) == {1} and set(found.gain) == {2.0}
 
 
 def test_damage_at_the_common_loss_lies_between_two_checkpoints():
     """Loss in full precision 4 - step / 50; the Common Loss 2.5 is reached halfway between 70 and 80."""
-    runs, steps = followed(FALL).runs("full_precision").run, np.arange(0, 101, 10)
+    runs, steps = followed().runs("full_precision").run, np.arange(0, 101, 10)
     curves = pd.concat(pd.DataFrame({"run": run, "step": steps, "val_loss": 4 - steps / 50}) for run in runs)
     reached = pd.DataFrame({"run": runs, "common_loss": 2.5, "step": 80})
-    table = along.at_common_loss(followed(FALL, curves=curves, common_loss=reached))
+    table = along.at_common_loss(followed(curves=curves, common_loss=reached))
     found = table[["at_checkpoint", "interpolated", "share"]].to_numpy()
     assert found == pytest.approx(np.tile([0.08, 0.075, 0.75], (6, 1)))
-    assert along.at_common_loss(Study("pocket")).empty

@@ -63,17 +63,14 @@ def test_one_size_is_welchs_interval_and_less_nothing_is_a_mean():
 
 
 def test_sizes_add_up_by_hand():
-    found, parts = contrast(summed(), PAIR), []
-    samples = [[ROWS[(ROWS["size"] == size) & (ROWS.optimizer == name)].v for name in PAIR[0]] for size in SEEDS]
-    parts = [(v.var() / len(v) / 9, len(v) - 1) for pair in samples for v in pair]
-    variance = sum(part for part, _ in parts)
-    assert found.estimate[0] == pytest.approx(np.mean([own.mean() - other.mean() for own, other in samples]))
-    assert found.error[0] == pytest.approx(np.sqrt(variance))
-    assert found.dof[0] == pytest.approx(variance**2 / sum(part**2 / dof for part, dof in parts))
+    found, groups = contrast(summed(), PAIR), ROWS[ROWS.optimizer.isin(PAIR[0])].groupby(["optimizer", "size"]).v
+    parts, dof, means = groups.var() / groups.size() / 9, groups.size() - 1, groups.mean()
+    assert found.estimate[0] == pytest.approx((means["muon"] - means["soap"]).mean())
+    assert found.error[0] == pytest.approx(np.sqrt(parts.sum()))
+    assert found.dof[0] == pytest.approx(parts.sum() ** 2 / (parts**2 / dof).sum())
     shifted = ROWS.assign(v=ROWS.v + ROWS["size"].map({"s": 5.0, "m": -3.0, "l": 0.0}))  # a size changes no contrast
-    for name in ("estimate", "error", "dof"):
-        np.testing.assert_allclose(getattr(contrast(summed(shifted), PAIR), name), getattr(found, name), rtol=1e-9)
-    np.testing.assert_allclose(contrast(summed(), PAIR, np.full(3, 1 / 3)).interval(), found.interval())
+    for same in (contrast(summed(shifted), PAIR), contrast(summed(), PAIR, np.full(3, 1 / 3))):
+        np.testing.assert_allclose(same.interval(), found.interval(), rtol=1e-9)
 
 
 def test_weights_of_a_slope_give_the_slope_of_the_differences():
@@ -100,11 +97,9 @@ def test_heterogeneity_is_welchs_test_of_equal_means():
     dof = np.array([len(s) - 1.0 for s in samples])
     assert heterogeneity(means, errors, dof) == pytest.approx(stats.f_oneway(*samples, equal_var=False).pvalue)
     assert np.isnan(heterogeneity(means[:1], errors[:1], dof[:1]))
-    assert heterogeneity(np.array([0.0, 9.0]), np.ones(2), np.full(2, 9.0)) < 1e-3
 
 
-@pytest.mark.parametrize("sizes", [(7,), (4, 5, 6)])
-@pytest.mark.parametrize("confidence", [0.95, 0.99])
+@pytest.mark.parametrize(("sizes", "confidence"), [((7,), 0.95), ((4, 5, 6), 0.99)])
 def test_a_common_slope_is_ordinary_least_squares_with_an_intercept_a_group(sizes, confidence):
     groups = [(RNG.normal(size=n), RNG.normal(size=n) + 3 * n) for n in sizes]
     x, y = (np.concatenate([group[i] for group in groups]) for i in (0, 1))
@@ -113,7 +108,7 @@ def test_a_common_slope_is_ordinary_least_squares_with_an_intercept_a_group(size
     dof = len(x) - len(sizes) - 1
     half = np.sqrt(rest[0] / dof * np.linalg.inv(matrix.T @ matrix)[0, 0]) * stats.t.ppf((1 + confidence) / 2, dof)
     assert common_slope(groups, confidence).interval == pytest.approx((beta[0], beta[0] - half, beta[0] + half))
-    assert np.isnan(common_slope([]).value) and not common_slope([([1.0, 2.0], [1.0, 3.0])]).certain
+    assert not common_slope([([1.0, 2.0], [1.0, 3.0])]).certain
 
 
 # ------------------------------------------------------------------------------------------------ means and ratios
@@ -124,7 +119,7 @@ def test_a_mean_has_the_t_interval_of_scipy_from_three_seeds_on():
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem([1.0, 2.0, 4.0]))
     assert found.loc["adamw", ["mean", "low", "high"]].tolist() == pytest.approx([7 / 3, low, high])
     assert found.loc["muon", "mean"] == 2 and np.isnan(found.loc["muon", "low"]) and found.n.tolist() == [3, 2]
-    assert t_interval([1.0, 3.0]).certain and not t_interval([1.0]).certain and np.isnan(t_interval([]).value)
+    assert [t_interval(values).certain for values in ([1.0, 3.0], [1.0], [])] == [True, False, False]
 
 
 def test_a_ratio_is_welchs_interval_of_logarithms():
@@ -139,39 +134,33 @@ def test_a_ratio_is_welchs_interval_of_logarithms():
 
 def test_what_ratios_are_taken_of():
     """Over sizes unweighted, of those with three seeds; with the reference of each `by`; without what has no log."""
-    rows = table(
-        s_adamw=[1.0, 1.1, 0.9, 1.0], s_muon=[2.0, 2.2, 1.8, 2.0],
-        m_adamw=[1.0, 1.1, 0.9], m_muon=[8.0, 8.8, 7.2],
-        l_adamw=[1.0, 1.0], l_muon=[100.0, 100.0],
-    )  # fmt: skip
+    few, more, many = np.ones(2), np.array([1.0, 1.1, 0.9]), np.array([1.0, 1.1, 0.9, 1.0])
+    rows = table(s_adamw=many, s_muon=2 * many, m_adamw=more, m_muon=8 * more, l_adamw=few, l_muon=100 * few)
     found = estimates.ratios(rows, "increase").query("optimizer == 'muon'").set_index("size")
-    assert list(found.index) == ["s", "m", "l", ALL_SIZES]
-    over = found.loc[ALL_SIZES]
-    assert over.ratio == pytest.approx(4) and over.low < 4 < over.high and over.n == 3  # sqrt(2 * 8)
-    assert found.ratio["l"] == pytest.approx(100) and np.isnan(found.low["l"])
+    assert found.ratio.to_dict() == pytest.approx({"s": 2, "m": 8, "l": 100, ALL_SIZES: 4})  # sqrt(2 * 8)
+    assert found.low[ALL_SIZES] < 4 < found.high[ALL_SIZES] and found.n[ALL_SIZES] == 3 and np.isnan(found.low["l"])
     ways = pd.concat([rows.assign(way="a"), table(s_adamw=10.0, s_muon=5.0).assign(way="b")])
     by = estimates.ratios(ways, "increase", ("way",)).query("optimizer == 'muon' and size == 's'").set_index("way")
-    assert by.ratio.to_dict() == {"a": pytest.approx(2), "b": pytest.approx(0.5)}
-    rows = table(s_muon=[1.0, 1.0, 1.0], m_adamw=[1.0, 2.0, -1.0], m_muon=[4.0, 8.0, 16.0])
+    assert by.ratio.to_dict() == pytest.approx({"a": 2, "b": 0.5})
+    rows = table(s_muon=more, m_adamw=[1.0, 2.0, -1.0], m_muon=[4.0, 8.0, 16.0])
     found = estimates.ratios(rows, "increase")
-    assert set(found["size"]) == {"m"} and found.set_index("optimizer").n.to_dict() == {"adamw": 2, "muon": 2}
+    assert set(found["size"]) == {"m"} and found.n.tolist() == [2, 2]
     assert estimates.ratios(rows[rows.optimizer == "muon"], "increase").empty
 
 
 def test_centred_means_take_the_size_out():
     """Ten times larger values at one size change nothing, and the means over optimizers are 0."""
     small = {f"s_{name}": np.exp(RNG.normal(size=4)) for name in ("adamw", "muon", "soap")}
-    both = table(**small, **{f"m{key[1:]}": 10 * values for key, values in small.items()})
-    both = both.assign(R_L=both.increase**2)
-    one, two = (estimates.centred(rows, ["increase", "R_L"]) for rows in (both[both["size"] == "s"], both))
+    rows = table(**small, **{f"m{key[1:]}": 10 * values for key, values in small.items()})
+    rows = rows.assign(R_L=rows.increase**2)
+    one, two = (estimates.centred(of, ["increase", "R_L"]) for of in (rows[rows["size"] == "s"], rows))
     assert one.increase.sum() == pytest.approx(0) and two.increase.tolist() == pytest.approx(one.increase.tolist())
-    assert two.R_L.tolist() == pytest.approx((2 * two.increase).tolist())
-    low, high = stats.t.interval(0.95, 3, scale=stats.sem(np.log(small["s_muon"])))
-    assert one.set_index("optimizer").increase_half["muon"] == pytest.approx((high - low) / 2)
-    assert two.n.tolist() == ["4/4"] * 3 and (two.increase_half < one.increase_half).all()
-    lacking = estimates.centred(table(s_adamw=1.0, s_muon=np.e, m_adamw=5.0), ["increase"]).set_index("optimizer")
-    assert lacking.increase.to_dict() == {"adamw": pytest.approx(-0.5), "muon": pytest.approx(0.5)}
-    assert lacking.n.to_dict() == {"adamw": "1", "muon": "1"} and lacking.increase_half.isna().all()
+    assert two.R_L.tolist() == pytest.approx((2 * two.increase).tolist()) and two.n.tolist() == ["4/4"] * 3
+    _, high = stats.t.interval(0.95, 3, scale=stats.sem(np.log(small["s_muon"])))
+    assert one.increase_half[1] == pytest.approx(high) and (two.increase_half < one.increase_half).all()
+    lacking = estimates.centred(table(s_adamw=1.0, s_muon=np.e, m_adamw=5.0), ["increase"])
+    assert lacking.increase.tolist() == pytest.approx([-0.5, 0.5]) and lacking.n.tolist() == ["1", "1"]
+    assert lacking.increase_half.isna().all()
     assert estimates.centred(table(s_adamw=1.0, m_muon=2.0), ["increase"]).empty
 
 
@@ -191,7 +180,7 @@ def test_correlations_agree_with_scipy():
     # Fisher's interval, a different method: about the same
     assert [row.pearson_low, row.pearson_high] == pytest.approx([*theirs.confidence_interval(0.95)], abs=0.12)
     alone = correlations(rows, candidates=("z",), targets=("y",)).iloc[0]  # whatever else is asked for
-    assert found.loc[("y", "z")].tolist() == alone.drop(["target", "candidate"]).tolist()
+    assert found.loc[("y", "z")].tolist() == alone.tolist()[2:]
 
 
 def test_within_groups_the_groups_themselves_do_not_correlate():

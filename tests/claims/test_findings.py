@@ -2,36 +2,26 @@
 
 import re
 import tomllib
-from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 
 import prose_style
 from beyond_outliers import paths
-from beyond_outliers.claims import PAPER_OPTIMIZERS, along_training, findings, judged, read_rules, readings, verdicts
+from beyond_outliers.claims import along_training, findings, judged, read_rules, readings, verdicts
 from beyond_outliers.claims.findings import FINDINGS, evidence, how_judged, verdict_lines
-from beyond_outliers.claims.verdicts import (
-    COLUMNS,
-    FROZEN,
-    counted,
-    frozen,
-    parts,
-    read_verdicts,
-    then_and_now,
-)
+from beyond_outliers.claims.verdicts import COLUMNS, FROZEN, frozen, parts, read_verdicts, then_and_now
 from beyond_outliers.notebook import notebooks, setting
 from beyond_outliers.study import Study
-from made_up_runs import LEVELS, Made, runs
+from made_up_runs import LEVELS, Made, runs, table
+
+NO_RUN = runs().iloc[:0]
 
 
-def made(full=None, qat=None, damage=None, **options):
+def made(full=NO_RUN, qat=NO_RUN, damage=None, **options):
     """A study whose runs have the given values: of losses, and of the damage of its primary format."""
+    full, qat = (rows.rename(columns={"value": "val_loss"}) for rows in (full, qat))
     losses = {"full_precision": full, "qat": qat}
-    losses = {
-        name: rows if rows is None else rows.rename(columns={"value": "val_loss"}) for name, rows in losses.items()
-    }
     if damage is None:
         return Made(losses, **options)
     right = damage.rename(columns={"value": "increase"}).assign(spec="W4A4+head", checkpoint="common")
@@ -78,11 +68,12 @@ def test_every_notebook_has_a_finding():
     assert sorted(FINDINGS) == [*notebooks(), "10_your_optimizer"]  # the last is of `make compare` alone
 
 
+SCALES = ["pocket", *FROZEN]
 STUDIES = [name for name in FINDINGS if name not in ("08_probe_your_model", "10_your_optimizer")]
 
 
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_committed_study_has_its_findings(scale, name):
     """In plain sentences, of the format and the checkpoint that the rules of that scale read."""
     text = FINDINGS[name](Study(scale))
@@ -90,9 +81,8 @@ def test_every_committed_study_has_its_findings(scale, name):
     settings = tomllib.loads((paths.SCALES / f"{scale}.toml").read_text())
     assert set(re.findall(r"W4A4[+\w]*", text)) <= {settings["measure"].get("primary", "W4A4")}
     rules = read_rules(FROZEN[scale][1] if scale in FROZEN else "claims.toml")
-    if name in ("02_outlier_metrics", "04_error_propagation"):
-        read = rules["C6" if name.startswith("02") else "C7"]["statistic"]
-        assert ("at the Common Loss (n" in text) == ("Common Loss" in read)
+    if claim := {"02_outlier_metrics": "C6", "04_error_propagation": "C7"}.get(name):
+        assert ("at the Common Loss (n" in text) == ("Common Loss" in rules[claim]["statistic"])
     quoted = re.findall(r"\[([^]]+)\]\(\.\./docs/rules", verdict_lines(Study(scale), name))
     assert all(any(rule["statistic"].startswith(words) for rule in rules.values()) for words in quoted)
     assert "(n ," not in verdict_lines(Study(scale), name)
@@ -100,7 +90,7 @@ def test_every_committed_study_has_its_findings(scale, name):
         assert "[" not in text  # one seed under QAT: nothing has an interval
 
 
-@pytest.mark.parametrize("scale", ["pocket", "laptop", "confirm"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_other_texts_that_are_made_of_tables_are_plain(scale):
     study = Study(scale)
     for text in (how_judged(study), along_training.in_words(study), setting(study).data):
@@ -111,13 +101,10 @@ def test_other_texts_that_are_made_of_tables_are_plain(scale):
 
 
 def test_the_evidence_links_rule_figure_notebook_and_command():
-    table = evidence(Study("laptop")).set_index("its rows")
-    row = table.loc["`beyond-outliers claims C4 --scale laptop`"]
-    verdict = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
-    assert (
-        row.verdict == verdict.verdict
-        and row.estimate == f"{verdict.value:.2f} [{verdict.low:.2f}, {verdict.high:.2f}], n 6 (size and seed)"
-    )
+    row = evidence(Study("laptop")).set_index("its rows").loc["`beyond-outliers claims C4 --scale laptop`"]
+    said = pd.read_csv(paths.RESULTS / "laptop" / "claims.csv").set_index("id").loc["C4"]
+    estimate = f"{said.value:.2f} [{said.low:.2f}, {said.high:.2f}], n 6 (size and seed)"
+    assert (row.verdict, row.estimate) == (said.verdict, estimate)
     targets = re.findall(r"\]\(([^)]+)\)", row.evidence)
     assert targets == ["../docs/rules.md#c4", "../figures/laptop/03_w4a4_increase.png", "03_ptq.ipynb"]
 
@@ -125,77 +112,59 @@ def test_the_evidence_links_rule_figure_notebook_and_command():
 @pytest.mark.parametrize("scale", list(FROZEN))
 def test_what_was_said_at_the_time_is_read_as_it_stands(scale):
     """Every verdict, number and reason of the frozen tables; none is made again."""
-    said, table = judged(Study(scale)), pd.read_csv(paths.RESULTS / scale / f"{FROZEN[scale][0]}.csv")
+    said, then = judged(Study(scale)), pd.read_csv(paths.RESULTS / scale / f"{FROZEN[scale][0]}.csv")
     if scale == "confirm":
-        table = table[(table.spec == "W4A4+head") & (table.optimizers == "six")]
-        shown, slopes = parts(Study(scale), "C2"), table[(table.id == "C2") & (table.part != "whole")]
+        then = then[(then.spec == "W4A4+head") & (then.optimizers == "six")]
+        shown, slopes = parts(Study(scale), "C2"), then[(then.id == "C2") & (then.part != "whole")]
         assert shown.value.tolist() == slopes.estimate.tolist() and shown.verdict.tolist() == slopes.verdict.tolist()
-        table = table[table.part == "whole"].rename(columns={"estimate": "value"})
+        then = then[then.part == "whole"].rename(columns={"estimate": "value"})
     assert list(said.columns) == COLUMNS and said.id.tolist() == list(read_rules())
     for column in ("id", "verdict", "value", "low", "high", "unit", "comment"):
-        assert said[column].tolist() == pytest.approx(table[column].tolist(), nan_ok=True), column
-    text = how_judged(Study(scale))
-    assert f"{FROZEN[scale][1]}](../data/{FROZEN[scale][1]})" in text and FROZEN[scale][2] in text
-    assert (paths.DATA / FROZEN[scale][1]).exists()
+        assert said[column].tolist() == pytest.approx(then[column].tolist(), nan_ok=True), column
+    text, (_, rules, commit, _) = how_judged(Study(scale)), FROZEN[scale]
+    assert f"{rules}](../data/{rules})" in text and commit in text and (paths.DATA / rules).exists()
 
 
 def test_where_nothing_is_frozen_the_rules_of_today_judge(tmp_path):
     """A reader's own tables of scale confirm are not what was frozen."""
     study = Study("pocket")
-    table = judged(study).set_index("id")
-    assert (
-        table.verdict.to_dict()
-        == read_verdicts(study)
-        .query("optimizers == 'six' and part == 'whole'")
-        .drop_duplicates("id")
-        .set_index("id")
-        .verdict.to_dict()
-    )
+    today = read_verdicts(study).query("optimizers == 'six' and part == 'whole'").drop_duplicates("id")
+    shown, expected = then_and_now(study).set_index("id"), today.set_index("id").verdict.to_dict()
+    assert judged(study).set_index("id").verdict.to_dict() == shown.now.to_dict() == expected
     assert frozen(study) is None and "frozen verdicts" not in how_judged(study)
     assert frozen(Study("confirm", tmp_path)) is None
-    shown = then_and_now(study).set_index("id")
-    assert shown.now.to_dict() == table.verdict.to_dict()
-    for scale, (name, *_) in FROZEN.items():
-        assert shown[scale].to_dict() == judged(Study(scale)).set_index("id").verdict.to_dict(), name
+    for scale in FROZEN:
+        assert shown[scale].to_dict() == judged(Study(scale)).set_index("id").verdict.to_dict(), scale
     assert shown.why.str.len().min() > 40
 
 
-def test_runs_that_ended_before_the_rules_do_not_count():
-    ends = {
-        "early": "2026-12-01T11:19:59+00:00",
-        "late": "2026-12-01T11:20:01+00:00",
-        "far": "2026-12-01T12:30:00+02:00",
-    }
-    runs = pd.DataFrame({"run": list(ends), "finished_at": list(ends.values())})
-    rows = pd.DataFrame({"run": list(ends), "seed": [400, 401, 402]})
-    judged_by_them, other = (SimpleNamespace(scale=scale, table=lambda _: runs) for scale in ("confirm2", "pocket"))
-    assert counted(judged_by_them, rows).run.tolist() == ["late"]  # far: 10:30 UTC
-    assert counted(other, rows).run.tolist() == list(ends)
-
-
-def test_tuning_runs_count_whenever_they_ended(monkeypatch):
-    rows = pd.DataFrame({"run": ["early"], "seed": [300]})
-    runs = pd.DataFrame({"run": ["early"], "finished_at": ["2026-12-01T09:00:00+00:00"]})
+def test_runs_that_ended_before_the_rules_do_not_count_but_tuning_does(monkeypatch):
+    ends = table("run finished_at seed", ("early", "2026-12-01T11:19:59+00:00", 400),
+                 ("late", "2026-12-01T11:20:01+00:00", 401), ("far", "2026-12-01T12:30:00+02:00", 402))  # fmt: skip
+    study, rows = Made(runs=ends), ends[["run", "seed"]]
     monkeypatch.setattr(verdicts, "READ", {"sweep": lambda study: rows, "final": lambda study: rows})
-    found = verdicts.tables(SimpleNamespace(scale="confirm2", table=lambda _: runs))
-    assert len(found["sweep"]) == 1 and found["final"].empty
+    for scale, counted in (("confirm2", ["late"]), ("pocket", [*ends.run])):  # far: 10:30 UTC
+        study.scale = scale
+        found = verdicts.tables(study)
+        assert found["final"].run.tolist() == counted and found["sweep"].run.tolist() == [*ends.run]
 
 
 def test_runs_at_the_found_rates_take_the_place_of_those_at_the_searched_ones():
-    cell = pd.DataFrame({"size": "0.08M", "optimizer": ["adamw", "muon"], "seed": 200})
-    both = [pd.concat([cell.assign(**{name: of}, loss=9.0, increase=9.0, mmr=9.0) for of in values])
-            for name, values in (("bits", (16, 4)), ("condition", ("with head", "without head")))]  # fmt: skip
-    read = {"runs": cell.assign(loss=9.0, qat_loss=9.0), "final": cell.assign(mmr=9.0), "scaling": both[0]}
-    new = verdicts.at_found_rates(read | {"common": both[1]})
+    cell = pd.DataFrame({"size": "0.08M", "optimizer": ["adamw", "muon"], "seed": 200, "loss": 9.0, "qat_loss": 9.0})
+    cell = cell.assign(increase=9.0, mmr=9.0)
+    scaling = pd.concat([cell.assign(bits=bits) for bits in (16, 4)])
+    common = pd.concat([cell.assign(condition=f"{head} head") for head in ("with", "without")])
+    new = verdicts.at_found_rates({"runs": cell, "final": cell, "scaling": scaling, "common": common})
     row = readings.found_rates().query("optimizer == 'adamw' and seed == 200").iloc[0]
     expected = {
-        "runs": [[row.val_loss, row.val_loss_qat], [9, 9]],
-        "final": [[row.mmr_end], [9]],
-        "scaling": [[row.val_loss], [9], [row.val_loss_qat], [9]],
-        "common": [[row.increase_common, row.mmr_common], [9, 9], [9, 9], [9, 9]],
+        ("runs", "loss"): [row.val_loss, 9],
+        ("runs", "qat_loss"): [row.val_loss_qat, 9],
+        ("final", "mmr"): [row.mmr_end, 9],
+        ("scaling", "loss"): [row.val_loss, 9, row.val_loss_qat, 9],
+        ("common", "increase"): [row.increase_common, 9, 9, 9],
+        ("common", "mmr"): [row.mmr_common, 9, 9, 9],
     }
-    columns = {"runs": ["loss", "qat_loss"], "final": ["mmr"], "scaling": ["loss"], "common": ["increase", "mmr"]}
-    assert {name: new[name][of].to_numpy().tolist() for name, of in columns.items()} == expected
+    assert {key: new[key[0]][key[1]].tolist() for key in expected} == expected
 
 
 def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
@@ -206,14 +175,9 @@ def test_lines_of_verdicts_are_those_of_the_notebook_and_its_scale():
 
 
 def test_a_long_reason_is_cut(monkeypatch):
-    row = {"id": "C1", "claim": "c", "statistic": "s. More", "paper": "p", "value": 1.0, "low": np.nan, "high": np.nan}
-    row |= {"n": 3, "unit": "runs", "verdict": "undecided", "comment": "word " * 100, "notebook": "01_full_precision"}
-    row |= {"changes": "more " * 100}
-    monkeypatch.setattr(findings, "judged", lambda study: pd.DataFrame([row]))
-    text = verdict_lines(SimpleNamespace(scale="laptop"), "01_full_precision")
+    columns = "id statistic value low high n unit verdict notebook comment changes"
+    row = "C1", "s. More", 1.0, float("nan"), float("nan"), 3, "runs", "undecided", "01", "word " * 100, "more " * 100
+    monkeypatch.setattr(findings, "judged", lambda study: table(columns, row))
+    text = verdict_lines(None, "01")
     assert text.endswith("more ...") and "word ... *Would" in text and len(text) < 550
-    assert "[s](../docs/rules.md#c1)" in text and ": 1.00 (n 3" in text
-
-
-def test_the_six_are_in_the_made_up_tables():
-    assert set(LEVELS) == set(PAPER_OPTIMIZERS)
+    assert "[s](../docs/rules.md#c1): 1.00 (n 3, runs)" in text

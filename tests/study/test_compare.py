@@ -10,7 +10,7 @@ import pytest
 
 from beyond_outliers import paths
 from beyond_outliers.claims import decisions
-from beyond_outliers.claims.estimates import Comparison
+from beyond_outliers.claims.estimates import compare as compare_runs
 from beyond_outliers.config import OPTIMIZER_NAMES, Protocol, RunConfig
 from beyond_outliers.config.outside import Outside, optimizer_file, read_outside
 from beyond_outliers.config.registry import entry
@@ -162,8 +162,8 @@ def test_places_and_differences_are_those_of_the_means():
         columns=["size", "optimizer", "seed", "loss"],
     )  # fmt: skip
     study = SimpleNamespace(yours=SGD, protocol=SimpleNamespace(optimizers=OPTIMIZER_NAMES))
-    found = decisions.compared(study, rows, "loss")
-    assert isinstance(found, Comparison) and decisions.place(study, found) == "4 of 7"
+    found = compare_runs(study, rows, "loss")
+    assert decisions.place(study, found) == "4 of 7"
     parts = {"all": (rows, "loss"), "six": (rows[rows.optimizer != SGD], "loss")}
     table = decisions.standing(study, parts).set_index("quantity")
     row = table.loc["all"]

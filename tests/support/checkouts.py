@@ -1,10 +1,8 @@
-"""A checkout of its own with a study of seconds, its commands as users give them, and the end of all they started."""
+"""A checkout of its own with a study of seconds, and its commands as users give them."""
 
-import contextlib
 import copy
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,25 +111,3 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def same_tables(one: dict[str, pd.DataFrame], other: dict[str, pd.DataFrame]) -> bool:
     """Whether the same tables have the same rows."""
     return list(one) == list(other) and all(table.equals(other[name]) for name, table in one.items())
-
-
-def descendants(process: int) -> list[int]:
-    """Ids of a process and all that it started and that still run, also in groups of their own (of Linux' /proc)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text()
-        except OSError:  # it has ended
-            continue
-        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found = [process]
-    for one in found:
-        found += children.get(one, [])
-    return found
-
-
-def kill_all(process: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """The same signal to a process and all below it, as when a machine goes down."""
-    for one in descendants(process):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, number)

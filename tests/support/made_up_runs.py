@@ -21,6 +21,11 @@ def runs(levels=LEVELS, seeds=3, sizes=("small", "large"), apart=1, noise=lambda
     return pd.DataFrame(rows, columns=["run", "size", "optimizer", "lr", "seed", "status", "value"])
 
 
+def table(columns, *rows):
+    """A table of these rows; `columns` separated by spaces."""
+    return pd.DataFrame(rows, columns=columns.split())
+
+
 class Made:
     """A study with these rows of runs by purpose (others are empty), and these tables by name; others are missing."""
 

@@ -1,10 +1,10 @@
 """Cells as people run them: twice, out of order, with another parameter, behind a startup file of their own."""
 
-import json
 import random
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -18,8 +18,8 @@ MINE = "PROJECT: str = None\nscales = limit = 3\nkeep: list[int] = []\n"  # of a
 
 
 def sources(name):
-    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from beyond_outliers.claims import estimates, readings
 from beyond_outliers.claims.estimates import LEAST_SEEDS, as_table, as_text, cells, t_interval
 from beyond_outliers.claims.readings import CELL
 from beyond_outliers.config.run import RunConfig
-from beyond_outliers.study.tables import MissingResults
 
 DECAY_FROM = 1 - RunConfig.decay  # share of the run at which the learning rate begins to fall
 EVERY = "mean of optimizers"
@@ -32,13 +31,11 @@ def trajectory(study) -> pd.DataFrame:
 
     The last checkpoints' averaged weights are rows with averaged > 1.
     """
-    try:
-        table = study.table("trajectory")
-    except MissingResults:
+    if not study.has("trajectory"):
         return pd.DataFrame(columns=["run", *CELL, "step", "averaged", "share", "val_loss", "increase"])
-    rows = study.runs("full_precision")[["run", *CELL, "steps"]].merge(table, on="run")
-    rows = rows[rows.spec == readings.primary(study)]
-    return rows.assign(share=rows.step / rows.steps).drop(columns="steps").reset_index(drop=True)
+    rows = study.runs("full_precision")[["run", *CELL, "steps"]].merge(study.table("trajectory"), on="run")
+    rows = rows[rows.spec == readings.primary(study)].reset_index(drop=True)
+    return rows.assign(share=rows.step / rows.steps)
 
 
 def at_common_loss(study) -> pd.DataFrame:
@@ -78,8 +75,8 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """QUANTITIES of every run, a row each: CELL, quantity, value (nats); without their checkpoints none."""
     found = []
     for cell, own in rows.groupby(CELL, sort=False):
-        plain = own[own.averaged == 1].sort_values("share").set_index("step")
-        averaged = own[own.averaged > 1].set_index("step")
+        own = own.sort_values("share").set_index("step")[["share", "averaged", "increase", "val_loss"]]
+        plain, averaged = own[own.averaged == 1], own[own.averaged > 1]
         constant = plain[plain.share <= DECAY_FROM]
         if constant.empty or len(constant) == len(plain):
             continue
@@ -90,7 +87,7 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
             values["before"] = plain.increase[last] - plain.increase[earlier]
         for place, step in (("constant", last), ("end", end)):
             if step in averaged.index:
-                less = averaged.loc[step, ["increase", "val_loss"]] - plain.loc[step, ["increase", "val_loss"]]
+                less = (averaged - plain).loc[step]
                 values |= {f"averaging, {place}": less.increase, f"averaging, {place}: loss after": less.val_loss}
         found += [(*cell, quantity, value) for quantity, value in values.items()]
     return pd.DataFrame(found, columns=[*CELL, "quantity", "value"])
@@ -115,11 +112,8 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
     """`differences`, a row a size and optimizer, a column a quantity in words, cells like "0.123 [0.110, 0.136]"."""
-    table = table.assign(text=as_text(table))
-    found = table.pivot_table(
-        index=["size", "optimizer"], columns="quantity", values="text", aggfunc="first", sort=False
-    )
-    return found.rename(columns=QUANTITIES).fillna("")
+    table, keys = table.assign(text=as_text(table)), ["size", "optimizer"]
+    return table.pivot_table("text", keys, "quantity", "first", sort=False).rename(columns=QUANTITIES).fillna("")
 
 
 def in_words(study) -> str:

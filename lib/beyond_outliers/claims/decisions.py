@@ -4,6 +4,8 @@ An optimizer is never named best without its quantizer; what counts is the loss 
 rule of the claims reads this, so a seventh optimizer changes no verdict.
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from beyond_outliers.claims import readings
@@ -14,6 +16,7 @@ from beyond_outliers.claims.estimates import (
     NothingToCompare,
     as_table,
     as_text,
+    compare,
     label,
     listed,
     of_the_paper,
@@ -29,14 +32,14 @@ from beyond_outliers.study.tables import MissingResults
 EFFECTS = ("loss", "common", "final", "qat", "R_L", "mmr")  # of QUANTITIES
 
 
-def against(rows: pd.DataFrame, value: str = "compared", reference: str = REFERENCE) -> pd.DataFrame:
-    """Differences within pairs, one row a run of another optimizer than the reference: size, optimizer, seed, effect.
+def against(rows: pd.DataFrame, value: str = "compared") -> pd.DataFrame:
+    """Differences within pairs, one row a run of another optimizer than AdamW: size, optimizer, seed, effect.
 
-    A pair is a run and the reference's of the same size and seed, which saw the same batches. Runs without a partner or
-    a value are left out.
+    A pair is a run and AdamW's of the same size and seed, which saw the same batches. Runs without a partner or a value
+    are left out.
     """
-    own = rows[rows.optimizer == reference].set_index(["size", "seed"])[value].rename("partner")
-    pairs = rows[rows.optimizer != reference].join(own, on=["size", "seed"])
+    own = rows[rows.optimizer == REFERENCE].set_index(["size", "seed"])[value].rename("partner")
+    pairs = rows[rows.optimizer != REFERENCE].join(own, on=["size", "seed"])
     return pairs.assign(effect=pairs[value] - pairs.partner)[[*CELL, "effect"]].dropna(subset="effect")
 
 
@@ -66,21 +69,14 @@ def effect_table(study) -> pd.DataFrame:
     others = [one for one in PAPER_OPTIMIZERS if one != REFERENCE and one in study.protocol.optimizers]
     columns = {"optimizer": [label(one) for one in others]}
     for name, (title, unit) in readings.titles(study, EFFECTS).items():
-        rows = table[table.quantity == name]
-        texts = dict(zip(rows.optimizer, as_text(rows, "effect", QUANTITIES[name].digits), strict=True))
-        counts = dict(zip(rows.optimizer, rows.n, strict=True))
-        cells = [f"{texts[one]}, n {counts[one]}" if one in texts else "not measured yet" for one in others]
+        rows = table[table.quantity == name].set_index("optimizer")
+        texts = pd.Series(as_text(rows, "effect", QUANTITIES[name].digits), rows.index, dtype=str)
+        cells = (texts + ", n " + rows.n.astype(str)).reindex(others).fillna("not measured yet").tolist()
         columns[f"{title} ({unit if unit == readings.NATS else 'times AdamW'})"] = cells
     return pd.DataFrame(columns)
 
 
 # -------------------------------------------------------------------------------------------------- one from outside
-
-
-def compared(study, rows: pd.DataFrame, value: str) -> Comparison:
-    """Yours (`study` is a `study.compare.Beside`) and those of the paper's that the scale has. NothingToCompare where
-    no size has a run of each."""
-    return Comparison(rows, value, [*(n for n in PAPER_OPTIMIZERS if n in study.protocol.optimizers), study.yours])
 
 
 def place(study, found: Comparison) -> str:
@@ -99,7 +95,7 @@ def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) ->
     rows = {}
     for name, part in parts.items():
         try:
-            found = compared(study, *part)
+            found = compare(study, *part)
         except NothingToCompare:
             rows[name] = {"yours": "no size at which all of them have one"}
             continue
@@ -117,8 +113,8 @@ def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) ->
 
 def by_format(study) -> pd.DataFrame:
     """The same of the loss increase at the end of training, one row a format."""
-    rows = readings.measured(study, "ptq").query("spec != 'none'")
-    parts = {spec: (own, "increase") for spec, own in rows.groupby("spec", sort=False)}
+    rows = readings.measured(study, "ptq").query("spec != 'none'").groupby("spec", sort=False)
+    parts = {spec: (own, "increase") for spec, own in rows}
     return standing(study, parts).rename(columns={"quantity": "format"})
 
 
@@ -126,7 +122,6 @@ def by_format(study) -> pd.DataFrame:
 
 NONE, QAT, RTN_HEAD, W4 = "no quantization", "QAT to W4A4 (QuEST)", "RTN to W4A4", "RTN to W4, weights alone"
 GAP = "-"  # not measured
-COLUMNS = ["you deploy with", "train with", "runner-up, nats above", "runs", "on Llama, too?", "at better rates, too?"]
 # intention -> spec at the end of training; None: the model as it is
 INTENTIONS: dict[str, str | None] = {
     NONE: None,
@@ -153,7 +148,7 @@ def losses(study, spec: str | None) -> pd.DataFrame:
     return of_the_paper(rows).rename(columns={value: "loss"})[["size", "optimizer", "seed", "loss"]]
 
 
-def ranked(rows: pd.DataFrame, optimizers: list[str]) -> Comparison | None:
+def ranked(rows: pd.DataFrame, optimizers: Sequence[str]) -> Comparison | None:
     """The optimizers by the loss they end with; None where one has no run."""
     try:
         return Comparison(rows, "loss", optimizers)
@@ -168,59 +163,45 @@ def winner(compared: Comparison) -> str:
     return f"{label(best)} (or {listed(near)})" if near else label(best)
 
 
-def decisions(study: Study, other: Study | None = None, found: pd.DataFrame | None = None) -> pd.DataFrame:
-    """A row an intention: train with, runner-up, its distance, n, and whether two further sets of runs agree.
-
-    other: a study of another architecture, whose optimizers are compared with the same ones here. found: the rows of
-    `readings.found_rates`, which take the place of the study's at that size.
-    """
+def decisions(study: Study) -> pd.DataFrame:
+    """A row an intention: whom to train with, the runner-up, its distance, and n."""
     rows: list[tuple] = []
-    names = list(study.protocol.optimizers)
     for intention, spec in INTENTIONS.items():
-        here = losses(study, spec)
-        compared = ranked(here, names)
+        compared = ranked(losses(study, spec), study.protocol.optimizers)
         if compared is None:
-            rows.append((intention, GAP, "", "", "", ""))
+            rows.append((intention, GAP, "", ""))
             continue
         best, second, *_ = compared.order
-        gap = compared.difference(second, best).text()
-        n = int(compared.cells.n[0].sum())
-        further = _there(here, other, spec), _found(here, found, spec, best)
-        rows.append((intention, f"**{winner(compared)}**", f"{label(second)} +{gap}", n, *further))
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _there(here: pd.DataFrame, other: Study | None, spec: str | None) -> str:
-    """Whether the best among the optimizers of another study is the best of them here, and who is best there."""
-    if other is None:
-        return ""
-    names = list(other.protocol.optimizers)
-    try:
-        there = ranked(losses(other, spec), names)
-    except MissingResults:
-        there = None
-    ours = ranked(here, names)
-    if there is None or ours is None:
-        return GAP
-    return f"{'yes' if there.order[0] == ours.order[0] else 'no'}: {winner(there)}"
-
-
-def _found(here: pd.DataFrame, found: pd.DataFrame | None, spec: str | None, best: str) -> str:
-    """Whether `best` is so where AdamW and PSGD have the rates that a wider search found, and who is best there."""
-    if found is None:
-        return ""
-    if spec not in FOUND:
-        return GAP
-    loss = found[FOUND[spec]] + (found.val_loss if spec == "W4A4+head" else 0)
-    at = here[(here["size"] == "0.08M") & ~here.optimizer.isin(found.optimizer)]
-    rows = pd.concat([at, found.assign(loss=loss)[["size", "optimizer", "seed", "loss"]]])
-    compared = ranked(rows, sorted(set(rows.optimizer)))
-    return f"{'yes' if compared.order[0] == best else 'no'}: {winner(compared)}" if compared else GAP
+        gap, n = compared.difference(second, best).text(), int(compared.cells.n[0].sum())
+        rows.append((intention, f"**{winner(compared)}**", f"{label(second)} +{gap}", n))
+    return pd.DataFrame(rows, columns=["you deploy with", "train with", "runner-up, nats above", "runs"])
 
 
 def of_confirm() -> pd.DataFrame:
-    """`decisions` of the confirmatory study, with scale `llama` and the found rates."""
-    return decisions(Study("confirm"), Study("llama"), readings.found_rates())
+    """`decisions` of the confirmatory study, and whether two further sets of runs agree on who is best.
+
+    They are the runs of scale `llama`, whose optimizers are compared with the same ones of `confirm`, and those at the
+    rates of `readings.found_rates` in place of the study's at that size.
+    """
+    study, llama, found = Study("confirm"), Study("llama"), readings.found_rates()
+    further = []
+    for spec in INTENTIONS.values():
+        here, names = losses(study, spec), llama.protocol.optimizers
+        row = [agreement(ranked(here, names), ranked(losses(llama, spec), names)), GAP]
+        if spec in FOUND:
+            loss = found[FOUND[spec]] + found.val_loss * (spec == "W4A4+head")
+            kept = here[(here["size"] == "0.08M") & ~here.optimizer.isin(found.optimizer)]
+            rows = pd.concat([kept, found.assign(loss=loss)])
+            row[1] = agreement(ranked(here, study.protocol.optimizers), ranked(rows, sorted(set(rows.optimizer))))
+        further.append(row)
+    return decisions(study).join(pd.DataFrame(further, columns=["on Llama, too?", "at better rates, too?"]))
+
+
+def agreement(here: Comparison | None, there: Comparison | None) -> str:
+    """Whether the best is the same, and who is best there."""
+    if here is None or there is None:
+        return GAP
+    return f"{'yes' if there.order[0] == here.order[0] else 'no'}: {winner(there)}"
 
 
 def verdicts_in_words(scale: str) -> str:
@@ -236,10 +217,11 @@ def losses_by_quantizer(study, specs: dict[str, str]) -> pd.DataFrame:
 
     specs: quantizer -> spec. Columns: quantizer, optimizer, before, after (nats per token).
     """
-    parts = []
-    for quantizer, spec in specs.items():
-        runs = of_the_paper(readings.damage(study, checkpoint="final", spec=spec)).rename(columns={"val_loss": "after"})
-        runs = runs.assign(before=runs.after - runs.increase)
-        means = runs.groupby(["optimizer", "size"], sort=False)[["before", "after"]].mean()
-        parts.append(means.groupby("optimizer", sort=False).mean().reset_index().assign(quantizer=quantizer))
-    return pd.concat(parts, ignore_index=True)
+    parts = [
+        of_the_paper(readings.damage(study, checkpoint="final", spec=spec)).assign(quantizer=quantizer)
+        for quantizer, spec in specs.items()
+    ]
+    runs = pd.concat(parts).rename(columns={"val_loss": "after"})
+    runs, keys = runs.assign(before=runs.after - runs.increase), ["quantizer", "optimizer"]
+    means = runs.groupby([*keys, "size"], sort=False)[["before", "after"]].mean()
+    return means.groupby(keys, sort=False).mean().reset_index()

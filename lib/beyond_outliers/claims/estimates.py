@@ -9,13 +9,14 @@ same batches: where that makes runs of one seed alike, intervals are too wide, n
 Leading axes of `Cells` are free: simulated studies are judged by the thousand, by the code that judges the real one.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import bootstrap
 from scipy.stats import f as f_distribution
 from scipy.stats import t as student
 
@@ -51,7 +52,7 @@ class Estimate:
     @property
     def certain(self) -> bool:
         """Whether there is an interval."""
-        return bool(np.isfinite([self.low, self.high]).all())
+        return bool(np.isfinite(self.high - self.low))
 
     @property
     def excludes_zero(self) -> bool:
@@ -140,19 +141,16 @@ class Drawn(Contrasts):
 def cells(table: pd.DataFrame, value: str, optimizers: Sequence[str], sizes: Sequence[str]) -> Cells:
     """Sums up a tidy table with the columns size, optimizer, seed and `value`, one row a run.
 
-    Other optimizers and sizes are left out, and rows without a value (diverged runs). ValueError for missing columns
-    and for a seed that stands twice in a cell.
+    Other optimizers and sizes are left out, and rows without a value (diverged runs). ValueError for a seed that stands
+    twice in a cell.
     """
-    missing = sorted({"size", "optimizer", "seed", value} - set(table.columns))
-    if missing:
-        raise ValueError(f"the table lacks the columns {missing}; there are: {list(table.columns)}")
+    keys = ["optimizer", "size", "seed"]
     kept = table[table["optimizer"].isin(optimizers) & table["size"].isin(sizes)].dropna(subset=[value])
-    twice = kept[kept.duplicated(["size", "optimizer", "seed"])]
-    if len(twice):
-        raise ValueError(f"two rows for {twice[['size', 'optimizer', 'seed']].iloc[0].tolist()}, one is needed")
-    grouped = kept.groupby(["optimizer", "size"])[value].agg(["mean", "var", "count"])
+    if len(twice := kept[kept.duplicated(keys)]):
+        raise ValueError(f"two rows for {twice[keys].iloc[0].tolist()}, one is needed")
+    grouped = kept.groupby(keys[:2])[value].agg(["mean", "var", "count"])
     whole = grouped.reindex(pd.MultiIndex.from_product([optimizers, sizes]))
-    mean, variance, n = (whole[c].to_numpy(float).reshape(len(optimizers), -1) for c in ("mean", "var", "count"))
+    mean, variance, n = (column.to_numpy(float).reshape(len(optimizers), -1) for _, column in whole.items())
     return Cells(tuple(optimizers), tuple(sizes), mean, variance, np.nan_to_num(n).astype(int))
 
 
@@ -210,27 +208,27 @@ def heterogeneity(estimate: np.ndarray, error: np.ndarray, dof: np.ndarray) -> n
         return f_distribution.sf(statistic, k - 1, (k**2 - 1) / (3 * lack))
 
 
-def t_interval(values: Any, confidence: float = USUAL, least: int = 2) -> Estimate:
-    """Mean of independent values (n,) and its t interval; NaN for fewer than `least` of them."""
+def t_interval(values: Any, least: int = 2) -> Estimate:
+    """Mean of independent values (n,) and its 95 % t interval; NaN for fewer than `least` of them."""
     values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n < least:
-        return Estimate(float(values.mean()) if n else np.nan, n=n)
-    half = values.std(ddof=1) / np.sqrt(n) * student.ppf((1 + confidence) / 2, n - 1)
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half), n)
+    n, half = len(values), np.nan
+    mean = float(values.mean()) if n else np.nan
+    if n >= least:
+        half = float(values.std(ddof=1) / np.sqrt(n) * student.ppf((1 + USUAL) / 2, n - 1))
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def common_slope(groups: Sequence[tuple[Any, Any]], confidence: float = USUAL) -> Estimate:
     """Least-squares slope common to several groups (x, y), each with an intercept of its own, and its t interval from
     the residuals, with n - groups - 1 degrees of freedom. NaN when nothing is left for a spread."""
-    x = np.concatenate([np.asarray(x, float) - np.mean(x) for x, _ in groups]) if len(groups) else np.zeros(0)
-    y = np.concatenate([np.asarray(y, float) - np.mean(y) for _, y in groups]) if len(groups) else np.zeros(0)
+    sides = zip(*groups, strict=True)
+    x, y = (np.concatenate([np.asarray(of, float) - np.mean(of) for of in side]) for side in sides)
     dof, spread = len(x) - len(groups) - 1, float((x * x).sum())
     if dof < 1 or spread == 0:
         return Estimate(n=len(x))
     slope = float((x * y).sum() / spread)
-    half = np.sqrt(((y - slope * x) ** 2).sum() / dof / spread) * student.ppf((1 + confidence) / 2, dof)
-    return Estimate(slope, float(slope - half), float(slope + half), len(x))
+    half = float(np.sqrt(((y - slope * x) ** 2).sum() / dof / spread) * student.ppf((1 + confidence) / 2, dof))
+    return Estimate(slope, slope - half, slope + half, len(x))
 
 
 # ------------------------------------------------------------------------------------------------------- comparisons
@@ -265,10 +263,8 @@ class Comparison:
 
     def n(self, *names: str) -> str:
         """ "n 6 each", or "n 6 and 5": runs behind the numbers of these optimizers (default: all)."""
-        counts = [int(n) for n in self.cells.n.sum(-1)[self.cells.of(names or self.cells.optimizers)]]
-        if len(set(counts)) == 1:
-            return f"n {counts[0]}{' each' if len(counts) > 1 else ''}"
-        return f"n {listed([str(count) for count in counts])}"
+        counts = [str(n) for n in self.cells.n.sum(-1)[self.cells.of(names or self.cells.optimizers)]]
+        return f"n {counts[0]}{' each' * (len(counts) > 1)}" if len(set(counts)) == 1 else f"n {listed(counts)}"
 
     @property
     def over(self) -> str:
@@ -290,8 +286,12 @@ def of_the_paper(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(study, rows: pd.DataFrame, value: str) -> Comparison:
-    """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`."""
-    return Comparison(rows, value, [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers])
+    """The paper's optimizers that the scale has, by one value of their runs; NothingToCompare as `Comparison`.
+
+    Yours with them, where `study` is a `study.compare.Beside`.
+    """
+    theirs = [name for name in PAPER_OPTIMIZERS if name in study.protocol.optimizers]
+    return Comparison(rows, value, [*theirs, study.yours] if hasattr(study, "yours") else theirs)
 
 
 def as_table(found: dict[tuple, Estimate], keys: Sequence[str], value: str = "mean") -> pd.DataFrame:
@@ -315,7 +315,7 @@ def means(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFram
     return as_table({key: t_interval(own, least=LEAST_SEEDS) for key, own in found}, keys)
 
 
-def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: str = REFERENCE) -> pd.DataFrame:
+def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = ()) -> pd.DataFrame:
     """How many times the reference's `value` an optimizer has: ratio (of geometric means over seeds), low, high, n.
 
     One row a value of `by`, size and optimizer; the reference's own rows are 1, without an interval. Behind them, where
@@ -328,13 +328,12 @@ def ratios(rows: pd.DataFrame, value: str, by: Sequence[str] = (), reference: st
     for key, group in logs.groupby(list(by), sort=False) if by else [((), logs)]:
         optimizers = tuple(dict.fromkeys(group.optimizer))
         every = cells(group, "log", optimizers, sizes[:-1])
-        n = np.minimum(every.n, every.n[every.of([reference])]) if reference in optimizers else 0 * every.n
-        for name, counts in zip(optimizers, n, strict=True):
-            there = {size: k for size, k in zip(every.sizes, counts.tolist(), strict=True) if k}
+        reference = every.n[every.of([REFERENCE])] if REFERENCE in optimizers else 0
+        for name, n in zip(optimizers, np.minimum(every.n, reference).tolist(), strict=True):
+            there = {size: k for size, k in zip(every.sizes, n, strict=True) if k}
             strata = [size for size, k in there.items() if k >= LEAST_SEEDS]
-            over = {size: [size] for size in there} | ({ALL_SIZES: strata} if len(strata) > 1 else {})
-            for at, parts in over.items():
-                of = difference(every.at(*parts), name, reference).map(np.exp) if name != reference else Estimate(1.0)
+            for at, parts in [*((size, [size]) for size in there), *[(ALL_SIZES, strata)] * (len(strata) > 1)]:
+                of = difference(every.at(*parts), name, REFERENCE).map(np.exp) if name != REFERENCE else Estimate(1.0)
                 found[*key, at, name] = replace(of, n=min(there[size] for size in parts))
     table = as_table(found, [*by, "size", "optimizer"], "ratio")
     return table.sort_values("size", key=lambda names: names.map(sizes.index), kind="stable", ignore_index=True)
@@ -384,36 +383,26 @@ def correlations(
     within: str | None = None,
     candidates: Sequence[str] = (),
     targets: Sequence[str] = ("increase", "accuracy"),
-    draws: int = DRAWS,
-    confidence: float = USUAL,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Pearson and Spearman correlation of every candidate with every target, with percentile bootstrap intervals.
 
     One row a (target, candidate): n points, pearson, pearson_low, pearson_high, spearman, ... `within` names a column
     whose group means are taken out first (of ranks, for Spearman), so that pooled sizes do not correlate by their size
     alone. Rows where the candidate or the target is missing are left out. Fewer than four points give NaN intervals.
-    Every pair is resampled from `seed` anew: its interval does not depend on what else is asked for.
+    Every pair is resampled from one seed anew: its interval does not depend on what else is asked for.
     """
-    rows, tail = [], 100 * (1 - confidence) / 2
-    for target in targets:
-        for candidate in candidates:
-            kept = table.dropna(subset=[candidate, target])
-            groups = kept[within].to_numpy() if within else np.zeros(len(kept))
-            x, y = kept[candidate].to_numpy(float), kept[target].to_numpy(float)
-            row, rng = {"target": target, "candidate": candidate, "n": len(kept)}, np.random.default_rng(seed)
-            for name, transform in (("pearson", lambda v: v), ("spearman", rankdata)):
-                u, v = (_without_group_means(transform(values), groups) for values in (x, y))
-                low = high = np.nan
-                if len(kept) > 3:
-                    drawn = bootstrap((u, v), pearson, paired=True, n_resamples=draws, method="percentile", rng=rng)
-                    # a resample of one point over and over has no correlation: scipy's own interval would be NaN
-                    low, high = np.nanpercentile(drawn.bootstrap_distribution, [tail, 100 - tail])
-                value = pearson(u, v) if len(kept) > 1 else np.nan
-                row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-            rows.append(row)
+    rows = []
+    for target, candidate in itertools.product(targets, candidates):
+        kept = table.dropna(subset=[candidate, target])
+        pair, row = kept[[candidate, target]].astype(float), {"target": target, "candidate": candidate, "n": len(kept)}
+        groups, rng = kept[within] if within else np.zeros(len(kept)), np.random.default_rng(0)
+        for name, values in {"pearson": pair, "spearman": pair.rank()}.items():
+            x, y = ((of - of.groupby(groups).transform("mean")).to_numpy() for _, of in values.items())
+            low = high = np.nan
+            if len(kept) > 3:
+                drawn = bootstrap((x, y), pearson, paired=True, n_resamples=DRAWS, method="percentile", rng=rng)
+                # a resample of one point over and over has no correlation: scipy's own interval would be NaN
+                low, high = np.nanquantile(drawn.bootstrap_distribution, [(1 - USUAL) / 2, (1 + USUAL) / 2])
+            row |= {name: pearson(x, y) if len(kept) > 1 else np.nan, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _without_group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    return values - pd.Series(values).groupby(groups).transform("mean").to_numpy()

@@ -17,6 +17,7 @@ from beyond_outliers.claims.estimates import (
     Comparison,
     Estimate,
     NothingToCompare,
+    as_text,
     compare,
     correlations,
     label,
@@ -105,12 +106,11 @@ def _correlations(study, candidates: dict[str, str], target: str) -> tuple[list[
     candidates: column of `predictor_table` -> name. Without an interval where an optimizer has few seeds; none at all
     of fewer than three runs.
     """
-    table = readings.predictor_table(study, checkpoint=judged_checkpoint(study)[0], spec=study.protocol.measure.primary)
+    table = readings.predictor_table(study, checkpoint=judged_checkpoint(study)[0])
     table = of_the_paper(table).dropna(subset=target)
     certain = compare(study, table, target).certain
-    found = correlations(table, within="size", candidates=tuple(candidates), targets=(target,)).set_index("candidate")
-    numbers = []
-    for name, row in zip(candidates.values(), found.loc[list(candidates)].itertuples(), strict=True):
+    found, numbers = correlations(table, "size", tuple(candidates), (target,)), []
+    for name, row in zip(candidates.values(), found.itertuples(), strict=True):
         interval = Estimate(row.pearson, *((row.pearson_low, row.pearson_high) if certain else ()))
         if np.isfinite(row.pearson):
             numbers.append(f"{name} {interval.text(2)}")
@@ -138,7 +138,7 @@ def error_propagation(study) -> str:
     if modules.empty:
         raise NothingToCompare("no run's error has been measured")
     shares = readings.accumulated_dominates(modules).groupby(modules.run).mean()
-    runs = modules.drop_duplicates("run").assign(share=lambda rows: rows.run.map(shares))
+    runs = modules.drop_duplicates("run").join(shares.rename("share"), on="run")
     mean = t_interval(shares) if compare(study, runs, "share").certain else Estimate(float(shares.mean()))
     increase, n = _correlations(study, {"R_L": "the loss increase at"}, "increase")
     accuracy, _ = _correlations(study, {"R_L": "cloze accuracy at"}, "accuracy")
@@ -152,8 +152,7 @@ def error_propagation(study) -> str:
 
 @finding("05_qat")
 def qat(study) -> str:
-    losses = of_the_paper(readings.qat_losses(study))
-    losses = losses[losses.status_qat == "finished"] if len(losses) else losses
+    losses = of_the_paper(readings.finished_qat(study))
     increase, full, quantized = (compare(study, losses, of) for of in ("increase", "val_loss_fp", "val_loss_qat"))
     least, most = increase.order[0], increase.order[-1]
     best, second = quantized.order[:2]
@@ -173,7 +172,7 @@ def scaling_laws(study) -> str:
     if set(runs.bits) < {4, 16}:
         raise NothingToCompare("a law needs runs in full precision and under QAT")
     rho = readings.efficiencies(readings.scaling_laws(runs)).set_index("optimizer")
-    known = rho[rho.identified.astype(bool)].sort_values("rho", ascending=False)
+    known = rho.query("identified").sort_values("rho", ascending=False)
     measured = f"{len(runs)} runs of {sizes} size{'s' * (sizes != 1)}"
     if known.empty:
         return (
@@ -181,7 +180,7 @@ def scaling_laws(study) -> str:
             "nobody can tell who gets most out of one."
         )
     less = "less than a full-precision one" if (known.high < 1).all() else "rho full-precision ones"
-    numbers = [f"- {label(name)}: {Estimate(row.rho, row.low, row.high).text(2)}" for name, row in known.iterrows()]
+    numbers = [f"- {label(of)}: {text}" for of, text in zip(known.index, as_text(known, "rho", 2), strict=True)]
     others = [label(name) for name in runs.optimizer.unique() if name not in known.index]
     unknown = f" Not identified: {listed(others)}." if others else ""
     head = f"A 4-bit parameter is worth {less}. {measured} give these values of rho.{unknown}"
@@ -290,17 +289,12 @@ def evidence(study) -> pd.DataFrame:
             f"[{figure}](../figures/{study.scale}/{figure}.png)",
             f"[{row.notebook}]({row.notebook}.ipynb)",
         ]
-        rows.append(
-            {
-                "claim (what the paper has)": f"{row.id} {row.claim} ({row.paper})",
-                "verdict": row.verdict,
-                "estimate": f"{_estimate(row, behind=', ')}n {row.n} ({row.unit})",
-                "why; what would change it": f"{_ended(row.comment)} {row.changes}".strip(),
-                "evidence": "; ".join(links),
-                "its rows": f"`beyond-outliers claims {row.id} --scale {study.scale}`",
-            }
-        )
-    return pd.DataFrame(rows)
+        why, command = f"{_ended(row.comment)} {row.changes}".strip(), f"claims {row.id} --scale {study.scale}"
+        estimate = f"{_estimate(row, behind=', ')}n {row.n} ({row.unit})"
+        claim = f"{row.id} {row.claim} ({row.paper})"
+        rows.append((claim, row.verdict, estimate, why, "; ".join(links), f"`beyond-outliers {command}`"))
+    columns = ["claim (what the paper has)", "verdict", "estimate", "why; what would change it", "evidence", "its rows"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 finding("09_real_quantizers")(methods.order_in_words)
@@ -315,7 +309,7 @@ def yours(study) -> str:
     for quantity, saying in sayings.items():
         of = QUANTITIES[quantity]
         try:
-            found = decisions.compared(study, of.rows(study), of.value)
+            found = compare(study, of.rows(study), of.value)
         except NothingToCompare:
             lines.append(
                 f"- {name} has no {readings.titles(study)[quantity][0]} at a size where all the others have one."

@@ -10,10 +10,10 @@ import pandas as pd
 from beyond_outliers.claims import estimates, readings
 from beyond_outliers.claims.estimates import (
     ALL_SIZES,
+    DRAWS,
     LEAST_SEEDS,
     as_table,
     as_text,
-    label,
     t_interval,
 )
 
@@ -23,7 +23,7 @@ METHODS = {"": RTN, "+gptq": "GPTQ", "+rot": "rotation", "+rot+gptq": "rotation 
 ORDER = tuple(METHODS.values())
 SPECS = {name + parts: (form, method) for name, form in FORMATS.items() for parts, method in METHODS.items()}
 WORDS = {1: "more", 0: "not told apart", -1: "less"}
-DRAWS, LEAST_OPTIMIZERS = 2000, 3
+LEAST_OPTIMIZERS = 3
 
 
 def measured(study) -> pd.DataFrame:
@@ -50,8 +50,7 @@ def missing(study) -> str:
 def by_method(rows: pd.DataFrame, value: str = "increase") -> pd.DataFrame:
     """Mean of `value` over seeds with its interval, as text ("0.123 [0.110, 0.136]"), methods as columns in order."""
     table, keys = estimates.means(rows, value, ("format", "method")), ["format", "size", "optimizer"]
-    table = table.assign(text=as_text(table))
-    wide = table.pivot_table(index=keys, columns="method", values="text", aggfunc="first", sort=False)
+    wide = table.assign(text=as_text(table)).pivot_table("text", keys, "method", "first", sort=False)
     runs = table.groupby(keys, sort=False).n.max().rename("runs")
     return wide[[method for method in ORDER if method in wide]].join(runs).fillna("")
 
@@ -76,7 +75,7 @@ def left_over_optimizers(table: pd.DataFrame) -> pd.DataFrame:
     return as_table(found, keys, "left").rename(columns={"n": "optimizers"})
 
 
-def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+def agreement(rows: pd.DataFrame) -> pd.DataFrame:
     """Does a method order the optimizers as RTN does? Kendall's tau of their mean damages, a row per format, method
     and size: kendall, kendall_low, kendall_high, optimizers, and n (fewest runs).
 
@@ -92,8 +91,8 @@ def agreement(rows: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataF
             values = [part.to_numpy() for _, part in pairs.groupby("optimizer", sort=False)]  # (n, 2) each
             if len(values) < LEAST_OPTIMIZERS:
                 continue
-            rng, n = np.random.default_rng(seed), min(map(len, values))
-            means = [part[rng.integers(len(part), size=(draws, len(part)))].mean(1) for part in values]
+            rng, n = np.random.default_rng(0), min(map(len, values))
+            means = [part[rng.integers(len(part), size=(DRAWS, len(part)))].mean(1) for part in values]
             point, sampled = np.stack([part.mean(0) for part in values], -1), np.stack(means, -1)
             drawn = kendall(sampled[:, 0], sampled[:, 1]) if n >= LEAST_SEEDS else np.nan
             numbers = float(kendall(*point)), *np.quantile(drawn, [0.025, 0.975])
@@ -108,12 +107,11 @@ def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.prod([np.sign(v[..., first] - v[..., second]) for v in (x, y)], axis=0).mean(-1)
 
 
-def order_in_words(study, optimizer: str = "muon", reference: str = "adamw") -> str:
-    """What the tables say of int4, in Markdown: one optimizer beside another, does the order survive, what lacks."""
+def order_in_words(study) -> str:
+    """What the tables say of int4, in Markdown: Muon's damage over AdamW's, does the order survive, what lacks."""
     rows = measured(study).query("format == 'int4'")
-    table = estimates.ratios(rows, "increase", ("method",), reference)
-    lines = []
-    for size, own in table[table.optimizer == optimizer].groupby("size", sort=False):
+    table, lines = estimates.ratios(rows, "increase", ("method",)), []
+    for size, own in table[table.optimizer == "muon"].groupby("size", sort=False):
         by = own.set_index("method").reindex([method for method in ORDER if method in set(own.method)])
         if RTN not in by.index or len(by) < 2:
             continue
@@ -124,8 +122,8 @@ def order_in_words(study, optimizer: str = "muon", reference: str = "adamw") -> 
             first, then = (WORDS[place] for place in (ends.low > 1).astype(int) - (ends.high < 1))
             change = f"{first} under both" if first == then else f"{first} under {RTN}, {then} under {last}"
         lines.append(
-            f"- {at}, n {by.n.min()}: {label(optimizer)}'s damage is {nearest} times {label(reference)}'s under {RTN}. "
-            f"Under {last} it is {best} times {label(reference)}'s: {change}."
+            f"- {at}, n {by.n.min()}: Muon's damage is {nearest} times AdamW's under {RTN}. "
+            f"Under {last} it is {best} times AdamW's: {change}."
         )
     orders = agreement(rows).drop_duplicates("size", keep="last")  # of the last method at each size
     for row, tau in zip(orders.itertuples(), as_text(orders, "kendall", 2, "kendall_"), strict=True):

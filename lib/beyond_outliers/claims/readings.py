@@ -15,11 +15,11 @@ import pandas as pd
 
 from beyond_outliers import paths
 from beyond_outliers.claims.estimates import Estimate, as_table, of_the_paper, t_interval
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.metrics import without_down
 from beyond_outliers.scaling.fit import IdentificationWarning, ScalingLaw, fit_scaling_law
 from beyond_outliers.study.tables import read_table
 
-CHECKPOINTS = ("final", "common")
 RUN = ["run", "size", "optimizer", "lr", "seed"]
 CELL = ["size", "optimizer", "seed"]
 MACHINES = ["pair", "device_name_here", "device_name_there", "scheme"]
@@ -30,8 +30,7 @@ def measured(study, table: str, purpose: str = "full_precision", checkpoint: str
 
     ValueError for another checkpoint.
     """
-    if checkpoint not in (*CHECKPOINTS, None):
-        raise ValueError(f"unknown checkpoint {checkpoint!r}; valid: {', '.join(CHECKPOINTS)}, None")
+    choose("checkpoint", checkpoint, ["final", "common", None])
     rows = study.measured(table, purpose)
     return rows if checkpoint is None else rows[rows.checkpoint == checkpoint]
 
@@ -128,20 +127,22 @@ def ranking(rows: pd.DataFrame, value: str, by: Sequence[str] = ("size",)) -> pd
 # -------------------------------------------------------------------------------------------------------------- tuning
 
 
+def swept(study) -> pd.DataFrame:
+    """Finished tuning runs, as in the table `runs`; `auxiliary`: the rate of the embedding, NaN where it has none."""
+    runs = study.runs("sweep").query("status == 'finished'").reset_index(drop=True)
+    return runs.assign(auxiliary=[json.loads(text).get("embedding_lr", np.nan) for text in runs.hyper])
+
+
 def rate_line(study) -> pd.DataFrame:
-    """Finished tuning runs on one line of learning rates an optimizer and size, as in the table `runs`.
+    """Those of `swept` on one line of learning rates an optimizer and size.
 
     Of a scale that is tuned by a search: those at the chosen auxiliary rate, and none before it is chosen. Of a scale
     with grids: every one of the sweep.
     """
-    swept = study.runs("sweep")
-    swept = swept[swept.status == "finished"]
     if not study.protocol.tuned:
-        return swept.reset_index(drop=True)
-    chosen = study.table("learning_rates").set_index(["size", "optimizer"]).auxiliary
-    auxiliary = swept.hyper.map(lambda text: json.loads(text).get("embedding_lr"))
-    wanted = [chosen.get(cell) for cell in zip(swept["size"], swept.optimizer, strict=True)]
-    return swept[auxiliary == pd.Series(wanted, index=swept.index, dtype=float)].reset_index(drop=True)
+        return swept(study)
+    chosen = study.table("learning_rates")[["size", "optimizer", "auxiliary"]].dropna()
+    return swept(study).merge(chosen.astype({"auxiliary": float}))
 
 
 def before_and_after(study) -> pd.DataFrame:
@@ -198,11 +199,12 @@ def mmr(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd
 # -------------------------------------------------------------------------------------------------- error propagation
 
 
-def modules(
-    study, purpose: str = "full_precision", checkpoint: str = "final", attention: str | None = "unit"
-) -> pd.DataFrame:
-    """Rows of propagation, one a run and module; attention as one module ("unit"), opened up ("open"), None: both."""
-    rows = measured(study, "propagation", purpose, checkpoint)
+def modules(study, attention: str | None = "unit", **where) -> pd.DataFrame:
+    """Rows of propagation, one a run and module; attention as one module ("unit"), opened up ("open"), None: both.
+
+    where: purpose and checkpoint, as in `measured`, here and below.
+    """
+    rows = measured(study, "propagation", **where)
     return rows if attention is None else rows[rows.attention == attention]
 
 
@@ -235,28 +237,26 @@ def error_by(rows: pd.DataFrame, by: str | pd.Series) -> pd.DataFrame:
     return found.assign(factor=np.exp(found.factor))
 
 
-def output_error(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+def output_error(study, **where) -> pd.DataFrame:
     """R_L, one row a run: the relative error behind the last module."""
-    rows = modules(study, purpose, checkpoint).sort_values("index", kind="stable")
+    rows = modules(study, **where).sort_values("index", kind="stable")
     return rows.groupby(RUN, sort=False).R.last().rename("R_L").reset_index()
 
 
-def new_error(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+def new_error(study, **where) -> pd.DataFrame:
     """mean_B, one row a run: mean new error B over the modules, attention as one."""
-    return _run_means(modules(study, purpose, checkpoint), "B").rename(columns={"B": "mean_B"})
+    return _run_means(modules(study, **where), "B").rename(columns={"B": "mean_B"})
 
 
-def block_linears(
-    study, purpose: str = "full_precision", checkpoint: str = "final", head: bool = False
-) -> pd.DataFrame:
+def block_linears(study, head: bool = False, **where) -> pd.DataFrame:
     """Linear layers of the blocks that have a gain, attention opened up; none whose input is exact. head: that, too."""
-    rows = modules(study, purpose, checkpoint, attention="open")
+    rows = modules(study, "open", **where)
     return rows[(rows.kind == "linear") & (head | (rows.name != "head"))].dropna(subset="gain")
 
 
-def linear_gain(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+def linear_gain(study, **where) -> pd.DataFrame:
     """Mean linear gain, one row a run: mean of `gain` over `block_linears`."""
-    return _run_means(block_linears(study, purpose, checkpoint), "gain")
+    return _run_means(block_linears(study, **where), "gain")
 
 
 # -------------------------------------------------------------------------------------------------------- quantization
@@ -275,17 +275,15 @@ def damage(
     return rows[rows.spec == (spec or primary(study))]
 
 
-def accuracy(
-    study, specs: Sequence[str] = ("none",), purpose: str = "full_precision", checkpoint: str | None = "final"
-) -> pd.DataFrame:
+def accuracy(study, specs: Sequence[str] = ("none",), **where) -> pd.DataFrame:
     """Rows of zero_shot in these formats: "none", "W4A4", ..., or "QAT" for the purpose qat."""
-    rows = measured(study, "zero_shot", purpose, checkpoint)
+    rows = measured(study, "zero_shot", **where)
     return rows[rows.spec.isin(specs)]
 
 
-def cloze(study, spec: str = "none", purpose: str = "full_precision", checkpoint: str | None = "final") -> pd.DataFrame:
+def cloze(study, spec: str = "none", **where) -> pd.DataFrame:
     """Accuracy on `cloze`, the task that models of these sizes can do, one row a run and checkpoint."""
-    rows = accuracy(study, (spec,), purpose, checkpoint)
+    rows = accuracy(study, (spec,), **where)
     return rows[rows.task == "cloze"]
 
 
@@ -327,7 +325,7 @@ def qat_accuracies(study) -> pd.DataFrame:
     relative_drop: (fp - qat) / fp, the paper's definition; drop_error: its standard error, from the two standard errors
     as if independent.
     """
-    both = _with_qat(cloze(study), cloze(study, "QAT", "qat"), ["accuracy", "standard_error"])
+    both = _with_qat(cloze(study), cloze(study, "QAT", purpose="qat"), ["accuracy", "standard_error"])
     drop = (both.accuracy_fp - both.accuracy_qat) / both.accuracy_fp
     errors = (both.standard_error_fp / both.accuracy_fp) ** 2 + (both.standard_error_qat / both.accuracy_qat) ** 2
     return both.assign(relative_drop=drop, drop_error=both.accuracy_qat / both.accuracy_fp * errors**0.5)
@@ -398,28 +396,17 @@ CANDIDATES = {
 TARGETS = {"increase": "loss increase under W4A4", "accuracy": "cloze accuracy after W4A4"}
 
 
-def predictor_table(
-    study, purpose: str = "full_precision", checkpoint: str = "final", spec: str | None = None
-) -> pd.DataFrame:
-    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the format `spec`.
-
-    spec: None for the scale's primary format.
-    """
-    where = {"purpose": purpose, "checkpoint": checkpoint}
+def predictor_table(study, purpose: str = "full_precision", checkpoint: str = "final") -> pd.DataFrame:
+    """One row a run: size, optimizer, lr, seed, every candidate and both targets, those of the primary format."""
+    where: dict = {"purpose": purpose, "checkpoint": checkpoint}
     inputs = measured(study, "outliers", **where)
     averages = inputs.groupby(RUN, sort=False)[["mmr", "kurtosis", "noise_gain", "expected_error"]].mean()
-    columns = {
-        "mmr": mmr(study, **where).set_index("run").mmr,
-        "mean_B": new_error(study, **where).set_index("run").mean_B,
-        "R_L": output_error(study, **where).set_index("run").R_L,
-        "mean_gain": linear_gain(study, **where).set_index("run").gain,
-        "increase": damage(study, spec=spec, **where).set_index("run").increase,
-        "accuracy": cloze(study, spec or primary(study), **where).set_index("run").accuracy,
-    }
     table = averages.rename(columns={"mmr": "mmr_all"}).reset_index()
-    for name, values in columns.items():
-        table[name] = table.run.map(values)
-    return table[[*RUN, *CANDIDATES, *TARGETS]]
+    readings = {"mmr": mmr(study, **where), "mean_B": new_error(study, **where), "R_L": output_error(study, **where)}
+    readings |= {"gain": linear_gain(study, **where), "increase": damage(study, **where)}
+    for name, rows in (readings | {"accuracy": cloze(study, primary(study), **where)}).items():
+        table[name] = table.run.map(rows.set_index("run")[name])
+    return table.rename(columns={"gain": "mean_gain"})[[*RUN, *CANDIDATES, *TARGETS]]
 
 
 def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
@@ -448,9 +435,9 @@ def at_loss(trajectory: pd.DataFrame, threshold: float) -> dict[str, float]:
 def scaling_runs(study) -> pd.DataFrame:
     """Finished main runs for `fit_scaling_law`: N, D, bits (16, or 4 for QAT), loss, optimizer, size, seed, run."""
     parts = [full_precision(study).assign(bits=16), study.runs("qat").assign(bits=4)]
-    runs = pd.concat(parts, ignore_index=True).query("status == 'finished'")
+    runs = pd.concat(parts).query("status == 'finished'").reset_index(drop=True)
     runs = runs.rename(columns={"n_parameters": "N", "tokens": "D", "val_loss": "loss"})
-    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed", "run"]].reset_index(drop=True)
+    return runs[["N", "D", "bits", "loss", "optimizer", "size", "seed", "run"]]
 
 
 def scaling_laws(runs: pd.DataFrame) -> dict[str, ScalingLaw]:
@@ -463,5 +450,6 @@ def scaling_laws(runs: pd.DataFrame) -> dict[str, ScalingLaw]:
 def efficiencies(laws: dict[str, ScalingLaw]) -> pd.DataFrame:
     """The parameter efficiency at 4 bits, a row a law that has one: optimizer, rho, low, high, identified."""
     rows = [law.table().query("bits == 4").assign(optimizer=name) for name, law in laws.items()]
-    table = pd.concat(rows, ignore_index=True).rename(columns={"value": "rho"})
-    return table[["optimizer", "rho", "low", "high", "identified"]]
+    return pd.concat(rows, ignore_index=True).rename(columns={"value": "rho"})[
+        ["optimizer", "rho", "low", "high", "identified"]
+    ]

@@ -46,6 +46,7 @@ from beyond_outliers.claims.estimates import (
     slope_weights,
     t_interval,
 )
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.scaling import log_rho_draws
 
 VERDICTS = REPRODUCED, NOT_REPRODUCED, TIE, UNDECIDED, NOT_MEASURED = (
@@ -99,13 +100,12 @@ class Evidence:
         table = self.tables.get(name, pd.DataFrame())
         if "condition" in table:
             table = table[table.condition == self.condition]
-        if not {"size", "optimizer", "seed", *columns} <= set(table.columns):
+        if not set(columns) <= set(table.columns):
             raise Open(NOT_MEASURED, f"Not measured: {', '.join(columns)} ({name}{', ' * bool(self.condition)}"
                        f"{self.condition}).")  # fmt: skip
         kept = table[table["size"].isin(list(self.sizes))].dropna(subset=list(columns))
         lacking = [label(one) for one in self.optimizers if one not in set(kept.optimizer)]
-        lacking = lacking if name != "recipes" else ["any recipe"] * kept.empty
-        if lacking:
+        if lacking := lacking if name != "recipes" else ["any recipe"] * kept.empty:
             raise Open(NOT_MEASURED, f"Not measured of {listed(lacking)}: {', '.join(columns)} ({name}).")
         return kept
 
@@ -139,11 +139,9 @@ def tuning_variance(data: Evidence, column: str, log: bool, main: Cells) -> np.n
         return np.zeros(main.n.shape)
     losses = cells(data.rows("runs", "loss"), "loss", main.optimizers, main.sizes)
     names, keys = list(main.optimizers), ["optimizer", "size"]
-    rates = sweep.assign(value=np.log(sweep[column]) if log else sweep[column], auxiliary=sweep.auxiliary.fillna(0))
-    rates = rates[rates.optimizer.isin(names)].groupby([*keys, "lr", "auxiliary"])
-    rates = rates.agg(
-        loss=("loss", "mean"), value=("value", "mean"), each=("loss", lambda of: 1 / len(of))
-    ).reset_index()
+    rates = sweep.assign(value=np.log(sweep[column]) if log else sweep[column])
+    rates = rates[rates.optimizer.isin(names)].groupby([*keys, "lr", "auxiliary"], dropna=False, as_index=False)
+    rates = rates.agg(loss=("loss", "mean"), value=("value", "mean"), each=("loss", lambda of: 1 / len(of)))
     best = rates.loc[rates.groupby(keys).loss.transform("idxmin"), ["loss", "each"]].reset_index(drop=True)
     error = np.sqrt(rates.optimizer.map(_pooled(losses)) * (rates.each + best.each))
     good = rates[rates.loss <= best.loss + data.tolerance + error].groupby(keys)
@@ -186,9 +184,9 @@ def judge_extreme(against: Contrasts, side: str, margin: float) -> tuple[np.ndar
     return decide((ends[1] < 0).all(-1), (strict[0] > 0).any(-1), tie), nearest
 
 
-def judge_half(found: Cells, half: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Verdicts (...) on "X lowest" (or highest), places of the nearest pair, p of its heterogeneity over sizes, and the
-    verdicts at every size.
+def judge_half(found: Cells, half: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple]]:
+    """Verdicts (...) on "X lowest" (or highest), places of the nearest pair, p of its heterogeneity over sizes, and for
+    every size its contrasts, verdicts and places.
 
     Where the nearest pair differs between sizes (p <= ALIKE), no mean stands for them: the verdict is that of every
     size where they agree, else undecided.
@@ -201,8 +199,9 @@ def judge_half(found: Cells, half: dict) -> tuple[np.ndarray, np.ndarray, np.nda
         for part in ("estimate", "error", "dof")
     ]
     p = heterogeneity(*nearest)
-    sizes = [judge_extreme(c, half["side"], half["margin"])[0] for c in each]
-    agreed = np.where(np.all([at == sizes[0] for at in sizes], 0), sizes[0], UNDECIDED)
+    sizes = [(c, *judge_extreme(c, half["side"], half["margin"])) for c in each]
+    first = sizes[0][1]
+    agreed = np.where(np.all([at == first for _, at, _ in sizes], 0), first, UNDECIDED)
     return np.where(p <= ALIKE, agreed, verdict), place, p, sizes
 
 
@@ -249,18 +248,16 @@ def extreme(found: Cells, data: Evidence, rule: dict) -> list[Finding]:
         if len(found.sizes) > 1:
             doublings = slope_weights(np.log2([data.sizes[size] for size in found.sizes]))
             trend = contrast(found, [(who, rival)], doublings).one()
-        told = f"{label(who)} minus {label(rival)}, its nearest rival."
+        comment = f"{label(who)} minus {label(rival)}, its nearest rival."
         if p <= ALIKE:  # no mean over sizes: each speaks for itself
-            estimate, each = Estimate(n=estimate.n), dict(zip(found.sizes, map(str, sizes), strict=True))
-            verdicts = "; ".join(f"{size} {at}" for size, at in each.items())
-            told = f"Sizes differ (p {p:.2g}), each by itself: {verdicts}"
-            for size, at in each.items():
-                here = found.at(size)
-                of = contrast(here, pairs)
-                near = int(judge_extreme(of, half["side"], half["margin"])[1])
-                comment, one = f"Nearest: {label(pairs[near][1])}.", of.one(near, int(here.n.min()))
-                by_size.append(Finding(at, comment, f"{half['name']}, {size}", one, runs_of(here), pairs[near][1]))
-        parts.append(Finding(str(verdict), told, half["name"], estimate, runs_of(found), named, trend, float(p)))
+            estimate, told = Estimate(n=estimate.n), []
+            for size, (of, at, near) in zip(found.sizes, sizes, strict=True):
+                runs, rival_here = runs_of(found.at(size)), pairs[int(near)][1]
+                told.append(f"{size} {at}")
+                by_size.append(Finding(str(at), f"Nearest: {label(rival_here)}.", f"{half['name']}, {size}",
+                                       of.one(int(near), int(runs)), runs, rival_here))  # fmt: skip
+            comment = f"Sizes differ (p {p:.2g}), each by itself: {'; '.join(told)}"
+        parts.append(Finding(str(verdict), comment, half["name"], estimate, runs_of(found), named, trend, float(p)))
     return [*whole(parts), *by_size]
 
 
@@ -316,13 +313,12 @@ def _slope(rows: pd.DataFrame, name: str, rule: dict) -> Finding:
     lines = [(np.log(own.lr), np.log(own.mmr)) for _, own in rows.groupby(["size", "seed", "auxiliary"], dropna=False)]
     slope, strict = common_slope(lines), common_slope(lines, STRICT)
     counts = "/".join(str(n) for n in rows.groupby("size", sort=False).size())
-    if not slope.certain:
-        return Finding(
-            UNDECIDED, f"Undecided: {len(rows)} tuning runs leave nothing for a spread.", name, slope, counts
-        )
     tie = -rule["margin"] < slope.low and slope.high < rule["margin"]
     verdict = str(decide(slope.low > 0, strict.high < 0, tie))
-    said = {REPRODUCED: "Rises.", NOT_REPRODUCED: "Falls, at 99 %.", TIE: "Flat.", UNDECIDED: "The interval has 0."}
+    unsure = "The interval has 0."
+    if not slope.certain:
+        unsure = f"Undecided: {len(rows)} tuning runs leave nothing for a spread."
+    said = {REPRODUCED: "Rises.", NOT_REPRODUCED: "Falls, at 99 %.", TIE: "Flat.", UNDECIDED: unsure}
     return Finding(verdict, said[verdict], name, slope, counts)
 
 
@@ -479,9 +475,8 @@ def C14(data: Evidence, rule: dict) -> list[Finding]:
     runs, sizes = runs_of(qat), [size for size in full.sizes if size in qat.sizes]
     if len(sizes) < LEAST_SIZES:
         raise Open(UNDECIDED, f"Undecided: {len(sizes)} sizes with enough runs, and a law needs {LEAST_SIZES}.")
-    estimate, draws = log_rho_draws(
-        rows[rows["size"].isin(sizes) & rows.optimizer.isin(data.optimizers)], bootstrap=rule["draws"]
-    )
+    kept = rows[rows["size"].isin(sizes) & rows.optimizer.isin(data.optimizers)]
+    estimate, draws = log_rho_draws(kept, rule["draws"])
     if unknown := [label(name) for name in data.optimizers if not np.isfinite(estimate[name])]:
         raise Open(UNDECIDED, f"Undecided: the runs do not bound rho of {listed(unknown)}.")
     half = rule["half"][0]
@@ -515,10 +510,9 @@ def evaluate(
     Other optimizers and sizes than the given ones are left out, so a seventh optimizer changes nothing. ValueError for
     a claim without a function here.
     """
-    if unknown := sorted(set(rules) - set(CLAIMS)):
-        raise ValueError(f"no rule for {unknown}; valid: {', '.join(CLAIMS)}")
     rows = []
     for claim, rule in rules.items():
+        choose("claim", claim, CLAIMS)
         for condition in rule.get("conditions", [""]):
             data = Evidence(tables, tuple(optimizers), sizes, condition, tolerance)
             try:

@@ -4,7 +4,6 @@ Scales `laptop` and `confirm` had rules of their own. Their committed verdicts a
 anew. `beyond-outliers claims` writes the verdicts by the rules of today to judged.csv.
 """
 
-import json
 import sys
 import tomllib
 from collections.abc import Collection
@@ -83,13 +82,10 @@ def _runs(study) -> pd.DataFrame:
 
 
 def _sweep(study) -> pd.DataFrame:
-    """The tuning runs with what they ended with; `auxiliary` is the rate of the embedding, NaN where it has none."""
-    runs = study.runs("sweep").query("status == 'finished'")
-    auxiliary = [json.loads(text).get("embedding_lr", np.nan) for text in runs.hyper]
-    rows = runs[[*CELL, "run", "lr"]].assign(auxiliary=auxiliary, loss=runs.val_loss)
-    return rows.merge(readings.predictor_table(study, "sweep")[["run", "mmr", "increase", "mean_gain"]], "left").rename(
-        columns={"mean_gain": "gain"}
-    )
+    """The tuning runs with what they ended with."""
+    rows = readings.swept(study)[[*CELL, "run", "lr", "auxiliary", "val_loss"]]
+    rows = rows.merge(readings.predictor_table(study, "sweep")[["run", "mmr", "increase", "mean_gain"]], "left")
+    return rows.rename(columns={"val_loss": "loss", "mean_gain": "gain"})
 
 
 def _common(study) -> pd.DataFrame:
@@ -128,15 +124,13 @@ def equal_schedule(study) -> pd.DataFrame:
     The loss of a size and seed is the highest of its runs' lowest; a number there comes by linear interpolation in the
     loss between the two branches around it. Optimizers of which no branch is above it are left out.
     """
-    table = _extra(study, "branches")
-    found = []
+    table, found = _extra(study, "branches"), []
     for _, group in table.groupby(["size", "seed"], sort=False) if len(table) else ():
         loss = group.groupby("optimizer").val_loss.min().max()
-        for (size, optimizer, seed), own in group.groupby(CELL, sort=False):
-            if own.val_loss.max() < loss:
-                continue
-            at = readings.at_loss(own.sort_values("tokens").rename(columns={"val_loss": "base_loss"}), loss)
-            found.append({"size": size, "optimizer": optimizer, "seed": seed, "condition": "equal schedule"} | at)
+        for cell, own in group.groupby(CELL, sort=False):
+            if own.val_loss.max() >= loss:
+                at = readings.at_loss(own.sort_values("tokens").rename(columns={"val_loss": "base_loss"}), loss)
+                found.append(dict(zip(CELL, cell, strict=True)) | {"condition": "equal schedule"} | at)
     return pd.DataFrame(found)
 
 

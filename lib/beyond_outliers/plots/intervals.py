@@ -26,6 +26,7 @@ from beyond_outliers.plots.theme import (
     tidy_log,
 )
 
+REACH = 2.5
 LONGEST = 32  # characters of a label below a panel; longer ones take two lines
 CANDIDATES = {  # of `readings`, as axes name them
     "mmr": "MMR (without down)",
@@ -70,9 +71,9 @@ def ratio_forest(table: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
-def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], reference: str = "adamw") -> Figure:
-    """`estimates.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
-    lies from the reference and its interval. Quantities without rows have no panel and are named below."""
+def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]]) -> Figure:
+    """`decisions.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
+    lies from AdamW and its interval. Quantities without rows have no panel and are named below."""
     names = ordered(table.optimizer)
     figure, axes = panels([quantity for quantity in titles if quantity in set(table.quantity)], sharey=True)
     if missing := ", ".join(titles[quantity][0] for quantity in titles if quantity not in axes):
@@ -82,7 +83,7 @@ def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]], refer
         ax.set_title(title, fontsize=9)
         factors, least, most = unit != "nats", rows.n.min(), rows.n.max()
         pairs = f"{rows.over.iloc[0]}, n {least if least == most else f'{least} to {most}'}"
-        label = f"{'times' if factors else 'nats above'} {LABELS[reference]}; {pairs}"
+        label = f"{'times' if factors else 'nats above'} AdamW; {pairs}"
         ax.set_xlabel(label if len(label) <= LONGEST else label.replace("; ", "\n"), fontsize=9)
         _forest(ax, rows, "effect", names, int(factors))
         if not factors:
@@ -143,11 +144,11 @@ def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str
     return figure
 
 
-def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 2.5) -> Figure:
+def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
     """Loss after quantization (`after`) against loss before (`before`), a path an optimizer from its smallest to its
     largest learning rate (larger points), a panel a size; dotted lines of equal damage.
 
-    Axes end `reach` times the spread of the best paths' ends beyond the lowest: the title counts what lies outside.
+    Axes end REACH times the spread of the best paths' ends beyond the lowest: the title counts what lies outside.
     """
     figure, axes = panels(table.get("size", []), height=2.8, xlabel=xlabel)
     for (size, name), path in table.sort_values("lr").groupby(["size", "optimizer"]) if axes else ():
@@ -157,7 +158,7 @@ def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str, reach: float = 2.5
     for size, ax in axes.items():
         rows = table.loc[table["size"] == size, ["optimizer", "before", "after"]].set_index("optimizer")
         spread = (rows.groupby("optimizer").min().max() - rows.min()).clip(lower=0.1)
-        high = np.minimum(rows.max(), rows.min() + reach * spread) + 0.25 * spread
+        high = np.minimum(rows.max(), rows.min() + REACH * spread) + 0.25 * spread
         low, outside = rows.min() - 0.25 * spread, (rows > high).any(axis=1)
         beyond = f" ({sum(outside)} of {len(rows)} beyond the frame)" if any(outside) else ""
         ax.set(xlim=(low.before, high.before), ylim=(low.after, high.after))

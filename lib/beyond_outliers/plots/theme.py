@@ -146,8 +146,15 @@ def name_lines(ax) -> None:
     ends = [(to_axes.transform([values[-1] for values in line.get_data()])[1], line) for line in ax.get_lines()]
     for end, line in sorted(ends, key=lambda end: -end[0]):
         height = min(end, height - apart)
-        style = {"color": line.get_color(), "fontsize": 9, "va": "center", "xycoords": "axes fraction"}
-        ax.annotate(line.get_label(), (1.03, height), annotation_clip=False, **style)
+        ax.annotate(
+            line.get_label(),
+            (1.03, height),
+            xycoords="axes fraction",
+            annotation_clip=False,
+            color=line.get_color(),
+            fontsize=9,
+            va="center",
+        )
 
 
 def tidy_log(axis, format=None) -> None:

@@ -11,37 +11,34 @@ import numpy as np
 import pandas as pd
 from scipy.special import huber
 
-FORMS = {"fixed_ratio": ("A", "alpha", "E"), "full": ("A", "alpha", "E", "B", "beta")}
+PARAMETERS = "A", "alpha", "E"
 FULL_PRECISION = 16
-LIMITS = {"alpha": (0.01, 5.0), "beta": (0.01, 5.0), "rho": (1e-3, 1e2)}
+LIMITS = {"alpha": (0.01, 5.0), "rho": (1e-3, 1e2), "A": (1e-12, 1e12)}
+DELTA = 1e-3  # of the Huber loss, Hoffmann's
+ITERATIONS = 400
 
 
-def checked_runs(runs: pd.DataFrame, form: str, by: str | None) -> pd.DataFrame:
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; valid: {', '.join(FORMS)}")
-    numeric = ["N", "bits", "loss"] + ["D"] * (form == "full" or "D" in runs)
-    needed = numeric + [by] * (by is not None)
-    missing = [name for name in needed if name not in runs]
-    if missing:
+def checked_runs(runs: pd.DataFrame, by: str | None) -> pd.DataFrame:
+    numeric = ["N", "bits", "loss"] + ["D"] * ("D" in runs)
+    needed = numeric + [by] * bool(by)
+    if missing := [name for name in needed if name not in runs]:
         raise ValueError(f"runs lacks the columns {missing}; needed: {needed}; there are: {list(runs.columns)}")
     if runs.empty:
         raise ValueError("runs has no rows")
-    if "diverged" in runs and runs["diverged"].any():
-        raise ValueError(f"diverged runs cannot be fitted, leave out the rows {runs.index[runs['diverged']].tolist()}")
-    for name in numeric:
-        values = pd.to_numeric(runs[name], errors="coerce").to_numpy(dtype=float)
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
-        if len(bad):
+    numbers = runs[numeric].apply(pd.to_numeric, errors="coerce")  # numbers as text are numbers
+    values = numbers.to_numpy(dtype=float)
+    for name, good in zip(numeric, ((values > 0) & (values < np.inf)).T, strict=True):
+        if not good.all():
+            row = good.argmin()
             raise ValueError(
-                f"column {name} must be finite and positive, but is {runs[name].iloc[bad[0]]} in row "
-                f"{runs.index[bad[0]]} ({len(bad)} such rows); leave diverged runs out"
+                f"column {name} must be finite and positive, but is {runs[name].iloc[row]} in row "
+                f"{runs.index[row]} ({(~good).sum()} such rows); leave diverged runs out"
             )
-        if not pd.api.types.is_numeric_dtype(runs[name]):  # numbers as text
-            runs = runs.assign(**{name: values})
-    if by is not None and runs[by].isna().any():
+    runs = runs.assign(**numbers)
+    if by and runs[by].isna().any():
         raise ValueError(f"column {by} is empty in the rows {runs.index[runs[by].isna()].tolist()}")
-    for name, part in [("", runs)] if by is None else runs.groupby(by):
-        if not (part["bits"] == FULL_PRECISION).any():
+    for name, part in runs.groupby(by) if by else [("", runs)]:
+        if FULL_PRECISION not in set(part["bits"]):
             raise ValueError(
                 f"no run {f'of {name} ' if by else ''}has bits {FULL_PRECISION}, which rho is relative to; "
                 f"there are: {sorted(set(part['bits']))}"
@@ -53,105 +50,79 @@ def checked_runs(runs: pd.DataFrame, form: str, by: str | None) -> pd.DataFrame:
 class Problem:
     """Runs and, for every role in the law, which column of theta each run takes it from (n,).
 
-    theta holds logarithms, (S, P) for S problems at once. N and D are relative to their geometric means, so that a
-    and alpha are nearly uncorrelated: T1 = exp(a - alpha (log N - mean + log rho)).
+    theta holds logarithms, (S, P) for S problems at once. N is relative to its geometric mean, so that a and alpha are
+    nearly uncorrelated: the term in N is exp(a - alpha (log N - mean + log rho)).
     """
 
     keys: list[tuple]  # of every column: (parameter, group or None, bits or None)
     columns: dict[str, np.ndarray]  # -1 in "rho": rho is 1
-    x: np.ndarray  # log N, centred
-    y: np.ndarray | None  # log D, centred; None without that term
-    centre: dict[str, float]
+    centre: float  # mean log N
+    log_size: np.ndarray  # log N less its mean
     log_loss: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
-    delta: float
 
     def residuals(self, theta: np.ndarray, jacobian: bool = False):
         """log loss - log prediction (S, n), and its derivatives by theta (S, n, P)."""
-        c, rows = self.columns, np.arange(len(self.x))
-        alpha = np.exp(theta[:, c["alpha"]])
-        log_rho = np.where(c["rho"] >= 0, theta[:, c["rho"]], 0.0)
-        log_size = self.x + log_rho
-        size_term = np.exp(theta[:, c["A"]] - alpha * log_size)
-        floor = np.exp(theta[:, c["E"]])
-        prediction = size_term + floor
-        if self.y is not None:
-            beta = np.exp(theta[:, c["beta"]])
-            data_term = np.exp(theta[:, c["B"]] - beta * self.y)
-            prediction = prediction + data_term
+        c, rows = self.columns, np.arange(len(self.log_size))
+        alpha, quantized = np.exp(theta[:, c["alpha"]]), c["rho"] >= 0
+        size = self.log_size + np.where(quantized, theta[:, c["rho"]], 0.0)
+        term, floor = np.exp(theta[:, c["A"]] - alpha * size), np.exp(theta[:, c["E"]])
+        prediction = term + floor
         r = self.log_loss - np.log(prediction)
         if not jacobian:
             return r
         j = np.zeros((*r.shape, theta.shape[1]))
-        share = size_term / prediction
-        quantized = np.flatnonzero(c["rho"] >= 0)
+        share = term / prediction
         j[:, rows, c["A"]] = -share
-        j[:, rows, c["alpha"]] = share * alpha * log_size
+        j[:, rows, c["alpha"]] = share * alpha * size
         j[:, rows, c["E"]] = -floor / prediction
-        j[:, quantized, c["rho"][quantized]] = (share * alpha)[:, quantized]
-        if self.y is not None:
-            j[:, rows, c["B"]] = -data_term / prediction
-            j[:, rows, c["beta"]] = data_term / prediction * beta * self.y
+        j[:, rows[quantized], c["rho"][quantized]] = (share * alpha)[:, quantized]
         return r, j
 
     def cost(self, r: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Weighted Huber loss, (S, n) -> (S,)."""
-        return (weights * huber(self.delta, r)).sum(1)
+        return (weights * huber(DELTA, r)).sum(1)
 
 
-def build_problem(runs: pd.DataFrame, form: str, by: str | None, share: Sequence[str], delta: float) -> Problem:
-    unknown = [name for name in share if name not in FORMS[form]]
-    if unknown:
-        raise ValueError(f"cannot share {unknown} in the form {form!r}; valid: {', '.join(FORMS[form])}")
+def build_problem(runs: pd.DataFrame, by: str | None, share: Sequence[str]) -> Problem:
+    if unknown := [name for name in share if name not in PARAMETERS]:
+        raise ValueError(f"cannot share {unknown}; valid: {', '.join(PARAMETERS)}")
     groups = runs[by].tolist() if by else [None] * len(runs)
-    bits = runs["bits"].tolist()
-    roles: dict[str, list[tuple | None]] = {
-        name: [(name, None if name in share else g, None) for g in groups] for name in FORMS[form]
-    }
-    roles["rho"] = [None if b == FULL_PRECISION else ("rho", g, b) for g, b in zip(groups, bits, strict=True)]
-    keys = list(dict.fromkeys(key for name in roles for key in roles[name] if key is not None))
-    position: dict[tuple | None, int] = {key: column for column, key in enumerate(keys)} | {None: -1}
-    log_n = np.log(runs["N"].to_numpy(dtype=float))
-    log_d = np.log(runs["D"].to_numpy(dtype=float)) if form == "full" else None
-    loss = runs["loss"].to_numpy(dtype=float)
-    limits = {"E": (1e-3 * loss.min(), loss.max()), "A": (1e-12, 1e12), "B": (1e-12, 1e12)} | LIMITS
+    roles: dict[str, list] = {name: [(name, None if name in share else g, None) for g in groups] for name in PARAMETERS}
+    pairs = zip(groups, runs["bits"].tolist(), strict=True)
+    roles["rho"] = [None if bits == FULL_PRECISION else ("rho", group, bits) for group, bits in pairs]
+    keys = list(dict.fromkeys(filter(None, itertools.chain(*roles.values()))))
+    log_size, loss = np.log(runs["N"].to_numpy(dtype=float)), runs["loss"].to_numpy(dtype=float)
+    limits = LIMITS | {"E": (1e-3 * loss.min(), loss.max())}
+    lower, upper = np.log([limits[key[0]] for key in keys]).T
     return Problem(
         keys=keys,
-        columns={name: np.array([position[key] for key in roles[name]]) for name in roles},
-        x=log_n - log_n.mean(),
-        y=None if log_d is None else log_d - log_d.mean(),
-        centre={"A": log_n.mean()} | ({} if log_d is None else {"B": log_d.mean()}),
+        columns={name: np.array([keys.index(key) if key else -1 for key in role]) for name, role in roles.items()},
+        centre=log_size.mean(),
+        log_size=log_size - log_size.mean(),
         log_loss=np.log(loss),
-        lower=np.log([limits[key[0]][0] for key in keys]),
-        upper=np.log([limits[key[0]][1] for key in keys]),
-        delta=delta,
+        lower=lower,
+        upper=upper,
     )
 
 
 def starting_points(problem: Problem) -> np.ndarray:
-    """A grid over alpha, the share of the smallest loss that is E, and beta; amplitudes from the data. (S, P)."""
-    loss, c = np.exp(problem.log_loss), problem.columns
-    terms = 1 if problem.y is None else 2
-    axes = (0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95), (0.15, 0.4, 0.9) if terms == 2 else (1.0,)
-    starts = []
-    for alpha, share, beta in itertools.product(*axes):
-        theta = {"alpha": np.log(alpha), "beta": np.log(beta), "rho": 0.0}
-        terms_of: dict[str, tuple] = {"A": (alpha, problem.x), "B": (beta, problem.y)}
+    """A grid over alpha and the share of the smallest loss that is E; amplitudes from the data. (S, P)."""
+    loss, starts = np.exp(problem.log_loss), []
+    for alpha, share in itertools.product((0.1, 0.2, 0.4, 0.7, 1.2), (0.02, 0.3, 0.6, 0.8, 0.95)):
         start = []
         for column, (name, _, _) in enumerate(problem.keys):
-            members = c[name] == column
+            members = problem.columns[name] == column
             floor = share * loss[members].min()
-            if name in terms_of:
-                slope, where = terms_of[name]
-                theta[name] = np.log(np.median((loss - floor)[members] / terms * np.exp(slope * where[members])))
-            start.append(np.log(floor) if name == "E" else theta[name])
+            amplitude = np.median((loss - floor)[members] * np.exp(alpha * problem.log_size[members]))
+            start.append({"A": amplitude, "alpha": alpha, "E": floor, "rho": 1.0}[name])
         starts.append(start)
-    return np.array(starts)
+    return np.log(starts)
 
 
 def minimise(
-    problem: Problem, theta: np.ndarray, weights: np.ndarray, frozen: np.ndarray | None = None, iterations: int = 400
+    problem: Problem, theta: np.ndarray, weights: np.ndarray, frozen: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg-Marquardt on reweighted least squares, S problems at once. Returns theta (S, P) and costs (S,).
 
@@ -159,23 +130,23 @@ def minimise(
     gives a quadratic that touches the Huber loss from above, so that each accepted step lowers it.
 
     `scipy.optimize.least_squares(loss="huber")` finds the same minima (tests/scaling/test_least_squares.py), but one
-    problem a call: a law with 200 resamples on 30 runs of five sizes takes it 1.2 s on one core (`full`: 2.1 s), this
-    0.1 s. At every verdict on six optimizers that is 7 s against 0.6 s, and in the test that intervals cover the truth,
-    80 laws, two minutes against some seconds.
+    problem a call: a law with 200 resamples on 30 runs of five sizes takes it 1.2 s on one core, this 0.1 s. At every
+    verdict on six optimizers that is 7 s against 0.6 s, and in the test that intervals cover the truth, 40 laws, a
+    minute against some seconds.
     """
     theta = np.clip(theta, problem.lower, problem.upper)
     frozen = np.zeros(theta.shape, dtype=bool) if frozen is None else frozen
     diagonal = np.arange(theta.shape[1])
     cost = problem.cost(problem.residuals(theta), weights)
     damping, stalled = np.full(len(theta), 1e-2), np.zeros(len(theta), dtype=int)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         active = np.flatnonzero((stalled < 5) & (damping < 1e10))
         if not len(active):
             break
         now, w = theta[active], weights[active]
         r, j = problem.residuals(now, jacobian=True)
         j = np.where(frozen[active][:, None, :], 0.0, j)
-        weighted = j * (w * problem.delta / np.maximum(np.abs(r), problem.delta))[..., None]
+        weighted = j * (w * DELTA / np.maximum(np.abs(r), DELTA))[..., None]
         gradient = (weighted * r[..., None]).sum(1)
         hessian = np.swapaxes(weighted, 1, 2) @ j
         # the floor keeps a parameter without influence (frozen, or no run drawn) from making the matrix singular
