@@ -121,8 +121,9 @@ def panels(values, width: float = 2.7, height: float = 2.4, xlabel: str = "", **
         return figure, {}
     columns = min(2, len(values))
     rows = -(-len(values) // columns)
-    size = (width * columns + 0.9, height * rows + 0.3)
-    figure, axes = subplots(rows, columns, figsize=size, squeeze=False, **options)
+    figure, axes = subplots(
+        rows, columns, figsize=(width * columns + 0.9, height * rows + 0.3), squeeze=False, **options
+    )
     for ax in axes.flat[len(values) :]:
         ax.set_visible(False)
     named = dict(zip(values, axes.flat, strict=False))
