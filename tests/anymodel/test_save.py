@@ -70,7 +70,7 @@ def test_transformers_models(tmp_path):
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "eos_token_id": 0}
     config = tf.MixtralConfig(**shape)
     quantized = quantize_model(tf.MixtralForCausalLM(config).eval(), QuantSpec())
-    for part in (quantized, quantized.model, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+    for part in (quantized, quantized.model, copy.deepcopy(quantized)):
         with pytest.raises(ValueError, match="random weights; valid: save_quantized"):
             part.save_pretrained(tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -1,7 +1,7 @@
-"""The paper's sides: which sides of a parameter are preconditioned at 32,000 words, and by which thresholds at 1,024.
+"""The paper's sides: which sides of a parameter are preconditioned at 32,000 words, and in our studies in small.
 
 The papers' constants leave the vocabulary side of the paper's embedding alone (SOAP), keep its diagonal (PSGD) or cut
-it into three blocks (Shampoo). A study in small does the same where its thresholds are scaled: SMALL.
+it into three blocks (Shampoo). A study in small does the same where the thresholds of its scale file are scaled.
 """
 
 import dataclasses
@@ -9,13 +9,12 @@ import dataclasses
 import pytest
 import torch
 
-from beyond_outliers.config import Olmo2Config, Protocol
+from beyond_outliers.config import Protocol
 from beyond_outliers.model import Olmo2
 from beyond_outliers.optimizers import build_optimizer, parameter_groups
 
 PAPER = {"soap": ("max_preconditioned_size", 10_000), "psgd": ("max_size_triangular", 8_192)}
 PAPER |= {"shampoo": ("max_block_size", 12_288)}
-SMALL = {"soap": 512, "psgd": 512, "shampoo": 384}
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +68,11 @@ def of_the_paper(name):
     return [dataclasses.replace(protocol.model(size), depth=2) for size in sizes]
 
 
+def kinds(found):
+    """The pattern of `sides`, where two blocks and more are one kind."""
+    return {name: tuple(min(side, 2) if isinstance(side, int) else side for side in of) for name, of in found.items()}
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_scaled_thresholds_make_the_papers_sides(name):
     paper, *others = (sides(name, config) for config in of_the_paper(name))
@@ -76,10 +80,15 @@ def test_scaled_thresholds_make_the_papers_sides(name):
     expected = {"soap": "none", "psgd": "diagonal", "shampoo": 3}[name]
     assert paper["embedding.weight"] == (expected, 1)
     assert {kept for n, kept in paper.items() if len(kept) == 2 and n != "embedding.weight"} == {(1, 1)}
-    for width in (32, 64, 96):
-        config = Olmo2Config(vocab_size=1024, width=width, depth=2, n_heads=width // 16)
-        assert sides(name, config, SMALL[name]) == paper, width
-        assert sides(name, config)["embedding.weight"] == (1, 1), "as `confirm` had it: the whole vocabulary side"
+    for scale in ("confirm2", "smoke"):
+        protocol = Protocol.load(scale)
+        threshold = protocol.settings.hyper[name][PAPER[name][0]]
+        for size in protocol.sizes:
+            config = dataclasses.replace(protocol.model(size), depth=2)
+            found = sides(name, config, threshold)
+            assert kinds(found) == kinds(paper), (scale, size)
+            assert found == paper or scale == "smoke", "in as many blocks; smoke has too few words for three"
+            assert sides(name, config)["embedding.weight"] == (1, 1), "as `confirm` had it: the whole vocabulary side"
 
 
 @pytest.mark.parametrize("name", PAPER)

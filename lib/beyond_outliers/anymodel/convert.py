@@ -1,7 +1,6 @@
 """Conversion of models that are not ours: hidden and parametrized layers, attention, experts, weights read past."""
 
 from collections.abc import Collection
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from beyond_outliers.anymodel.save import refuse_save_pretrained
 from beyond_outliers.modules import copy_of, find_head, module_names, substitute
 from beyond_outliers.quantizers.convert import converted_linear
 from beyond_outliers.quantizers.hadamard import hadamard_transform
-from beyond_outliers.quantizers.qat import QATLinear, make_quantizer
+from beyond_outliers.quantizers.qat import make_quantizer
 from beyond_outliers.quantizers.record import Quantization, rounding_layers
 
 
@@ -35,15 +34,16 @@ def converted(
             continue
         try:
             if isinstance(module, nn.Linear) and why_not_replaced(module) is None:
+                if record.scheme is not None and nn.utils.parametrize.is_parametrized(module):
+                    raise ValueError("parametrized weights train through no quantizer; valid: no parametrizations")
                 training = module.training
-                made[module] = _linear(module.eval(), record, round_weights).train(training)
+                made[module] = converted_linear(module.eval(), record, round_weights).train(training)
                 continue
             sums = None if record.scheme == "lsq" else products_of(module)
             if sums and not any(path(name, attribute) in past for attribute in sums):
                 _round_products(module, sums, record)
         except ValueError as error:
-            kind = "layer" if isinstance(module, nn.Linear) else "module"
-            raise ValueError(f"{kind} {name!r}: {error}") from error
+            raise ValueError(f"layer {name!r}: {error}") from error
     copied = substitute(copied, made)
     if not rounding_layers(copied):
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize beside its head")
@@ -59,44 +59,6 @@ def converted(
         refuse_save_pretrained(copied)
     vars(copied)["quantization"] = record
     return copied
-
-
-def _linear(linear: nn.Linear, record: Quantization, round_weights: bool) -> nn.Module:
-    if record.scheme is None or not nn.utils.parametrize.is_parametrized(linear):
-        return converted_linear(linear, record, round_weights)
-    record.spec.check_width(linear.in_features)
-    return ParametrizedQATLinear(linear, record.spec, record.scheme)
-
-
-class ParametrizedQATLinear(QATLinear):
-    """A `QATLinear` whose weight, bias or both are computed by torch.nn.utils.parametrize: it trains their originals.
-
-    The parameters keep their names. Nothing is held: the parametrization may change the weight from pass to pass.
-    """
-
-    parametrizations: nn.ModuleDict
-
-    def _take_over(self, linear: nn.Linear):
-        self.parametrizations = cast(nn.ModuleDict, linear.parametrizations)
-        for name in ("weight", "bias"):
-            if name not in self.parametrizations:
-                self._parameters[name] = linear._parameters[
-                    name
-                ]  # a property of this name is in register_parameter's way
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # torch's parametrize makes a property of it as well
-        return cast(Tensor, self._current("weight"))
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]  # as above; None where torch's annotation forgets it
-        return self._current("bias")
-
-    def _current(self, name: str) -> Tensor | None:
-        return self.parametrizations[name]() if name in self.parametrizations else self._parameters[name]
-
-    def hold(self):
-        pass
 
 
 # ------------------------------------------------------------------------------------------- products with own weights

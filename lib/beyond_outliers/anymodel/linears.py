@@ -1,7 +1,5 @@
 """Which layers of a model that is not ours are linear layers, and which of these can be replaced."""
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +23,7 @@ def computes_linear(linear: nn.Linear) -> bool:
     """
     if not overrides_forward(linear, nn.Linear):
         return True
-    names = {name for name, _ in itertools.chain(linear.named_parameters(), linear.named_buffers())}
-    if names - {"weight", "bias"} or any(True for _ in linear.children()) or linear.weight.device.type == "meta":
+    if linear.state_dict().keys() - {"weight", "bias"} or linear.weight.device.type == "meta":
         return False
     training, weight = linear.training, linear.weight
     rows = torch.arange(2 * 2 * linear.in_features, dtype=torch.float32, device=weight.device).add(1).sin()

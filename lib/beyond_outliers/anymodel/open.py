@@ -4,7 +4,7 @@ GPT-2's Conv1D stores its weight transposed. torch's MultiheadAttention reads th
 calling a layer, and TransformerEncoderLayer has a fused kernel that reads those of all its layers.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,19 @@ def _can_open(attention: nn.MultiheadAttention) -> bool:
 class OpenAttention(nn.Module):
     """nn.MultiheadAttention with its four projections as layers q_proj, k_proj, v_proj, out_proj; the same interface.
 
-    A state_dict of nn.MultiheadAttention loads. Nested tensors are refused with a ValueError.
+    Nested tensors are refused with a ValueError.
     """
 
-    q_proj: nn.Module  # nn.Linear until it is quantized, as the two others
+    # as in nn.MultiheadAttention
+    embed_dim: Any
+    num_heads: Any
+    dropout: Any
+    batch_first: Any
+    bias_k: Any
+    bias_v: Any
+    add_zero_attn: Any
+    # nn.Linear until they are quantized
+    q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     # what nn.TransformerEncoder and its layers look at before they take their fused kernels
@@ -55,10 +64,8 @@ class OpenAttention(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention):
         super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, attention.num_heads, attention.head_dim
-        self.kdim, self.vdim = attention.kdim, attention.vdim
-        self.dropout, self.batch_first = attention.dropout, attention.batch_first
-        self.bias_k, self.bias_v, self.add_zero_attn = attention.bias_k, attention.bias_v, attention.add_zero_attn
+        for name in ("embed_dim", "num_heads", "dropout", "batch_first", "bias_k", "bias_v", "add_zero_attn"):
+            setattr(self, name, getattr(attention, name))
         if attention._qkv_same_embed_dim:
             weights = attention.in_proj_weight.chunk(3)
         else:
@@ -68,7 +75,6 @@ class OpenAttention(nn.Module):
         for name, weight, part in zip("qkv", weights, biases, strict=True):
             self.add_module(f"{name}_proj", _linear(weight, part))
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
-        self.register_load_state_dict_pre_hook(_split_projections)
         self.train(attention.training)
 
     def forward(
@@ -76,11 +82,11 @@ class OpenAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: (T, B, width), (B, T, width) with `batch_first`, or (T, width)."""
         if query.is_nested:
@@ -103,9 +109,6 @@ class OpenAttention(nn.Module):
         )
         return self.out_proj(y.transpose(0, 1) if by_batch else y), weights
 
-    def merge_masks(self, *_):
-        raise ValueError("torch's fused kernels read weights past their layers; valid: calling the attention module")
-
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer of copies of `weight` (out, in) and `bias`."""
@@ -117,14 +120,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _copied(x: Tensor) -> nn.Parameter:
     return nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format), requires_grad=x.requires_grad)
-
-
-def _split_projections(attention: OpenAttention, state: dict, prefix: str, *_):
-    """Turns the entries of nn.MultiheadAttention, where `state` has them, into those of the projections."""
-    for kind, packed in (("weight", f"{prefix}in_proj_weight"), ("bias", f"{prefix}in_proj_bias")):
-        if packed in state:
-            for name, part in zip("qkv", state.pop(packed).chunk(3), strict=True):
-                state[f"{prefix}{name}_proj.{kind}"] = part
-    for name in "qkv":
-        if f"{prefix}{name}_proj_weight" in state:
-            state[f"{prefix}{name}_proj.weight"] = state.pop(f"{prefix}{name}_proj_weight")

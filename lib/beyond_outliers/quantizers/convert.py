@@ -181,12 +181,13 @@ def prepare_qat(
     """A copy of `model` whose linear layers are `QATLinear` and train through `scheme`'s quantizers (see `qat`).
 
     Weights are parameters of the same names as in `model`, so that a state_dict of one loads into the other (LSQ adds
-    vectors named log_step; Conv1D's are transposed, MultiheadAttention's load but are not handed back); parametrized
-    layers train what they are computed from. A tied head stays tied, and without `spec.head` stays in full precision.
+    vectors named log_step; Conv1D's are transposed, MultiheadAttention's split into its projections). A tied head stays
+    tied, and without `spec.head` stays in full precision.
     LSQ's activation steps start from the first batch: run one forward pass before compiling or building an optimizer
     state. LSQ leaves fused experts and routers alone: it has one step a layer.
     strict, example, and what is reported of the weights left alone: as in `quantize_model`.
-    Raises ValueError for an unknown scheme, formats or granularities that it does not have, and as `quantize_model`.
+    Raises ValueError for an unknown scheme, formats or granularities that it does not have, parametrized layers, and as
+    `quantize_model`.
     """
     choose("scheme", scheme, SCHEMES)
     if spec.method != "rtn":

@@ -212,7 +212,7 @@ class QATLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, spec: QuantSpec, scheme: str):
         nn.Module.__init__(self)  # takes over the parameters of `linear`, ties included, instead of making new ones
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._take_over(linear)
+        self.weight, self.bias = linear.weight, linear.bias
         self.rotation = hadamard_block(self.in_features) if scheme == "quest" or spec.rotate else None
         rotated = self._rotate(self.weight.detach())
         self.weight_quantizer = make_quantizer(scheme, spec.weights, spec, rotated)
@@ -220,9 +220,6 @@ class QATLinear(nn.Linear):
         if self.activation_quantizer is not None:
             self.activation_quantizer.to(rotated.device)
         self.held: tuple[Tensor, Tensor | None] | None = None
-
-    def _take_over(self, linear: nn.Linear):
-        self.weight, self.bias = linear.weight, linear.bias
 
     def _rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else hadamard_transform(x, self.rotation)
