@@ -60,8 +60,7 @@ def here(planned):
 
 def done(runs):
     """The files that say that runs are trained and measured."""
-    levels = {"sweep": "light", "branches": "common"}
-    ends = {(p.config.name, levels.get(p.purpose, "full")) for p in runs if here(p)}
+    ends = {(p.config.name, p.level) for p in runs if here(p)}
     return [f"{WORK}/{run}/{level}.done" for run, level in sorted(ends)]
 
 

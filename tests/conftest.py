@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 
 # before torch is imported anywhere: single-threaded kernels, so that results and timings do not depend on neighbours
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,27 +43,6 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return Files(config, log)
-
-
-def pytest_sessionfinish(session):
-    if "faults" in sys.modules and hasattr(session.config, "workeroutput"):  # of one process of several
-        session.config.workeroutput["faults"] = list(sys.modules["faults"].TALLY.items())
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    import faults
-
-    for key, tries in getattr(node, "workeroutput", {}).get("faults", []):  # none of a process that died
-        faults.TALLY[tuple(key)] += tries
-
-
-def pytest_terminal_summary(terminalreporter):
-    """The faults that tests injected, counted where they were."""
-    faults = sys.modules.get("faults")
-    if faults and faults.TALLY:
-        terminalreporter.section("injected faults")
-        terminalreporter.write_line(faults.table())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,20 +20,20 @@ REFUSED = {
     "figures --scale ../pocket": "",
     "verify --scale pockett": "did you mean pocket?",
     "plan --sclae pocket": "did you mean --scale?",
-    "reproduce --scale smoke --jobs 0": "whole number of at least 1",
+    "reproduce --scale smoke --jobs 0": "must be a whole number in [1, ",
     "reproduce --scale smoke --executor cloud": "'slurm'",
-    "continue --scale smoke --jobs -2": "whole number of at least 1",
-    "continue --scale smoke --hours 0": "positive number",
-    "continue --scale smoke --hours -1": "positive number",
-    "continue --scale smoke --hours nan": "positive number",
-    "continue --scale smoke --shard 3/2": "no part of a plan",
-    "continue --scale smoke --shard half": "no part of a plan",
+    "continue --scale smoke --jobs -2": "must be a whole number in [1, ",
+    "continue --scale smoke --hours 0": "must be a finite number above 0",
+    "continue --scale smoke --hours -1": "must be a finite number above 0",
+    "continue --scale smoke --hours nan": "not nan",
+    "continue --scale smoke --shard 3/2": "(a part of a plan), not ",
+    "continue --scale smoke --shard half": "(a part of a plan), not ",
     "notebook --scale pocket --name 03": "did you mean 03_ptq?",
     "run --scale smoke --run tiny-adamw": "did you mean tiny-adamw-",
     "train --scale smoke --size tini --optimizer muon": "did you mean tiny?",
     "train --scale smoke --size tiny --optimizer mun": "did you mean muon?",
     "train --scale smoke --size tiny --optimizer muon --scheme questt": "did you mean quest?",
-    "train --scale smoke --size tiny --optimizer muon --lr 0": "positive number",
+    "train --scale smoke --size tiny --optimizer muon --lr 0": "must be a finite number above 0",
     "train --scale smoke --size tiny --optimizer muon --device gpu": "'cuda'",
     "claims C99 --scale pocket": "valid: ",
     "probe model --text nowhere.txt": "no file 'nowhere.txt'",
@@ -84,7 +84,7 @@ def test_every_subcommand_explains_itself_with_an_example_that_can_be_said(name,
     function = cli.COMMANDS[name]
     example = function.__doc__.strip().splitlines()[-1].strip()
     assert stopped.value.code == 0 and example.split()[1] in said and function.__doc__.split("\n")[0][:40] in said
-    given = cli.parse(example.split()[1:])
+    given = cli.parsed(example.split()[1:])
     assert given.command == name
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from beyond_outliers import paths, reproduction
 from beyond_outliers.cli import say_where
-from beyond_outliers.study import Study
+from beyond_outliers.study import MissingResults, Study
 from beyond_outliers.study.publish import take_up
 from made_up_runs import table
 from repository import repository_of_pocket
@@ -63,7 +63,7 @@ def test_the_comparison_is_printed_and_written_beside_ones_own_figures(repositor
     take_up(study)
     names = made(monkeypatch, study, {0: 0.25, 1: -0.5})
     committed = {file: file.read_bytes() for file in (repository / "results").rglob("*.csv")}
-    say_where("pocket")
+    say_where(Study("pocket"))
     said = capsys.readouterr().out
     assert f"Of {len(names)} runs made here, {len(names) - 2} end at the committed loss to the last digit" in said
     assert f"0.5000 at most ({names[1]})" in said and "of 14 verdicts agree" in said
@@ -93,10 +93,10 @@ def test_a_verdict_that_differs_is_named(repository, monkeypatch):
 
 
 def test_without_runs_of_ones_own_it_says_so(repository, capsys):
-    say_where("pocket")
+    say_where(Study("pocket"))
     assert "make reproduce SCALE=pocket" in capsys.readouterr().out
     take_up(Study("pocket"))
-    with pytest.raises(reproduction.NothingToCompare, match="no run of scale pocket was made here"):
+    with pytest.raises(MissingResults, match="no run of scale pocket was made here"):
         reproduction.write("pocket")
-    with pytest.raises(reproduction.NothingToCompare, match="nothing is committed of scale smoke"):
+    with pytest.raises(MissingResults, match="nothing is committed of scale smoke"):
         reproduction.write("smoke")

@@ -1,8 +1,8 @@
 """The one command, `beyond-outliers`: every use of the project is a subcommand of it.
 
-A subcommand is a function below: its parameters are the options, its docstring is the help, with an example in its last
-line. Names and numbers are checked before torch is imported. What cannot be done is an error of one line. `--traceback`
-says where.
+A subcommand is a function below: its parameters are the options (`study` is the one of --scale), its docstring is the
+help, with an example in its last line. Names and numbers are checked before torch is imported. What cannot be done is
+an error of one line; --traceback says where.
 
 Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file is damaged, 75 it was stopped and saved
 (the same command goes on), 130 Ctrl-C.
@@ -13,7 +13,6 @@ import contextlib
 import errno
 import inspect
 import json
-import math
 import os
 import re
 import shlex
@@ -22,12 +21,13 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from beyond_outliers import paths
 from beyond_outliers.checksums import DamagedFile
-from beyond_outliers.config.parsing import choose
+from beyond_outliers.config.parsing import Limit, between, choose, matching, parse
 
 DAMAGED = 65  # EX_DATAERR
 COMMANDS: dict[str, Callable[..., int | None]] = {}
@@ -39,38 +39,25 @@ def command(function: Callable[..., int | None]) -> Callable:
     return function
 
 
-def number(kind: type, least: float, what: str) -> Callable[[str], Any]:
-    """A type of arguments: finite numbers of a kind; `least` itself is one of them where kind is int."""
-
-    def of(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least or (kind is float and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return of
+def read(kind: Any, text: str) -> Any:
+    """An argument as an annotation of `config.parsing`; what does not fit is refused in its words."""
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = get_args(kind)[0](text)
+    try:
+        return parse(value, kind, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def shard_of(text: str) -> str:
-    part, _, parts = text.partition("/")
-    if part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no part of a plan; valid: 1/5, 2/5, ..., 5/5")
-
-
-Positive = Annotated[int, number(int, 1, "a whole number of at least 1")]
-Whole = Annotated[int, number(int, 0, "a whole number of at least 0")]
-Shard = Annotated[str, shard_of]
-Rate = Annotated[float, number(float, 0, "a positive number")]
-
-
-def study_of(scale: str) -> Any:
-    from beyond_outliers.study.study import Study
-
-    return Study(scale)
+Positive = Annotated[int, between(1, 2**31)]
+Whole = Annotated[int, between(0, 2**31)]
+Rate = Annotated[float, Limit("above 0", lambda value: value > 0)]
+Shard = Annotated[
+    str,
+    matching(r"[1-9]\d*/\d+", "like 2/5"),
+    Limit("(a part of a plan)", lambda text: int(text.split("/")[0]) <= int(text.split("/")[1])),
+]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -79,7 +66,7 @@ def study_of(scale: str) -> Any:
 @command
 def train(
     *,
-    scale: str,
+    study: Any,
     size: str,
     optimizer: str,
     lr: Rate | None = None,
@@ -101,9 +88,7 @@ def train(
 
     beyond-outliers train --scale pocket --size 0.08M --optimizer muon --lr 0.01
     """
-    from beyond_outliers.config.protocol import Protocol
-
-    config = Protocol.load(scale).config(size, optimizer, lr=lr, seed=seed, scheme=scheme)
+    config = study.protocol.config(size, optimizer, lr=lr, seed=seed, scheme=scheme)
     if dry_run:
         import torch
 
@@ -197,7 +182,7 @@ def probe(
 @command
 def reproduce(
     *,
-    scale: str,
+    study: Any,
     jobs: Positive | None = None,
     executor: Literal["local", "slurm"] = "local",
     gpus: Positive | None = None,
@@ -213,17 +198,16 @@ def reproduce(
 
     beyond-outliers reproduce --scale pocket
     """
-    study = study_of(scale)
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
     status = run_workflow(study, jobs, executor, shlex.split(options), target, gpus=gpus or 0)
     if not status and target == "all":
-        say_where(scale)
+        say_where(study)
     return status
 
 
 @command
-def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = None, shard: Shard = "1/1") -> int:
+def continue_(*, study: Any, jobs: Positive | None = None, hours: Rate | None = None, shard: Shard = "1/1") -> int:
     """Train and measure as far as the time reaches; rows that are committed count as done.
 
     jobs: side by side; default: the processors that may be used
@@ -232,14 +216,13 @@ def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = 
 
     beyond-outliers continue --scale confirm --hours 8
     """
-    study = study_of(scale)
     from beyond_outliers.study.collect import merge, take_up
     from beyond_outliers.study.tables import MissingResults
     from beyond_outliers.study.workflow import reproduce as run_workflow
 
     take_up(study)
-    if (paths.RESULTS / scale / "runs.csv").exists():
-        merge(study, paths.RESULTS / scale)  # what others have committed since
+    if ((committed := paths.RESULTS / study.scale) / "runs.csv").exists():
+        merge(study, committed)  # what others have committed since
     before = len(study.table("runs")) if study.has("runs") else 0
     status = run_workflow(study, jobs, options=["--keep-going"], target="tables", hours=hours, rows=1, shard=shard)
     with contextlib.suppress(MissingResults):  # nothing has ended
@@ -249,14 +232,13 @@ def continue_(*, scale: str, jobs: Positive | None = None, hours: Rate | None = 
 
 
 @command
-def plan(*, scale: str, cores: Positive | None = None) -> None:
+def plan(*, study: Any, cores: Positive | None = None) -> None:
     """Say what a scale runs, how much is done, and how long the rest takes.
 
     cores: default: the processors that may be used
 
     beyond-outliers plan --scale laptop
     """
-    study = study_of(scale)
     study.check()
     from beyond_outliers.study.plan import print_plan
 
@@ -264,16 +246,16 @@ def plan(*, scale: str, cores: Positive | None = None) -> None:
 
 
 @command
-def collect(*, scale: str) -> None:
+def collect(*, study: Any) -> None:
     """Write the tables of the runs that have ended so far.
 
     beyond-outliers collect --scale laptop
     """
-    study_of(scale).collect()
+    study.collect()
 
 
 @command
-def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked: bool = False) -> None:
+def claims(claim: str | None = None, /, *, study: Any, rows: Whole = 60, checked: bool = False) -> None:
     """Judge the claims by their rules, or show one with the rows behind it.
 
     claim: one to show; without: judge all and write judged.csv
@@ -285,61 +267,55 @@ def claims(claim: str | None = None, /, *, scale: str, rows: Whole = 60, checked
     from beyond_outliers.study.tables import read_table
 
     choose("claim", claim, [None, *read_table(paths.PAPER / "claims.csv").id])
-    study = study_of(scale)
     from beyond_outliers.claims.verdicts import show, write_verdicts
 
     print(show(study, claim, rows or None) if claim else write_verdicts(study, checked))
 
 
 @command
-def verify(*, scale: str | None = None, runs: Whole = 2) -> int:
+def verify(*, study: Any = None, runs: Whole = 2) -> int:
     """Check every file against its checksum, and train runs again.
 
-    scale: also train runs of this one again; default: the tables and pages of all studies
+    study: also train runs of this one again; default: the tables and pages of all studies
     runs: how many, of the smallest size
 
     beyond-outliers verify --scale pocket --runs 2
     """
-    if scale:
-        study_of(scale)  # an unknown one is refused before torch is imported
     from beyond_outliers.study.verify import verify as verify_study
 
-    return verify_study(scale, runs)
+    return verify_study(study, runs)
 
 
 @command
-def replay(*, scale: str) -> None:
+def replay(*, study: Any) -> None:
     """Measure the committed checkpoints again, untrained, and compare with their rows.
 
     beyond-outliers replay --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study.checkpoints import replay as replay_checkpoints
 
     print(replay_checkpoints(study).to_string(index=False))
 
 
 @command
-def keep(*, scale: str) -> None:
+def keep(*, study: Any) -> None:
     """Write the final weights of one seed to data/checkpoints, to be committed.
 
     beyond-outliers keep --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study.checkpoints import keep as keep_checkpoints
 
     print(*keep_checkpoints(study), sep="\n")
 
 
 @command
-def merge(folder: Path, /, *, scale: str) -> None:
+def merge(folder: Path, /, *, study: Any) -> None:
     """Take over the rows of another machine's tables.
 
     folder: its data/results/SCALE, or data/runs/SCALE/results
 
     beyond-outliers merge OTHER/data/results/confirm --scale confirm
     """
-    study = study_of(scale)
     from beyond_outliers.study import collect
 
     collect.take_up(study)
@@ -348,14 +324,13 @@ def merge(folder: Path, /, *, scale: str) -> None:
 
 
 @command
-def publish(*, scale: str, partial: bool = False) -> None:
+def publish(*, study: Any, partial: bool = False) -> None:
     """Move the tables of your runs over the committed ones.
 
     partial: although runs of the plan are missing
 
     beyond-outliers publish --scale laptop
     """
-    study = study_of(scale)
     from beyond_outliers.study.publish import publish as publish_tables
 
     print(publish_tables(study, partial))
@@ -364,7 +339,7 @@ def publish(*, scale: str, partial: bool = False) -> None:
 @command
 def compare(
     *,
-    scale: str,
+    study: Any,
     optimizer: str,
     name: str | None = None,
     label: str | None = None,
@@ -381,7 +356,6 @@ def compare(
 
     beyond-outliers compare --scale pocket --optimizer pytorch_optimizer:Lion
     """
-    study_of(scale)
     try:
         given = tomllib.loads(f"hyper = {{ {hyper} }}")["hyper"]
     except tomllib.TOMLDecodeError as error:
@@ -392,12 +366,12 @@ def compare(
     from beyond_outliers.optimizers.trial import trial
     from beyond_outliers.study import compare
 
-    beside, outside = compare.define(scale, optimizer, name, label, given, tuple(rates or ()))
+    beside, outside = compare.define(study, optimizer, name, label, given, tuple(rates or ()))
     for line in trial(outside.source, outside.learning_rates[0], **outside.hyper):
         print(f"NOT guaranteed by {outside.source}: {line}", flush=True)
-    study = compare.begin(scale, beside, outside)
-    print(f"What is left takes {time_to_build(study)}; a search of rates can add to it.", flush=True)
-    compare.compare(study, outside)
+    compared = compare.begin(study, beside, outside)
+    print(f"What is left takes {time_to_build(compared)}; a search of rates can add to it.", flush=True)
+    compare.compare(compared, outside)
     page, both = run_notebook(YOURS, beside), compare.Beside(beside)
     print(f"\n{FINDINGS[YOURS](both)}\n\n{standing(both).to_markdown(index=False)}\n\n{page}")
 
@@ -406,22 +380,21 @@ def compare(
 
 
 @command
-def figures(*, scale: str, jobs: Positive = 1) -> None:
+def figures(*, study: Any, jobs: Positive = 1) -> None:
     """Draw figures and pages again from the tables; trains nothing.
 
     jobs: notebooks side by side
 
     beyond-outliers figures --scale laptop
     """
-    study_of(scale)
     from beyond_outliers.notebook import render
 
-    render(scale, jobs)
-    say_where(scale)
+    render(study.scale, jobs)
+    say_where(study)
 
 
 @command
-def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
+def notebook(*, study: Any, name: str, tables_only: bool = False) -> None:
     """Run one notebook and write its page.
 
     name: of a file in notebooks
@@ -430,21 +403,20 @@ def notebook(*, scale: str, name: str, tables_only: bool = False) -> None:
     beyond-outliers notebook --scale pocket --name 03_ptq
     """
     choose("notebook", name, sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
-    study_of(scale)
     from beyond_outliers.notebook import run_notebook
 
-    print(run_notebook(name, scale, build=not tables_only))
+    print(run_notebook(name, study.scale, build=not tables_only))
 
 
 @command
-def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
+def pages(task: Literal["check", "index", "readme"], /, *, study: Any) -> None:
     """Check the pages of a scale, or write their index or the README's table, docs/rules.md and the model card.
 
     beyond-outliers pages check --scale laptop
     """
-    study_of(scale)
     from beyond_outliers import pages
 
+    scale = study.scale
     if task == "check":
         names = pages.names_of(scale)
         pages.check_pages(scale, names)
@@ -457,17 +429,19 @@ def pages(task: Literal["check", "index", "readme"], /, *, scale: str) -> None:
         paths.write_whole(paths.CHECKPOINTS / scale / "README.md", pages.model_card(scale))
 
 
-def say_where(scale: str) -> None:
+def say_where(study: Any) -> None:
     """Where to look, and your runs and verdicts compared with the committed ones."""
-    from beyond_outliers.reproduction import NothingToCompare, write
+    from beyond_outliers.reproduction import write
+    from beyond_outliers.study.tables import MissingResults
 
-    study, pages = study_of(scale), paths.pages(scale)
-    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {pages / 'README.md'} (start here)")
+    scale = study.scale
+    page = paths.pages(scale) / "README.md"
+    print(f"\nScale {scale}: {len(study.table('runs'))} runs.\n  pages     {page} (start here)")
     print(f"  tables    {study.results}/*.csv")
     if "+" not in scale:  # of an optimizer from outside the page is the comparison
         try:
             print(write(scale))
-        except NothingToCompare as nothing:
+        except MissingResults as nothing:
             print(f"Your runs and the committed ones: {nothing}.")
 
 
@@ -475,18 +449,17 @@ def say_where(scale: str) -> None:
 
 
 @command
-def corpus(*, scale: str) -> None:
+def corpus(*, study: Any) -> None:
     """Fetch and tokenize the corpus (a step of the workflow).
 
     beyond-outliers corpus --scale pocket
     """
-    study = study_of(scale)
     study.check()
     print(json.dumps(study.prepare_corpus()))
 
 
 @command
-def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
+def run(*, study: Any, run: str, level: Literal["light", "common", "full"] = "full", processes: Whole = 0) -> int:
     """Train and measure one run of the plan (a step of the workflow).
 
     run: the name of a planned run
@@ -495,14 +468,13 @@ def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "fu
 
     beyond-outliers run --scale pocket --run 0.03M-adamw-lr0.01-s0-0123456789
     """
-    study = study_of(scale)
     planned = study.find(run, main=level != "light")
     if "RANK" in os.environ:  # one of several processes that train
         study.train(planned, progress=False)
         return 0
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words = ["-m", "beyond_outliers", "run", "--scale", scale, "--run", run]
+        words = ["-m", "beyond_outliers", "run", "--scale", study.scale, "--run", run]
         if code := subprocess.run([*torchrun, *words]).returncode:
             return code
     study.run(planned, progress=False)
@@ -510,34 +482,34 @@ def run(*, scale: str, run: str, level: Literal["light", "common", "full"] = "fu
 
 
 @command
-def tune(*, scale: str, size: str, optimizer: str, rows: bool = False) -> None:
+def tune(*, study: Any, size: str, optimizer: str, rows: bool = False) -> None:
     """Search the learning rates of an optimizer (a step of the workflow).
 
     rows: runs that the tables have are done
 
     beyond-outliers tune --scale confirm --size 0.08M --optimizer muon
     """
-    print(json.dumps(study_of(scale).tune(size, optimizer, rows, progress=False)))
+    print(json.dumps(study.tune(size, optimizer, rows, progress=False)))
 
 
 @command
-def choose_(*, scale: str, size: str) -> None:
+def choose_(*, study: Any, size: str) -> None:
     """Choose the learning rates of a size from its sweep (a step of the workflow).
 
     beyond-outliers choose --scale pocket --size 0.03M
     """
-    print(study_of(scale).choose_learning_rates(size).to_string(index=False))
+    print(study.choose_learning_rates(size).to_string(index=False))
 
 
 @command
-def common(*, scale: str, size: str, seed: str = "all") -> None:
+def common(*, study: Any, size: str, seed: str = "all") -> None:
     """Measure the runs of a size where they reach their Common Loss (a step of the workflow).
 
     seed: of scales whose Common Loss is taken by seed
 
     beyond-outliers common --scale pocket --size 0.03M
     """
-    study_of(scale).measure_common(size, None if seed == "all" else int(seed))
+    study.measure_common(size, None if seed == "all" else int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------- the entry point
@@ -564,14 +536,15 @@ def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
         elif kind is bool:
             settings["action"] = "store_true"
         else:
-            settings["type"] = kind.__metadata__[0] if get_origin(kind) is Annotated else kind
+            settings["type"] = partial(read, kind) if get_origin(kind) is Annotated else str if kind is Any else kind
         if parameter.kind is parameter.POSITIONAL_ONLY:
             parser.add_argument(name, **(settings if required else settings | {"nargs": "?"}))
         else:
-            parser.add_argument(f"--{name.replace('_', '-')}", required=required, **settings)
+            option = "scale" if name == "study" else name.replace("_", "-")
+            parser.add_argument(f"--{option}", dest=name, required=required, **settings)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="beyond-outliers", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--traceback", action="store_true", help="where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -593,13 +566,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Does what the words of a command line ask for; SystemExit, after one line, where that cannot be."""
-    given = vars(parse(sys.argv[1:] if arguments is None else arguments))
+    given = vars(parsed(sys.argv[1:] if arguments is None else arguments))
     name, traceback = given.pop("command"), given.pop("traceback")
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     function = COMMANDS[name]
     parameters = inspect.signature(function).parameters.values()
     first = [given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     try:
+        if given.get("study"):
+            from beyond_outliers.study.study import Study
+
+            given["study"] = Study(given["study"])
         return function(*first, **given) or 0
     except KeyboardInterrupt:
         if traceback:

@@ -11,10 +11,6 @@ CELL = ["size", "optimizer", "seed", "scheme"]  # what a main run is, but for it
 SAME_RATE, OTHER_RATE, NOT_COMMITTED = "the same run", "at another learning rate", "not committed"
 
 
-class NothingToCompare(MissingResults):
-    """No run was made here, or nothing is committed."""
-
-
 def compare_runs(yours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
     """One row per run of `yours`: run, optimizer, yours, committed (final losses), match, same, difference.
 
@@ -35,17 +31,17 @@ def compare_runs(yours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
 def write(scale: str) -> str:
     """Writes comparison.md next to your figures and returns what a terminal shows.
 
-    NothingToCompare where no run was made here, or nothing is committed.
+    MissingResults where no run was made here, or nothing is committed.
     """
     from beyond_outliers.claims.verdicts import headlines, read_verdicts
 
     study, other = Study(scale), Study(scale, paths.RESULTS / scale)
     if not other.has("runs"):
-        raise NothingToCompare(f"nothing is committed of scale {scale}, so there is nothing to compare with")
+        raise MissingResults(f"nothing is committed of scale {scale}, so there is nothing to compare with")
     here = read_table(study.results / "runs.csv") if study.has("runs") else pd.DataFrame(columns=["run"])
     here = here[here.run.isin([planned.config.name for planned in study.planned() if study.result(planned)])]
     if here.empty:
-        raise NothingToCompare(f"no run of scale {scale} was made here: run `make reproduce SCALE={scale}`")
+        raise MissingResults(f"no run of scale {scale} was made here: run `make reproduce SCALE={scale}`")
     committed = read_table(other.results / "runs.csv")
     runs = compare_runs(here.reset_index(drop=True), committed)
     distance = runs.difference.abs()

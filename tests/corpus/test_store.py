@@ -5,12 +5,18 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 
-from beyond_outliers.corpus import Store, split, uniform
+from beyond_outliers.corpus import store, uniform
+
+
+def split(pairs, share):
+    with tempfile.TemporaryDirectory() as folder, store.split(pairs, share, Path(folder)) as sides:
+        return tuple(map(list, sides))
 
 
 def in_memory(pairs, share):
@@ -102,10 +108,7 @@ def test_the_warning_counts_what_is_left_of_the_held_out_groups():
 
 def test_a_store_can_be_read_as_often_as_needed_and_counts(tmp_path):
     pairs = [(f"g{i % 30}", f"söme text {i}") for i in range(600)]
-    with Store.open(tmp_path) as store:
-        store.add(pairs[:250])
-        store.add(pairs[250:])
-        train, validation = store.split(0.1)
+    with store.split(pairs, 0.1, tmp_path) as (train, validation):
         assert (list(train), list(validation)) == split(pairs, 0.1)
         both = zip(train, train, strict=True)  # two readers at once
         assert all(a == b for a, b in both)

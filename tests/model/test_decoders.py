@@ -11,7 +11,7 @@ from torch import nn
 
 from beyond_outliers.config import CorpusConfig, LlamaConfig, Olmo2Config, RunConfig
 from beyond_outliers.model import MODELS, Decoder, Llama, Olmo2
-from beyond_outliers.model.decoder import _ROTARY_TABLES, rotary_tables
+from beyond_outliers.model.decoder import _ROTARY_TABLES
 from beyond_outliers.quantizers import QuantSpec, prepare_qat, weights_held
 from beyond_outliers.train import train
 
@@ -172,14 +172,6 @@ def test_n_parameters_counts_the_tied_embedding_once(config):
     assert sum(p.numel() for p in made(config).parameters()) == config.n_parameters
 
 
-def test_rotary_tables_are_a_constant_to_the_compiler_as_its_own_decorator_makes_one():
-    def other():
-        pass
-
-    assert vars(torch.compiler.assume_constant_result(other)).items() <= vars(rotary_tables).items()
-    assert vars(other)
-
-
 @every
 def test_the_loss_is_the_cross_entropy_of_the_logits_and_so_are_its_gradients(config):
     model = shaken(config)
@@ -269,14 +261,9 @@ def test_json_carries_the_architecture_and_the_ids_of_olmo2_runs_stay():
 # ------------------------------------------------------------------------------------------- Llama through the study
 
 
-@pytest.fixture
-def llama_run(run_config):
-    return run_config.replace(model=LlamaConfig(vocab_size=320, width=32, depth=1, n_heads=2, n_kv_heads=1))
-
-
-@pytest.mark.parametrize("quantization", [None, {"scheme": "quest", "weights": "int4", "activations": "int4"}])
-def test_training(llama_run, tmp_path, quantization):
-    config = llama_run.replace(quantization=quantization)
+def test_training(run_config, tmp_path):
+    shape = LlamaConfig(vocab_size=320, width=32, depth=1, n_heads=2, n_kv_heads=1)
+    config = run_config.replace(model=shape, quantization={"scheme": "quest", "weights": "int4", "activations": "int4"})
     result = train(config, root=tmp_path, progress=False)
     losses = result.evaluations.val_loss
     assert result.row["status"] == "finished" and result.row["n_parameters"] == config.model.n_parameters

@@ -2,11 +2,13 @@
 
 import copy
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from beyond_outliers.config import Olmo2Config
 from beyond_outliers.model import Olmo2
@@ -16,13 +18,17 @@ from beyond_outliers.optimizers import (
     REGISTRY,
     Muon,
     NonFiniteGradientError,
+    Scion,
     Shampoo,
     build_optimizer,
     parameter_groups,
 )
+from beyond_outliers.optimizers.outside import Outside
 
 # Refreshes fall inside a dozen steps.
-SHORT_CYCLE = {"shampoo": {"frequency": 3}, "soap": {"frequency": 3}, "psgd": {"update_probability": 0.4}}
+HYPER = {"shampoo": {"frequency": 3}, "soap": {"frequency": 3}, "psgd": {"update_probability": 0.4}}
+HYPER["torch.optim:SGD"] = {"momentum": 0.9, "roles": ["matrix"], "rest_lr": 3e-3}
+ALL = [*REGISTRY, "torch.optim:SGD"]  # a class from outside among them
 ODD_SHAPES = [(5, 7), (5, 7), (1, 9), (9, 1), (3, 200), (1, 1), (11,), (1,), ()]
 
 
@@ -35,6 +41,11 @@ def set_gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def make(name, params):
+    kind = REGISTRY[name].optimizer if name in REGISTRY else partial(Outside, source=name)
+    return kind(params, lr=0.01, **HYPER.get(name, {}))
 
 
 def odd_parameters(dtype=torch.float32):
@@ -94,16 +105,20 @@ def test_unusable_parameters_are_refused_by_name():
         Muon([("half", torch.zeros(2, 3, dtype=torch.bfloat16))])
     with pytest.raises(ValueError, match=r"unknown role 'head'.*matrix, embedding, vector"):
         Muon([{"params": [torch.zeros(2, 3)], "role": "head"}])
+    with pytest.raises(ValueError, match=r"seed must be a whole number .*not 2\.5"):
+        PSGD([torch.zeros(2, 3)], seed=2.5)
+    with pytest.raises(ValueError, match=r"weight_decay must be 0 when constrained, not 0\.1"):
+        Scion([torch.zeros(2, 3)], weight_decay=0.1, constrained=True)
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_odd_shapes_move_and_gradients_stay(name, dtype):
     params = odd_parameters(dtype)
-    optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+    optimizer = make(name, params)
     before = [p.detach().clone() for p in params]
     for seed in range(7):  # an odd number of sign steps cannot cancel
         set_gradients(params, seed)
@@ -114,13 +129,13 @@ def test_odd_shapes_move_and_gradients_stay(name, dtype):
         assert p.isfinite().all() and p.dtype == dtype and (p != old).all()
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_an_absent_gradient_leaves_its_parameter_alone_and_the_others_as_if_alone(name):
     """The middle one of three same-shaped matrices pauses: the rest must match a run without it."""
 
     def run(shapes, pausing):
         params = [torch.full((4, 6), float(i + 1)).requires_grad_() for i in shapes]
-        optimizer = REGISTRY[name].optimizer(params, lr=0.01, **{**SHORT_CYCLE.get(name, {})})
+        optimizer = make(name, params)
         for step in range(8):
             for i, p in zip(shapes, params, strict=True):
                 p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + i))
@@ -141,10 +156,10 @@ def test_an_absent_gradient_leaves_its_parameter_alone_and_the_others_as_if_alon
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_non_finite_gradients_are_named_and_change_nothing(name, bad):
     model = small_model()
-    optimizer = build_optimizer(model, name, 0.01, **SHORT_CYCLE.get(name, {}))
+    optimizer = build_optimizer(model, name, 0.01, **HYPER.get(name, {}))
     for seed in range(4):
         set_gradients(model.parameters(), seed)
         optimizer.step()
@@ -158,13 +173,13 @@ def test_non_finite_gradients_are_named_and_change_nothing(name, bad):
     assert_states_equal(optimizer.state_dict(), state)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_of_any_strides_count_alike(name):
     """Transposed and expanded (stride zero) gradients: torch's fused AdamW alone would read past their memory."""
     results = []
     for same in (lambda g: g, torch.Tensor.contiguous):
         params = [torch.ones(4, 6).requires_grad_(), torch.ones(5, 3).requires_grad_(), torch.ones(7).requires_grad_()]
-        optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+        optimizer = make(name, params)
         for seed in range(4):
             params[0].grad = same(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)).mT)
             params[1].grad, params[2].grad = same(torch.ones(1, 1).expand(5, 3)), same(torch.ones(1).expand(7))
@@ -192,24 +207,19 @@ def test_a_closure_is_evaluated_with_gradients_on(name):
 
 
 def assert_states_equal(a, b):
-    assert a["state"].keys() == b["state"].keys()
-    for key, entry in a["state"].items():
-        assert entry.keys() == b["state"][key].keys()
-        for name, value in entry.items():
-            other = b["state"][key][name]
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
-    assert ("generator" in a) == ("generator" in b)
-    if "generator" in a:
-        assert torch.equal(a["generator"], b["generator"])
+    (leaves, tree), (others, other_tree) = map(tree_flatten, (a, b))
+    assert tree == other_tree
+    for value, other in zip(leaves, others, strict=True):
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_state_resumes_bit_identically_at_every_step_of_a_cycle(name):
     """Save after k steps, load into a fresh optimizer (through bytes), go on: all as in the run that never stopped."""
 
     def build():
         params = odd_parameters()
-        return params, REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+        return params, make(name, params)
 
     params, straight = build()
     snapshots = []
@@ -238,10 +248,10 @@ def saved(state):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", ALL)
 def test_a_copy_goes_the_same_way_and_leaves_the_original_alone(name):
     params = odd_parameters()
-    optimizer = REGISTRY[name].optimizer(params, lr=0.01, **SHORT_CYCLE.get(name, {}))
+    optimizer = make(name, params)
     for seed in range(4):
         set_gradients(params, seed)
         optimizer.step()

@@ -66,20 +66,13 @@ def test_parameters_without_entries_are_stepped_over(name):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        lambda one: lr_scheduler.OneCycleLR(one, max_lr=5e-3, total_steps=10, cycle_momentum=False),
-        lambda one: lr_scheduler.LinearLR(one, start_factor=0.25, total_iters=4),
-    ],
-)
 @pytest.mark.parametrize("name", REGISTRY)
-def test_schedulers_give_the_rates_that_they_give_torchs_own(name, scheduler):
+def test_a_scheduler_gives_the_rates_that_it_gives_torchs_own(name):
     def rates(kind):
         p = torch.ones(4, 4, requires_grad=True)
         optimizer = kind([p], lr=0.02)
         optimizer.param_groups[0]["lr"] = 0.005  # set by hand before the scheduler comes
-        schedule, found = scheduler(optimizer), []
+        schedule, found = lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=4), []
         for _ in range(6):
             found.append(optimizer.param_groups[0]["lr"])
             p.grad = torch.ones(4, 4)
@@ -90,17 +83,6 @@ def test_schedulers_give_the_rates_that_they_give_torchs_own(name, scheduler):
     assert rates(REGISTRY[name].optimizer) == pytest.approx(rates(torch.optim.AdamW), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_states_with_initial_rates_still_load(name):
-    """Of a scheduler, and of older versions, whose groups carried them from the start."""
-    optimizer = REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], lr=0.01)
-    state = optimizer.state_dict()
-    assert "initial_lr" not in state["param_groups"][0]
-    state["param_groups"][0]["initial_lr"] = 0.5
-    optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] == 0.01
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
 def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
     key = "adamw_eps" if name == "muon" else "eps"
@@ -108,26 +90,6 @@ def test_an_eps_that_the_dtype_takes_for_zero_is_refused(name):
         with pytest.raises(ValueError, match=r"eps must be .*at least"):
             REGISTRY[name].optimizer([torch.ones(3, dtype=dtype, requires_grad=True)], lr=0.01, **{key: eps})
     REGISTRY[name].optimizer([torch.ones(3, dtype=torch.float64, requires_grad=True)], lr=0.01, **{key: 1e-40})
-
-
-KINDS = {
-    "muon": {"ns_dtype": [torch.float16], "nesterov": ["no"], "ns_steps": [2.5, True, "2", float("nan")]},
-    "scion": {"constrained": ["no"], "weight_decay": [0.1], "ns_steps": [2.0]},
-    "adamw": {"betas": [0.9]},
-    "psgd": {"update_probability": ["often", 0.0], "max_size_triangular": [2.5], "seed": [2.5, -1]},
-    "shampoo": {"frequency": [2.0], "max_block_size": [True]},
-    "soap": {"lr": ["0.1"], "frequency": ["2"], "max_preconditioned_size": [2.5]},
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "value"),
-    [(name, key, value) for name, hyper in KINDS.items() for key, values in hyper.items() for value in values],
-)
-def test_values_of_another_kind_are_refused_by_name(name, key, value):
-    more = {"constrained": True} if key == "weight_decay" else {}
-    with pytest.raises(ValueError, match=f"{key} must be .*, not {value!r}"):
-        REGISTRY[name].optimizer([torch.ones(3, 3, requires_grad=True)], **{key: value}, **more)
 
 
 @pytest.mark.parametrize("name", REGISTRY)

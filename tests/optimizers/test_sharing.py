@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from beyond_outliers.optimizers import OPTIMIZERS, build_optimizer
-from beyond_outliers.optimizers.sharing import Sharing, cost
 from beyond_outliers.optimizers.stacking import StackedOptimizer, cut_to_cache
 
 SHARED = [name for name in OPTIMIZERS if name != "adamw"]
@@ -97,22 +96,6 @@ def test_a_worker_keeps_its_own_states_alone(found, name):
     for when in ("kept", "kept after"):
         (one, whole), (two, _) = (rank[name][when] for rank in found)
         assert max(one, two) < 0.8 * whole and one + two >= whole
-
-
-def test_work_is_divided_by_what_it_costs():
-    sharing = object.__new__(Sharing)
-    sharing.rank, sharing.workers, sharing.loads = 0, 2, {}
-    sizes = [(64, 64), (64, 64), (16, 16), (8, 8), (8,)]
-    parts = [[torch.zeros(size)] for size in sizes]
-    states = {part[0]: {"step": 0, "momentum": torch.zeros_like(part[0])} for part in parts}
-    matrices, vectors, embeddings = ({"role": role} for role in ("matrix", "vector", "embedding"))
-    assert sharing.owners(matrices, parts[:4], states) == [0, 1, 0, 1]
-    assert sharing.owners(vectors, parts[4:], states) == [None]
-    # Shampoo's embedding has factors: it is shared, and goes where the other group left less to do
-    states[parts[3][0]]["left"] = torch.zeros(8, 8)
-    assert sharing.owners(embeddings, [parts[3]], states) == [1]
-    assert cost("matrix", parts[0], states[parts[0][0]]) == 2 * 64**3
-    assert cost("embedding", [torch.zeros(40, 8)], {"exp_avg": torch.zeros(40, 8)}) == 0
 
 
 def test_parts_on_cpus_are_the_same_for_any_number_of_workers():

@@ -152,13 +152,28 @@ BAD = {
         ("betas", (0.9, 1.0)),
         ("eps", -1e-8),
         ("weight_decay", float("nan")),
+        ("betas", [0.9]),
     ],
     "sgd": [("lr", float("nan")), ("momentum", 1.5), ("weight_decay", float("nan"))],
-    "muon": [("momentum", 1.0), ("ns_steps", 0), ("betas", (-0.1, 0.9)), ("eps", float("nan"))],
-    "scion": [("momentum", 0.0), ("scale", 0.0), ("embedding_lmo", "row"), ("ns_steps", 0)],
-    "shampoo": [("betas", (0.9, 1.0)), ("eps", 0.0), ("frequency", 0), ("max_block_size", 0)],
-    "soap": [("shampoo_beta", 1.0), ("eps", -1.0), ("frequency", 0), ("max_preconditioned_size", 0)],
-    "psgd": [("momentum", 1.0), ("preconditioner_lr", 0.0), ("update_probability", 2.0), ("max_size_triangular", -1)],
+    "muon": [
+        ("momentum", 1.0),
+        ("ns_steps", 0),
+        ("ns_steps", 2.5),
+        ("ns_steps", True),
+        ("nesterov", "no"),
+        ("ns_dtype", torch.float16),
+        ("betas", (-0.1, 0.9)),
+        ("eps", float("nan")),
+    ],
+    "scion": [("momentum", 0.0), ("scale", 0.0), ("embedding_lmo", "row"), ("constrained", "no")],
+    "shampoo": [("betas", (0.9, 1.0)), ("eps", 0.0), ("frequency", 0), ("max_block_size", True)],
+    "soap": [("lr", "0.1"), ("shampoo_beta", 1.0), ("eps", -1.0), ("frequency", 0), ("max_preconditioned_size", 0)],
+    "psgd": [
+        ("momentum", 1.0),
+        ("preconditioner_lr", 0.0),
+        ("update_probability", "often"),
+        ("max_size_triangular", -1),
+    ],
 }
 
 

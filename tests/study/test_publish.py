@@ -66,13 +66,6 @@ def test_collecting_changes_no_committed_table(committed, monkeypatch):
     assert set(study.table("runs").run) <= set(pd.read_csv(committed / "runs.csv").run)
 
 
-def test_choosing_rates_of_a_scale_without_tables_is_seen_by_the_next_process(repository):
-    study = Study("smoke")
-    folder = take_up(study)
-    (folder / "learning_rates.csv").write_text("size,optimizer,lr\ntiny,muon,0.25\n")
-    assert Study("smoke").rates["tiny", "muon"].lr == 0.25 and not (repository / "results" / "smoke").exists()
-
-
 def test_rows_that_others_committed_since_are_taken_up_when_a_study_goes_on(committed):
     study = Study("pocket")
     folder = take_up(study)

@@ -89,59 +89,23 @@ def sweep(step, kind, every, whole, tmp_path, scale_file):
             assert code in (0, 1, faults.DIED, faults.PASSED_BY)
             try:
                 work(at(root, patch, scale_file))
-                said = "same tables"
             except DamagedFile as damage:
                 assert "tears" in kind and " is damaged" in str(damage) and "as they are" in str(damage)
-                said = "named"
-        if said == "same tables":
-            found = tables(root, "*.*")
-            assert {name: found.get(name) for name in kept} == kept
-            if removed != "cache":
-                assert not verify.damages(root)
-        faults.TALLY[f"{step}: change {kind}", said] += 1
+            else:
+                found = tables(root, "*.*")
+                assert {name: found.get(name) for name in kept} == kept
+                if removed != "cache":
+                    assert not verify.damages(root)
         shutil.rmtree(root)
         number += every
     assert number > 4
 
 
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kind", faults.KINDS)
-def test_a_step_survives_a_fault_at_some_changes_of_the_disk(step, kind, whole, tmp_path, scale_file):
-    sweep(step, kind, 9, whole, tmp_path, scale_file)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("kind", faults.KINDS)
-def test_a_step_survives_a_fault_at_every_change_of_the_disk(step, kind, whole, tmp_path, scale_file):
-    sweep(step, kind, 1, whole, tmp_path, scale_file)
-
-
-@pytest.mark.parametrize("tries", [10, pytest.param(60, marks=pytest.mark.exhaustive)])
-def test_a_flipped_bit_in_what_tables_are_made_of_is_never_silent(whole, tmp_path, scale_file, tries):
-    """Collecting goes on with the other runs and says what is missing."""
-    rng, undisturbed = random.Random(tries), tables(whole / OWN)
-    read = {"config.json", "result.json", "metrics.csv", "ptq.csv", "zero_shot.csv", "SHA256SUMS"}
-    files = [
-        file for file in sorted((whole / "runs").rglob("*")) if file.name in read and file.parent.name != "results"
-    ]
-    for number in range(tries):
-        root = tmp_path / f"{number}"
-        shutil.copytree(whole, root)
-        hit = rng.choice(files).relative_to(whole)
-        faults.flip_a_bit(root / hit, rng)
-        run = hit.parts[2]
-        for file in (root / OWN).glob("*.csv"):
-            if file.name != "learning_rates.csv":
-                file.unlink()
-        (root / OWN / "SHA256SUMS").unlink()
-        with pytest.MonkeyPatch.context() as patch:
-            study = at(root, patch, scale_file)
-            with pytest.raises(DamagedFile, match=f"left out(.|\\n)*{run}"):
-                study.collect()
-            assert set(study.table("runs").run) == {p.config.name for p in study.planned()} - {run}
-        assert undisturbed.keys() >= tables(root / OWN).keys()
-        faults.TALLY["collecting: flipped bit in a run", "left out and named"] += 1
+def test_a_step_survives_a_fault_at_changes_of_the_disk(step, kind, every, whole, tmp_path, scale_file):
+    sweep(step, kind, every, whole, tmp_path, scale_file)
 
 
 @pytest.mark.parametrize("tries", [6, pytest.param(40, marks=pytest.mark.exhaustive)])
@@ -159,12 +123,14 @@ def test_a_flipped_bit_in_a_table_is_never_silent(whole, tmp_path, scale_file, t
             study = at(root, patch, scale_file)
             for file in sorted(study.results.glob("*.csv")):
                 study.table(file.stem)
-        faults.TALLY["tables: flipped bit", "named"] += 1
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.csv", "ptq.csv", "SHA256SUMS"])
 def test_what_has_ended_and_is_damaged_is_named_and_made_again_as_it_is_told(whole, tmp_path, scale_file, name):
-    """Of a run or a measurement: whoever deletes what the message names gets the same tables by the same steps."""
+    """Of a run or a measurement: collecting goes on with the other runs, and names this one.
+
+    Whoever deletes what the message names gets the same tables by the same steps.
+    """
     undisturbed, rng = tables(whole / OWN), random.Random(name)
     for number, hit in enumerate(sorted((whole / "runs").glob(f"*/*/**/{name}"))):
         root = tmp_path / f"{number}"
@@ -173,12 +139,17 @@ def test_what_has_ended_and_is_damaged_is_named_and_made_again_as_it_is_told(who
             continue
         shutil.copytree(whole, root)
         faults.flip_a_bit(hit, rng)
+        for file in (root / OWN).iterdir():
+            if file.name != "learning_rates.csv":
+                file.unlink()
         with pytest.MonkeyPatch.context() as patch:
             study = at(root, patch, scale_file)
             with pytest.raises(
                 DamagedFile, match=f"{re.escape(str(hit))} is damaged.*(delete the folder|delete it)"
             ) as said:
                 study.collect()
+            run = hit.relative_to(root / "runs" / "own").parts[0]
+            assert set(study.table("runs").run) == {p.config.name for p in study.planned()} - {run}
             (folder,) = re.findall(r"delete the folder (/\S+)", str(said.value)) or [hit.parent]
             shutil.rmtree(folder)
             for planned in study.planned():
@@ -187,7 +158,6 @@ def test_what_has_ended_and_is_damaged_is_named_and_made_again_as_it_is_told(who
             study.collect()
             found = tables(root / OWN)
             assert found.keys() == undisturbed.keys() and len(found["ptq.csv"]) == len(undisturbed["ptq.csv"])
-        faults.TALLY["run that has ended: flipped bit", "named"] += 1
 
 
 def test_damaged_rates_are_named_and_chosen_again(whole, tmp_path, scale_file):
@@ -204,35 +174,15 @@ def test_damaged_rates_are_named_and_chosen_again(whole, tmp_path, scale_file):
     assert rates.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin", "validation.bin", "SHA256SUMS"])
-def test_a_flipped_bit_in_a_corpus_builds_it_again(whole, tmp_path, scale_file, name, capfd):
-    rng, undisturbed = random.Random(name), tables(whole / "cache", "*.*")
-    for number in range(4):
-        root = tmp_path / f"{number}"
-        shutil.copytree(whole / "cache", root / "cache")
-        (hit,) = (root / "cache").rglob(name)
-        faults.flip_a_bit(hit, rng)
-        with pytest.MonkeyPatch.context() as patch:
-            study = at(root, patch, scale_file)
-            tokens._open.cache_clear()
-            tokens.open_corpus(study.protocol.corpus)
-        assert "is damaged; building it again" in capfd.readouterr().err
-        assert tables(root / "cache", "*.*") == undisturbed
-        faults.TALLY["corpus: flipped bit", "built again"] += 1
-
-
 def test_verify_names_what_is_damaged_and_trains_runs_again(whole, tmp_path, scale_file, capsys):
     shutil.copytree(whole, tmp_path / "study")
     with pytest.MonkeyPatch.context() as patch:
         study = at(tmp_path / "study", patch, scale_file)
         patch.setattr(paths, "CHECKPOINTS", tmp_path / "none")
-        assert verify.verify("own", 2) == 0
+        assert verify.verify(study, 2) == 0
         said = capsys.readouterr().out
         assert "every byte is what was written" in said and said.count(" same\n") == 2 and "0.1 at most" in said
         study.table("runs").assign(val_loss=1.0).to_csv(study.results / "runs.csv", index=False)
-        assert verify.verify("own", 0) == 1 and "runs.csv is damaged" in capsys.readouterr().out
+        assert verify.verify(study, 0) == 1 and "runs.csv is damaged" in capsys.readouterr().out
         checksums.seal(study.results)
-        assert verify.verify("own", 2) == 1 and "differs" in capsys.readouterr().out
-        for name, message in {"owm": "unknown scale 'owm'; valid: ", "../own": "name of a scale must be"}.items():
-            with pytest.raises(ValueError, match=message):
-                verify.verify(name, 0)
+        assert verify.verify(study, 2) == 1 and "differs" in capsys.readouterr().out

@@ -11,22 +11,14 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-TALLY: Counter[tuple[str, str]] = Counter()  # (fault, outcome) -> tries
 KINDS = ("raises", "full from then on", "dies", "tears the file, then dies")
 DIED, PASSED_BY = 9, 8  # exit codes: of a fault that kills, and of work that ended well in spite of one
 _HIT: list[bool] = []
-
-
-def table() -> str:
-    """What was tried in this session, and how it ended, as a Markdown table with the sum."""
-    rows = [f"| {fault} | {tries} | {outcome} |" for (fault, outcome), tries in sorted(TALLY.items())]
-    return "\n".join(["| fault | tries | outcome |", "| --- | ---: | --- |", *rows, f"| all | {TALLY.total()} | |"])
 
 
 def in_child(work: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:

@@ -123,7 +123,7 @@ def test_a_complete_study_does_nothing(study, monkeypatch):
 def test_tables_that_are_not_there_say_what_to_do(study, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=", ".join(TABLES)):
         study.table("rnus")
-    monkeypatch.setattr(study, "results", tmp_path)
+    monkeypatch.setattr(study, "_results", tmp_path)
     with pytest.raises(MissingResults, match="make reproduce SCALE=smoke"):
         study.table("runs")
 
@@ -148,7 +148,7 @@ def test_committed_rows_of_runs_without_a_folder_stay(study, monkeypatch):
 def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, monkeypatch):
     result = Study.result
     (tmp_path / "learning_rates.csv").write_bytes((study.results / "learning_rates.csv").read_bytes())
-    monkeypatch.setattr(study, "results", tmp_path)
+    monkeypatch.setattr(study, "_results", tmp_path)
     monkeypatch.setattr(Study, "result", lambda self, p: None if p.config.size == "small" else result(self, p))
     study.collect()
     for name in set(TABLES) - {"learning_rates", *OPTIONAL}:
@@ -168,7 +168,7 @@ def test_an_interrupted_study_has_the_tables_of_what_has_ended(study, tmp_path, 
 
 
 def test_a_study_without_any_run_says_so(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "results", tmp_path)
+    monkeypatch.setattr(study, "_results", tmp_path)
     monkeypatch.setattr(Study, "result", lambda *_: None)
     with pytest.raises(MissingResults, match="no run of smoke has ended"):
         study.collect()

@@ -1,11 +1,12 @@
 """Things of your own, named `module:name` in scale files and on command lines: optimizers, number formats."""
 
-import difflib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
+
+from beyond_outliers.config.parsing import choose
 
 ROOT = Path(__file__).resolve().parents[3]  # the repository
 
@@ -38,6 +39,4 @@ def load_own(name: str, kind: str) -> Any:
     finally:
         for place in places:
             sys.path.remove(place)
-    names = sorted(part for part in vars(found) if not part.startswith("_"))
-    public = ", ".join(difflib.get_close_matches(attribute, names, n=5) or names[:20])
-    raise ValueError(f"{kind} {name!r}: the module {module!r} has no {attribute!r}; it has {public}")
+    choose(f"{kind} of the module {module!r}:", attribute, sorted(part for part in vars(found) if part[0] != "_"))

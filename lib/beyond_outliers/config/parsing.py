@@ -26,6 +26,7 @@ KINDS: dict[Any, tuple[str, Any]] = {  # of an annotation: in words, and the typ
     str: ("a text", str),
     tuple: ("a list", (tuple, list)),
     dict: ("a table", dict),
+    object: ("one of", object),
 }
 
 

@@ -5,6 +5,7 @@ needs nothing (of a scale that is tuned, the losses so far: its search decides f
 what was chosen when the sweep was done. No torch here.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ Losses = Callable[[str], float | None]  # final validation loss of a run by its 
 @dataclass(frozen=True)
 class Planned:
     """A run of the study and why it is there."""
+
+    level = property(lambda self: {"sweep": "light", "branches": "common"}.get(self.purpose, "full"))  # of measuring
 
     purpose: str  # one of PURPOSES
     config: RunConfig
@@ -108,8 +111,7 @@ class Protocol:
         choose("optimizer", optimizer, self.optimizers)
         if self.tuned:
             return self.tuning.start[optimizer]
-        grid = self.grid(optimizer)
-        return Rates(grid[len(grid) // 2])
+        return Rates((grid := self.grid(optimizer))[len(grid) // 2])
 
     def config(
         self,
@@ -152,11 +154,10 @@ class Protocol:
 
     def _plan(self, purpose: str, size: str | None) -> Iterator[tuple[str, int, str, Runs]]:
         """(size, seed, optimizer, plan) of a size or of all, so that a study is usable at every stopping point."""
-        plan = self.settings.runs(purpose)
-        for at in self.sizes if plan else ():
-            if plan and at in plan.sizes and size in (None, at):
-                for seed in plan.seeds_at(at):
-                    for optimizer in plan.optimizers or self.optimizers:
+        if plan := self.settings.runs(purpose):
+            for at in self.sizes:
+                if at in plan.sizes and size in (None, at):
+                    for seed, optimizer in itertools.product(plan.seeds_at(at), plan.optimizers or self.optimizers):
                         yield at, seed, optimizer, plan
 
     def sweep_runs(self, size: str | None = None, losses: Losses | None = None) -> list[Planned]:

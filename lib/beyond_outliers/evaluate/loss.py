@@ -93,7 +93,9 @@ def validation_loss(
             losses = cross_entropy(logits_of(model, window[:, :-1]), targets, "none").view(batch_size, context)
             sums[first : first + real] = losses.sum(1, dtype=torch.float64)[:real].cpu().numpy()
             if token_bytes is not None:
-                n_bytes += _count_bytes(targets[:real].cpu().numpy(), token_bytes)
+                if (ids := targets[:real].cpu().numpy()).max() >= len(token_bytes):
+                    raise ValueError(f"token {ids.max()} has no entry in token_bytes of length {len(token_bytes)}")
+                n_bytes += int(token_bytes[ids].sum())
     n_tokens = n_windows * context
     return ValidationLoss(
         loss=float(sums.sum() / n_tokens),
@@ -101,9 +103,3 @@ def validation_loss(
         bits_per_byte=float(sums.sum() / np.log(2) / n_bytes) if n_bytes else float("nan"),
         n_tokens=n_tokens,
     )
-
-
-def _count_bytes(ids: np.ndarray, token_bytes: np.ndarray) -> int:
-    if ids.max() >= len(token_bytes):
-        raise ValueError(f"token {ids.max()} has no entry in token_bytes of length {len(token_bytes)}")
-    return int(token_bytes[ids].sum())

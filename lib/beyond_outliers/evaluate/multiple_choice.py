@@ -63,8 +63,6 @@ def score(
     tokenizer,
     requests: Sequence[tuple[str, str]],
     context: int | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
 ) -> np.ndarray:
     """Log-likelihoods (nats, float64) of the continuations of (context, continuation) strings, in their order.
 
@@ -72,10 +70,10 @@ def score(
     cut on the left, the boundary first, as a training window may begin inside a document. A continuation that is
     longer than `context` by itself is scored whole, in consecutive windows that share one token.
     Requests are batched by length and padded on the right, where a causal model cannot look. (A model that quantizes
-    activations with one scale for the whole batch is not causal in that sense.) `device`: moves the model there.
+    activations with one scale for the whole batch is not causal in that sense.)
     `model`: as in `logits_of`. Raises ValueError as `encode_requests`, and for a model without logits.
     """
-    return _score(model, encode_requests(tokenizer, requests), context, device, progress)
+    return _score(model, encode_requests(tokenizer, requests), context)
 
 
 class _Window(NamedTuple):
@@ -104,20 +102,16 @@ def _score(
     model: nn.Module,
     encoded: list[tuple[list[int], int]],
     context: int | None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-    description: str = "scoring",
+    description: str | None = None,
 ) -> np.ndarray:
     if context is not None and context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}")
-    if device is not None:
-        model.to(device)
     totals = np.zeros(len(encoded))
     # the largest batch first: it shows what fits
     windows = sorted(_windows(encoded, context), key=lambda window: window.length, reverse=True)
     with (
         evaluating(model) as device,
-        tqdm(total=len(windows), desc=description, unit=" seq", disable=not progress, leave=False) as bar,
+        tqdm(total=len(windows), desc=description, unit=" seq", disable=description is None, leave=False) as bar,
     ):
         budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
         while windows:
@@ -160,14 +154,13 @@ def zero_shot(
     limit: int | None = None,
     heldout: Sequence[str] | None = None,
     context: int | None = None,
-    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Accuracy of a language model on multiple-choice tasks, one row a task.
 
     `tasks`: of TASKS, or "arc_easy_test". `limit`: that many questions of each task, spread evenly over it. `heldout`:
-    the documents that `cloze` is made of; None: the validation documents of the embedded corpus. `context`, `device`:
-    as in `score`.
+    the documents that `cloze` is made of; None: the validation documents of the embedded corpus. `context`: as in
+    `score`.
 
     Columns: task; n, the questions; accuracy, where the choice with the highest log-likelihood (summed over the
     tokens of " " + choice) divided by the number of characters of the choice (without that space) wins: the harness's
@@ -190,7 +183,7 @@ def zero_shot(
         if limit is not None and limit < len(questions):
             questions = [questions[i * len(questions) // limit] for i in range(limit)]
         encoded = encode_requests(tokenizer, [(q.context, " " + choice) for q in questions for choice in q.choices])
-        likelihoods = _score(model, encoded, context, device, progress, task)
+        likelihoods = _score(model, encoded, context, task if progress else None)
         rows.append({"task": task} | _accuracy(questions, likelihoods, encoded, context))
     return pd.DataFrame(rows)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beyond_outliers.export.folder import export, open_run
+from beyond_outliers.export.folder import export, new_folder, open_run
 from beyond_outliers.modules import linear_weight
 from beyond_outliers.quantizers.convert import quantize_model
 from beyond_outliers.quantizers.formats import FORMATS, absmax_scale, format_named, group_scale, round_e4m3
@@ -106,9 +106,7 @@ def export_compressed(
     from beyond_outliers.anymodel.probe import HELD_OUT, read_windows
     from beyond_outliers.anymodel.sensitivity import linear_layers
 
-    folder, scheme = Path(folder), scheme_of(spec)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; valid: a new folder")
+    folder, scheme = new_folder(folder), scheme_of(spec)
     with tempfile.TemporaryDirectory() as place:
         try:
             open_run(source)

@@ -22,6 +22,7 @@ from beyond_outliers.study.measure import calibration
 from beyond_outliers.train.folder import load_result
 
 LIBRARY = Path(__file__).resolve().parents[1]
+CALIBRATION_TOKENS = 16_384
 CODE = "modeling_beyond_outliers"
 # what the code in hub.py is made of; every import of this project in these files is of one of them
 PARTS = (
@@ -52,13 +53,18 @@ def open_run(run: str | Path) -> tuple[RunConfig, nn.Module]:
     return result.config, result.load_model()
 
 
-def export(
-    run: str | Path, folder: str | Path, spec: QuantSpec | None = None, calibration_tokens: int = 16_384
-) -> Path:
+def new_folder(folder: str | Path) -> Path:
+    """The folder; ValueError where it holds something already."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} is not empty; valid: a new folder")
+    return Path(folder)
+
+
+def export(run: str | Path, folder: str | Path, spec: QuantSpec | None = None) -> Path:
     """Writes a run's model, rounded as `spec` says where there is one, for `AutoModelForCausalLM`; returns the folder.
 
-    With spec.method "gptq", so many training tokens of the run's corpus calibrate. The folder is loaded again at the
-    end, and its logits are compared with the model's, bit by bit (NotExported where they differ).
+    With spec.method "gptq", CALIBRATION_TOKENS training tokens of the run's corpus calibrate. The folder is loaded
+    again at the end, and its logits are compared with the model's, bit by bit (NotExported where they differ).
     ValueError for a run of quantization-aware training, and a folder that holds something already.
     """
     config, model = open_run(run)
@@ -67,13 +73,11 @@ def export(
             f"{config.name} was trained under quantization, whose grid travels with no specification; valid: a run in "
             "full precision, rounded with spec where it is to be"
         )
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; valid: a new folder")
+    folder = new_folder(folder)
     corpus = open_corpus(config.corpus, config.context)
     rotations: dict[str, int | None] = {}
     if spec is not None:
-        inputs = calibration(corpus, config.context, calibration_tokens) if spec.method == "gptq" else None
+        inputs = calibration(corpus, config.context, CALIBRATION_TOKENS) if spec.method == "gptq" else None
         model = quantize_model(model, spec, inputs, strict=True)
         rotations = {n: m.rotation for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     folder.mkdir(parents=True, exist_ok=True)

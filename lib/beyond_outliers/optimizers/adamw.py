@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from beyond_outliers.optimizers.groups import LIMITS, RoleGroups, laid_out_like, require
+from beyond_outliers.optimizers.groups import KINDS, ROLES, RoleGroups, lay_out, require
 
 
 class _Checked(RoleGroups):
@@ -16,9 +16,7 @@ class _Checked(RoleGroups):
         """One update. Returns the closure's loss. NonFiniteGradientError before anything is changed."""
         loss = self.evaluated(closure)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad = laid_out_like(p)
+            lay_out(group["params"])
         super().step()
         return loss
 
@@ -30,6 +28,8 @@ class AdamW(_Checked, torch.optim.AdamW):
     (0.9, 0.95), the habit of language-model training; torch's own default is (0.9, 0.999).
     """
 
+    squared = ROLES
+
     def __init__(
         self,
         params,
@@ -39,12 +39,9 @@ class AdamW(_Checked, torch.optim.AdamW):
         weight_decay: float = 0.0,
     ):
         for name, value in {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}.items():
-            require(LIMITS[name], name, value)  # before torch, whose words for it are others
+            require(KINDS[name], name, value)  # before torch, whose words for it are others
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler then skips an overflow itself, as with all the others
-
-    def squares(self, group: dict) -> bool:
-        return True
 
     def state_shapes(self, group: dict, parameter: torch.Tensor) -> dict[str, torch.Size]:
         return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}

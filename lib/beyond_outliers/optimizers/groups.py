@@ -7,66 +7,48 @@ or a QK scale is not the regularisation that the hyperparameter means.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from beyond_outliers.config.parsing import Limit, between, choose, parse
 from beyond_outliers.modules import find_head
 
 ROLES = ("matrix", "embedding", "vector")
 LARGE = 1e18  # a norm of all gradients from which on it is looked at closely; its square nears the end of float32
 
 
-class Limit(NamedTuple):
-    """Which values a hyperparameter may have, in words and as a question."""
-
-    words: str
-    allows: Callable[[Any], bool]
-
-
-def whole(least: int, most: int = 2**31) -> Limit:
-    return Limit(
-        f"a whole number from {least} to {most}",
-        lambda value: type(value) is not bool and isinstance(value, Integral) and least <= int(value) <= most,
-    )
-
-
-def real(words: str, allows: Callable[[Any], bool]) -> Limit:
-    """Of a number, or of a tensor of one (torch's word for a rate that a compiled step reads)."""
-    return Limit(words, lambda v: type(v) is not bool and isinstance(v, Real | Tensor) and bool(allows(v)))
-
-
-AT_LEAST_0 = real("at least 0", lambda value: 0 <= value < math.inf)
-POSITIVE = real("positive", lambda value: 0 < value < math.inf)
-SHARE = real("in [0, 1)", lambda value: 0 <= value < 1)
-YES_OR_NO = Limit("True or False", lambda value: isinstance(value, bool))
-# of every hyperparameter of the study's optimizers; `RoleGroups.limits` where a class has another one
-LIMITS: dict[str, Limit] = {
-    "lr": AT_LEAST_0,
-    "weight_decay": AT_LEAST_0,
+ZERO_OR_MORE = Annotated[float, between(0, math.inf)]
+ABOVE_0 = Annotated[float, Limit("above 0", lambda value: value > 0)]
+SHARE = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
+TO_1 = Annotated[float, Limit("in (0, 1]", lambda value: 0 < value <= 1)]
+COUNT = Annotated[int, between(1, 2**31)]
+DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)  # in float16 a large gradient is infinite, a small one 0
+# the kind of every hyperparameter of the study's optimizers, as `parse` takes it; `RoleGroups.kinds` where a class has
+# another one
+KINDS: dict[str, Any] = {
+    "lr": ZERO_OR_MORE,
+    "weight_decay": ZERO_OR_MORE,
     "momentum": SHARE,
-    "betas": Limit("two numbers in [0, 1)", lambda value: len(value) == 2 and all(map(SHARE.allows, value))),
-    "eps": AT_LEAST_0,
-    "ns_steps": whole(1, 100),
-    "ns_dtype": Limit(  # in float16 a large gradient is infinite, and a small one 0
-        "None, torch.bfloat16, torch.float32 or torch.float64",
-        lambda value: value in (None, torch.bfloat16, torch.float32, torch.float64),
-    ),
-    "nesterov": YES_OR_NO,
-    "constrained": YES_OR_NO,
-    "scale": POSITIVE,
-    "embedding_lmo": Limit("one of sign, column", lambda value: value in ("sign", "column")),
-    "frequency": whole(1),
-    "max_block_size": whole(1),
-    "max_preconditioned_size": whole(1),
-    "max_size_triangular": whole(0),
-    "shampoo_beta": Limit("None or in [0, 1)", lambda value: value is None or SHARE.allows(value)),
-    "preconditioner_lr": real("in (0, 1]", lambda value: 0 < value <= 1),
-    "update_probability": Limit("None or in (0, 1]", lambda value: value is None or 0 < value <= 1),
+    "betas": Annotated[
+        tuple[float, ...], Limit("of two in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
+    ],
+    "eps": ZERO_OR_MORE,
+    "ns_steps": Annotated[int, between(1, 100)],
+    "ns_dtype": Annotated[object, Limit(str(DTYPES), DTYPES.__contains__)],
+    "nesterov": bool,
+    "constrained": bool,
+    "scale": ABOVE_0,
+    "embedding_lmo": Annotated[object, Limit("sign, column", ("sign", "column").__contains__)],
+    "frequency": COUNT,
+    "max_block_size": COUNT,
+    "max_preconditioned_size": COUNT,
+    "max_size_triangular": Annotated[int, between(0, 2**31)],
+    "shampoo_beta": SHARE | None,
+    "preconditioner_lr": TO_1,
+    "update_probability": TO_1 | None,
 }
 
 
@@ -77,18 +59,21 @@ class NonFiniteGradientError(ValueError):
 class RoleGroups(torch.optim.Optimizer):
     """Base, alone or with one of torch's: groups carry `role`; non-finite gradients are refused.
 
-    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults, `limits`
-    those hyperparameters whose valid values differ from LIMITS.
+    `role_defaults[role]` holds the settings in which a role's groups differ from the optimizer's defaults. `kinds`
+    holds those hyperparameters whose valid values differ from KINDS. `squared`: the roles whose state keeps squares of
+    gradients, which an overflow would spoil for good. `travels`: what a copy or a pickle takes along.
     """
 
-    role_defaults: Mapping[str, dict] = MappingProxyType({})
-    limits: ClassVar[Mapping[str, Limit]] = MappingProxyType({})
+    role_defaults: dict[str, dict] = {}  # noqa: RUF012  # never written to
+    kinds: ClassVar[dict[str, Any]] = {}
+    squared: ClassVar[tuple[str, ...]] = ()
+    travels: ClassVar[tuple[str, ...]] = ("role_defaults",)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; `params` are tensors or (name, tensor) pairs. ValueError for parameters that cannot be used."""
         entries, of_group = param_group["params"], param_group.get("role")
-        if of_group not in (None, *ROLES):
-            raise ValueError(f"unknown role {of_group!r}: valid roles are {', '.join(ROLES)}")
+        if of_group is not None:
+            choose("role", of_group, ROLES)
         split: dict[str, list] = {of_group: []} if of_group else {"matrix": [], "vector": []}
         for entry in [entries] if isinstance(entries, Tensor) else entries:
             name, tensor = entry if isinstance(entry, tuple) else ("a parameter", entry)
@@ -110,19 +95,15 @@ class RoleGroups(torch.optim.Optimizer):
 
     def check(self, group: dict) -> None:
         """ValueError that names a hyperparameter of `group` which is out of range. Every group is asked."""
-        for name, limit in {**LIMITS, **self.limits}.items():
+        for name, kind in {**KINDS, **self.kinds}.items():
             if name in group:
-                require(limit, name, group[name])
+                require(kind, name, group[name])
         least = max((torch.finfo(p.dtype).tiny for p in group["params"]), default=0.0)
         if 0 < group.get("eps", 0) < least:
             raise ValueError(f"eps must be 0 or at least {least:.2g}, the dtype's smallest, not {group['eps']!r}")
 
-    def squares(self, group: dict) -> bool:
-        """Whether the group's state keeps squares of gradients, which an overflow would spoil for good."""
-        return False
-
-    def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
-        return {**super().__getstate__(), "role_defaults": dict(self.role_defaults)}
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.travels}}
 
     def state_shapes(self, group: dict, parameter: Tensor) -> dict[str, torch.Size]:
         """Shapes of the tensors that a parameter's state holds, by key, once it has taken a step; counts left out."""
@@ -180,7 +161,7 @@ class RoleGroups(torch.optim.Optimizer):
             raise ValueError("a gradient is sparse; valid: dense ones, as of nn.Embedding(sparse=False)")
         if not gradients or torch.stack(torch._foreach_norm(gradients)).sum() < LARGE:
             return
-        squared = {id(p) for group in self.param_groups if self.squares(group) for p in group["params"]}
+        squared = {id(p) for group in self.param_groups if group["role"] in self.squared for p in group["params"]}
         dtype = str(gradients[0].dtype).removeprefix("torch.")
         for what, spoilt in (
             ("non-finite gradient of", lambda p: not p.grad.isfinite().all()),
@@ -215,20 +196,19 @@ def _refuse_misfit(name: str, state: dict, shapes: dict[str, torch.Size]) -> Non
             raise ValueError(f"the state of {name} has {key} of shape {tuple(shape)}, not {tuple(shapes[key])}")
 
 
-def laid_out_like(p: Tensor) -> Tensor:
-    """p's gradient with p's strides: a copy if it has others, which torch's fused kernels would read in wrong order."""
-    assert p.grad is not None, "parameters without gradient are left alone"
-    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+def lay_out(params: Iterable[Tensor]) -> None:
+    """Gives gradients the strides of their parameters, where torch's fused kernels would read them in wrong order."""
+    for p in params:
+        if p.grad is not None and p.grad.stride() != p.stride():
+            p.grad = torch.empty_like(p).copy_(p.grad)
 
 
-def require(limit: Limit, name: str, value: Any) -> None:
-    """ValueError naming the hyperparameter, its value and what is valid, unless the limit allows it."""
-    try:
-        allowed = limit.allows(value)
-    except TypeError:  # of another kind
-        allowed = False
-    if not allowed:
-        raise ValueError(f"{name} must be {limit.words}, not {value!r}")
+def require(kind: Any, name: str, value: Any) -> None:
+    """ValueError naming the hyperparameter, its value and what is valid, unless `value` is of the kind.
+
+    A number may be a tensor of one, torch's word for a rate that a compiled step reads.
+    """
+    parse(value.item() if hasattr(value, "item") else value, kind, name)
 
 
 def refuse_unusable(name: str, tensor: Tensor, role: str) -> None:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import LIMITS, laid_out_like, require
+from beyond_outliers.optimizers.groups import KINDS, lay_out, require
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -54,6 +54,8 @@ class Muon(StackedOptimizer):
     `adamw_lr`, `adamw_betas`, `adamw_eps` of the roles embedding and vector. ValueError for values out of range.
     """
 
+    squared = ("embedding", "vector")
+
     def __init__(
         self,
         params,
@@ -68,13 +70,10 @@ class Muon(StackedOptimizer):
         adamw_eps: float = 1e-6,
     ):
         for name, value in {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}.items():
-            require(LIMITS[name], f"adamw_{name}", value)
+            require(KINDS[name], f"adamw_{name}", value)
         defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "betas": tuple(adamw_betas), "eps": adamw_eps}
-        super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in ("embedding", "vector")})
-
-    def squares(self, group: dict) -> bool:
-        return group["role"] != "matrix"
+        super().__init__(params, defaults, {role: {"lr": adamw_lr} for role in self.squared})
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         if group["role"] == "matrix":
@@ -105,6 +104,5 @@ def adamw_step(group: dict, stack: Stack, step: int) -> None:
             count = torch.tensor(float(step - 1), dtype=torch.float32, device=p.device)
             inner.state[p] = {"step": count, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
     inner.param_groups[0] |= {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    for p in stack.params:
-        p.grad = laid_out_like(p)
+    lay_out(stack.params)
     inner.step()

@@ -7,7 +7,7 @@ a small model (see `trial`): whether a resumed run goes on bit by bit, and wheth
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from beyond_outliers.config.loading import load_own
 from beyond_outliers.config.parsing import choose
 from beyond_outliers.optimizers.adamw import AdamW
-from beyond_outliers.optimizers.groups import ROLES, RoleGroups, laid_out_like
+from beyond_outliers.optimizers.groups import ROLES, RoleGroups, lay_out
 
 KEYS = ("roles", "rest_lr", "groups")  # hyperparameters of `Outside` itself
 
@@ -31,13 +31,15 @@ def load_optimizer(source: str) -> tuple[Callable, Mapping[str, inspect.Paramete
         raise ValueError(f"{source} is no optimizer ({error}); valid: a class of torch.optim's form") from None
 
 
-def check_hyperparameters(source: str, parameters: Mapping[str, inspect.Parameter], given: Sequence[str]) -> None:
-    """ValueError for hyperparameters that the class does not take, naming those that it does."""
+def check_hyperparameters(
+    name: str, parameters: Mapping[str, inspect.Parameter], given: Iterable[str], more: Iterable[str] = ()
+) -> None:
+    """ValueError for hyperparameters that a class does not take, naming those that it does, and `more` of others."""
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return  # it takes everything, and says itself what it cannot use
-    valid = [name for name in list(parameters)[1:] if name not in ("lr", "weight_decay")]
+    valid = [*(key for key in list(parameters)[1:] if key not in ("lr", "weight_decay")), *more]
     if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{source} has no hyperparameter {', '.join(unknown)}; valid: {', '.join([*KEYS, *valid])}")
+        raise ValueError(f"{name} has no hyperparameter {', '.join(unknown)}; valid: {', '.join(valid)}")
 
 
 class Outside(RoleGroups):
@@ -49,6 +51,8 @@ class Outside(RoleGroups):
     other than 0 is an error where the class does not take it. ValueError, too, for a class that changes parameters when
     it is made, puts them into other groups, or wants to be told when it trains and when it is evaluated.
     """
+
+    travels = ("role_defaults", "source", "roles", "parts")
 
     def __init__(
         self,
@@ -64,12 +68,11 @@ class Outside(RoleGroups):
         for role in (*roles, *groups):
             choose("role", role, ROLES)
         factory, arguments = load_optimizer(source)
-        check_hyperparameters(source, arguments, list(hyper))
+        check_hyperparameters(source, arguments, hyper, KEYS)
         if weight_decay and "weight_decay" not in arguments:
             raise ValueError(f"weight_decay of {source}, which has none, must be 0, not {weight_decay!r}")
         self.source, self.roles = source, tuple(roles)
-        missing = float("nan")
-        rest = {"lr": missing if rest_lr is None else rest_lr}
+        rest = {"lr": math.nan if rest_lr is None else rest_lr}
         self.role_defaults = {role: rest for role in ROLES if role not in roles}
         self.parts: list[torch.optim.Optimizer] = []
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -100,9 +103,6 @@ class Outside(RoleGroups):
         ours = [group for group in self.param_groups if group["role"] in self.roles]
         return ours, [group for group in self.param_groups if group["role"] not in self.roles]
 
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "source": self.source, "roles": self.roles, "parts": self.parts}
-
     def _refuse_strange(self, made: Any, groups: list[dict], before: list[Tensor]) -> None:
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"{self.source} gives a {type(made).__name__}; valid: a torch.optim.Optimizer")
@@ -124,9 +124,7 @@ class Outside(RoleGroups):
         for made, groups in zip(self.parts, self._groups(), strict=False):
             for own, group in zip(made.param_groups, groups, strict=True):
                 own["lr"] = group["lr"]  # as the schedule set it
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad = laid_out_like(p)
+                lay_out(group["params"])
             with self.precisely():
                 made.step()
         return loss

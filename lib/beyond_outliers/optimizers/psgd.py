@@ -31,11 +31,13 @@ O(m^2 k) rather than O(m^3), without any other m x m matrix: |.| and triu(.) Q c
 
 import math
 import warnings
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import require, whole
+from beyond_outliers.config.parsing import between
+from beyond_outliers.optimizers.groups import require
 from beyond_outliers.optimizers.linalg import gram, norm_lower_bound, norm_lower_bound_of_gram
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -56,6 +58,8 @@ class PSGD(StackedOptimizer):
     study of 1,024 words has the same sides with 512 (tests/optimizers/test_sides.py).
     """
 
+    travels = ("role_defaults", "generator")
+
     def __init__(
         self,
         params,
@@ -67,15 +71,10 @@ class PSGD(StackedOptimizer):
         update_probability: float | None = None,
         seed: int = 0,
     ):
-        require(whole(0, 2**63), "seed", seed)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        defaults |= {"preconditioner_lr": preconditioner_lr, "max_size_triangular": max_size_triangular}
-        super().__init__(params, defaults | {"update_probability": update_probability})
+        require(Annotated[int, between(0, 2**63)], "seed", seed)
+        super().__init__(params, locals(), beside=("seed",))
         device = next(p.device for group in self.param_groups for p in group["params"])
         self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __getstate__(self) -> dict:  # what copy.deepcopy and pickle see
-        return {**super().__getstate__(), "generator": self.generator}
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "generator": self.generator.get_state()}

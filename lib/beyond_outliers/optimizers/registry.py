@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from beyond_outliers.config.registry import OPTIMIZER_NAMES, REGISTRY, ROLE_RATES, Entry, entry
-from beyond_outliers.optimizers.groups import AT_LEAST_0, parameter_groups, require
-from beyond_outliers.optimizers.outside import Outside
+from beyond_outliers.optimizers.groups import ZERO_OR_MORE, parameter_groups, require
+from beyond_outliers.optimizers.outside import Outside, check_hyperparameters
 
 __all__ = ["OPTIMIZERS", "REGISTRY", "Entry", "build_optimizer"]
 
@@ -26,15 +26,12 @@ def build_optimizer(
     """
     one = entry(name)
     if name in REGISTRY:
-        valid = [*list(inspect.signature(one.optimizer).parameters)[1:], *ROLE_RATES, "centred_embedding"]
-        if unknown := sorted(hyper.keys() - set(valid)):
-            raise ValueError(
-                f"{one.label} has no hyperparameter {', '.join(unknown)}: valid ones are {', '.join(valid)}"
-            )
+        taken = inspect.signature(one.optimizer).parameters
+        check_hyperparameters(one.label, taken, hyper, [*ROLE_RATES, "centred_embedding"])
     groups = parameter_groups(model)
     for key, (role, setting) in ROLE_RATES.items():
         if hyper.get(key) is not None:
-            require(AT_LEAST_0, key, hyper[key])
+            require(ZERO_OR_MORE, key, hyper[key])
             own = hyper.pop(key)
             groups = [{**group, setting: own} if group["role"] == role else group for group in groups]
     centred = hyper.pop("centred_embedding", False)

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import AT_LEAST_0, real, require
+from beyond_outliers.optimizers.groups import TO_1, ZERO_OR_MORE, require
 from beyond_outliers.optimizers.muon import newton_schulz
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -36,7 +36,7 @@ class Scion(StackedOptimizer):
     ValueError for values out of range, and for weight decay with `constrained`, which is a decay of 1 already.
     """
 
-    limits: ClassVar = {"momentum": real("in (0, 1]", lambda value: 0 < value <= 1)}
+    kinds: ClassVar = {"momentum": TO_1}
 
     def __init__(
         self,
@@ -52,17 +52,15 @@ class Scion(StackedOptimizer):
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
     ):
-        require(AT_LEAST_0, "embedding_lr", embedding_lr)
-        require(AT_LEAST_0, "vector_lr", vector_lr)
-        defaults: dict = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "scale": scale}
-        defaults |= {"embedding_lmo": embedding_lmo, "constrained": constrained}
-        defaults |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
-        super().__init__(params, defaults, {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}})
+        require(ZERO_OR_MORE, "embedding_lr", embedding_lr)
+        require(ZERO_OR_MORE, "vector_lr", vector_lr)
+        role_rates = {"embedding": {"lr": embedding_lr}, "vector": {"lr": vector_lr}}
+        super().__init__(params, locals(), role_rates, ("embedding_lr", "vector_lr", "role_rates"))
 
     def check(self, group: dict) -> None:
         super().check(group)
-        if group["constrained"]:
-            require(real("0 when constrained", lambda decay: decay == 0), "weight_decay", group["weight_decay"])
+        if group["constrained"] and group["weight_decay"]:
+            raise ValueError(f"weight_decay must be 0 when constrained, not {group['weight_decay']!r}")
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}

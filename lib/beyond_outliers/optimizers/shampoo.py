@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from beyond_outliers.optimizers.groups import POSITIVE
+from beyond_outliers.optimizers.groups import ABOVE_0, ROLES
 from beyond_outliers.optimizers.linalg import add_gram_, eigh, gram
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -40,7 +40,8 @@ class Shampoo(StackedOptimizer):
     of 1,024 words has the same blocks with 384 (tests/optimizers/test_sides.py).
     """
 
-    limits: ClassVar = {"eps": POSITIVE}
+    kinds: ClassVar = {"eps": ABOVE_0}
+    squared = ROLES
 
     def __init__(
         self,
@@ -52,11 +53,7 @@ class Shampoo(StackedOptimizer):
         frequency: int = 20,
         max_block_size: int = 12_288,
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
-        super().__init__(params, defaults | {"frequency": frequency, "max_block_size": max_block_size})
-
-    def squares(self, group: dict) -> bool:
-        return True
+        super().__init__(params, locals())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

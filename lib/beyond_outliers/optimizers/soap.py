@@ -20,6 +20,7 @@ correction, but for the weight decay (0.01 in the reference).
 import torch
 from torch import Tensor
 
+from beyond_outliers.optimizers.groups import ROLES
 from beyond_outliers.optimizers.linalg import add_gram_, eigh, orthonormal
 from beyond_outliers.optimizers.stacking import Stack, StackedOptimizer
 
@@ -35,6 +36,8 @@ class SOAP(StackedOptimizer):
     1,024 words has the same sides with 512 (tests/optimizers/test_sides.py).
     """
 
+    squared = ROLES
+
     def __init__(
         self,
         params,
@@ -46,12 +49,7 @@ class SOAP(StackedOptimizer):
         frequency: int = 10,
         max_preconditioned_size: int = 10_000,
     ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "shampoo_beta": shampoo_beta}
-        defaults |= {"eps": eps, "frequency": frequency, "max_preconditioned_size": max_preconditioned_size}
-        super().__init__(params, defaults)
-
-    def squares(self, group: dict) -> bool:
-        return True
+        super().__init__(params, locals())
 
     def init_state(self, group: dict, parameter: Tensor) -> dict[str, Tensor]:
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -70,7 +68,7 @@ class SOAP(StackedOptimizer):
             rotated = rotate(gradient, state)
             state["exp_avg"].lerp_(rotated, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-            update = rotate_back(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state)
+            update = rotate(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), state, back=True)
             stack.descend(update, group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step))
             stack.decay(group["lr"], group["weight_decay"])
 
@@ -86,7 +84,7 @@ class SOAP(StackedOptimizer):
 
     def turn_bases(self, state: dict[str, Tensor]) -> None:
         """One power iteration and QR per factor; V follows the sorting, M goes back and forth."""
-        state["exp_avg"].copy_(rotate_back(state["exp_avg"], state))
+        state["exp_avg"].copy_(rotate(state["exp_avg"], state, back=True))
         for axis, side in enumerate(("left", "right")):
             if side not in state:
                 continue
@@ -99,15 +97,13 @@ class SOAP(StackedOptimizer):
         state["exp_avg"].copy_(rotate(state["exp_avg"], state))
 
 
-def rotate(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Q_L^T x Q_R, an absent basis being the identity; (N, rows, cols), or (N, n) without bases."""
-    if "left" in state:
-        x = state["left_basis"].mT @ x
-    return x @ state["right_basis"] if "right" in state else x
+def rotate(x: Tensor, state: dict[str, Tensor], back: bool = False) -> Tensor:
+    """Q_L^T x Q_R, or `back` Q_L x Q_R^T, an absent basis being the identity.
 
-
-def rotate_back(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Q_L x Q_R^T."""
+    x: (N, rows, cols), or (N, n) without bases.
+    """
     if "left" in state:
-        x = state["left_basis"] @ x
-    return x @ state["right_basis"].mT if "right" in state else x
+        x = (state["left_basis"] if back else state["left_basis"].mT) @ x
+    if "right" in state:
+        x = x @ (state["right_basis"].mT if back else state["right_basis"])
+    return x

@@ -76,11 +76,13 @@ class StackedOptimizer(RoleGroups):
     gradient are left alone; which ones have a gradient may change from step to step.
     """
 
-    def __init__(self, params, defaults: dict, role_defaults: dict[str, dict] | None = None):
+    def __init__(self, params, given: dict, role_defaults: dict[str, dict] | None = None, beside: tuple[str, ...] = ()):
+        """given: `locals()` of a subclass, whose arguments are settings of its groups, but for those `beside` them."""
+        given = {name: given[name] for name in given if name not in ("self", "params", "__class__", *beside)}
         self.role_defaults = role_defaults or {}
         self._stacks: dict[int, tuple[list[tuple[int, int]], list[Stack]]] = {}
         self._sharing = Sharing()
-        super().__init__(params, defaults)
+        super().__init__(params, given)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

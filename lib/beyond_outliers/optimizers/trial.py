@@ -4,6 +4,7 @@ print("\\n".join(trial("pytorch_optimizer:Lion", lr=1e-3)))
 """
 
 import io
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,14 +33,15 @@ def trial(name: str, lr: float, **hyper) -> list[str]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = Olmo2(Olmo2Config(vocab_size=24, width=16, depth=1, n_heads=2))
-            optimizer = build_optimizer(model, name, rate, **hyper)
+            build = partial(build_optimizer, model, name, rate, **hyper)
+            optimizer = build()
             rates = [group["lr"] for group in optimizer.param_groups]
             ours.update(n for group in optimizer.param_groups if group["role"] in roles for n in group["param_names"])
             generator = torch.Generator().manual_seed(1)
             torch.manual_seed(2)
             for step in range(STEPS):
                 if interrupted and step == INTERRUPTED_AT:
-                    optimizer = _resumed(optimizer, build_optimizer(model, name, rate, **hyper))
+                    _resume(optimizer, optimizer := build())
                     torch.manual_seed(3)
                 for group, base in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = base * (factor if step and group["role"] in roles else 1.0)
@@ -75,8 +77,8 @@ def trial(name: str, lr: float, **hyper) -> list[str]:
                 f"a resumed run ends in the same weights (here {distance:.1e} apart); the class keeps something "
                 "outside of its state_dict, such as a random generator or a count"
             )
-    if still := [n for n in weights if n not in moved]:
-        lines.append(f"every parameter is trained; these are not: {', '.join(still)}")
+    if still := weights.keys() - moved:
+        lines.append(f"every parameter is trained; these are not: {', '.join(sorted(still))}")
     return lines
 
 
@@ -84,8 +86,8 @@ class _NotKept(Exception):
     """The state of an optimizer does not survive a file."""
 
 
-def _resumed(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """`new` with the state of `old` after a round trip through a file; _NotKept where that fails."""
+def _resume(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Gives `new` the state of `old` after a round trip through a file; _NotKept where that fails."""
     file = io.BytesIO()
     try:
         torch.save(old.state_dict(), file)
@@ -93,4 +95,3 @@ def _resumed(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.op
         new.load_state_dict(torch.load(file, weights_only=True))
     except Exception as error:  # pickle, torch and the class itself each have errors of their own
         raise _NotKept(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
-    return new

@@ -15,7 +15,6 @@ import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,16 +42,15 @@ class IdentificationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """A fitted law. `intervals` and `identified` mirror `parameters`, with one entry "rho" that is a dict by bits.
+    """A fitted law.
 
-    parameters: A, alpha, E. rho: by bits, 1 at 16. intervals: (low, high). identified: False where the
-    runs leave a parameter open; `warnings` says why, in words. objective: the Huber loss; n: the number of runs.
+    parameters: A, alpha, E. rho: by bits, 1 at 16. rows: the table of both, with intervals (low, high), and identified,
+    False where the runs leave a parameter open; `warnings` says why, in words. objective: the Huber loss; n: runs.
     """
 
     parameters: dict[str, float]
     rho: dict[float, float]
-    intervals: dict = field(repr=False)
-    identified: dict
+    rows: pd.DataFrame = field(repr=False)
     warnings: list[str]
     objective: float
     n: int
@@ -67,12 +65,7 @@ class ScalingLaw:
 
     def table(self) -> pd.DataFrame:
         """One row a parameter: parameter, bits (rho only), value, low, high, identified."""
-        found = [
-            (name, None, value, *self.intervals[name], self.identified[name]) for name, value in self.parameters.items()
-        ]
-        for bits, value in self.rho.items():
-            found.append(("rho", bits, value, *self.intervals["rho"][bits], self.identified["rho"][bits]))
-        return pd.DataFrame(found, columns=["parameter", "bits", "value", "low", "high", "identified"])
+        return self.rows
 
 
 def fit_scaling_law(runs: pd.DataFrame, bootstrap: int = 200) -> ScalingLaw:
@@ -189,18 +182,18 @@ def _fit(runs: pd.DataFrame, by: str | None, share: Sequence[str], bootstrap: in
     widening = np.sqrt(n / (n - p)) if bootstrap else np.nan
     laws = {}
     for group in sorted(set(runs[by])) if by else [None]:
-        own = [key for key in problem.keys if key[1] in (None, group)]
-        values, intervals = {}, {}
+        own = sorted((key for key in problem.keys if key[1] in (None, group)), key=lambda key: key[2] or 0)
+        rows: list[tuple] = []
         for key in own:
-            values[key] = float(_natural(problem, key, best[None], group)[0])
-            sample, centre = np.log(_natural(problem, key, draws, group)), np.log(values[key])
+            value = _natural(problem, key, best[None], group)[0]
+            sample, centre = np.log(_natural(problem, key, draws, group)), np.log(value)
             ends = np.quantile(centre + widening * (sample - centre), TAILS) if bootstrap else (np.nan, np.nan)
-            intervals[key] = tuple(np.exp(ends).tolist())
+            rows.append((key[0], key[2], float(value), *np.exp(ends).tolist(), not reasons[key]))
+        rows.insert(len(PARAMETERS), ("rho", FULL_PRECISION, 1.0, 1.0, 1.0, True))
         laws[group] = ScalingLaw(
-            parameters={key[0]: values[key] for key in own if key[0] != "rho"},
-            rho=_mirror(values, 1.0)["rho"],
-            intervals=_mirror(intervals, (1.0, 1.0)),
-            identified=_mirror({key: not reasons[key] for key in own}, True),
+            parameters={name: value for name, bits, value, *_ in rows if bits is None},
+            rho={bits: value for _, bits, value, *_ in rows if bits is not None},
+            rows=pd.DataFrame(rows, columns=["parameter", "bits", "value", "low", "high", "identified"]),
             warnings=list(dict.fromkeys(itertools.chain(*(reasons[key] for key in own)))),
             objective=objective,
             n=n,
@@ -215,12 +208,6 @@ def _drawn(problem: Problem, runs, strata: list[str], times: int) -> tuple[np.nd
     best = fits[costs.argmin()]
     weights = resamples(runs.groupby(strata).ngroup().to_numpy(), times)
     return best, float(costs.min()), minimise(problem, np.tile(best, (times, 1)), weights)[0]
-
-
-def _mirror(of: dict[tuple, Any], full_precision) -> dict[str, Any]:
-    """Column keys -> names, "rho" a dict by bits with `full_precision` at 16."""
-    rho = {key[2]: of[key] for key in sorted((k for k in of if k[0] == "rho"), key=lambda k: k[2])}
-    return {key[0]: of[key] for key in of} | {"rho": {FULL_PRECISION: full_precision} | rho}
 
 
 def _natural(problem: Problem, key: tuple, theta: np.ndarray, group) -> np.ndarray:

@@ -6,6 +6,6 @@ __getattr__, __all__ = lazily(
     __name__,
     study="Study",
     tables="MEASURED TABLES MissingResults",
-    measure="measure_folder measure_run specs validation_batches",
+    measure="measure_run specs validation_batches",
     plan="plan_table print_plan",
 )

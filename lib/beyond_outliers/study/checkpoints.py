@@ -23,10 +23,6 @@ from beyond_outliers.study.study import Study
 from beyond_outliers.train.folder import RunResult, model_of
 
 
-def folder(scale: str) -> Path:
-    return paths.CHECKPOINTS / scale
-
-
 def keep(study: Study) -> list[Path]:
     """Writes the checkpoints of the lowest main seed that has ended here, one a (size, optimizer, scheme).
 
@@ -40,7 +36,7 @@ def keep(study: Study) -> list[Path]:
             chosen.setdefault((config.size, config.optimizer, (config.quantization or {}).get("scheme")), result)
     written = []
     for result in chosen.values():
-        target = folder(study.scale) / f"{result.config.name}.safetensors"
+        target = paths.CHECKPOINTS / study.scale / f"{result.config.name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
         weights = result.weights(result.row["steps"])
         halves = {name: value.to(torch.bfloat16) for name, value in weights.items()}
@@ -52,7 +48,7 @@ def keep(study: Study) -> list[Path]:
 
 def checkpoints(scale: str) -> dict[str, Path]:
     """Run name -> file of the committed checkpoints of a scale; empty where there are none."""
-    return {file.stem: file for file in sorted(folder(scale).glob("*.safetensors"))}
+    return {file.stem: file for file in sorted((paths.CHECKPOINTS / scale).glob("*.safetensors"))}
 
 
 def load_checkpoint(file: Path) -> tuple[RunConfig, nn.Module]:
@@ -75,7 +71,7 @@ def replay(study: Study) -> pd.DataFrame:
     """
     files, rows = checkpoints(study.scale), []
     if not files:
-        raise ValueError(f"no checkpoint in {folder(study.scale)}: run `beyond-outliers keep` first")
+        raise ValueError(f"no checkpoint in {paths.CHECKPOINTS / study.scale}: run `beyond-outliers keep` first")
     final = {name: study.table(name).query("checkpoint == 'final'") for name in ("ptq", "outliers", "propagation")}
     for run, file in tqdm(files.items(), desc="replay", disable=None):
         config, model = load_checkpoint(file)

@@ -7,12 +7,13 @@ given, they are looked for from the class's own default, a factor of 3 apart, un
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.config.loading import is_own
 from beyond_outliers.config.outside import Outside, optimizer_file, parted, read_outside
 from beyond_outliers.config.protocol import Planned
 from beyond_outliers.config.rates import line_search
@@ -51,18 +52,15 @@ def source_of(optimizer: str) -> str:
     """ "torch.optim.SGD" and "torch.optim:SGD" alike -> "torch.optim:SGD"; ValueError for no such name."""
     if optimizer in REGISTRY:
         raise ValueError(f"{optimizer!r} is one of the study's own: its runs are in the tables of the scale")
-    found = optimizer if ":" in optimizer else ":".join(optimizer.rsplit(".", 1))
-    if not is_own(found):
-        raise ValueError(f"{optimizer!r} names no optimizer; valid: module:Class, for instance pytorch_optimizer:Lion")
-    return found
+    return optimizer if ":" in optimizer else ":".join(optimizer.rsplit(".", 1))
 
 
 def define(
-    scale: str,
+    study: Study,
     optimizer: str,
     name: str | None = None,
     label: str | None = None,
-    hyper: dict[str, Any] | None = None,
+    hyper: Mapping[str, Any] = MappingProxyType({}),
     rates: tuple[float, ...] = (),
 ) -> tuple[str, Outside]:
     """(scale+name, definition) of an optimizer from outside: the one that is there already, or a new one.
@@ -72,8 +70,7 @@ def define(
     """
     source = source_of(optimizer)
     label = label or source.partition(":")[2]
-    beside = f"{scale}+{name or re.sub('[^a-z0-9._-]', '', label.lower())}"
-    hyper = hyper or {}
+    beside = f"{study.scale}+{name or re.sub('[^a-z0-9._-]', '', label.lower())}"
     default = load_optimizer(source)[1].get("lr")
     start = default.default if default and isinstance(default.default, (int, float)) else START
     known = read_outside(beside) if optimizer_file(beside).exists() else None
@@ -82,14 +79,12 @@ def define(
             f"{optimizer_file(beside)} is {known.source} with {known.hyper}, not {source} with {hyper}; valid: another "
             "name for this one, or that folder removed"
         )
-    grid = rates or (known.learning_rates if known else (float(start),))
-    tuned = Study(scale).protocol.tuned
     return beside, Outside(
         source=source,
         label=label,
-        learning_rates=tuple(grid),
-        auxiliary=AUXILIARY_START if tuned else None,
-        hyper=hyper,
+        learning_rates=rates or (known.learning_rates if known else (float(start),)),
+        auxiliary=AUXILIARY_START if study.protocol.tuned else None,
+        hyper=dict(hyper),
     )
 
 
@@ -107,9 +102,9 @@ def search_rates(study: Study, one: Outside) -> tuple[float, ...]:
     return tuple(line_search(loss, one.learning_rates[0], FACTOR, 0.0)["tried"])
 
 
-def begin(scale: str, beside: str, one: Outside) -> Study:
+def begin(base: Study, beside: str, one: Outside) -> Study:
     """Writes the definition, and returns its study; MissingResults for a scale without tables to compare with."""
-    Study(scale).table("runs")
+    base.table("runs")
     one.write(optimizer_file(beside))
     study = Study(beside)
     study.check()

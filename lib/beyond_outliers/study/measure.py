@@ -72,10 +72,6 @@ def _windows(tokens: np.ndarray, context: int, n_tokens: int) -> torch.Tensor:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(context)].astype(np.int64))
 
 
-def measure_folder(folder: Path, step: int) -> Path:
-    return folder / f"measure-{step:06d}"
-
-
 def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> Path:
     """Measures the checkpoint of `step` and returns the folder of its tables.
 
@@ -85,7 +81,7 @@ def measure_run(result: RunResult, step: int, level: str, settings: Measure) -> 
     DamagedFile where it is measured and its sums cannot be read.
     """
     choose("level", level, LEVELS)
-    target = measure_folder(result.folder, step)
+    target = result.folder / f"measure-{step:06d}"
     if any((target / f"{done}.done").exists() for done in LEVELS[LEVELS.index(level) :]):
         checksums.read_sums(target)  # torn ones are told here, before anything is made of the tables
         return target
@@ -114,24 +110,21 @@ def measure_model(model: nn.Module, config: RunConfig, level: str, settings: Mea
     for spec in dict.fromkeys([*(fitting(specs(settings), config) if level == "full" else light), *read]):
         inputs = calibration(corpus, context, settings.calibration_tokens) if spec.method == "gptq" else None
         quantized = quantize_model(model, spec, inputs)
-        found = _loss(quantized, corpus, context, settings)
-        ptq.append({"spec": spec.name, **asdict(spec), **found, "increase": found["val_loss"] - base["val_loss"]})
+        loss = _loss(quantized, corpus, context, settings)
+        ptq.append({"spec": spec.name, **asdict(spec), **loss, "increase": loss["val_loss"] - base["val_loss"]})
         if spec in (primary, *read):
             copies[spec] = quantized
         if settings.formats or spec == primary:  # a scale that names its specs wants accuracies of the primary alone
             chosen = tasks if spec == primary and settings.formats else ("cloze",)
             accuracies.append(_zero_shot(quantized, corpus, context, settings, chosen).assign(spec=spec.name))
+    found = {spec.name: network_readings(model, copies[spec], spec, batches) for spec in read}
+    readings = [(spec, *reading) for spec, values in found.items() for reading in values.items()]
     return {
         "ptq": pd.DataFrame(ptq),
         "zero_shot": pd.concat(accuracies, ignore_index=True),
         "outliers": activation_metrics(model, batches, primary),
         "propagation": _propagation(model, copies[primary], batches),
-    } | ({"readings": pd.concat([_readings(model, copies[spec], spec, batches) for spec in read])} if read else {})
-
-
-def _readings(model: nn.Module, quantized: nn.Module, spec: QuantSpec, batches: list[torch.Tensor]) -> pd.DataFrame:
-    found = network_readings(model, quantized, spec, batches)
-    return pd.DataFrame({"spec": spec.name, "reading": found.keys(), "value": found.values()})
+    } | ({"readings": pd.DataFrame(readings, columns=["spec", "reading", "value"])} if read else {})
 
 
 def network_readings(

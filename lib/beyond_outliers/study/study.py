@@ -43,8 +43,7 @@ class Study:
 
     def table(self, name: str) -> pd.DataFrame:
         """A result table. ValueError for an unknown name, MissingResults (with the remedy) when it is not there yet."""
-        if name not in TABLES:
-            raise ValueError(f"unknown table {name!r}; valid: {', '.join(TABLES)}")
+        choose("table", name, TABLES)
         file = self.results / f"{name}.csv"
         if not self.has(name):
             raise MissingResults(f"{file} is not there: run `make reproduce SCALE={self.scale}` first")
@@ -168,8 +167,7 @@ class Study:
         result, settings = self.train(planned, **options), self.protocol.measure
         torch.set_num_threads(self.protocol.threads)
         if result.row["status"] == "finished":
-            level = {"sweep": "light", "branches": "common"}.get(planned.purpose, "full")
-            measure_run(result, result.row["steps"], level, settings)
+            measure_run(result, result.row["steps"], planned.level, settings)
             if planned.purpose == "full_precision" and settings.trajectory:
                 measure_trajectory(result, settings)
         return result

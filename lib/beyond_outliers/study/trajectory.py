@@ -33,9 +33,9 @@ def averaged_model(result: RunResult, steps: list[int]) -> nn.Module:
 
 
 def trajectory_table(
-    result: RunResult, specs: list[QuantSpec], validation_tokens: int, propagation_tokens: int
+    result: RunResult, spec: QuantSpec, validation_tokens: int, propagation_tokens: int
 ) -> pd.DataFrame:
-    """One row a (checkpoint, format) of a full-precision run, the unquantized model among the formats as "none".
+    """Two rows a checkpoint of a full-precision run: unquantized, as format "none", and rounded as `spec` says.
 
     Columns: run, step, averaged (checkpoints whose mean the weights are; 1: the checkpoint itself, AVERAGED at the end
     of the constant learning rate and at the end of the run), spec, val_loss, increase (nats over the same weights
@@ -55,16 +55,13 @@ def trajectory_table(
         def loss(one: nn.Module) -> float:
             return validation_loss(one, corpus.validation, config.context, max_tokens=validation_tokens).loss
 
-        inputs, base = activation_metrics(model, batches), loss(model)
+        inputs, base, quantized = activation_metrics(model, batches), loss(model), quantize_model(model, spec)
         point = {"run": config.name, "step": over[-1], "averaged": len(over)}
         rows.append({**point, "spec": "none", "val_loss": base, "increase": 0.0})
         rows[-1] |= {"mmr": average(without_down(inputs))["mmr"], "kurtosis": average(inputs)["kurtosis"]}
-        for spec in specs:
-            quantized = quantize_model(model, spec)
-            found = loss(quantized)
-            readings = output_readings(model, quantized, batches).value
-            errors = readings[["R_L", "R_L_centred", "R_final_norm"]]
-            rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
+        errors = output_readings(model, quantized, batches).value[["R_L", "R_L_centred", "R_final_norm"]]
+        found = loss(quantized)
+        rows.append({**point, "spec": spec.name, "val_loss": found, "increase": found - base, **errors})
     return pd.DataFrame(rows)
 
 
@@ -75,7 +72,8 @@ def measure_trajectory(result: RunResult, settings: Measure) -> Path:
     """
     file = result.folder / "trajectory.csv"
     if not file.exists():
-        specs = [QuantSpec.named(settings.primary)]
         tokens = max(settings.validation_tokens // 2, result.config.context), settings.propagation_tokens // 2
-        checksums.write_text(file, trajectory_table(result, specs, *tokens).to_csv(index=False))
+        checksums.write_text(
+            file, trajectory_table(result, QuantSpec.named(settings.primary), *tokens).to_csv(index=False)
+        )
     return file

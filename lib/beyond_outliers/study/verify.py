@@ -41,7 +41,7 @@ def committed(scale: str) -> list[str]:
     return damages(tables) + unlisted(tables, "*.csv") + pages
 
 
-def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataFrame:
+def trained_again(study: Study, count: int) -> pd.DataFrame:
     """Up to `count` runs of the smallest size, drawn at random, trained from nothing: losses there and here, in nats.
 
     Columns: run, there, here, difference, same_processor, verdict ("same", "machine effect", "differs").
@@ -49,7 +49,7 @@ def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataF
     table = study.table("runs")
     table = table[(table["size"] == study.protocol.sizes[0]) & (table.status == "finished")].set_index("run")
     known = [planned for planned in study.planned() if planned.config.name in table.index]
-    chosen = random.Random(seed).sample(known, min(count, len(known)))
+    chosen = random.sample(known, min(count, len(known)))
     losses = []
     for planned in chosen:
         with tempfile.TemporaryDirectory() as root:
@@ -62,16 +62,16 @@ def trained_again(study: Study, count: int, seed: int | None = None) -> pd.DataF
     return found.assign(same_processor=rows.device_name == processor(), verdict=verdict)
 
 
-def verify(scale: str | None, count: int) -> int:
+def verify(study: Study | None, count: int) -> int:
     """Prints what is damaged: of all studies' tables and pages, or of all that one has; trains runs of that one again.
 
-    Returns 1 where something is not as it was, else 0. ValueError for an unknown scale.
+    Returns 1 where something is not as it was, else 0.
     """
-    study = Study(scale) if scale else None
-    chosen = [scale] if scale else sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
+    chosen = [study.scale] if study else sorted(folder.name for folder in paths.RESULTS.glob("[!.]*/"))
     wrong = [line for name in chosen for line in committed(name)]
-    if scale:
-        wrong += damages(paths.RUNS / scale) + damages(paths.CHECKPOINTS / scale) + damages(paths.CACHE / "corpus")
+    if study:
+        folders = study.runs_folder, paths.CHECKPOINTS / study.scale, paths.CACHE / "corpus"
+        wrong += [line for folder in folders for line in damages(folder)]
     print(*wrong, sep="\n", end="\n" * bool(wrong))
     outcome = f"{len(wrong)} damages" if wrong else "every byte is what was written"
     print(f"tables and pages of {', '.join(chosen)}: {outcome}")

@@ -38,9 +38,9 @@ def processors() -> int:
     return min(allowed, int(slurm)) if slurm.isdigit() and int(slurm) else allowed
 
 
-def build(study: Study, jobs: int | None = None) -> Study:
+def build(study: Study) -> Study:
     """The study with every run that it plans trained and measured, and the tables of them. StudyFailed where not."""
-    if not study.complete() and (status := reproduce(study, jobs, target="tables")):
+    if not study.complete() and (status := reproduce(study, target="tables")):
         raise StudyFailed(f"make reproduce SCALE={study.scale} ended with exit code {status}")
     return type(study)(study.scale)
 

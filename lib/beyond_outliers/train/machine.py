@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from beyond_outliers.config.parsing import choose
 from beyond_outliers.config.run import RunConfig
 from beyond_outliers.model.decoder import Decoder
 from beyond_outliers.paths import git_commit
@@ -23,8 +24,7 @@ COMPILING_PAYS_ABOVE = 6e11  # floating-point operations of a run on CPU; below,
 
 
 def device_named(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; valid: auto, cpu, cuda")
+    choose("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda': torch sees no CUDA device here; valid: cpu, auto")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
