@@ -7,10 +7,10 @@
 #   make bench                  the benchmarks (ONLY="training optimizers"): their table, and that of docs/speed.md; a busy machine writes none (FORCE=1: all the same)
 #   make figures SCALE=laptop   figures and pages again from the tables of a scale; trains nothing, changes no table
 #   make continue SCALE=confirm as far as the time reaches: committed rows count as done   (HOURS=, SHARD=1/3)
-#   make publish SCALE=laptop   move the tables of your own runs over the committed ones (PARTIAL=1: although incomplete)
+#   make publish SCALE=laptop   move the tables of your runs over the committed ones (PARTIAL=1: although incomplete)
 #   make site                   README, docs and committed pages as a web site in site/, without a network
 #   make verify                 every committed table and page against its checksum; with SCALE=pocket also its runs, a few trained anew
-#   make compare OPTIMIZER=module:Class   an optimizer from outside beside the six at SCALE   (HYPER=, RATES=, NAME=)
+#   make compare OPTIMIZER=module:Class   an optimizer from outside compared with the six at SCALE   (HYPER=, RATES=, NAME=)
 #   make plan SCALE=laptop      what a scale runs, how much is done, how long the rest takes
 #   make lock                   environment.lock, the same versions with hashes, again from environment.yml (needs uv)
 #   make env | make hooks       the environment in .venv | checks before every commit (pre-commit), once a clone
@@ -21,14 +21,14 @@ SCALE  ?= pocket
 PYTHON ?= python3
 VENV   := .venv
 JOBS    = $(if $(CORES),--jobs $(CORES))
-# What may be said on the command line; another word there is misspelt, and would mean nothing.
+# The variables of the command line; another word there is misspelt, and would mean nothing.
 VALID  := SCALE CORES HOURS SHARD PARTIAL RUNS EXECUTOR GPUS OPTIONS OPTIMIZER HYPER RATES NAME ONLY FORCE PYTHON \
 	OMP_NUM_THREADS TOKENIZERS_PARALLELISM SHELL
 GIVEN  := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq ($(filter-out $(VALID),$(GIVEN)),)
   $(error unknown variable $(filter-out $(VALID),$(GIVEN)); valid: $(VALID))
 endif
-# A Python that is named, of another version than the environment that is there, has one of its own beside it.
+# A Python that is named, of another version than the environment that is there, has a separate one.
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(origin PYTHON),command line)
   ifneq ($(filter-out $(call version,$(PYTHON)),$(call version,.venv/bin/python)),)
@@ -37,7 +37,7 @@ ifeq ($(origin PYTHON),command line)
 endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# Test files side by side, one to four at a time; see tests/conftest.py for what stays together and in which order.
+# Test files side by side, one to four at a time; see tests/conftest.py for which files share a worker, and in which order.
 PYTEST  = $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # One worker thread a process: parallelism comes from running jobs side by side.

@@ -34,7 +34,10 @@ def shown(**data):
 
 def figure(name, caption="What to see."):
     output = shown(image_png="AAAA", text_plain=f"figure {name}")
-    return {**output, "metadata": {"image/png": {"figure": name, "caption": caption}}}
+    return {
+        **output,
+        "metadata": {"image/png": {"figure": name, "caption": caption, "alt": "What it shows.", "width": 700}},
+    }
 
 
 @pytest.fixture
@@ -62,7 +65,8 @@ def test_a_page_links_to_saved_figures_and_shows_no_code(folder):
     executed(figure("01_loss"), noise)
     page = written(folder).read_text()
     assert (folder / "01_loss.pdf").read_bytes() == b"pdf" and (folder / "01_full_precision.html").exists()
-    assert "![What to see.](01_loss.png)\n\n*What to see.*\n" in page and "AAAA" not in page
+    shown_so = '<img src="01_loss.png" width="700" alt="What it shows.">\n\n*What to see.*\n'
+    assert shown_so in page and "AAAA" not in page
     assert "secret" not in page and "UserWarning" not in page
     assert "(04_error_propagation.md)" in page
 

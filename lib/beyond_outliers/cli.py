@@ -2,7 +2,7 @@
 
 A subcommand is a function below: its parameters are the options (`study` is the one of --scale), its docstring is the
 help, with an example in its last line. Names and numbers are checked before torch is imported. What cannot be done is
-said in one line; --traceback says where.
+an error of one line; --traceback says where.
 
 Exit codes: 1 it failed, 2 it was asked for in a way that cannot be, 65 a file is damaged, 75 it was stopped and saved
 (the same command goes on), 130 Ctrl-C.
@@ -288,7 +288,7 @@ def verify(*, study: Any = None, runs: Whole = 2) -> int:
 
 @command
 def replay(*, study: Any) -> None:
-    """Measure the committed checkpoints again, untrained, and set that beside their rows.
+    """Measure the committed checkpoints again, untrained, and compare with their rows.
 
     beyond-outliers replay --scale confirm
     """
@@ -325,7 +325,7 @@ def merge(folder: Path, /, *, study: Any) -> None:
 
 @command
 def publish(*, study: Any, partial: bool = False) -> None:
-    """Move the tables of your own runs over the committed ones.
+    """Move the tables of your runs over the committed ones.
 
     partial: although runs of the plan are missing
 
@@ -346,7 +346,7 @@ def compare(
     hyper: str = "",
     rates: list[Rate] | None = None,
 ) -> None:
-    """Train and measure an optimizer of yours beside the scale's own, and draw its page.
+    """Train and measure your optimizer as the scale trains the six, and draw its page.
 
     optimizer: module:Class of an installed package or a file of yours
     name: of its folders: SCALE+NAME; default: from the class

@@ -36,7 +36,8 @@ TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
 {% endif -%}{%- endblock input -%}
 {%- block stream -%}{%- if output.name == 'stdout' -%}{{ super() }}{%- endif -%}{%- endblock stream -%}
 {%- block data_png -%}
-{%- set image = output.metadata.get('image/png', {}) -%}![{{ image.caption or image.figure }}]({{ image.figure }}.png)
+{%- set image = output.metadata.get('image/png', {}) -%}
+<img src="{{ image.figure }}.png" width="{{ image.width }}" alt="{{ image.alt or image.figure }}">
 {%- if image.caption %}
 
 *{{ image.caption }}*{%- endif %}
@@ -48,13 +49,15 @@ SETTINGS = {  # of nbconvert; figures are files already
     "TagRemovePreprocessor": {"enabled": True, "remove_all_outputs_tags": {"setup"}},
     "ExtractOutputPreprocessor": {"enabled": False},
 }
-SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]*)\.png\)")  # a figure on a page
+SHOWN = re.compile(r'<img src="([^"]*)\.png"')  # a figure on a page
 LARGEST = 150_000  # bytes per page
 BEGIN, END = "<!-- decisions of scale {scale}: beyond-outliers pages readme -->", "<!-- end of decisions -->"
-CAPTION = """*Lowest loss on held-out text in scale [{scale}](figures/{scale}/README.md), with 95 % intervals. In
-parentheses: not told apart from the best. RTN rounds to nearest. The output head is rounded, unless it is kept. Llama:
-whether the best of AdamW, Muon and Shampoo, the three tried there, is the same. Better rates: the best at 0.08M after a
-wider search for AdamW and PSGD. A dash: not measured. The same table at equal schedules awaits scale `confirm2`.*"""
+CAPTION = """*Lowest loss on held-out text in scale [{scale}](figures/{scale}/README.md): three sizes of at most 0.26M
+parameters, `runs` per optimizer. Brackets: 95 % interval of the gap. In parentheses: not told apart from the best.
+W4A4: weights and activations in 4 bits. RTN rounds to nearest. QAT trains in 4 bits. The output head is rounded,
+unless it is kept. Llama: whether the best of AdamW, Muon and Shampoo, the three tried there, is the same. Better
+rates: the best at 0.08M after a wider search for AdamW and PSGD. A dash: not measured. The same table at equal
+schedules awaits scale `confirm2`.*"""
 CAVEAT = """Since 2026-12-01 we know one caveat: `confirm`'s SOAP, PSGD and Shampoo precondition the vocabulary side of
 the embedding, and the paper's [do not](docs/differences.md)."""
 

@@ -1,4 +1,4 @@
-"""`from beyond_outliers.probe import probe`: a checkpoint of your own under quantization, see `anymodel.probe`."""
+"""`from beyond_outliers.probe import probe`: your checkpoint under quantization, see `anymodel.probe`."""
 
 from beyond_outliers import lazily
 

@@ -85,6 +85,7 @@ def test_every_committed_study_has_its_findings(scale, name):
         assert ("at the Common Loss (n" in text) == ("Common Loss" in rules[claim]["statistic"])
     quoted = re.findall(r"\[([^]]+)\]\(\.\./docs/rules", verdict_lines(Study(scale), name))
     assert all(any(rule["statistic"].startswith(words) for rule in rules.values()) for words in quoted)
+    assert "(n ," not in verdict_lines(Study(scale), name)
     if name == "05_qat" and scale == "pocket":
         assert "[" not in text  # one seed under QAT: nothing has an interval
 

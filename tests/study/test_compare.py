@@ -155,5 +155,5 @@ def test_places_and_differences_are_those_of_the_means():
     table = decisions.standing(study, parts).set_index("quantity")
     row = table.loc["all"]
     assert row["yours"].startswith("2.301 [2.3") and row["lowest of the six"].startswith("AdamW 2.001 [")
-    assert row["yours less it"].startswith("0.300 [") and row["runs"] == "over a and b, n 6"
+    assert row["yours minus lowest"].startswith("0.300 [") and row["runs"] == "over a and b, n 6"
     assert table.yours["six"] == "no size at which all of them have one"

@@ -7,8 +7,8 @@ UNITS = "nats|bits|seconds|milliseconds|ms|runs?|points?|rows?|lines?|bars?|scal
 OF = "token|run|size|optimizer|row|step|seed|byte|device|module|kind|quantity|claim|job|layer|head|parameter"
 FORBIDDEN = {
     rf"\b({UNITS}) an? ({OF})\b": "'per', not 'a'",
-    r"\b(wings?|mend\w*|said|holding|luck|beside|house)\b": "a private word",
-    r"\b(of (its|their|our|your) own|ours?elves)\b": "'own'",
+    r"\b(wings?|mend\w*|said|holding|luck|beside|house|rooms?|together|opened)\b": "a private word",
+    r"\b(own|ours?elves)\b": "'own'",
     r"\bgo(es)? with\b|\bstands? beside\b|\bdid, too\b": "a figure of speech",
     r"\bvectoris|\bnormalis|\boptimis|\bquantis|\bbehaviour\b": "British spelling",
 }

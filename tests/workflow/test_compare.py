@@ -44,7 +44,7 @@ def test_the_page_says_where_it_stands(compared):
     assert "**Finding.** SGD next to the six." in page and " of 7, from the lowest. Minus " in page
     assert "../../smoke/figures/README.md" in page and (folder / "10_your_optimizer.html").exists()
     for figure in ("10_final_loss", "10_damage", "10_error", "10_gain", "10_mmr"):
-        assert (folder / f"{figure}.png").stat().st_size > 5000 and f"]({figure}.png)" in page
+        assert (folder / f"{figure}.png").stat().st_size > 5000 and f'src="{figure}.png"' in page
 
 
 def test_a_second_call_trains_nothing_and_tells_the_finding(compared, monkeypatch, capsys):

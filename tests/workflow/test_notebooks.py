@@ -50,18 +50,18 @@ EXPECTED = {
     "02_outlier_metrics": ["02_mmr", "02_mmr_learning_rate", "02_outliers_against_damage"],
     "03_ptq": ["03_w4a4_increase", "03_forest", "03_before_and_after", "03_formats_tiny", "03_formats_small"],
     "04_error_propagation": [
+        "04_parts",
         "04_depth",
         "04_abc",
         "04_gain",
         "04_figure1",
-        "04_correlations_increase",
         "04_centred",
     ],
-    "05_qat": ["05_increase", "05_curves", "05_staircases"],
+    "05_qat": ["05_before_after", "05_increase", "05_curves", "05_staircases"],
     "06_scaling_laws": ["06_fits", "06_rho"],
     "07_claims": ["07_claims", "07_effects"],
     "08_probe_your_model": ["08_layers_kl", "08_guides"],
-    "09_real_quantizers": ["09_methods"],
+    "09_real_quantizers": ["09_damage", "09_methods"],
 }
 
 

@@ -8,7 +8,10 @@ import pytest
 import prose_style
 from beyond_outliers import paths
 
-DOCUMENTS = [paths.ROOT / "README.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(paths.ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((paths.ROOT / "docs").glob("*.md")),
+]
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -24,6 +27,12 @@ def test_sentences_are_short_and_plain(file):
     assert prose_style.wrong(markdown(file)) == []
 
 
+def test_the_newest_changes_and_the_help_of_make_have_plain_words():
+    newest = (paths.ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    for text in (newest, (paths.ROOT / "Makefile").read_text()):
+        assert not re.search("|".join(prose_style.FORBIDDEN), prose_style.plain(text), re.I)
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -32,6 +41,7 @@ def test_sentences_are_short_and_plain(file):
         ("One (of two) is (almost) there.", "2 brackets"),
         ("It costs 0.1 nats a token.", "'per', not 'a'"),
         ("The loss stands beside it.", "a private word"),
+        ("A room of its own.", "'own'"),
         (f"{'word ' * 20}. {'Word ' * 20}.", "20 words on average"),
     ],
 )

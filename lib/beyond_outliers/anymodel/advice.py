@@ -20,12 +20,12 @@ def finding(found: Any) -> str:
     few = few if rows.n.iloc[0] < TRUSTED else ""
     if found.unit == "R_L":
         size = "little" if rows.value["R_L"] < 0.05 else "much"
-        return f"{of}: its answers move {size}. The relative squared error R_L is {interval(rows.loc['R_L'])}.{few}"
+        return f"The answers of {of} move {size}. The relative squared error R_L is {interval(rows.loc['R_L'])}.{few}"
     loss = rows.loc["increase"]
-    verdict = "no change of the loss is certain" if loss.low <= 0 <= loss.high else "it predicts text worse"
-    verdict = "it predicts text better" if loss.high < 0 else verdict
+    verdict = "may predict text as before" if loss.low <= 0 <= loss.high else "predicts text worse"
+    verdict = "predicts text better" if loss.high < 0 else verdict
     text = (
-        f"{of}: {verdict}. The loss changes by {interval(loss)} nats per token. Perplexity is multiplied by "
+        f"{of} {verdict}. The loss changes by {interval(loss)} nats per token. Perplexity is multiplied by "
         f"{math.exp(loss.value):.3g}. KL is {interval(rows.loc['kl'])} nats per token. The likeliest word stays for "
         f"{rows.value['top1_agreement']:.0%} of the tokens."
     )

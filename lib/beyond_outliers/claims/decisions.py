@@ -104,7 +104,7 @@ def standing(study, parts: dict[str, tuple[pd.DataFrame, str]] | None = None) ->
             "yours": found.mean(study.yours).text(),
             "place": place(study, found),
             "lowest of the six": f"{label(lowest)} {found.mean(lowest).text()}",
-            "yours less it": found.difference(study.yours, lowest).text(),
+            "yours minus lowest": found.difference(study.yours, lowest).text(),
             "highest of the six": f"{label(highest)} {found.mean(highest).text()}",
             "runs": f"{found.over}, {found.n(study.yours)}",
         }

@@ -197,11 +197,12 @@ def claims(study) -> str:
         if len(rows := table[table.verdict == verdict])
     ]
     beforehand = study.scale in ("laptop", rule_file()["study"]["judges"])
-    rules = (
-        "rules written down beforehand" if beforehand else "the rules of data/claims.toml, which is exploratory here"
-    )
+    rules = "rules written down beforehand" if beforehand else "the rules of data/claims.toml, as an exploration"
     rules = "the rules of the confirmatory study" if study.scale == "confirm" else rules
-    return f"{' '.join(by_verdict)} The paper's {len(table)} claims are judged by {rules}."
+    some = (
+        "Some of the paper's claims hold" if VERDICTS[0] in set(table.verdict) else "No claim of the paper is confirmed"
+    )
+    return f"{some} here. {' '.join(by_verdict)} The paper's {len(table)} claims are judged by {rules}."
 
 
 @finding("08_probe_your_model")
@@ -219,7 +220,7 @@ Every claim has one rule, the same at every scale: `data/claims.toml`. Sizes are
 is a difference, slope, share or correlation, with a 95 % interval that knows seeds and tuning.
 
 - *Reproduced*: the interval lies on the claimed side of the threshold, for every rival where there are several.
-- *Not reproduced*: one lies on the other side (of differences at 99 %).
+- *Not reproduced*: an interval lies on the other side (for differences at 99 %).
 - *Tie*: the nearest rival lies within a margin stated beforehand.
 - *Undecided*: the rest, where there are data.
 - *Not measured*: a number that the rule reads is not there.
@@ -251,7 +252,8 @@ def verdict_lines(study, notebook: str) -> str:
         changes = f" *Would change it:* {_shortened(row.changes)}" * bool(row.changes)
         lines.append(
             f"- {row.id}, **{row.verdict}**. [{_sentence(row.statistic)}](../docs/rules.md#{row.id.lower()})"
-            f"{_estimate(row, ': ')} (n {row.n}, {row.unit}). {_shortened(_ended(row.comment))}{changes}"
+            f"{_estimate(row, ': ')} ({f'n {row.n}, ' * bool(row.n)}{row.unit}). "
+            f"{_shortened(_ended(row.comment))}{changes}"
         )
     return "\n".join(["**Verdict here.**", "", *lines]) if lines else ""
 

@@ -1,4 +1,4 @@
-"""Figures that compare optimizers: curves, bars, dumbbells, heatmaps, scaling laws.
+"""Figures that compare optimizers: curves, points, dumbbells, heatmaps, scaling laws.
 
 A figure function takes a tidy table and returns a matplotlib figure.
 """
@@ -36,19 +36,17 @@ def optimizer_lines(
     xlabel: str,
     ylabel: str,
     band: tuple[str, str] | None = None,
-    seeds: bool = False,
     logx: bool = False,
     logy: bool = False,
 ) -> Figure:
     """y against x, a line an optimizer, a panel a value of `panel`: the mean over seeds with a band from lowest to
-    highest, or between the columns of `band`, and its name at its end; seeds: a line a seed instead, and a legend.
+    highest, or between the columns of `band`, and its name at its end.
     Ticks of x read 200k where it is tokens."""
     figure, axes = panels(table.get(panel, []), xlabel=xlabel, sharey=True)
     low, high = band or (y, y)
-    for (value, name, *_), line in table.groupby([panel, "optimizer", *["seed"] * seeds], sort=False) if axes else ():
+    for (value, name), line in table.groupby([panel, "optimizer"], sort=False) if axes else ():
         curve = line.groupby(x).agg(mean=(y, "mean"), low=(low, "min"), high=(high, "max"))
-        every = 1 if seeds else max(1, len(curve) // 8)
-        axes[value].plot(curve["mean"], lw=1.4, ms=4, markevery=every, **style_of(name))
+        axes[value].plot(curve["mean"], lw=1.4, ms=4, markevery=max(1, len(curve) // 8), **style_of(name))
         axes[value].fill_between(curve.index, curve.low, curve.high, color=COLOURS[name], alpha=0.12, lw=0)
     form = EngFormatter(sep="") if x == "tokens" else None
     for ax in axes.values():
@@ -60,9 +58,8 @@ def optimizer_lines(
         if logy:
             ax.set_yscale("log")
             tidy_log(ax.yaxis)
-        if not seeds:
-            name_lines(ax)
-    return finish(figure, ylabel, legend=seeds)
+        name_lines(ax)
+    return finish(figure, ylabel)
 
 
 def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) -> Figure:
@@ -74,50 +71,44 @@ def along_training(table: pd.DataFrame, y: str, ylabel: str, decay_from: float) 
     return figure
 
 
-def optimizer_bars(
-    table: pd.DataFrame, y: str, panel: str, ylabel: str, error: str | None = None, floor: float | None = None
+def optimizer_points(
+    table: pd.DataFrame, value: str, panel: str, label: str, error: str | None = None, floor: float | None = None
 ) -> Figure:
-    """A bar an optimizer (mean over rows, each row a dot if there are several), a panel a value of `panel`.
+    """An optimizer a row, a panel a value of `panel`: the mean over rows with its number, each row a small dot.
 
-    `error` is a column of standard errors, `floor` draws a line, for instance chance. Values far from zero are drawn as
-    points: bars on an axis without its zero would lie about ratios.
+    `error` is a column of standard errors, `floor` draws a line, for instance chance.
     """
-    figure, axes = panels(table[panel], width=2.6, sharey=True)
-    means = table.groupby([panel, "optimizer"])[y].mean()
-    far = means.min() > 0 and means.max() - means.min() < means.min() / 2
-    for value, rows in table.groupby(panel, sort=False):
-        ax = axes[value]
-        names = ordered(rows.optimizer)
-        for position, name in enumerate(names):
-            own = rows[rows.optimizer == name]
-            spread = np.sqrt((own[error] ** 2).mean()) if error else None
-            if far:
-                ax.errorbar(position, means[value, name], spread, fmt=MARKERS[name], color=COLOURS[name], capsize=3)
-            else:
-                ax.bar(position, means[value, name], yerr=spread, color=COLOURS[name], capsize=2, width=0.7)
-            if len(own) > 1:
-                ax.plot([position] * len(own), own[y], ".", color="grey", ms=4, zorder=3)
+    rows_of = table.groupby(panel).optimizer.nunique().max()
+    figure, axes = panels(table[panel], height=0.25 * rows_of + 0.6, xlabel=label)
+    for name, rows in table.groupby(panel, sort=False):
+        ax, optimizers = axes[name], ordered(rows.optimizer)
+        for place, optimizer in enumerate(optimizers):
+            shown = rows[rows.optimizer == optimizer]
+            mean = shown[value].mean()
+            spread = np.sqrt((shown[error] ** 2).mean()) if error else None
+            ax.plot(shown[value], [place] * len(shown), ".", color=COLOURS[optimizer], ms=4, alpha=0.4)
+            ax.errorbar(mean, place, xerr=spread, capsize=3, **style_of(optimizer))
+            ax.text(1.02, place, f"{mean:#.3g}", va="center", fontsize=9, transform=ax.get_yaxis_transform())
         if floor is not None:
-            ax.axhline(floor, ls=":", **GUIDE)
-        ax.set_xlim(-0.6, len(names) - 0.4)
-        name_ticks(ax.xaxis, names, rotation=60)
-        ax.grid(axis="x", visible=False)
-    return finish(figure, ylabel)
+            ax.axvline(floor, ls=":", **GUIDE)
+        ax.set_ylim(len(optimizers) - 0.5, -0.5)
+        name_ticks(ax.yaxis, optimizers)
+    return figure
 
 
-def dumbbells(table: pd.DataFrame, panel: str, label: str) -> Figure:
+def dumbbells(table: pd.DataFrame, panel: str, label: str, sharex: bool = True) -> Figure:
     """From `before` to `after`, a row an optimizer, lowest `after` first, a panel a value of `panel`."""
-    figure, axes = panels(table[panel], width=4.2, height=2.6, xlabel=label, sharex=True)
+    figure, axes = panels(table[panel], 2.9, 2.5, xlabel=label, sharex=sharex)
     for value, rows in table.sort_values("after").groupby(panel):
         ax = axes[value]
         for position, row in enumerate(rows.itertuples()):
             style = {"color": COLOURS[row.optimizer], "marker": MARKERS[row.optimizer], "ms": 6}
             ax.plot([row.before, row.after], [position, position], mfc="white", lw=1.5, **style)
             ax.plot(row.after, position, **style)
-            ax.annotate(f"{row.after:.2f}", (row.after, position), (7, -3), textcoords="offset points", fontsize=8)
+            ax.annotate(f"{row.after:.2f}", (row.after, position), (7, -4), textcoords="offset points", fontsize=9)
         name_ticks(ax.yaxis, rows.optimizer)
         ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.margins(x=0.12)
+        ax.margins(x=0.2)
     return figure
 
 
@@ -139,27 +130,24 @@ def heatmap(
     for axis, names in enumerate(grid.axes):
         if set(names) & set(LABELS):
             grid = grid.reindex(ordered(names), axis=axis).rename(name_of, axis=axis)
-    figure, ax = subplots(figsize=(1.6 + 0.72 * grid.shape[1], 1.2 + 0.36 * grid.shape[0]))
-    written = {"annot": grid.round(digits) + 0.0, "fmt": f".{digits}f", "cbar_kws": {"label": ""}}  # no -0.00
-    sns.heatmap(grid, cmap="rocket_r", ax=ax, robust=True, norm=norm, **written)
+    figure, ax = subplots(figsize=(1.6 + 0.72 * grid.shape[1], 0.7 + 0.3 * grid.shape[0]))
+    written = grid.round(digits) + 0.0  # no -0.00
+    sns.heatmap(grid, cmap="rocket_r", ax=ax, robust=True, norm=norm, annot=written, fmt=f".{digits}f", cbar=False)
     ax.set(xlabel="", ylabel="")
     ax.set_title(textwrap.fill(label, int(11 * figure.get_size_inches()[0])), fontsize=9)
-    ax.tick_params(axis="x", rotation=60)
-    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(rotation=0)
     return figure
 
 
 def scaling_fits(runs: pd.DataFrame, laws: dict) -> Figure:
     """Loss against parameters, a panel an optimizer: full precision (filled) and QAT (open), with the fitted laws."""
-    figure, axes = panels(
-        ordered(runs.optimizer), 2.7, 2.5, columns=3, xlabel="parameters $N$", sharex=True, sharey=True
-    )
+    figure, axes = panels(ordered(runs.optimizer), xlabel="parameters $N$", sharex=True, sharey=True)
     grid = np.geomspace(runs.N.min() / 1.3, runs.N.max() * 1.3, 60)
     for optimizer, ax in axes.items():
         colour = COLOURS[optimizer]
-        for bits, fill, line, label in ((16, colour, "-", "full precision"), (4, "white", "--", "4-bit QAT")):
+        for bits, fill, line in ((16, colour, "-"), (4, "white", "--")):
             points = runs[(runs.optimizer == optimizer) & (runs.bits == bits)]
-            ax.plot(points.N, points.loss, "o", color=colour, mfc=fill, ms=5, label=label)
+            ax.plot(points.N, points.loss, MARKERS[optimizer], color=colour, mfc=fill, ms=5)
             if optimizer in laws and bits in laws[optimizer].rho:
                 fitted = np.round(laws[optimizer].predict(grid, bits=bits), 4)  # processors differ in later digits
                 ax.plot(grid, fitted, line, color=colour, lw=1)

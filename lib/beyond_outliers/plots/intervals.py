@@ -18,6 +18,7 @@ from beyond_outliers.plots.theme import (
     GUIDE,
     LABELS,
     finish,
+    name_lines,
     name_ticks,
     panels,
     style_of,
@@ -26,7 +27,7 @@ from beyond_outliers.plots.theme import (
 )
 
 REACH = 2.5
-LONGEST = 40  # characters of a label below a panel of three abreast; longer ones take two lines
+LONGEST = 32  # characters of a label below a panel; longer ones take two lines
 CANDIDATES = {  # of `readings`, as axes name them
     "mmr": "MMR (without down)",
     "mmr_all": "MMR (all inputs)",
@@ -62,7 +63,7 @@ def _forest(ax: Axes, rows: pd.DataFrame, value: str, names: Sequence[str], line
 def ratio_forest(table: pd.DataFrame, label: str) -> Figure:
     """Ratios to AdamW, one panel a size and one for their mean: an optimizer a row, its ratio and interval."""
     names = ordered(table.get("optimizer", []))
-    figure, axes = panels(table.get("size", []), 2.7, 0.32 * len(names) + 1.3, xlabel=label, sharex=True, sharey=True)
+    figure, axes = panels(table.get("size", []), height=0.25 * len(names) + 0.6, xlabel=label, sharex=True, sharey=True)
     for size, ax in axes.items():
         rows = table[table["size"] == size]
         _forest(ax, rows, "ratio", names, 1)
@@ -72,20 +73,18 @@ def ratio_forest(table: pd.DataFrame, label: str) -> Figure:
 
 def effect_forest(table: pd.DataFrame, titles: dict[str, tuple[str, str]]) -> Figure:
     """`decisions.effects`, a panel a quantity of `titles` (what it is called, its unit): an optimizer a row, how far it
-    lies from AdamW and its interval. A quantity without rows is named and drawn as not measured yet."""
+    lies from AdamW and its interval. Quantities without rows have no panel and are named below."""
     names = ordered(table.optimizer)
-    figure, axes = panels(titles, 3.1, 2.6, columns=3, sharey=True)
+    figure, axes = panels([quantity for quantity in titles if quantity in set(table.quantity)], sharey=True)
+    if missing := ", ".join(titles[quantity][0] for quantity in titles if quantity not in axes):
+        figure.supxlabel(f"not measured yet: {missing}", fontsize=9)
     for quantity, ax in axes.items():
         (title, unit), rows = titles[quantity], table[table.quantity == quantity]
-        ax.set_title(title)
-        if rows.empty:
-            ax.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=ax.transAxes, color="grey")
-            ax.set_xticks([])
-            continue
+        ax.set_title(title, fontsize=9)
         factors, least, most = unit != "nats", rows.n.min(), rows.n.max()
         pairs = f"{rows.over.iloc[0]}, n {least if least == most else f'{least} to {most}'}"
         label = f"{'times' if factors else 'nats above'} AdamW; {pairs}"
-        ax.set_xlabel(label if len(label) <= LONGEST else label.replace("; ", "\n"))
+        ax.set_xlabel(label if len(label) <= LONGEST else label.replace("; ", "\n"), fontsize=9)
         _forest(ax, rows, "effect", names, int(factors))
         if not factors:
             ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -98,12 +97,13 @@ def efficiency_points(table: pd.DataFrame) -> Figure:
     table = table.round(4).set_index("optimizer", drop=False).loc[ordered(table.optimizer)]
     for place, row in enumerate(table.itertuples()):
         spread = np.clip([[row.rho - row.low], [row.high - row.rho]], 0, None)  # NaN: no interval, and none drawn
-        style = style_of(row.optimizer) | {"label": None, "mfc": COLOURS[row.optimizer] if row.identified else "white"}
+        style = style_of(row.optimizer) | {"mfc": COLOURS[row.optimizer] if row.identified else "white"}
         ax.errorbar(place, row.rho, yerr=spread, capsize=3, **style)
-        ax.plot(place, row.paper, "x", color="grey", label="" if place else "paper (50M to 1.5B)")
-    name_ticks(ax.xaxis, table.optimizer, rotation=30)
+        ax.plot(place, row.paper, "x", color="grey")
+    ax.annotate("the paper's", (0, table.paper.iloc[0]), (7, -3), textcoords="offset points", color="grey", fontsize=9)
+    name_ticks(ax.xaxis, table.optimizer)
     ax.set_ylabel(r"parameter efficiency $\rho_{4\,bit}$")
-    return finish(figure)
+    return figure
 
 
 def rank_lines(table: pd.DataFrame, methods: Sequence[str]) -> Figure:
@@ -112,16 +112,16 @@ def rank_lines(table: pd.DataFrame, methods: Sequence[str]) -> Figure:
     Means are over the sizes at which every method of the format has been measured. Names stand at the lines' ends.
     """
     wide = table.pivot_table(index=["format", "size", "optimizer"], columns="method", values="val_loss", sort=False)
-    figure, axes = panels(wide.index.get_level_values("format"), 3.4, 3.0)
+    figure, axes = panels(wide.index.get_level_values("format"), 2.9, 2.6)
     for format, ax in axes.items():
         rows = wide.loc[format].dropna(axis=1, how="all").dropna()
         means = rows.groupby("optimizer").mean()[[method for method in methods if method in rows]]
         for optimizer, places in means.rank().iterrows():
             ax.plot(range(len(places)), places, ms=7, **style_of(str(optimizer)))
-            ax.annotate(LABELS[optimizer], (len(places) - 1, places.iloc[-1]), (8, -3), textcoords="offset points")
-        ax.set_xticks(range(means.shape[1]), [method.replace(" + ", "\n+ ") for method in means])
-        ax.set(xlim=(-0.2, means.shape[1] - 0.1), ylim=(len(means) + 0.5, 0.5), yticks=range(1, len(means) + 1))
-    return finish(figure, "place by loss after rounding", legend=False)
+        ax.set_xticks(range(means.shape[1]), [method.replace(" + ", "\n+ ") for method in means], fontsize=8)
+        ax.set(ylim=(len(means) + 0.5, 0.5), yticks=range(1, len(means) + 1))
+        name_lines(ax)
+    return finish(figure, "place by loss after rounding")
 
 
 def centred_points(table: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str) -> Figure:
@@ -150,9 +150,9 @@ def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
 
     Axes end REACH times the spread of the best paths' ends beyond the lowest: the title counts what lies outside.
     """
-    figure, axes = panels(table.get("size", []), 4.2, 4.0, columns=3, xlabel=xlabel)
+    figure, axes = panels(table.get("size", []), height=2.8, xlabel=xlabel)
     for (size, name), path in table.sort_values("lr").groupby(["size", "optimizer"]) if axes else ():
-        style = style_of(str(name)) | {"s": 12 * np.arange(1, len(path) + 1), "lw": 0}
+        style = style_of(str(name)) | {"s": 8 * np.arange(1, len(path) + 1), "lw": 0}
         axes[size].plot(path.before, path.after, color=COLOURS[name], lw=1, alpha=0.7)
         axes[size].scatter(path.before, path.after, **style)
     for size, ax in axes.items():
@@ -161,13 +161,14 @@ def rate_paths(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
         high = np.minimum(rows.max(), rows.min() + REACH * spread) + 0.25 * spread
         low, outside = rows.min() - 0.25 * spread, (rows > high).any(axis=1)
         beyond = f" ({sum(outside)} of {len(rows)} beyond the frame)" if any(outside) else ""
-        ax.set(xlim=(low.before, high.before), ylim=(low.after, high.after), title=f"{size}{beyond}")
+        ax.set(xlim=(low.before, high.before), ylim=(low.after, high.after))
+        ax.set_title(f"{size}{beyond}", fontsize=9)
         x, y = np.linspace(low, high, 50).T
         levels = np.unique(rows.eval("after - before")[~outside].quantile([0.1, 0.5, 0.9]).round(2))
         lines = ax.contour(x, y, y[:, None] - x, levels, colors="grey", linestyles=":", linewidths=0.8, zorder=0)
         left = np.maximum(x[4], y[4] - levels)  # where a label is, near the frame and away from the points
         ax.clabel(lines, fmt="+%.2f", fontsize=7, manual=list(zip(left, left + levels, strict=True)))
-    return finish(figure, ylabel)
+    return finish(figure, ylabel, legend=True)
 
 
 def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: str, label: str) -> Figure:
@@ -175,32 +176,16 @@ def candidate_scatter(table: pd.DataFrame, correlations: pd.DataFrame, target: s
     large models.
     """
     found = correlations[correlations.target == target].set_index("candidate")
-    figure, axes = panels(found.index, 2.6, 2.5, sharey=True)
+    figure, axes = panels(found.index, sharey=True)
     sizes = list(dict.fromkeys(table["size"]))
     areas = table["size"].map({size: 14 + 14 * place for place, size in enumerate(sizes)})
     for (candidate, ax), r in zip(axes.items(), found.itertuples(), strict=True):
         for optimizer, points in table.groupby("optimizer", sort=False):
             style = style_of(str(optimizer)) | {"s": areas[points.index], "alpha": 0.85, "lw": 0}
             ax.scatter(points[candidate], points[target], **style)
-        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=8)
+        ax.set_title(f"r {r.pearson:.2f} [{r.pearson_low:.2f}, {r.pearson_high:.2f}], n {r.n}", fontsize=9)
         ax.set(xscale="log", xlabel=CANDIDATES[candidate])
         tidy_log(ax.xaxis)
     for place, size in enumerate(sizes if axes else ()):
         figure.axes[0].scatter([], [], s=14 + 14 * place, color="grey", lw=0, label=size)
-    return finish(figure, label)
-
-
-def correlation_forest(correlations: pd.DataFrame, target: str, title: str) -> Figure:
-    """Pearson (filled) and Spearman (open) correlation of every candidate with its interval."""
-    found = correlations[correlations.target == target].reset_index(drop=True)
-    figure, ax = subplots(figsize=(5.4, 0.42 * len(found) + 1))
-    for name, offset, fill in (("pearson", -0.13, "black"), ("spearman", 0.13, "white")):
-        spread = np.abs([found[name] - found[name + end] for end in ("_low", "_high")])
-        style = {"fmt": "o", "color": "black", "mfc": fill, "ms": 5, "lw": 1, "capsize": 2, "label": name}
-        ax.errorbar(found[name], found.index + offset, xerr=spread, **style)
-    ax.axvline(0, **GUIDE)
-    ax.set_yticks(found.index, found.candidate.map(CANDIDATES))
-    ax.set(xlim=(-1.05, 1.05), xlabel="correlation", title=title)
-    ax.invert_yaxis()
-    ax.legend(fontsize=8)
-    return figure
+    return finish(figure, label, legend=True)

@@ -5,6 +5,7 @@
 
 import base64
 import io
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from beyond_outliers.config.registry import OPTIMIZER_NAMES, entry
 
 
 class _Each(dict[str, str]):
-    """One field of the entry of an optimizer: of the study's own in their order, of others as they are asked for."""
+    """One field of the entry of an optimizer: of the study's six in their order, of others as they are asked for."""
 
     def __init__(self, field: str):
         self.field = field
@@ -64,22 +65,32 @@ def set_theme() -> None:
 class SavedFigure:
     """A figure that `save` wrote: a notebook shows the very file, and a page links to it by its name."""
 
-    def __init__(self, figure: Figure, path: Path, caption: str):
-        self.figure, self.path, self.caption = figure, path, caption
+    def __init__(self, path: Path, width: float, caption: str, alt: str):
+        self.path = path
+        self.shown = {"width": round(110 * width), "figure": path.stem, "caption": caption, "alt": alt}
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        width = round(110 * self.figure.get_size_inches()[0])  # pixels; the file has more, for sharp screens
         data = {
             "image/png": base64.b64encode(self.path.read_bytes()).decode(),
             "text/plain": f"figure {self.path.stem}",
         }
-        return data, {"image/png": {"width": width, "figure": self.path.stem, "caption": self.caption}}
+        return data, {"image/png": self.shown}
 
 
-def save(figure: Figure, scale: str, name: str, caption: str = "") -> SavedFigure:
+def described(figure: Figure) -> str:
+    """What a figure shows, for who cannot see it: its panels and the labels of its axes."""
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    parts = []
+    for part, name in (("Panels", "title"), ("Across", "xlabel"), ("Up", "ylabel")):
+        if texts := dict.fromkeys(filter(None, (getattr(ax, f"get_{name}")() for ax in shown))):
+            parts.append(f"{part}: {', '.join(texts)}.")
+    return re.sub(r"[$\\{}\[\]]", "", " ".join(" ".join(parts).split()))
+
+
+def save(figure: Figure, scale: str, name: str, caption: str = "", alt: str = "") -> SavedFigure:
     """NAME.pdf and .png in `paths.figures`; returns what a notebook shows, so that a cell can end with it.
 
-    caption: says what to see; pages show it below the figure and read it aloud.
+    caption: says what to see; pages show it below the figure. alt: what the picture shows, in place of `described`.
     """
     folder: Path = paths.figures(scale)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +99,7 @@ def save(figure: Figure, scale: str, name: str, caption: str = "") -> SavedFigur
         figure.savefig(drawn, format=kind, metadata={left_out: None})
         paths.write_whole(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
-    return SavedFigure(figure, folder / f"{name}.png", caption)
+    return SavedFigure(folder / f"{name}.png", figure.get_size_inches()[0], caption, alt or described(figure))
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options):
@@ -98,23 +109,29 @@ def subplots(*shape: int, figsize: tuple[float, float], **options):
     return figure, figure.subplots(*shape, **options)
 
 
-def panels(values, width: float = 3.6, height: float = 3.0, columns: int = 4, xlabel: str = "", **options):
-    """Panels, one a value and titled so, at most `columns` side by side; returns (figure, {value: axes})."""
+def panels(values, width: float = 2.7, height: float = 2.4, xlabel: str = "", **options):
+    """Panels, one a value and titled so, at most two side by side; returns (figure, {value: axes}).
+
+    Two panels side by side are as wide as a telephone can show with labels that are read."""
     values = list(dict.fromkeys(values))
     if not values:
         figure, ax = subplots(figsize=(width + 1.1, 1.0))
         ax.set_axis_off()
         ax.text(0.5, 0.5, "nothing has been measured yet", ha="center", va="center")
         return figure, {}
-    columns = min(columns, len(values))
+    columns = min(2, len(values))
     rows = -(-len(values) // columns)
-    size = (width * columns + 1.1, height * rows)
-    figure, axes = subplots(rows, columns, figsize=size, squeeze=False, **options)
+    figure, axes = subplots(
+        rows, columns, figsize=(width * columns + 0.9, height * rows + 0.3), squeeze=False, **options
+    )
     for ax in axes.flat[len(values) :]:
         ax.set_visible(False)
     named = dict(zip(values, axes.flat, strict=False))
-    for value, ax in named.items():
-        ax.set(title=label(value), xlabel=xlabel)
+    for place, (value, ax) in enumerate(named.items(), columns):
+        ax.set_title(label(value))
+        if place >= len(values):  # the lowest of its column
+            ax.set_xlabel(textwrap.fill(xlabel, int(11 * width)))
+            ax.tick_params(labelbottom=True)
     return figure, named
 
 
@@ -125,27 +142,37 @@ def name_ticks(axis, names: Iterable[str], **style) -> None:
 
 def name_lines(ax) -> None:
     """The label of every line at its end, in its colour; labels keep a height of text apart."""
-    to_axes, lowest = ax.transScale + ax.transLimits, -1.0
-    for line in sorted(ax.get_lines(), key=lambda line: line.get_ydata()[-1]):
-        height = float(to_axes.transform([values[-1] for values in line.get_data()])[1])
-        lowest = max(height, lowest + 0.075)
-        style = {"color": line.get_color(), "fontsize": 8, "va": "center", "xycoords": "axes fraction"}
-        ax.annotate(line.get_label(), (1.02, lowest), annotation_clip=False, **style)
+    apart = 13 / 72 / (ax.get_position().height * ax.figure.get_size_inches()[1])
+    to_axes, height = ax.transScale + ax.transLimits, 1 + apart
+    ends = [(to_axes.transform([values[-1] for values in line.get_data()])[1], line) for line in ax.get_lines()]
+    for end, line in sorted(ends, key=lambda end: -end[0]):
+        height = min(end, height - apart)
+        ax.annotate(
+            line.get_label(),
+            (1.03, height),
+            xycoords="axes fraction",
+            annotation_clip=False,
+            color=line.get_color(),
+            fontsize=9,
+            va="center",
+        )
 
 
 def tidy_log(axis, format=None) -> None:
-    """Tick labels of a logarithmic axis that do not overlap: round steps within a decade, 1, 2, 5 within two."""
+    """Tick labels of a logarithmic axis that do not overlap: round steps within a decade, few within two."""
     low, high = axis.get_view_interval()
     span = high / max(low, 1e-300)
     if span < 100:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if span > 4 else MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(
+            LogLocator(subs=(1, 3) if span > 20 else (1, 2, 5)) if span > 4 else MaxNLocator(4, steps=[1, 2, 5, 10])
+        )
         axis.set_major_formatter(format or FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def finish(figure: Figure, ylabel: str = "", legend: bool = True) -> Figure:
+def finish(figure: Figure, ylabel: str = "", legend: bool = False) -> Figure:
     """The figure with a label of y no longer than its axis, on the first panel of every row, and with one legend of
-    everything that some panel shows."""
+    everything that some panel shows where asked for."""
     unique: dict[str, Any] = {}
     for ax in figure.axes:
         grid = ax.get_subplotspec()
@@ -153,7 +180,7 @@ def finish(figure: Figure, ylabel: str = "", legend: bool = True) -> Figure:
             rows = grid.get_geometry()[0]
             ax.set_ylabel(textwrap.fill(ylabel, int(8 * figure.get_size_inches()[1] / rows)))
         unique |= {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    unique = {name: unique[name] for name in (*LABELS.values(), *"ABC", *unique) if name in unique}  # the paper's order
+    unique = {name: unique[name] for name in (*LABELS.values(), *unique) if name in unique}  # the paper's order
     if legend and unique:
-        figure.legend(unique.values(), unique.keys(), loc="outside right center")
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=5)
     return figure

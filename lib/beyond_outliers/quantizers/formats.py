@@ -12,7 +12,7 @@ Conventions, and their sources:
     mxfp6_e2m3, ...  likewise e2m3 (largest 7.5), e3m2 (28), e4m3 (448) and e5m2 (57344); OCP Microscaling Formats 1.0
     nvfp4            e2m1 in blocks of 16 under an e4m3 scale, and one float scale a tensor, max|x| / (448 * 6); NVIDIA
     none             the tensor as it is
-    module:name      one of your own: a `Format` in a Python file
+    module:name      yours: a `Format` in a Python file
 Rounding is to the nearest level, ties to the even one. A "group" is the set of entries that share a scale.
 
 Edge cases. A group of zeros stays zero. So does, in float32, a group whose scale would be subnormal: one whose largest
@@ -119,7 +119,7 @@ def nvfp4_scale(top: Tensor, largest: float, whole: Tensor) -> Tensor:
 class Format:
     """A number format: Format(largest level, rounding of already scaled entries, ...); `FORMATS` has examples.
 
-    block: size of the groups, where the format has one of its own. scale: from the largest magnitudes of the groups,
+    block: size of the groups, where the format fixes one. scale: from the largest magnitudes of the groups,
     `largest`, and the largest magnitude of the whole tensor. zero_point: levels are the whole numbers 0 .. `largest`,
     and the range of a group, 0 included, is mapped onto them: scale (max - min) / largest, of which 0 stays a multiple.
     """
@@ -176,7 +176,7 @@ def _loaded(name: str) -> Format:
 
 
 def format_named(name: str, kind: str = "format") -> Format:
-    """An entry of `FORMATS`, or your own by `module:name`. ValueError naming the valid ones."""
+    """An entry of `FORMATS`, or yours by `module:name`. ValueError naming the valid ones."""
     if name in FORMATS:
         return FORMATS[name]
     if not is_own(name):
@@ -240,7 +240,7 @@ def quantize_tensor(x: Tensor, format: str, granularity: str = "row", block: int
     """Rounds `x` (..., width) to `format` and back: the dequantized tensor, of the same shape and dtype.
 
     granularity: one scale a "tensor", a "row" (last dimension: one token of an activation, one output of a weight) or
-    a "block" of `block` consecutive entries of a row. To formats with blocks of their own it does not apply.
+    a "block" of `block` consecutive entries of a row. To formats with fixed blocks it does not apply.
     Half precision is computed in float32 and rounded back at the end. "none" returns `x` itself.
 
     Raises ValueError for an unknown format or granularity, a block that does not divide the width, integers, scalars.

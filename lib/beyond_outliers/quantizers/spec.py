@@ -13,7 +13,7 @@ METHODS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What of a model is rounded, and how: names of `FORMATS`, or your own, for weights and for activations.
+    """What of a model is rounded, and how: names of `FORMATS`, or yours, for weights and for activations.
 
     granularity, block: see `quantize_tensor`. head: the output head too (its embedding lookup stays as it is).
     rotate: the input of every linear layer is rotated by block Hadamard matrices and the weights to match.
