@@ -1,5 +1,7 @@
 """Optimizers from outside: the class itself does the steps, the study's checks stand around it, and trials find out."""
 
+import copy
+import io
 import sys
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from beyond_outliers.config.registry import REGISTRY, call, entry, ordered
 from beyond_outliers.model import Olmo2, Olmo2Config
-from beyond_outliers.optimizers import AdamW, build_optimizer
+from beyond_outliers.optimizers import AdamW, NonFiniteGradientError, build_optimizer
 from beyond_outliers.optimizers.outside import Outside
 from beyond_outliers.optimizers.trial import trial
 
@@ -145,6 +147,53 @@ def test_rates_of_roles_reach_the_class():
     optimizer.step()
     moved = {name for name, p in weights(one).items() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in one.named_parameters() if p.ndim == 2 and "embed" not in name} and moved
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(bad):
+    one = model()
+    optimizer = build_optimizer(one, "torch.optim:SGD", lr=0.1, momentum=0.9, roles=["matrix"], rest_lr=3e-3)
+    give_gradients(one, 0)
+    optimizer.step()
+    before, state = weights(one), copy.deepcopy(optimizer.state_dict())
+    give_gradients(one, 1)
+    name, last = list(one.named_parameters())[-1]
+    last.grad.view(-1)[-1] = bad
+    with pytest.raises(NonFiniteGradientError, match=name.replace(".", r"\.")):
+        optimizer.step()
+    assert equal(weights(one), before)
+    for kept, now in zip(state["parts"], optimizer.state_dict()["parts"], strict=True):
+        for index, entries in kept["state"].items():
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(now["state"][index][k])) for k, v in entries.items()
+            )
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bits():
+    whole, parts = model(), model()
+    hyper = {"momentum": 0.9, "roles": ["matrix"], "rest_lr": 3e-3}
+    first, second = (build_optimizer(one, "torch.optim:SGD", lr=0.1, **hyper) for one in (whole, parts))
+    for step in range(4):
+        if step == 2:
+            file = io.BytesIO()
+            torch.save(second.state_dict(), file)
+            file.seek(0)
+            second = build_optimizer(parts, "torch.optim:SGD", lr=0.7, **hyper)
+            second.load_state_dict(torch.load(file, weights_only=True))
+        for one, optimizer in ((whole, first), (parts, second)):
+            give_gradients(one, step)
+            optimizer.step()
+    assert equal(weights(whole), weights(parts))
+
+
+def test_a_copy_trains_its_own_parameters():
+    one = model()
+    optimizer = build_optimizer(one, "torch.optim:SGD", lr=0.1, roles=["matrix"], rest_lr=3e-3)
+    other, copied = copy.deepcopy((one, optimizer))
+    before = weights(one)
+    give_gradients(other, 0)
+    copied.step()
+    assert equal(weights(one), before) and not equal(weights(other), before)
 
 
 def test_states_that_do_not_fit_are_refused():

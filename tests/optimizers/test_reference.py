@@ -7,7 +7,7 @@ import torch
 from beyond_outliers.optimizers import PSGD, SOAP, AdamW, Muon, Scion, Shampoo
 from beyond_outliers.optimizers.linalg import add_gram_, gram, norm_lower_bound
 from beyond_outliers.optimizers.muon import newton_schulz
-from beyond_outliers.optimizers.psgd import update_dense_, update_low_rank_
+from beyond_outliers.optimizers.psgd import precondition, update_dense_, update_factors, update_low_rank_
 
 SHAPES = [(8, 8), (6, 10), (10, 6), (6, 10), (1, 7), (7, 1), (5,), (1,)]
 SQUARE = [(8, 8), (5, 5), (8, 8), (1, 1), (6,)]
@@ -378,3 +378,42 @@ def test_both_ways_to_update_a_factor_agree_at_any_shape(update, size, rank):
     expected = q - 0.1 * (x @ x.mT - y @ y.mT).triu() @ q / bound
     update(q, x, y, 0.1)
     torch.testing.assert_close(q, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(1024, 32), (37, 5), (5, 37), (64, 64), (200, 1), (1, 70)])
+def test_psgd_updates_follow_the_plain_formula(shape):
+    """Several updates of a stack of two, scales far apart: through [A B] where a side is long, dense where not."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1e-3, 1e4], dtype=torch.float64).view(2, 1, 1)
+    spread = torch.randn(2, *shape, generator=generator, dtype=torch.float64).exp() * scales
+    ours = {
+        side: (torch.ones(2, 1) if n == 1 else torch.eye(n).repeat(2, 1, 1)).double()
+        for side, n in zip(("left", "right"), shape, strict=True)
+    }
+    plain = [torch.eye(n, dtype=torch.float64).repeat(2, 1, 1) for n in shape]
+
+    def compare():
+        for side, q in zip(("left", "right"), plain, strict=True):
+            found = ours[side] if ours[side].ndim == 3 else ours[side].unsqueeze(-1)
+            torch.testing.assert_close(found, q, rtol=1e-10, atol=1e-10 * q.abs().max().item())
+
+    for _ in range(5):
+        g = spread * torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        v = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        update_factors(ours, g, v, 0.1)
+        a, b = plain[0] @ g @ plain[1].mT, torch.linalg.inv(plain[0]).mT @ v @ torch.linalg.inv(plain[1])
+        for side, (t1, t2) in enumerate([(a @ a.mT, b @ b.mT), (a.mT @ a, b.mT @ b)]):
+            rows = (t1 + t2).square().sum(-1).argmax(-1)
+            row = (t1 + t2)[torch.arange(2), rows].unsqueeze(1) @ (t1 + t2)
+            bound = (row @ (t1 + t2)).norm(dim=-1, keepdim=True) / row.norm(dim=-1, keepdim=True)
+            plain[side] = plain[side] - 0.1 * (t1 - t2).triu() @ plain[side] / bound
+        compare()
+    assert all(q.triu(1).any() for q in plain if q.shape[1] > 1)
+
+    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    expected = plain[0].mT @ plain[0] @ x @ plain[1].mT @ plain[1]
+    for products, calls, kept in (({}, 1e4, True), ({}, 1e-4, False), (None, 1e4, False)):
+        for _ in range(2):  # the second time from what was kept
+            found = precondition(ours, x, products, calls)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+        assert set(products or ()) == ({side for side, q in ours.items() if q.ndim == 3} if kept else set())

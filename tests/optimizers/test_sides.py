@@ -54,6 +54,12 @@ def _kept(shapes, side, size):
     return -(-size // max(shape[0] for shape in own))
 
 
+def by_hand(name, size, threshold):
+    """The rule of each paper for one side of a matrix."""
+    whole = size <= threshold
+    return {"soap": 1 if whole else "none", "psgd": 1 if whole else "diagonal", "shampoo": -(-size // threshold)}[name]
+
+
 def of_the_paper(name):
     """The paper's shapes, two blocks of each; AdamW, Muon and Shampoo alone were trained at 500M and 1.5B."""
     protocol = Protocol.load("paper")
@@ -83,3 +89,16 @@ def test_scaled_thresholds_make_the_papers_sides(name):
             assert kinds(found) == kinds(paper), (scale, size)
             assert found == paper or scale == "smoke", "in as many blocks; smoke has too few words for three"
             assert sides(name, config)["embedding.weight"] == (1, 1), "as `confirm` had it: the whole vocabulary side"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_rule_of_a_side_is_that_of_its_paper(name):
+    """Sizes about the threshold, in both places of a matrix, from the class and by hand."""
+    key, constant = PAPER[name]
+    p = torch.empty(5, 7, device="meta", requires_grad=True)
+    assert optimizer_with(name, None).param_groups[0][key] == constant
+    for threshold in (4, 5, 6, 7, 40):
+        optimizer = optimizer_with(name, threshold)
+        shapes = optimizer.state_shapes({**optimizer.param_groups[0], "role": "matrix"}, p)
+        kept = [_kept(shapes, side, size) for side, size in (("left", 5), ("right", 7))]
+        assert kept == [by_hand(name, size, threshold) for size in (5, 7)], threshold

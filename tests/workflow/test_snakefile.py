@@ -133,6 +133,13 @@ def test_the_workflow_does_a_deleted_run_again(tmp_path):
     assert "choose" not in jobs and jobs["notebook"] == len(notebooks(study.protocol)) and jobs["index"] == 1
 
 
+def test_every_word_that_goes_to_the_shell_is_quoted():
+    commands = re.findall(r'^    shell:\n((?:        ".*"\n)+)', (paths.ROOT / "Snakefile").read_text(), re.M)
+    words = [word for command in commands for word in re.findall(r"\{[^}]*\}", command)]
+    assert len(commands) == 9 and len(words) > 20
+    assert [word for word in words if not word.endswith(":q}")] == []
+
+
 def test_a_folder_with_spaces_quotes_and_umlauts_will_do(tmp_path):
     folder = tmp_path / """ö b'c "d" $(touch PWNED)"""
     folder.mkdir()
