@@ -107,7 +107,7 @@ def test_curves_stand_at_the_steps_where_all_have_one():
     table = pd.DataFrame([*rows, ("c-5", 5, "a", "too short", *[np.nan] * 5)], columns=columns)
     figure = plots.checkpoint_curves(table)
     assert list(figure.axes[0].lines[0].get_xdata()) == [100, 1000]
-    assert figure.axes[0].get_xlabel() == "training step" and len(figure.axes[1].lines) == 2
+    assert "training step" in {ax.get_xlabel() for ax in figure.axes} and len(figure.axes[1].lines) == 2
     table.loc[table.model == "c-100", "step"] = None
     labels = plots.checkpoint_curves(table).axes[0].get_xticklabels()
     assert [label.get_text() for label in labels] == ["c-100", "c-1000"]

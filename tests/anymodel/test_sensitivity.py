@@ -162,7 +162,9 @@ def test_words_follow_the_numbers(tokenizer, capsys, tmp_path):
     assert "Only 2 sequences" in str(two) and two.kept is None and two.held_out is None
     two.save(tmp_path)
     assert str(type(two).read(tmp_path)) == str(two)
-    assert "answers move" in advice.finding(probe(Encoder(), None, tokenizer=tokenizer, context=16, sequences=2))
+    assert "The answers of Encoder" in advice.finding(
+        probe(Encoder(), None, tokenizer=tokenizer, context=16, sequences=2)
+    )
 
 
 def test_guides_are_judged_on_other_text(model, ids, monkeypatch):
