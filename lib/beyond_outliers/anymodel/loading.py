@@ -51,7 +51,7 @@ def explained(source: str | Path) -> Iterator[None]:
             raise
         raise ValueError(
             f"{str(source)!r} is a model or a tokenizer of code that comes with it, which is not run unasked; valid: "
-            "trust_remote_code=True, or a module that you have loaded, and its tokenizer"
+            "a module that you have loaded, and its tokenizer, or what docs/extending.md says of code that you trust"
         ) from None
     except (OSError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]

@@ -116,11 +116,13 @@ def _write(study: "Study", name: str, tables: list[pd.DataFrame], kept: set[str]
         return
     table = pd.concat(tables, ignore_index=True)
     table = table[["run", *[column for column in table.columns if column != "run"]]]
-    if study.has(name):
-        old = study.table(name)
+    file = study.results / f"{name}.csv"
+    if file.exists():
+        check_table(study.results, name)
+        old = read_table(file)
         old = old[old.run.isin(kept) & ~old.run.isin(set(table.run))]
         table = pd.concat([table, old], ignore_index=True) if len(old) else table
-    checksums.write_text(study.results / f"{name}.csv", table.to_csv(index=False))
+    checksums.write_text(file, table.to_csv(index=False))
 
 
 def adopted(study: "Study") -> dict[str, set[str]]:
