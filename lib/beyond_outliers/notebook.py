@@ -157,7 +157,7 @@ def setting(study: Study) -> "Markdown":
     head = {True: "rounded", False: "not rounded"}
     source = protocol.settings.rates_from
     scaled = "max_preconditioned_size" in protocol.settings.hyper.get("soap", {})
-    papers_sides = scaled or protocol.corpus.vocab_size > 12_288
+    papers_sides = scaled or protocol.corpus.vocab_size > 12_288  # Shampoo's block, the papers' largest threshold
     carried = f", or from scale `{source}` where a size has none" if source else ""
     parts = [
         f"**This scale.** The primary format is `{protocol.measure.primary}`: the tied head is "
